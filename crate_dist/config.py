@@ -1,0 +1,327 @@
+"""One validated recipe: TOML file < command line, and an unknown key is an error that names the nearest.
+
+Imports neither torch nor deepspeed, so that a login node can resolve and check a recipe at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+DATA_VARIABLE = "CRATE_DATA"
+
+ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message says what was given and what would do."""
+
+
+class Section(BaseModel):
+    """A table of the recipe. Frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """Which CRATE, and at which resolution."""
+
+    arch: ArchName
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    num_classes: Positive | None = Field(None, description="unset: as many as the shards' index has")
+    pool: Literal["cls", "mean"] = "cls"
+    dropout: Fraction = 0.0
+    emb_dropout: Fraction = 0.0
+    ista_step: float = Field(0.1, gt=0, description="η, the step size of ISTA")
+    ista_threshold: float = Field(0.1, ge=0, description="λ, the sparsity weight of ISTA")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
+                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Where the shards are, and how they become batches."""
+
+    root: Path | None = Field(None, description=f"folder with train/ and val/ shards; unset: ${DATA_VARIABLE}")
+    train_split: str = "train"
+    val_split: str | None = Field("val", description='unset with "": train without evaluation')
+    workers: int = Field(8, ge=0, description="loader processes per rank")
+    lanes: Positive = Field(64, description="streams of shards that are read side by side; see order.py")
+    window: Positive = Field(4096, description="samples that are shuffled together within a lane")
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    eval_short_side: Positive = Field(256, description="validation images are resized to it, then centre-cropped")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    max_bad_fraction: Fraction = Field(0.001, description="more undecodable samples than this stop the run")
+
+
+class OptimSection(Section):
+    """The optimizer, its schedule, and the loss."""
+
+    name: Literal["lion", "adamw"] = "lion"
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    decay_all: bool = Field(True, description="also decay norms, biases and embeddings, as the paper does")
+    betas: tuple[float, float] | None = Field(None, description="unset: lion (0.9, 0.99), adamw (0.9, 0.999)")
+    eps: float = 1e-8
+    schedule: Literal["cosine", "reference"] = Field(
+        "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
+    )
+    warmup_epochs: float = Field(5.0, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; 0 in TOML: no clipping")
+    label_smoothing: Fraction = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zero_means_no_clipping(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("grad_clip") == 0:
+            return {**values, "grad_clip": None}
+        return values
+
+
+class TrainSection(Section):
+    """How long, and in which global batches. The cluster has no say in it."""
+
+    global_batch: Positive
+    micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
+    epochs: Positive
+    max_steps: Positive | None = Field(None, description="stop early, with the schedule as for all epochs")
+    seed: int = Field(0, ge=0)
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the products; master weights are fp32")
+
+
+class CheckpointSection(Section):
+    """When to save and what to keep."""
+
+    every_steps: Positive = 500
+    keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
+
+
+class LogSection(Section):
+    """What is measured and how often."""
+
+    every_steps: Positive = 20
+    eval_every_epochs: Positive = 1
+
+
+class ClusterSection(Section):
+    """What launch/slurm.py asks the scheduler for; without influence on the result."""
+
+    nodes: Positive = 1
+    gpus_per_node: int = Field(8, ge=0, description="one task per GPU; 0: CPU only, see tasks_per_node")
+    tasks_per_node: Positive | None = Field(None, description="unset: one per GPU")
+    cpus_per_task: Positive = 12
+    mem_gb: Positive | None = Field(None, description="memory per node; unset: all of it")
+    time_min: Positive = Field(24 * 60, description="time limit; the job is requeued until the run is complete")
+    signal_delay_s: Positive = Field(120, description="warning before the time limit")
+    requeues: Positive = Field(100, description="times that submitit may requeue the job after a time limit")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: tuple[str, ...] = Field((), description="shell lines before the job, such as `module load cuda`")
+    container: str | None = Field(None, description="image for srun --container-image (pyxis)")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Tasks that run on each node: one per GPU unless said otherwise."""
+        return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def world_size(self) -> int:
+        """Tasks in the whole job."""
+        return self.nodes * self.ranks_per_node
+
+
+class Recipe(Section):
+    """Everything that one run needs to know, resolved and validated."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelSection
+    data: DataSection = DataSection()
+    optim: OptimSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @property
+    def lanes(self) -> int:
+        """The largest number of lanes, at most data.lanes, that divides the global batch."""
+        batch = self.train.global_batch
+        return next(n for n in range(min(self.data.lanes, batch), 0, -1) if batch % n == 0)
+
+    def data_root(self) -> Path:
+        """The folder of the shards: data.root, or the environment's. Raises RecipeError when neither is set."""
+        root = self.data.root or os.environ.get(DATA_VARIABLE)
+        if not root:
+            raise RecipeError(
+                f"no data folder: give --data DIR, set data.root in the recipe, or export {DATA_VARIABLE}=DIR "
+                "(a folder that data_prep wrote, with train/ and val/ in it)"
+            )
+        return Path(root).expanduser().absolute()
+
+    def to_toml(self) -> str:
+        """The recipe as TOML that load_recipe reads back to an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def mathematics(self) -> dict[str, Any]:
+        """The flat keys that decide the result; a resumed run must agree on them.
+
+        Left out: where the data lies, how many processes read and compute, what is logged and saved.
+        """
+        flat = _flatten(self.model_dump(mode="json", include={"model", "data", "optim", "train"}))
+        for key in ("data.root", "data.workers", "data.max_bad_fraction", "train.micro_batch", "train.max_steps"):
+            flat.pop(key, None)
+        return flat
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any) -> Recipe:
+    """Reads a recipe and applies, in this order, keyword `values` and `section.key=value` overrides.
+
+    Parameters
+    ----------
+    source: a path to a TOML file, or the name of one in configs/ (`crate_large`)
+    overrides: `section.key=value` texts; the value is read as TOML, and as plain text where it is none
+    values: the same with `__` for the dot: `train__seed=1`; None means "not given"
+
+    Raises
+    ------
+    RecipeError: no such recipe, broken TOML, an unknown key (the nearest is named), a value that does not fit
+    """
+    path = find_recipe(source)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from error
+    raw.setdefault("name", path.stem)
+    for key, value in values.items():
+        if value is not None:
+            _assign(raw, key.replace("__", "."), value, origin="the command line")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
+        _assign(raw, key.strip(), _parse_value(value.strip()), origin=f"--set {text}")
+    return build_recipe(raw, origin=str(path))
+
+
+def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
+    """Validates nested plain values. Raises RecipeError that names `origin` and each wrong key."""
+    raw = dict(raw)
+    if isinstance(raw.get("data"), Mapping) and raw["data"].get("val_split") == "":
+        raw["data"] = {**raw["data"], "val_split": None}
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join([f"{origin}:", *(f"  {_explain(item)}" for item in error.errors())])) from error
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file that a recipe's name or path means. Raises RecipeError that names the nearest."""
+    path = Path(source)
+    if path.suffix == ".toml":
+        if path.is_file():
+            return path
+        raise RecipeError(f"no recipe file {path}")
+    named = CONFIG_DIR / f"{source}.toml"
+    if named.is_file():
+        return named
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    raise RecipeError(f"no recipe {source!r}{_nearest(str(source), known)}; there are: {', '.join(known)}")
+
+
+def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:
+    """(micro_batch, accumulation) with micro_batch * accumulation * world_size == global_batch.
+
+    The micro-batch is the largest that fits and divides, so that the recipe's global batch holds on any cluster.
+    Raises RecipeError when the ranks do not divide the global batch, naming the numbers that would.
+    """
+    share, rest = divmod(global_batch, world_size)
+    if rest or not share:
+        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        ranks = [str(n) for n in sorted(sorted(fitting, key=lambda n: abs(n - world_size))[:4])]
+        batches = [str(n * world_size) for n in sorted({max(share, 1), share + 1})]
+        raise RecipeError(
+            f"a global batch of {global_batch} does not divide over {world_size} ranks; "
+            f"it does over {', '.join(ranks)}; "
+            f"these ranks take --set train.global_batch={' or '.join(batches)}"
+        )
+    micro = next(n for n in range(min(share, largest_micro_batch), 0, -1) if share % n == 0)
+    return micro, share // micro
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    if not close:  # the right word in the wrong section
+        close = [key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2]][:1]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    known = _known_keys()
+    if key not in known:
+        raise RecipeError(f"{origin}: unknown key {key!r}{_nearest(key, known)}")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    raw[last] = value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"(?i)true|false", text):
+            return text.lower() == "true"
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key, _known_keys())}"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if item["type"] in ("missing", "value_error") else f", not {item['input']!r}"
+    return f"{key}: {message}{given}"

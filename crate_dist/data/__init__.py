@@ -1,0 +1,1 @@
+"""From tar shards to batches on the device: index, order, transforms, loader."""
