@@ -1,0 +1,81 @@
+"""The published sizes of CRATE and the demo's, and how a recipe's model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from crate_dist.config import ArchName, ModelSection
+from crate_dist.models.crate import CRATE, CrateConfig
+
+
+@dataclass(frozen=True)
+class ArchDims:
+    """Width, number of layers, and number of heads; each head has dim // heads features."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+# Parameters at 224 pixels, patch 16, 1,000 classes.
+ARCHS: dict[ArchName, ArchDims] = {
+    "crate_demo": ArchDims(dim=96, depth=4, heads=4),
+    "crate_tiny": ArchDims(dim=384, depth=12, heads=6),  # 6.09 M
+    "crate_small": ArchDims(dim=576, depth=12, heads=12),  # 13.12 M
+    "crate_base": ArchDims(dim=768, depth=12, heads=12),  # 22.80 M
+    "crate_large": ArchDims(dim=1024, depth=24, heads=16),  # 77.64 M
+}
+
+
+def model_config(section: ModelSection, num_classes: int) -> CrateConfig:
+    """The architecture that a recipe's [model] means, on data with `num_classes` classes.
+
+    Raises ValueError when the recipe names fewer classes than the data has.
+    """
+    if section.num_classes is not None and section.num_classes < num_classes:
+        raise ValueError(
+            f"model.num_classes is {section.num_classes}, but the data has {num_classes} classes; "
+            "leave it unset, or name at least as many"
+        )
+    dims = ARCHS[section.arch]
+    return CrateConfig(
+        image_size=section.image_size,
+        patch_size=section.patch_size,
+        num_classes=section.num_classes or num_classes,
+        dim=dims.dim,
+        depth=dims.depth,
+        heads=dims.heads,
+        pool=section.pool,
+        dropout=section.dropout,
+        emb_dropout=section.emb_dropout,
+        ista_step=section.ista_step,
+        ista_threshold=section.ista_threshold,
+    )
+
+
+def build_model(section: ModelSection, num_classes: int, seed: int) -> CRATE:
+    """A freshly initialised fp32 model on the CPU, a function of its arguments: equal on all ranks.
+
+    Leaves torch's random state as it was. Raises ValueError as `model_config` does.
+    """
+    return initialise(model_config(section, num_classes), seed)
+
+
+def initialise(config: CrateConfig, seed: int) -> CRATE:
+    """As build_model, for any dimensions; the weights are those of the published code under manual_seed(seed)."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the accelerators
+        return CRATE(config)
+
+
+def find_arch(config: CrateConfig) -> ArchName | None:
+    """The name of the size with the width, depth and heads of `config`, or None."""
+    dims = ArchDims(config.dim, config.depth, config.heads)
+    return next((name for name, known in ARCHS.items() if known == dims), None)
+
+
+def find_heads(dim: int, depth: int) -> int | None:
+    """Heads of the size with this width and depth; None when there is no such size."""
+    return next((known.heads for known in ARCHS.values() if (known.dim, known.depth) == (dim, depth)), None)

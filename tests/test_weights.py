@@ -1,0 +1,234 @@
+"""Weights survive every way in and out bit for bit, and a file that is unfit says why."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crate_dist.config import ModelSection
+from crate_dist.models.archs import build_model, initialise
+from crate_dist.models.crate import CrateConfig
+from crate_dist.models.weights import (
+    WeightsError,
+    check_fit,
+    describe,
+    export_model,
+    export_reference,
+    from_reference,
+    infer_config,
+    load_model,
+    load_weights,
+    main,
+    read_state_dict,
+    read_weights,
+    to_reference,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "crate_reference_checkpoint.pth.tar"
+SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return initialise(SMALL, seed=3).state_dict()
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_published_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    original = torch.load(CHECKPOINT, weights_only=True)
+    model, meta = load_model(CHECKPOINT, heads=4)
+    assert meta == {"epoch": 3, "arch": "CRATE_tiny", "best_acc1": 12.5}
+    export_model(tmp_path / "ours.pt", model.config, model.state_dict(), meta)
+    again, meta = load_model(tmp_path / "ours.pt")  # our export knows its heads
+    export_reference(tmp_path / "back.pth.tar", again.config, again.state_dict(), meta)
+    back = torch.load(tmp_path / "back.pth.tar", weights_only=True)
+    assert set(back) == {"epoch", "arch", "state_dict", "best_acc1"}
+    assert (back["epoch"], back["arch"], back["best_acc1"]) == (3, "CRATE_tiny", original["best_acc1"])
+    assert_equal(back["state_dict"], original["state_dict"])
+
+
+def test_what_is_written_has_the_published_names_in_the_published_order() -> None:
+    golden = torch.load(GOLDEN / "crate_parity.pt", weights_only=True)
+    ours = from_reference(golden["state_dict"])
+    assert_equal(to_reference(ours), golden["state_dict"])
+    assert infer_config(ours, heads=4) == CrateConfig(
+        image_size=32, patch_size=8, num_classes=10, dim=48, depth=3, heads=4
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", None])
+def test_every_layout_of_the_published_code_is_read(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, key: str | None
+) -> None:
+    theirs = to_reference(state, prefix)
+    torch.save({key: theirs, "optimizer": {"state": {}}} if key else theirs, tmp_path / "weights.pt")
+    assert_equal(read_state_dict(tmp_path / "weights.pt"), state)
+    model, _ = load_model(tmp_path / "weights.pt", heads=3)
+    assert_equal(dict(model.state_dict()), state)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    width=st.integers(1, 4),
+    depth=st.integers(1, 12),
+    patch_size=st.integers(1, 4),
+    side=st.integers(1, 4),
+    num_classes=st.integers(1, 5),
+)
+def test_names_and_shapes_survive_at_any_dimensions(
+    heads: int, width: int, depth: int, patch_size: int, side: int, num_classes: int
+) -> None:
+    config = CrateConfig(
+        image_size=side * patch_size,
+        patch_size=patch_size,
+        num_classes=num_classes,
+        dim=heads * width,
+        depth=depth,
+        heads=heads,
+    )
+    state = initialise(config, seed=0).state_dict()
+    assert_equal(from_reference(to_reference(state, "module.")), state)
+    assert_equal(from_reference(state), state)
+    assert infer_config(state, heads=heads) == config
+
+
+def test_heads_of_a_published_size_need_not_be_given() -> None:
+    section = ModelSection(arch="crate_demo", image_size=32, patch_size=8)
+    assert infer_config(build_model(section, 10, seed=0).state_dict()).heads == 4
+
+
+def test_an_export_keeps_the_architecture_the_meta_and_the_dtype(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    config = CrateConfig(**{**vars(SMALL), "pool": "mean", "ista_step": 0.2, "ista_threshold": 0.05})
+    rounded = {name: tensor.bfloat16() for name, tensor in state.items()}
+    export_model(tmp_path / "model.pt", config, rounded, {"step": 12, "top1": 0.5, "shape": (1, 2)})
+    model, meta = load_model(tmp_path / "model.pt")
+    assert model.config == config
+    assert meta == {"step": 12, "top1": 0.5, "shape": [1, 2]}
+    assert_equal(dict(model.state_dict()), rounded)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["format"] == "crate-dist/1"
+
+
+def test_an_export_holds_no_more_than_its_tensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    flat = torch.zeros(10_000_000)  # ZeRO keeps parameters as views of one buffer
+    views = {name: flat[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}
+    export_model(tmp_path / "model.pt", SMALL, views)
+    assert (tmp_path / "model.pt").stat().st_size < 1_000_000
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    export_model(path, SMALL, state, {"step": 1})
+
+    def full_disk(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.pt"):
+        export_model(path, SMALL, state, {"step": 2})
+    with pytest.raises(TypeError):
+        export_model(path, SMALL, state, {"step": object()})
+    with pytest.raises(WeightsError, match="missing 'cls_token'"):
+        export_model(path, SMALL, {name: tensor for name, tensor in state.items() if name != "cls_token"})
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_model(path)[1] == {"step": 1}
+
+
+def test_weights_that_do_not_fit_are_named(state: dict[str, Tensor]) -> None:
+    broken = dict(state)
+    broken["layers.1.ista.dictionery"] = broken.pop("layers.1.ista.dictionary")
+    broken["head.linear.bias"] = torch.zeros(9)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(initialise(SMALL, seed=0), broken)
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing 'layers.1.ista.dictionary'",
+        "  unexpected 'layers.1.ista.dictionery' (nearest: 'layers.1.ista.dictionary')",
+        "  'head.linear.bias' has shape (9,), the model has (7,)",
+    ]
+    with pytest.raises(WeightsError, match="and 8 more"):
+        check_fit({name: tensor for name, tensor in state.items() if "layers" not in name}, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 1, "args": 2}, "expected a state dict, names and tensors, but it holds epoch, args"),
+        ({"state_dict": {}}, "is empty"),
+        ([1, 2], "holds a list"),
+        ({"format": "crate-dist/9"}, "reads 'crate-dist/1'"),
+        ({"format": "crate-dist/1"}, "no whole crate-dist/1 export"),
+        ({"state_dict": {}, "args": argparse.Namespace()}, "could run code"),
+        ({"pos_embed": torch.zeros(1, 5, 8)}, "there is no 'pos_embedding' \\(nearest: 'pos_embed'\\)"),
+    ],
+)
+def test_a_file_that_holds_something_else_says_so(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_model(tmp_path / "file.pt")
+    assert "file.pt" in str(caught.value)
+
+
+def test_a_damaged_file_is_not_taken_for_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "model.pt"
+    export_model(path, SMALL, state)
+    whole = path.read_bytes()
+    marker = state["layers.0.ista.dictionary"].numpy().tobytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(marker) + 100] ^= 1
+    for content, message in [
+        (whole[: len(whole) // 2], "truncated or damaged"),
+        (whole[:-1], "truncated or damaged"),
+        (bytes(flipped), "checksum"),
+        (b"", "no PyTorch checkpoint"),
+        (b"<html>404</html>", "no PyTorch checkpoint"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=message):
+            read_weights(path)
+    with pytest.raises(WeightsError, match="is a folder"):
+        read_weights(tmp_path)
+    with pytest.raises(WeightsError, match="No such file"):
+        read_weights(tmp_path / "nothing.pt")
+
+
+def test_unpublished_sizes_ask_for_their_heads() -> None:
+    with pytest.raises(WeightsError, match="width 48 and depth 3"):
+        load_model(CHECKPOINT)
+    with pytest.raises(WeightsError, match="does not divide into 5 heads"):
+        load_model(CHECKPOINT, heads=5)
+    assert "--heads" in describe(CHECKPOINT)
+
+
+def test_the_command_describes_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.pth.tar"
+    main(["convert", str(CHECKPOINT), str(ours), "--to", "crate-dist", "--heads", "4"])
+    main(["convert", str(ours), str(theirs), "--to", "reference", "--bare-names"])
+    content = torch.load(theirs, weights_only=True)["state_dict"]
+    assert_equal(content, to_reference(read_state_dict(CHECKPOINT)))
+    capsys.readouterr()
+    main(["describe", str(ours)])
+    shown = capsys.readouterr().out
+    for line in ("kind            crate-dist", "heads           4", "parameters      32,650", "meta.epoch      3"):
+        assert line in shown
+    with pytest.raises(SystemExit, match="--force replaces it"):
+        main(["convert", str(ours), str(theirs), "--to", "reference"])
+    main(["convert", str(ours), str(theirs), "--to", "reference", "--force"])
+    with pytest.raises(SystemExit, match="error: cannot read"):
+        main(["describe", str(tmp_path / "nothing.pt")])
