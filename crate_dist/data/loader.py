@@ -1,0 +1,236 @@
+"""Order + shards + transforms -> batches on the device.
+
+Each loader worker makes whole micro-batches: positions -> sample ids -> reads by offset -> decode and augment ->
+uint8. The images travel as bytes; they become normalised numbers on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from crate_dist.config import DataSection
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.order import Int64, Order
+from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
+
+_SUBSTITUTES = 16
+_OPEN_SHARDS = 64
+_TAR_BLOCK = 512
+
+
+class BadSample(NamedTuple):
+    """A sample that did not decode: where it stands, and why it was replaced."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that were replaced."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    bad: list[BadSample]
+
+
+class ShardReader:
+    """Reads the bytes of a sample by its offset, keeping the last shards open."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self._ends = np.cumsum(index.shard_sizes)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, sample: int) -> bytes:
+        """The image of a sample. Raises ShardError when its shard is gone or shorter than the index says."""
+        row = self.index.rows[sample]
+        return self._pread(sample, int(row["size"]), int(row["offset"]))
+
+    def describe(self, sample: int, reason: str) -> BadSample:
+        """Names a sample by its shard and by the key in the tar header before it."""
+        header = self._pread(sample, _TAR_BLOCK, int(self.index.rows[sample]["offset"]) - _TAR_BLOCK)
+        name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
+        return BadSample(self.index.shards[self._shard(sample)].name, name, reason)
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self._ends, sample, side="right"))
+
+    def _pread(self, sample: int, size: int, offset: int) -> bytes:
+        shard = self._shard(sample)
+        path = self.index.root / self.index.shards[shard].name
+        try:
+            data = os.pread(self._open(shard), size, offset)
+        except OSError as error:
+            raise ShardError(f"cannot read {path}: {error.strerror}") from error
+        if len(data) != size:
+            raise ShardError(
+                f"{path} ends before sample {sample} does; `python data_prep/verify.py {self.index.root}` "
+                "says which shards differ from their index"
+            )
+        return data
+
+    def _open(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        descriptor = os.open(self.index.root / self.index.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+        self._files[shard] = descriptor
+        if len(self._files) > _OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch a rank makes, and in which pieces."""
+
+    rank: int
+    world_size: int
+    global_batch: int
+    micro_batch: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step on each rank."""
+        return self.global_batch // (self.world_size * self.micro_batch)
+
+    def positions(self, order: Order, number: int) -> Int64:
+        """Global positions of this rank's micro-batch `number`, counted from the start of the run."""
+        step, part = divmod(number, self.accumulation)
+        first = (self.rank * self.accumulation + part) * self.micro_batch
+        return order.batch_positions(step, self.global_batch)[first : first + self.micro_batch]
+
+
+class TrainBatches(Dataset[Batch]):
+    """Item n is this rank's micro-batch n, counted from the start of the run."""
+
+    def __init__(self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform) -> None:
+        self.index, self.order, self.share, self.transform = index, order, share, transform
+        self._reader: ShardReader | None = None
+
+    def __getitem__(self, number: int) -> Batch:
+        self._reader = self._reader or ShardReader(self.index)
+        positions = self.share.positions(self.order, number)
+        samples, epochs = self.order.samples(positions), positions // self.order.num_samples
+
+        def decode(data: bytes, slot: int) -> Pixels:
+            return self.transform(data, sample_rng(self.order.seed, int(epochs[slot]), int(samples[slot])))
+
+        return _assemble(self._reader, samples, self.transform.size, decode)
+
+
+class EvalBatches(Dataset[Batch]):
+    """This rank's contiguous share of a split, in batches; every sample is in exactly one batch of one rank."""
+
+    def __init__(self, index: ShardIndex, rank: int, world_size: int, batch: int, transform: EvalTransform) -> None:
+        self.index, self.batch, self.transform = index, batch, transform
+        self.first, self.stop = (index.num_samples * r // world_size for r in (rank, rank + 1))
+        self._reader: ShardReader | None = None
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.first) // self.batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        self._reader = self._reader or ShardReader(self.index)
+        first = self.first + number * self.batch
+        samples = np.arange(first, min(first + self.batch, self.stop), dtype=np.int64)
+        return _assemble(self._reader, samples, self.transform.size, lambda data, _: self.transform(data))
+
+
+def train_loader(
+    index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int
+) -> Iterator[Batch]:
+    """This rank's micro-batches without end, from the first one of `step` on."""
+    transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip)
+    batches = TrainBatches(index, order, share, transform)
+    return iter(_loader(batches, _Counting(step * share.accumulation), data.workers))
+
+
+def eval_loader(
+    index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int
+) -> DataLoader[Batch]:
+    """This rank's share of a split, once."""
+    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, max(data.eval_short_side, size)))
+    return _loader(batches, range(len(batches)), data.workers)
+
+
+class Normalize:
+    """uint8 (n, height, width, 3) -> (x / 255 - mean) / std as (n, 3, height, width) on the device."""
+
+    def __init__(self, data: DataSection, device: torch.device, dtype: torch.dtype) -> None:
+        std = torch.tensor(data.std, device=device)
+        self._scale = 1 / (255 * std)
+        self._shift = torch.tensor(data.mean, device=device) / std
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The result is a view in channels-last memory order: no pixel is moved."""
+        pixels = images.to(self._device, non_blocking=True).float()
+        return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
+
+
+class _Counting:
+    """Sampler that counts on for ever."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.first
+        while True:
+            yield number
+            number += 1
+
+
+def _assemble(reader: ShardReader, samples: Int64, size: int, decode: Callable[[bytes, int], Pixels]) -> Batch:
+    """Decodes into one array. A sample that does not decode gives its slot to the next one of the split that does.
+
+    The rule depends on the sample alone, so all ranks and all restarts replace it by the same picture and label.
+    """
+    images = np.empty((len(samples), size, size, 3), dtype=np.uint8)
+    labels = np.empty(len(samples), dtype=np.int64)
+    bad: list[BadSample] = []
+    for slot, sample in enumerate(samples.tolist()):
+        for substitute in range(sample, sample + _SUBSTITUTES):
+            substitute %= reader.index.num_samples
+            try:
+                images[slot] = decode(reader.read(substitute), slot)
+            except BadImage as error:
+                bad.append(reader.describe(substitute, str(error)))
+                continue
+            labels[slot] = reader.index.rows["label"][substitute]
+            break
+        else:
+            raise ShardError(
+                f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.root}, "
+                f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
+            )
+    return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad)
+
+
+def _loader(batches: Dataset[Batch], numbers: Sequence[int] | _Counting, workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole process group is for the ranks to answer; their workers go on until the rank ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
