@@ -192,7 +192,13 @@ class Recipe(Section):
         Left out: where the data lies, how many processes read and compute, what is logged and saved.
         """
         flat = _flatten(self.model_dump(mode="json", include={"model", "data", "optim", "train"}))
-        for key in ("data.root", "data.workers", "data.max_bad_fraction", "train.micro_batch", "train.max_steps"):
+        for key in (
+            "data.root",
+            "data.workers",
+            "data.max_bad_fraction",
+            "train.micro_batch",
+            "train.max_steps",
+        ):
             flat.pop(key, None)
         return flat
 

@@ -1,0 +1,51 @@
+"""The options that every way to start a run shares. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --arch/--config, --data, --run-dir, --seed and --set."""
+    group = parser.add_argument_group("recipe")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
+    which.add_argument("--config", metavar="FILE", type=Path, help="any recipe file")
+    group.add_argument("--data", metavar="DIR", type=Path, help=f"folder of the shards [recipe, then ${DATA_VARIABLE}]")
+    group.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="folder of the run, resumed if it holds one [runs/RECIPE]"
+    )
+    group.add_argument("--seed", type=int, help="of the order, the augmentation and the first weights")
+    group.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="change one value of the recipe; can be given several times",
+    )
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the options of add_recipe_arguments name. Raises RecipeError."""
+    data = arguments.data.expanduser().absolute() if arguments.data else None
+    recipe = load_recipe(
+        arguments.config or arguments.arch,
+        arguments.overrides,
+        data__root=str(data) if data else None,
+        train__seed=arguments.seed,
+    )
+    # What the job reads must not depend on the environment of the node that it runs on.
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": recipe.data_root()})})
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """runs/NAME, with the seed behind it when it is not 0."""
+    seed = recipe.train.seed
+    return Path("runs") / (recipe.name + (f"-seed{seed}" if seed else ""))
+
+
+__all__ = ["RecipeError", "add_recipe_arguments", "default_run_dir", "recipe_from"]

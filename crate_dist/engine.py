@@ -1,0 +1,192 @@
+"""The training step: DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+
+Weights and gradients of the products are bf16 (or fp32), master weights, gradient accumulation and optimizer state
+fp32 and partitioned over the ranks. Saving and loading go through crate_dist.checkpoint and not through DeepSpeed,
+whose own checkpoints belong to one world size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.ops import __compatible_ops__
+
+from crate_dist.checkpoint import Checkpoint, CheckpointError, Layout, RankState
+from crate_dist.config import Recipe
+from crate_dist.data.loader import Batch, Normalize
+from crate_dist.data.order import hash64
+from crate_dist.models.crate import CRATE
+from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+class Engine:
+    """A model in training on this rank."""
+
+    def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
+        self.recipe, self.device, self.accumulation = recipe, device, accumulation
+        self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self._normalize = Normalize(recipe.data, device, self.dtype)
+        self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
+        if device.type == "cpu":
+            # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
+            __compatible_ops__["deepspeed_shm_comm"] = False
+        groups = parameter_groups(model, recipe.optim)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.layouts = [_layout(group, shapes) for group in groups]
+        first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(groups, recipe.optim),
+            config=_deepspeed_config(recipe, micro_batch, accumulation),
+            dist_init_required=False,
+        )
+        self._check_partitions()
+        # DeepSpeed makes the master weights from the ones it has rounded to bf16; they start from the exact ones.
+        self._fill_partitions(
+            lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
+        )
+
+    @property
+    def module(self) -> CRATE:
+        """The model with the weights of the products' precision."""
+        module: CRATE = self._engine.module
+        return module
+
+    def step(self, batches: Iterator[Batch], lr: float, step: int) -> StepResult:
+        """One optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective."""
+        if self._dropout:
+            torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        losses = []
+        for _ in range(self.accumulation):
+            batch = next(batches)
+            logits = self._engine(self._normalize(batch.images))
+            labels = batch.labels.to(self.device, non_blocking=True)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
+            self._engine.backward(loss)
+            self._engine.step()
+            losses.append(loss.detach())
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device))
+
+    @torch.inference_mode()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off."""
+        self.module.eval()
+        logits: torch.Tensor = self.module(self._normalize(images)).float()
+        return logits
+
+    def state(self) -> RankState:
+        """This rank's partitions of the master weights and the optimizer's state, as views on the live tensors."""
+        state: RankState = {"fp32": [part.detach() for part in self._partitions]}
+        for kind in STATE_KEYS[self.recipe.optim.name]:
+            state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
+        return state
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes up weights and optimizer state that any number of ranks saved. A collective.
+
+        Raises
+        ------
+        CheckpointError: of another model or another optimizer
+        """
+        if [(list(a.names), a.numel) for a in checkpoint.layouts] != [(list(b.names), b.numel) for b in self.layouts]:
+            raise CheckpointError(
+                f"{checkpoint.path} holds another model, or other parameter groups, than the recipe's"
+            )
+        kinds = {"fp32", *STATE_KEYS[self.recipe.optim.name]}
+        if kinds != set(checkpoint.manifest["kinds"]):
+            raise CheckpointError(
+                f"{checkpoint.path} holds {checkpoint.manifest['kinds']}, "
+                f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
+            )
+        reader = checkpoint.reader()
+        self._fill_partitions(reader.copy)
+        for group, part in enumerate(self._partitions):
+            optimizer_state = self._optimizer_state(part, checkpoint.step)
+            for kind in STATE_KEYS[self.recipe.optim.name]:
+                staging = torch.empty(part.numel(), dtype=torch.float32)
+                reader.copy(kind, group, self._start(part), staging)
+                optimizer_state[kind].copy_(staging)
+
+    @property
+    def _partitions(self) -> list[torch.Tensor]:
+        partitions: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
+        return partitions
+
+    def _start(self, partition: torch.Tensor) -> int:
+        return dist.get_rank() * partition.numel()
+
+    def _optimizer_state(self, partition: torch.Tensor, steps: int = 0) -> dict[str, torch.Tensor]:
+        """The optimizer's own state of a partition, made where no step has made it yet."""
+        state: dict[str, torch.Tensor] = self._zero.optimizer.state[partition]
+        if not state or steps:
+            for kind in STATE_KEYS[self.recipe.optim.name]:
+                state[kind] = torch.zeros_like(partition, requires_grad=False)
+            if self.recipe.optim.name == "adamw":
+                state["step"] = torch.tensor(float(steps))
+        return state
+
+    @torch.no_grad()
+    def _fill_partitions(self, fill: Any) -> None:
+        for group, part in enumerate(self._partitions):
+            staging = torch.empty(part.numel(), dtype=torch.float32)
+            fill("fp32", group, self._start(part), staging)
+            part.data.copy_(staging)
+        self._zero.update_lp_params()
+
+    def _check_partitions(self) -> None:
+        """What crate_dist.checkpoint believes of ZeRO's flat vectors holds: equal parts, no gaps, our order."""
+        world_size = dist.get_world_size()
+        assert not any(any(padding) for padding in self._zero.round_robin_bit16_padding)
+        assert all(p.dtype == torch.float32 for p in self._partitions)
+        for part, layout in zip(self._partitions, self.layouts, strict=True):
+            assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
+
+
+def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Layout:
+    return Layout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor], layout: Layout, start: int, out: torch.Tensor) -> None:
+    """Copies [start, start + len(out)) of the flattened tensors; zeros behind their end."""
+    flat = torch.cat([tensors[name].reshape(-1) for name in layout.names])[start : start + out.numel()]
+    out.zero_()
+    out[: flat.numel()].copy_(flat)
+
+
+def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.grad_clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2, "round_robin_gradients": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1 << 60,
+    }
+    if recipe.train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config

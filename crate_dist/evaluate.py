@@ -1,0 +1,153 @@
+"""Exact top-1 and top-5 over every sample of a split, each counted once, at any number of ranks.
+
+    python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
+
+takes a run folder (its newest checkpoint), one of its checkpoints, or a file of weights: an export of ours or a
+checkpoint of the published code. Under torchrun or srun the ranks share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
+from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.loader import Batch, Normalize, eval_loader
+from crate_dist.distributed import detect_world, init_distributed
+from crate_dist.models.archs import build_model
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights import WeightsError, load_model
+from crate_dist.run import read_recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in per cent, mean cross-entropy (without smoothing), and how many samples were counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+    replaced: int
+
+    def scalars(self) -> dict[str, float]:
+        """As TensorBoard names them."""
+        return {"val/top1": self.top1, "val/top5": self.top5, "val/loss": self.loss}
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Batch], device: torch.device
+) -> Evaluation:
+    """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
+
+    predict: uint8 images (n, height, width, 3) -> logits (n, classes)
+    """
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    for batch in batches:
+        logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack(
+            [
+                hits[:, 0].sum().double(),
+                hits.sum().double(),
+                loss.double(),
+                torch.tensor(len(labels), dtype=torch.float64, device=device),
+                torch.tensor(len(batch.bad), dtype=torch.float64, device=device),
+            ]
+        )
+    dist.all_reduce(totals)
+    top1, top5, loss_sum, samples, replaced = totals.tolist()
+    return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
+
+
+def load_for_evaluation(source: Path) -> tuple[CRATE, DataSection | None, str]:
+    """(fp32 model, how its run prepared images if that is known, what it is) of a run, a checkpoint or a file.
+
+    Raises
+    ------
+    CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
+    """
+    if not source.is_dir():
+        model, meta = load_model(source)
+        known = {key: meta[key] for key in ("mean", "std", "eval_short_side") if key in meta}
+        return model.float(), DataSection(**known) if known else None, str(source)
+    folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
+    if folder is not None:
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            raise CheckpointError(f"the run {source} has no checkpoint yet")
+        saved = checkpoints[-1]
+    else:
+        saved = open_checkpoint(source)
+    if problem := saved.damaged():
+        raise CheckpointError(problem)
+    recipe = read_recipe(saved.path.parents[1])
+    weights = saved.weights()
+    model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
+    model.load_state_dict(weights)
+    return model, recipe.data, str(saved.path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: evaluates one model on one split."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crate_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what to evaluate")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help=f"folder of the shards [the run's, then ${DATA_VARIABLE}]"
+    )
+    parser.add_argument("--split", default="val", help="folder in it [%(default)s]")
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the products [%(default)s]")
+    arguments = parser.parse_args(argv)
+    world = detect_world()
+    try:
+        model, data, name = load_for_evaluation(arguments.model)
+        data = data or DataSection()
+        root = arguments.data or data.root or os.environ.get(DATA_VARIABLE)
+        if root is None:
+            raise RecipeError(f"no data folder: give --data DIR or export {DATA_VARIABLE}=DIR")
+        index = ShardIndex.load(Path(root) / arguments.split)
+        if index.num_classes > model.config.num_classes:
+            raise RecipeError(f"{index.root} has {index.num_classes} classes, the model {model.config.num_classes}")
+    except (CheckpointError, WeightsError, RecipeError, ShardError) as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    device = init_distributed(world)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    model = model.to(device, dtype).eval()
+    normalize = Normalize(data, device, dtype)
+    section = data.model_copy(update={"workers": arguments.workers})
+    side = model.config.image_size
+    batches = eval_loader(index, world.rank, world.world_size, section, side, arguments.batch)
+    shown = tqdm(batches, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
+    result = evaluate(lambda images: model(normalize(images)), shown, device)
+    if world.is_main:
+        print(  # noqa: T201
+            f"{name} on {index.root}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}, "
+            f"{result.samples:,} samples" + (f", {result.replaced} replaced" if result.replaced else "")
+        )
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""What a run says: TensorBoard, metrics.jsonl, a progress bar, and one log file per rank.
+
+Curves continue across restarts. Steps behind the checkpoint that a run resumes from are purged, since they are made
+again, and each restart leaves a mark.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from crate_dist.config import Recipe
+from crate_dist.data.loader import BadSample
+from crate_dist.distributed import World
+from crate_dist.optim import Schedule
+from crate_dist.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient norm is not a number any more."""
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples than data.max_bad_fraction did not decode."""
+
+
+class Monitor:
+    """Collects what every step yields and reports it every few steps; rank 0 writes."""
+
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, world: World, device: torch.device, schedule: Schedule, step: int
+    ) -> None:
+        self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
+        self._device = device
+        self._bad_images = self._images = 0
+        self._reset()
+        self._writer: SummaryWriter | None = None
+        if world.is_main:
+            self._open_writer(step)
+        self._bar = tqdm(
+            total=schedule.total_steps,
+            initial=step,
+            unit="step",
+            disable=not (world.is_main and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+
+    def add(
+        self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, images: int, wait_s: float, step_s: float
+    ) -> None:
+        """Takes up one step of this rank; wait_s of its step_s seconds were spent waiting for data."""
+        self._losses.append(loss)
+        self._grad_norm, self._lr = grad_norm, lr
+        self._images += images
+        self._interval_images += images
+        self._wait_s += wait_s
+        self._busy_s += step_s
+        self._bar.update()
+
+    def add_bad(self, bad: Sequence[BadSample]) -> None:
+        """Records replaced samples by name. Raises TooManyBadSamples when they become too many."""
+        if not bad:
+            return
+        self._bad_images += len(bad)
+        with self._folder.bad_samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"rank": self._world.rank, **item._asdict()}) + "\n" for item in bad)
+        for item in bad:
+            logger.warning("replaced %s of %s: %s", item.key, item.shard, item.reason)
+        # The first few of a run say nothing yet about the share of them.
+        if self._bad_images > max(8, self._recipe.data.max_bad_fraction * self._images):
+            raise TooManyBadSamples(
+                f"{self._bad_images} of the first {self._images} samples of this rank do not decode, more than "
+                f"data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; they are listed in "
+                f"{self._folder.bad_samples}"
+            )
+
+    def report(self, step: int) -> None:
+        """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
+
+        Raises
+        ------
+        NotFinite: on every rank, when the loss of any or the gradient norm is not finite
+        """
+        if not self._losses:
+            return
+        mean_loss = torch.stack(self._losses).double().mean()
+        began = time.perf_counter()
+        norm = float(self._grad_norm)  # waits for the device to finish the step
+        self._busy_s += time.perf_counter() - began
+        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self._bad_images])
+        mine = mine.double().to(self._device)
+        mine[0] = mean_loss
+        every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
+        dist.all_gather(every, mine)
+        losses, images, busy, wait, bad = torch.stack(every).cpu().T
+        loss = float(losses.mean())
+        if not math.isfinite(loss) or not math.isfinite(norm) or norm < 0:  # DeepSpeed writes -1 for inf and nan
+            ranks = [rank for rank, value in enumerate(losses.tolist()) if not math.isfinite(value)]
+            raise NotFinite(
+                f"loss {loss}, gradient norm {norm if norm >= 0 else 'not finite'} at or shortly before step {step}"
+                + (f", first seen on rank {ranks[0]}" if ranks else "")
+                + "; the last checkpoint is intact. A lower optim.lr or a longer optim.warmup_epochs may help"
+            )
+        per_rank = (images / busy).tolist()
+        values = {
+            "train/loss": loss,
+            "train/lr": self._lr,
+            "train/grad_norm": norm,
+            "train/epoch": step / self._schedule.steps_per_epoch,
+            "speed/images_per_s": float(images.sum() / busy.max()),
+            "speed/data_wait_fraction": float((wait / busy).max()),
+            "data/bad_samples": float(bad.sum()),
+        }
+        self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
+        self._say(step, values)
+        self._reset()
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Writes the outcome of an evaluation: names such as "val/top1"."""
+        self._write(step, values)
+        if self._world.is_main:
+            text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+            logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
+
+    def flush(self) -> None:
+        """Brings everything to disk, so that a checkpoint never knows more than the curves do."""
+        if self._writer:
+            self._writer.flush()
+            os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        self._bar.close()
+        if self._writer:
+            self.flush()
+            self._writer.close()
+            self._lines.close()
+
+    def _open_writer(self, step: int) -> None:
+        restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
+        _truncate_lines(self._folder.metrics, step)
+        self._lines: TextIO = self._folder.metrics.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if restarts else None)
+        if not restarts:
+            self._writer.add_text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
+        else:
+            self._writer.add_scalar("run/restarts", restarts, step + 1)
+            text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
+            self._writer.add_text("run/restarted", text, step + 1)
+            logger.info(text)
+
+    def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
+        if not self._writer:
+            return
+        for name, value in {**values, **(curves_only or {})}.items():
+            self._writer.add_scalar(name, value, step)
+        line: dict[str, Any] = {"step": step, **values, "time": round(time.time(), 3)}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+    def _say(self, step: int, values: dict[str, float]) -> None:
+        if not self._world.is_main:
+            return
+        facts = (
+            f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.3g}  norm {values['train/grad_norm']:.3g}  "
+            f"{values['speed/images_per_s']:,.0f} images/s  data wait {values['speed/data_wait_fraction']:.0%}"
+        )
+        self._bar.set_postfix_str(facts)
+        left_images = (self._schedule.total_steps - step) * self._recipe.train.global_batch
+        left_s = left_images / max(values["speed/images_per_s"], 1e-9)
+        logger.info(
+            "step %d/%d  epoch %.2f/%d  %s  %s left",
+            step,
+            self._schedule.total_steps,
+            values["train/epoch"],
+            self._schedule.epochs,
+            facts,
+            tqdm.format_interval(left_s),
+        )
+
+    def _reset(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._interval_images, self._wait_s, self._busy_s = 0, 0.0, 0.0
+
+
+def start_logging(folder: RunFolder, world: World) -> None:
+    """Sends this rank's log to its file, and rank 0's to the terminal too, beside the progress bar."""
+    handlers: list[logging.Handler] = [logging.FileHandler(folder.log_file(world.rank), encoding="utf-8")]
+    if world.is_main:
+        handlers.append(_BesideTheBar())
+    form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
+    root = logging.getLogger()
+    for handler in handlers:
+        handler.setFormatter(form)
+    root.handlers = handlers
+    root.setLevel(logging.INFO)
+
+
+class _BesideTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno > logging.INFO or not sys.stderr.isatty() or not record.getMessage().startswith("step "):
+            tqdm.write(self.format(record), file=sys.stderr)  # with a bar in sight its postfix says the steps
+
+
+def _truncate_lines(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a crash cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["step"] <= step:
+            kept.append(text + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,172 @@
+"""The run folder: one run, one folder, one curve. Imports no torch.
+
+recipe.toml          the resolved recipe
+run.json             where the code came from, and each start of the run
+checkpoints/         step-00000500/ …, published whole or not at all
+tensorboard/         event files
+metrics.jsonl        one line per logged step
+bad_samples.jsonl    samples that did not decode and were replaced, by name
+logs/                one log per rank
+slurm/               what submitit wrote
+model-last.pt        the weights alone; model-best.pt beside it
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crate_dist.config import Recipe, RecipeError, load_recipe
+
+_VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what stands where in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def record_file(self) -> Path:
+        """Code version and starts."""
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of published checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        """One JSON object per replaced sample."""
+        return self.path / "bad_samples.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of rank logs."""
+        return self.path / "logs"
+
+    @property
+    def slurm(self) -> Path:
+        """Folder that submitit writes to."""
+        return self.path / "slurm"
+
+    def model(self, which: str) -> Path:
+        """The exported weights, `which` being "last" or "best"."""
+        return self.path / f"model-{which}.pt"
+
+    def log_file(self, rank: int) -> Path:
+        """The log of one rank."""
+        return self.logs / f"rank-{rank:05d}.log"
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises RecipeError unless the folder is new, empty, or of a run with the same mathematics."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RecipeError(f"{self.path} is a file; --run-dir takes a folder")
+        if not self.recipe_file.is_file():
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ("slurm", "logs"))
+            if foreign:
+                raise RecipeError(
+                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
+                    "give --run-dir a new or empty folder"
+                )
+            return
+        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            listing = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed)
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe:\n{listing}\n"
+                "to continue that run, give the same values; to start a new one, another --run-dir"
+            )
+
+    def open(self, recipe: Recipe) -> None:
+        """Creates the folder, or checks an existing one; then writes the recipe and the record.
+
+        Raises RecipeError as `check` does, or when the folder cannot be written.
+        """
+        self.check(recipe)
+        try:
+            for folder in (self.path, self.checkpoints, self.tensorboard, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.recipe_file, recipe.to_toml())
+            if not self.record_file.exists():
+                write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
+        except OSError as error:
+            raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+
+    def note_start(self, **facts: Any) -> int:
+        """Adds this start (time, host, and `facts`) to the record; returns how many there were before it."""
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record["starts"].append({"time": now, "host": platform.node(), "commit": code_version()["commit"], **facts})
+        write_whole(self.record_file, json.dumps(record, indent=1))
+        return len(record["starts"]) - 1
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run folder. Raises RecipeError when there is none."""
+    folder = RunFolder(Path(run_dir))
+    if not folder.recipe_file.is_file():
+        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
+    return load_recipe(folder.recipe_file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def code_version() -> dict[str, Any]:
+    """The git commit of the code (None outside a checkout), whether it was changed since, package versions."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for package in _VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": versions,
+    }

@@ -1,0 +1,262 @@
+"""Trains the recipe of a run folder, from wherever its newest checkpoint stands.
+
+    python -m crate_dist.train --arch crate_tiny --data /data/imagenet-shards
+
+starts one process; under torchrun or srun the same line is one rank of many. launch/local.py and launch/slurm.py
+start it for you.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from crate_dist import checkpoint
+from crate_dist.checkpoint import CheckpointError, Progress
+from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.loader import Batch, Share, eval_loader, train_loader
+from crate_dist.data.order import Order
+from crate_dist.distributed import World, detect_world, init_distributed
+from crate_dist.engine import Engine
+from crate_dist.evaluate import evaluate
+from crate_dist.metrics import Monitor, NotFinite, TooManyBadSamples, start_logging
+from crate_dist.models.archs import build_model
+from crate_dist.models.weights import export_model
+from crate_dist.optim import Schedule, learning_rate
+from crate_dist.run import RunFolder, read_recipe
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (RecipeError, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
+"""What a person can act on: shown as a message, without a traceback."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when train returns."""
+
+    step: int
+    finished: bool
+    best_top1: float
+    metrics: dict[str, float]
+
+
+def train(run_dir: Path) -> TrainResult:
+    """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
+
+    Raises
+    ------
+    RecipeError, ShardError, CheckpointError: before the first step, for what cannot work
+    NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
+    """
+    folder, recipe = RunFolder(Path(run_dir)), read_recipe(run_dir)
+    world = detect_world()
+    start_logging(folder, world)
+    device = init_distributed(world)
+    try:
+        return Trainer(folder, recipe, world, device).run()
+    finally:
+        dist.destroy_process_group()
+
+
+class Trainer:
+    """One rank of one run."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, world: World, device: torch.device) -> None:
+        self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
+        found = checkpoint.find_newest(folder.checkpoints, world, device)
+        self.progress = found.progress if found else Progress()
+        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        self.train_index, self.val_index = open_splits(recipe)
+        self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
+        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
+        model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
+        self.engine = Engine(model, recipe, device, micro_batch, accumulation)
+        if found:
+            self.engine.load(found)
+            logger.info("resumed from %s", found.path)
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
+
+    def run(self) -> TrainResult:
+        """The loop."""
+        self.catch_up_on_evaluation()
+        batches = self.batches()
+        while self.progress.step < self.last_step:
+            self.take_step(batches)
+            if self.reporting_is_due():
+                self.monitor.report(self.progress.step)
+            if self.evaluation_is_due():
+                self.evaluate()
+            if self.saving_is_due():
+                self.save()
+        self.export()
+        self.monitor.close()
+        return TrainResult(self.progress.step, True, self.progress.best_top1, dict(self.progress.metrics))
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches from the current step on."""
+        train, data = self.recipe.train, self.recipe.data
+        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
+        return train_loader(self.train_index, order, self.share, data, self.recipe.model.image_size, self.progress.step)
+
+    def take_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step, timed."""
+        lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
+        timed = _Timed(batches, self.monitor.add_bad)
+        began = time.perf_counter()
+        result = self.engine.step(timed, lr, self.progress.step)
+        images = self.share.micro_batch * self.share.accumulation
+        self.monitor.add(result.loss, result.grad_norm, lr, images, timed.wait_s, time.perf_counter() - began)
+        self.progress = replace(self.progress, step=self.progress.step + 1)
+
+    def reporting_is_due(self) -> bool:
+        """Every so many steps, and before every save, so that a resumed curve has the same points."""
+        return self.progress.step % self.recipe.log.every_steps == 0 or self.saving_is_due()
+
+    def evaluation_is_due(self) -> bool:
+        """At the first step after every so many whole epochs, and at the end; once per step."""
+        step, every = self.progress.step, self.recipe.log.eval_every_epochs
+        if self.val_index is None or step in (0, self.progress.evaluated_at):
+            return False
+        epochs = self.schedule.epochs_completed(step)
+        ended_just_now = epochs > self.schedule.epochs_completed(step - 1)
+        return (ended_just_now and epochs % every == 0) or step == self.last_step
+
+    def saving_is_due(self) -> bool:
+        """Every so many steps, after every evaluation, and at the end."""
+        step = self.progress.step
+        periodic = step % self.recipe.checkpoint.every_steps == 0
+        return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
+
+    def catch_up_on_evaluation(self) -> None:
+        """A run may have been ended between a save and the evaluation of the same step."""
+        if self.evaluation_is_due():
+            self.evaluate()
+            self.save()
+
+    def evaluate(self) -> None:
+        """Exact accuracy over the whole validation split."""
+        assert self.val_index is not None
+        loader = eval_loader(
+            self.val_index,
+            self.world.rank,
+            self.world.world_size,
+            self.recipe.data,
+            self.recipe.model.image_size,
+            self.recipe.train.micro_batch,
+        )
+        result = evaluate(self.engine.predict, loader, self.device)
+        self.monitor.evaluation(self.progress.step, result.scalars())
+        best = result.top1 > self.progress.best_top1
+        self.progress = replace(
+            self.progress,
+            evaluated_at=self.progress.step,
+            best_top1=max(result.top1, self.progress.best_top1),
+            best_step=self.progress.step if best else self.progress.best_step,
+            metrics=result.scalars(),
+        )
+
+    def save(self) -> None:
+        """Publishes a checkpoint of this step, then removes what need not be kept."""
+        self.monitor.flush()
+        saved = checkpoint.publish(
+            self.folder.checkpoints,
+            self.engine.state(),
+            self.engine.layouts,
+            self.progress,
+            self.world,
+            self.device,
+            recipe=self.recipe.mathematics(),
+        )
+        logger.info("saved %s", saved.path)
+        if self.world.is_main:
+            checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress.best_step)
+
+    def export(self) -> None:
+        """Writes the weights alone of the last and of the best checkpoint."""
+        if self.world.is_main:
+            for saved in checkpoint.list_checkpoints(self.folder.checkpoints):
+                for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
+                    if saved.step == step:
+                        export_model(
+                            self.folder.model(which), self.engine.module.config, saved.weights(), self.about(saved)
+                        )
+        dist.barrier()
+
+    def about(self, saved: checkpoint.Checkpoint) -> dict[str, object]:
+        """What an exported model says of itself."""
+        return {
+            "recipe": self.recipe.name,
+            "step": saved.step,
+            "epochs": saved.step / self.schedule.steps_per_epoch,
+            "metrics": dict(saved.progress.metrics),
+            "classes": list(self.train_index.classes),
+            "mean": list(self.recipe.data.mean),
+            "std": list(self.recipe.data.std),
+            "eval_short_side": self.recipe.data.eval_short_side,
+        }
+
+
+class _Timed:
+    """Passes micro-batches through, counting the seconds that were waited for them."""
+
+    def __init__(self, batches: Iterator[Batch], on_bad: Callable[[list], None]) -> None:
+        self._batches, self._on_bad = batches, on_bad
+        self.wait_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self.wait_s += time.perf_counter() - began
+        self._on_bad(batch.bad)
+        return batch
+
+
+def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
+    """The indexes of the training and validation split. Raises ShardError, RecipeError when they cannot be used."""
+    root = recipe.data_root()
+    train = ShardIndex.load(root / recipe.data.train_split)
+    val = ShardIndex.load(root / recipe.data.val_split) if recipe.data.val_split else None
+    if train.num_samples < recipe.train.global_batch:
+        raise RecipeError(
+            f"{train.root} has {train.num_samples} samples, fewer than one global batch of "
+            f"{recipe.train.global_batch}; --set train.global_batch={train.num_samples} or less would do"
+        )
+    if val is not None and list(val.classes) != list(train.classes):
+        raise ShardError(f"{train.root} and {val.root} do not have the same classes in the same order")
+    return train, val
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: resolves a recipe, opens the run folder, trains."""
+    parser = argparse.ArgumentParser(prog="python -m crate_dist.train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_recipe_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = recipe_from(arguments)
+        run_dir = arguments.run_dir or default_run_dir(recipe)
+        RunFolder(run_dir).open(recipe)
+        train(run_dir)
+    except EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Starts several ranks on this machine, for tests of what only happens between processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_dist.distributed import World, init_distributed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def spawn(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Calls function(world, device, *arguments) on `world_size` gloo ranks; their results in rank order.
+
+    An exception on any rank fails the test with that rank's traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_as_rank, args=(function, rank, world_size, port, folder, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=300)
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        results = []
+        for rank, process in enumerate(processes):
+            error = Path(folder, f"{rank}.error")
+            assert not error.exists(), f"rank {rank} of {world_size}:\n{error.read_text()}"
+            assert process not in hanging, f"rank {rank} of {world_size} did not end"
+            assert process.exitcode == 0, f"rank {rank} of {world_size} ended with {process.exitcode}"
+            results.append(torch.load(Path(folder, f"{rank}.pt"), weights_only=False))
+        return results
+
+
+def _as_rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
+    import traceback
+
+    os.environ.update(rank_environment(rank, world_size, port))
+    torch.set_num_threads(1)
+    world = World(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
+    try:
+        device = init_distributed(world)
+        torch.save(function(world, device, *arguments), Path(folder, f"{rank}.pt"))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)  # the others may wait for this rank in a collective; do not wait for them in turn
+
+
+@contextmanager
+def training(arguments: Sequence[str | Path], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """`python -m crate_dist.train …` on each of `world_size` ranks; whatever still runs at the end is killed."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "crate_dist.train", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, **rank_environment(rank, world_size, port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        yield processes
+    finally:
+        kill(processes)
+
+
+def kill(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """kill -9 for every process and its loader workers."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for process in processes:
+        process.communicate()
+
+
+def train_to_the_end(arguments: Sequence[str | Path], world_size: int) -> str:
+    """Runs the training; rank 0's output. Fails the test when a rank fails."""
+    with training(arguments, world_size) as processes:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        for rank, process in enumerate(processes):
+            assert process.returncode == 0, f"rank {rank} of {world_size}:\n{outputs[rank]}"
+    return outputs[0]
