@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,8 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ def spawn(function: Callable[..., Any], world_size: int, *arguments: Any) -> lis
 
     An exception on any rank fails the test with that rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from one clean process that has imported what takes seconds to import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crate_dist.engine", "crate_dist.checkpoint", "crate_dist.models.archs"])
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -88,43 +90,50 @@ def _as_rank(
         os._exit(1)  # the others may wait for this rank in a collective; do not wait for them in turn
 
 
-@contextmanager
-def training(arguments: Sequence[str | Path], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """`python -m crate_dist.train …` on each of `world_size` ranks; whatever still runs at the end is killed."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "crate_dist.train", *map(str, arguments)],
-            cwd=REPOSITORY,
-            env={**os.environ, **rank_environment(rank, world_size, port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        yield processes
-    finally:
-        kill(processes)
+class Training:
+    """`python -m crate_dist.train …` on several ranks of this machine."""
 
+    def __init__(self, arguments: Sequence[str | Path], world_size: int) -> None:
+        port = free_port()
+        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "crate_dist.train", *map(str, arguments)],
+                cwd=REPOSITORY,
+                env={**os.environ, **rank_environment(rank, world_size, port)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank, output in enumerate(self._outputs)
+        ]
 
-def kill(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """kill -9 for every process and its loader workers."""
-    for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    for process in processes:
-        process.communicate()
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def wait(self, timeout_s: float = 300) -> list[int]:
+        """The exit status of each rank."""
+        return [process.wait(timeout_s) for process in self.processes]
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank has written so far."""
+        self._outputs[rank].seek(0)
+        return self._outputs[rank].read()
+
+    def kill(self) -> None:
+        """kill -9 for every rank and its loader workers."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def train_to_the_end(arguments: Sequence[str | Path], world_size: int) -> str:
     """Runs the training; rank 0's output. Fails the test when a rank fails."""
-    with training(arguments, world_size) as processes:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        for rank, process in enumerate(processes):
-            assert process.returncode == 0, f"rank {rank} of {world_size}:\n{outputs[rank]}"
-    return outputs[0]
+    with Training(arguments, world_size) as run:
+        for rank, status in enumerate(run.wait()):
+            assert status == 0, f"rank {rank} of {world_size}:\n{run.output(rank)}"
+        return run.output()

@@ -1,0 +1,162 @@
+"""A checkpoint exists only when it is whole, and belongs to no cluster size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from crate_dist import checkpoint
+from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
+from crate_dist.distributed import World
+from tests.ranks import spawn
+
+pytestmark = pytest.mark.spawn
+
+LAYOUTS = [Layout(["a", "b"], [[3, 5], [4]]), Layout(["c"], [[7]])]
+
+
+def vectors(step: int) -> dict[str, list[torch.Tensor]]:
+    """What a run of LAYOUTS holds after `step`, unpartitioned: the numbers say kind, group, step and place."""
+    return {
+        kind: [torch.arange(g.numel) + 1000.0 * step + 100 * n + offset for n, g in enumerate(LAYOUTS)]
+        for kind, offset in (("fp32", 0.25), ("exp_avg", 0.5))
+    }
+
+
+def partitioned(step: int, rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
+    """One rank's share, cut as ZeRO cuts: equal parts, the last one padded."""
+    share = {}
+    for kind, groups in vectors(step).items():
+        share[kind] = []
+        for flat in groups:
+            size = -(-len(flat) // (2 * world_size)) * 2
+            padded = torch.cat([flat, torch.full((size * world_size - len(flat),), -1.0)])
+            share[kind].append(padded[rank * size : (rank + 1) * size].clone())
+    return share
+
+
+def save(world: World, device: torch.device, folder: Path, steps: list[int]) -> None:
+    for step in steps:
+        state = partitioned(step, world.rank, world.world_size)
+        checkpoint.publish(folder, state, LAYOUTS, Progress(step=step), world, device)
+
+
+def find(world: World, device: torch.device, folder: Path) -> int | str | None:
+    try:
+        found = checkpoint.find_newest(folder, world, device)
+    except CheckpointError as error:
+        return str(error)
+    return found.step if found else None
+
+
+def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: Path) -> str:
+    save(world, device, folder, [10])
+    state = partitioned(20, world.rank, world.world_size)
+    original = torch.save
+    if world.rank == 1:
+
+        def full_disk(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        torch.save = full_disk
+    try:
+        checkpoint.publish(folder, state, LAYOUTS, Progress(step=20), world, device)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        torch.save = original
+    return "saved"
+
+
+@pytest.fixture(scope="module")
+def saved_on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    spawn(save, 3, folder, [10, 20, 30])
+    return folder
+
+
+@pytest.fixture
+def folder(saved_on_three_ranks: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_on_three_ranks, tmp_path / "checkpoints")
+
+
+def test_every_interval_reads_back_as_it_was_saved(saved_on_three_ranks: Path) -> None:
+    saved = checkpoint.list_checkpoints(saved_on_three_ranks)[-1]
+    assert saved.step == 30
+    reader = StateReader(saved)
+    for kind, groups in vectors(30).items():
+        for group, flat in enumerate(groups):
+            for start in range(len(flat) + 1):
+                for stop in range(start, len(flat) + 4):
+                    out = torch.full((stop - start,), torch.nan)
+                    reader.copy(kind, group, start, out)
+                    expected = torch.cat([flat, torch.zeros(4)])[start:stop]
+                    assert torch.equal(out, expected)
+
+
+def test_the_weights_come_back_by_name(saved_on_three_ranks: Path) -> None:
+    weights = checkpoint.list_checkpoints(saved_on_three_ranks)[0].weights()
+    flat = vectors(10)["fp32"]
+    assert torch.equal(weights["a"], flat[0][:15].view(3, 5))
+    assert torch.equal(weights["b"], flat[0][15:])
+    assert torch.equal(weights["c"], flat[1])
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_last_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    errors = spawn(save_where_rank_1_cannot_write, 2, folder)
+    assert errors[0] == errors[1]
+    assert "step 20 was not saved: rank 1" in errors[0]
+    assert "No space left" in errors[0]
+    assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10]
+    assert [p.name for p in folder.iterdir()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest", "wrong world size"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, damage: str) -> None:
+    newest = folder / "step-00000030"
+    victim = newest / "rank-00001.pt"
+    manifest = newest / "manifest.json"
+    if damage == "flip":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif damage == "remove":
+        victim.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "world_size": 2}))
+    assert spawn(find, 2, folder) == [20, 20]
+
+
+def test_checkpoints_none_of_which_is_whole_stop_the_run(folder: Path) -> None:
+    for path in folder.iterdir():
+        (path / "rank-00002.pt").unlink()
+    message = spawn(find, 2, folder)[0]
+    assert "none of the 3 checkpoints" in message
+    assert "to start over" in message
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
+    assert spawn(find, 2, tmp_path / "nothing") == [None, None]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint(folder: Path) -> None:
+    (folder / "step-00000030").rename(folder / ".unfinished-00000030")
+    assert spawn(find, 2, folder) == [20, 20]
+    checkpoint.prune(folder, keep=5, best_step=-1)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_pruning_keeps_the_newest_and_the_best(folder: Path) -> None:
+    checkpoint.prune(folder, keep=1, best_step=10)
+    assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10, 30]
