@@ -63,14 +63,14 @@ class DataSection(Section):
 
     root: Path | None = Field(None, description=f"folder with train/ and val/ shards; unset: ${DATA_VARIABLE}")
     train_split: str = "train"
-    val_split: str | None = Field("val", description='unset with "": train without evaluation')
+    val_split: str = Field("val", description='"": train without evaluation')
     workers: int = Field(8, ge=0, description="loader processes per rank")
     lanes: Positive = Field(64, description="streams of shards that are read side by side; see order.py")
     window: Positive = Field(4096, description="samples that are shuffled together within a lane")
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: Fraction = 0.5
-    eval_short_side: Positive = Field(256, description="validation images are resized to it, then centre-cropped")
+    eval_crop: float = Field(0.875, gt=0, le=1, description="central share of a validation image's short side")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = Field(0.001, description="more undecodable samples than this stop the run")
@@ -89,15 +89,8 @@ class OptimSection(Section):
         "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
     )
     warmup_epochs: float = Field(5.0, ge=0)
-    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; 0 in TOML: no clipping")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = 0.1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _zero_means_no_clipping(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("grad_clip") == 0:
-            return {**values, "grad_clip": None}
-        return values
 
 
 class TrainSection(Section):
@@ -235,9 +228,6 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
 
 def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
     """Validates nested plain values. Raises RecipeError that names `origin` and each wrong key."""
-    raw = dict(raw)
-    if isinstance(raw.get("data"), Mapping) and raw["data"].get("val_split") == "":
-        raw["data"] = {**raw["data"], "val_split": None}
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -299,9 +289,9 @@ def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest(given: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    if not close:  # the right word in the wrong section
-        close = [key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2]][:1]
+    last = given.rpartition(".")[2]
+    close = [key for key in known if key.rpartition(".")[2] == last]  # the right word in the wrong section
+    close = close or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

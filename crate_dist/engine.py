@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,10 @@ from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
 logger = logging.getLogger(__name__)
+
+# What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int) -> di
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.grad_clip or 0.0,
+        "gradient_clipping": recipe.optim.grad_clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 2, "round_robin_gradients": False},
         "data_types": {"grad_accum_dtype": "fp32"},

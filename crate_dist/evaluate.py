@@ -82,7 +82,7 @@ def load_for_evaluation(source: Path) -> tuple[CRATE, DataSection | None, str]:
     """
     if not source.is_dir():
         model, meta = load_model(source)
-        known = {key: meta[key] for key in ("mean", "std", "eval_short_side") if key in meta}
+        known = {key: meta[key] for key in ("mean", "std", "eval_crop") if key in meta}
         return model.float(), DataSection(**known) if known else None, str(source)
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:

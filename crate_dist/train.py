@@ -23,9 +23,10 @@ from crate_dist import checkpoint
 from crate_dist.checkpoint import CheckpointError, Progress
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError, derive_batch
-from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Batch, Share, eval_loader, train_loader
 from crate_dist.data.order import Order
+from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, detect_world, init_distributed
 from crate_dist.engine import Engine
 from crate_dist.evaluate import evaluate
@@ -90,6 +91,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """The loop."""
+        self.greet()
         self.catch_up_on_evaluation()
         batches = self.batches()
         while self.progress.step < self.last_step:
@@ -100,9 +102,35 @@ class Trainer:
                 self.evaluate()
             if self.saving_is_due():
                 self.save()
+        del batches  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
         self.export()
         self.monitor.close()
+        self.conclude()
         return TrainResult(self.progress.step, True, self.progress.best_top1, dict(self.progress.metrics))
+
+    def greet(self) -> None:
+        """Says what is about to happen."""
+        model, share = self.engine.module, self.share
+        logger.info(
+            "%s, %.2f M parameters, %s on %d x %s; global batch %d = %d x %d accumulated x %d ranks; steps %d to %d",
+            self.recipe.model.arch,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            self.recipe.train.precision,
+            self.world.world_size,
+            self.device.type,
+            share.global_batch,
+            share.micro_batch,
+            share.accumulation,
+            share.world_size,
+            self.progress.step,
+            self.last_step,
+        )
+
+    def conclude(self) -> None:
+        """Says what has come of it."""
+        best = self.progress
+        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
+        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the current step on."""
@@ -204,7 +232,7 @@ class Trainer:
             "classes": list(self.train_index.classes),
             "mean": list(self.recipe.data.mean),
             "std": list(self.recipe.data.std),
-            "eval_short_side": self.recipe.data.eval_short_side,
+            "eval_crop": self.recipe.data.eval_crop,
         }
 
 
@@ -224,21 +252,6 @@ class _Timed:
         self.wait_s += time.perf_counter() - began
         self._on_bad(batch.bad)
         return batch
-
-
-def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indexes of the training and validation split. Raises ShardError, RecipeError when they cannot be used."""
-    root = recipe.data_root()
-    train = ShardIndex.load(root / recipe.data.train_split)
-    val = ShardIndex.load(root / recipe.data.val_split) if recipe.data.val_split else None
-    if train.num_samples < recipe.train.global_batch:
-        raise RecipeError(
-            f"{train.root} has {train.num_samples} samples, fewer than one global batch of "
-            f"{recipe.train.global_batch}; --set train.global_batch={train.num_samples} or less would do"
-        )
-    if val is not None and list(val.classes) != list(train.classes):
-        raise ShardError(f"{train.root} and {val.root} do not have the same classes in the same order")
-    return train, val
 
 
 def main(argv: list[str] | None = None) -> int:

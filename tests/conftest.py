@@ -74,7 +74,7 @@ patch_size = 8
 workers = 1
 lanes = 4
 window = 32
-eval_short_side = 32
+eval_crop = 1.0
 mean = [0.5, 0.5, 0.5]
 std = [0.5, 0.5, 0.5]
 

@@ -93,7 +93,7 @@ def _as_rank(
 class Training:
     """`python -m crate_dist.train …` on several ranks of this machine."""
 
-    def __init__(self, arguments: Sequence[str | Path], world_size: int) -> None:
+    def __init__(self, arguments: Sequence[object], world_size: int) -> None:
         port = free_port()
         self._outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115
         self.processes = [
@@ -131,7 +131,7 @@ class Training:
             process.wait()
 
 
-def train_to_the_end(arguments: Sequence[str | Path], world_size: int) -> str:
+def train_to_the_end(arguments: Sequence[object], world_size: int) -> str:
     """Runs the training; rank 0's output. Fails the test when a rank fails."""
     with Training(arguments, world_size) as run:
         for rank, status in enumerate(run.wait()):

@@ -29,7 +29,7 @@ def vectors(step: int) -> dict[str, list[torch.Tensor]]:
 
 def partitioned(step: int, rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     """One rank's share, cut as ZeRO cuts: equal parts, the last one padded."""
-    share = {}
+    share: dict[str, list[torch.Tensor]] = {}
     for kind, groups in vectors(step).items():
         share[kind] = []
         for flat in groups:
@@ -62,7 +62,7 @@ def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: P
         def full_disk(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        torch.save = full_disk
+        torch.save = full_disk  # type: ignore[assignment]
     try:
         checkpoint.publish(folder, state, LAYOUTS, Progress(step=20), world, device)
     except CheckpointError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.ranks import Training, train_to_the_end
 pytestmark = pytest.mark.spawn
 
 
-def lines(run: Path) -> list[dict]:
+def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
 
 
@@ -34,19 +35,19 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> tuple[list, Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> tuple[list[object], Path]:
     """The arguments of a run on two ranks, and its folder when it was never disturbed."""
     from tests.conftest import SMALL_RECIPE
 
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "small.toml"
     recipe.write_text(SMALL_RECIPE)
-    arguments = ["--config", recipe, "--data", cast_shards]
+    arguments: list[object] = ["--config", recipe, "--data", cast_shards]
     train_to_the_end([*arguments, "--run-dir", folder / "run"], world_size=2)
     return arguments, folder / "run"
 
 
-def test_a_run_learns_and_leaves_what_it_promises(undisturbed: tuple[list, Path]) -> None:
+def test_a_run_learns_and_leaves_what_it_promises(undisturbed: tuple[list[object], Path]) -> None:
     _, run = undisturbed
     folder = RunFolder(run)
     curve = losses(run)
@@ -62,7 +63,7 @@ def test_a_run_learns_and_leaves_what_it_promises(undisturbed: tuple[list, Path]
     assert record["code"]["packages"]["torch"]
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list, Path]) -> None:
+def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list[object], Path]) -> None:
     _, run = undisturbed
     saved = list_checkpoints(RunFolder(run).checkpoints)
     best = saved[-1].progress.best_step
@@ -71,7 +72,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list, P
 
 
 def test_killed_with_9_and_started_again_it_ends_bit_for_bit_the_same(
-    undisturbed: tuple[list, Path], tmp_path: Path
+    undisturbed: tuple[list[object], Path], tmp_path: Path
 ) -> None:
     arguments, run = undisturbed
     arguments = [*arguments, "--run-dir", tmp_path / "run"]
@@ -92,7 +93,7 @@ def test_killed_with_9_and_started_again_it_ends_bit_for_bit_the_same(
 
 
 def test_on_another_number_of_ranks_it_goes_on_with_the_same_batches(
-    undisturbed: tuple[list, Path], tmp_path: Path
+    undisturbed: tuple[list[object], Path], tmp_path: Path
 ) -> None:
     arguments, run = undisturbed
     arguments = [*arguments, "--run-dir", tmp_path / "run"]
@@ -106,7 +107,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_batches(
     assert all(here[step] == there[step] for step in range(1, 8))
 
 
-def test_a_complete_run_started_again_says_so_and_changes_nothing(undisturbed: tuple[list, Path]) -> None:
+def test_a_complete_run_started_again_says_so_and_changes_nothing(undisturbed: tuple[list[object], Path]) -> None:
     arguments, run = undisturbed
     before = weights(run)
     train_to_the_end([*arguments, "--run-dir", run], world_size=1)
@@ -114,7 +115,7 @@ def test_a_complete_run_started_again_says_so_and_changes_nothing(undisturbed: t
     assert list(losses(run)) == list(range(1, 26))
 
 
-def test_another_recipe_in_the_same_folder_is_refused(undisturbed: tuple[list, Path]) -> None:
+def test_another_recipe_in_the_same_folder_is_refused(undisturbed: tuple[list[object], Path]) -> None:
     arguments, run = undisturbed
     with Training([*arguments, "--run-dir", run, "--set", "optim.lr=1e-3"], world_size=1) as refused:
         assert refused.wait() == [1]
@@ -126,7 +127,7 @@ def test_another_recipe_in_the_same_folder_is_refused(undisturbed: tuple[list, P
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_checkpoint_intact(
     cast_shards: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
+    arguments: list[object] = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
     arguments += ["--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0", "--set", "checkpoint.every_steps=1"]
     with Training(arguments, world_size=2) as stopped:
         assert stopped.wait() == [1, 1]

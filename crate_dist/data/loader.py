@@ -160,7 +160,7 @@ def eval_loader(
     index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int
 ) -> DataLoader[Batch]:
     """This rank's share of a split, once."""
-    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, max(data.eval_short_side, size)))
+    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, round(size / data.eval_crop)))
     return _loader(batches, range(len(batches)), data.workers)
 
 

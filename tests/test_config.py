@@ -1,0 +1,113 @@
+"""A recipe: TOML < command line, and an unknown key names the nearest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe
+
+RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_survives_being_written(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    copy = tmp_path / "recipe.toml"
+    copy.write_text(recipe.to_toml())
+    assert load_recipe(copy) == recipe
+    assert recipe.train.global_batch % recipe.lanes == 0
+
+
+def test_the_paper_s_and_the_published_code_s_values_are_there() -> None:
+    paper, published = load_recipe("crate_large"), load_recipe("crate_large_reference")
+    assert (paper.train.global_batch, paper.train.epochs, paper.optim.lr, paper.optim.weight_decay) == (
+        2048,
+        150,
+        2.4e-4,
+        0.5,
+    )
+    assert (published.train.global_batch, published.train.epochs, published.optim.lr) == (512, 200, 2e-4)
+    assert published.optim.weight_decay == 0.05
+    assert published.optim.grad_clip == 0
+    assert {f"crate_{size}{kind}" for size in ("tiny", "small", "base", "large") for kind in ("", "_reference")} < set(
+        RECIPES
+    )
+
+
+def test_the_command_line_wins_over_the_file() -> None:
+    recipe = load_recipe(
+        "crate_base",
+        ["optim.lr=1e-3", "data.crop_scale=[0.2, 1.0]", "cluster.partition=gpu-a100", "data.val_split=''"],
+        train__seed=7,
+        cluster__account=None,
+    )
+    assert recipe.optim.lr == 1e-3
+    assert recipe.data.crop_scale == (0.2, 1.0)
+    assert recipe.cluster.partition == "gpu-a100"
+    assert recipe.data.val_split == ""
+    assert recipe.train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.learning_rate=1", "unknown key 'optim.learning_rate'"),
+        ("optim.weight_deca=1", "did you mean 'optim.weight_decay'"),
+        ("train.lr=1", "did you mean 'optim.lr'"),
+        ("optim.lr", "expected section.key=value"),
+        ("train.epochs=many", "train.epochs: "),
+        ("train.epochs=0", "greater than 0, not 0"),
+        ("model.arch=crate_huge", "crate_large"),
+        ("model.patch_size=15", "image_size 224 is no multiple of patch_size 15; 210 would be"),
+        ("optim.name=sgd", "'lion' or 'adamw'"),
+    ],
+)
+def test_a_wrong_override_says_what_would_do(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("crate_base", [override])
+    assert expected in str(caught.value)
+
+
+def test_a_wrong_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'crate_large'"):
+        load_recipe("crate_larg")
+    path = tmp_path / "broken.toml"
+    path.write_text("[model")
+    with pytest.raises(RecipeError, match="is not TOML"):
+        load_recipe(path)
+    path.write_text('[model]\narch = "crate_tiny"\n[optim]\nlr = 1\nwarmup = 3\n[train]\nglobal_batch = 1\nepochs = 1')
+    with pytest.raises(
+        RecipeError, match=r"broken.toml(.|\n)*unknown key 'optim.warmup' \(did you mean 'optim.warmup_ep"
+    ):
+        load_recipe(path)
+
+
+@given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 512))
+def test_the_cluster_does_not_change_the_global_batch(global_batch: int, world_size: int, largest: int) -> None:
+    if global_batch % world_size:
+        with pytest.raises(RecipeError, match=f"batch of {global_batch} does not divide over {world_size} ranks"):
+            derive_batch(global_batch, world_size, largest)
+        return
+    micro, accumulation = derive_batch(global_batch, world_size, largest)
+    assert micro * accumulation * world_size == global_batch
+    assert micro <= largest
+
+
+def test_a_batch_that_does_not_divide_says_which_numbers_would() -> None:
+    with pytest.raises(
+        RecipeError, match=r"2048 does not divide over 24 ranks; it does over 4, 8, 16, 32.*=2040 or 2064"
+    ):
+        derive_batch(2048, 24, 128)
+
+
+def test_only_what_decides_the_result_is_held_against_a_resume() -> None:
+    recipe = load_recipe("crate_base")
+    same = load_recipe("crate_base", ["data.workers=1", "train.micro_batch=8", "cluster.nodes=9", "log.every_steps=1"])
+    other = load_recipe("crate_base", ["data.window=17"])
+    assert isinstance(recipe, Recipe)
+    assert recipe.mathematics() == same.mathematics()
+    assert recipe.mathematics() != other.mathematics()

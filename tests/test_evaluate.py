@@ -1,0 +1,99 @@
+"""Evaluation counts every sample once, at any number of ranks, and as a command on anything that holds weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crate_dist.config import DataSection, ModelSection
+from crate_dist.data.index import ShardIndex
+from crate_dist.data.loader import Normalize, eval_loader
+from crate_dist.distributed import World
+from crate_dist.evaluate import Evaluation, evaluate
+from crate_dist.models.archs import build_model
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights import export_model, export_reference
+from tests.ranks import REPOSITORY, spawn, train_to_the_end
+
+pytestmark = pytest.mark.spawn
+
+DATA = DataSection(workers=0, eval_crop=1.0)
+
+
+def model() -> CRATE:
+    return build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 4, seed=3).eval()
+
+
+def evaluate_on_ranks(world: World, device: torch.device, shards: Path) -> Evaluation:
+    index, net, normalize = ShardIndex.load(shards / "val"), model(), Normalize(DATA, device, torch.float32)
+    batches = eval_loader(index, world.rank, world.world_size, DATA, 32, batch=8)
+    return evaluate(lambda images: net(normalize(images)), batches, device)
+
+
+def by_hand(shards: Path) -> tuple[float, float]:
+    """Accuracy in per cent and loss of model() on the whole split in one batch."""
+    index = ShardIndex.load(shards / "val")
+    (batch,) = eval_loader(index, 0, 1, DATA, 32, batch=1000)
+    with torch.no_grad():
+        logits = model()(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))
+    right = (logits.argmax(dim=1) == batch.labels).float().mean()
+    return 100 * float(right), float(F.cross_entropy(logits, batch.labels))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_result_is_that_of_all_samples_once_at_any_number_of_ranks(cast_shards: Path, world_size: int) -> None:
+    top1, loss = by_hand(cast_shards)
+    for result in spawn(evaluate_on_ranks, world_size, cast_shards):
+        assert result.samples == 37
+        assert result.top1 == pytest.approx(top1)
+        assert result.top5 == 100  # of four classes
+        assert result.loss == pytest.approx(loss, rel=1e-5)
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "crate_dist.evaluate", *map(str, arguments)]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoint(
+    cast_shards: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_to_the_end(["--config", small_recipe, "--data", cast_shards, "--run-dir", run], world_size=1)
+    exported = torch.load(run / "model-last.pt", weights_only=True)
+    net = model()
+    net.load_state_dict(exported["state_dict"])
+    export_reference(tmp_path / "reference.pth.tar", net.config, net.state_dict())
+    outputs = []
+    for source, extra in (
+        (run, ()),
+        (run / "checkpoints" / "step-00000025", ()),
+        (run / "model-last.pt", ("--data", cast_shards)),
+    ):
+        done = command(source, *extra)
+        assert done.returncode == 0, done.stderr
+        assert "37 samples" in done.stdout
+        outputs.append(done.stdout.partition(": ")[2])
+    assert len(set(outputs)) == 1, outputs
+    done = command(tmp_path / "reference.pth.tar", "--data", cast_shards)
+    assert "37 samples" in done.stdout, done.stderr
+
+
+def test_what_cannot_be_evaluated_is_named(cast_shards: Path, tmp_path: Path) -> None:
+    net = model()
+    export_model(tmp_path / "model.pt", net.config, net.state_dict())
+    for arguments, expected in (
+        ((tmp_path / "nothing.pt", "--data", cast_shards), "nothing.pt"),
+        ((tmp_path, "--data", cast_shards), "manifest.json"),
+        ((tmp_path / "model.pt", "--data", tmp_path), "no folder"),
+        ((tmp_path / "model.pt",), "no data folder"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
