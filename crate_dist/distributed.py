@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -132,6 +133,16 @@ def init_distributed(world: World, timeout_s: float = 1800.0) -> torch.device:
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     return device
+
+
+def leave_distributed() -> None:
+    """Leaves the process group, also after an error, when other ranks may be waiting in a collective for ever.
+
+    gloo's is left at once, and its threads would abort an interpreter that ended with them. nccl's would wait for the
+    others: after an error it is left to the end of the process.
+    """
+    if dist.get_backend() == "gloo" or sys.exc_info()[0] is None:
+        dist.destroy_process_group()
 
 
 def all_agree(ok: bool, device: torch.device) -> bool:

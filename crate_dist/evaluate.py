@@ -73,8 +73,18 @@ def evaluate(
     return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
 
 
-def load_for_evaluation(source: Path) -> tuple[CRATE, DataSection | None, str]:
-    """(fp32 model, how its run prepared images if that is known, what it is) of a run, a checkpoint or a file.
+@dataclass(frozen=True)
+class Subject:
+    """What is to be evaluated: an fp32 model, how its run prepared images, as far as that is known, and its name."""
+
+    model: CRATE
+    data: DataSection
+    precision: str
+    name: str
+
+
+def load_subject(source: Path) -> Subject:
+    """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     Raises
     ------
@@ -83,7 +93,7 @@ def load_for_evaluation(source: Path) -> tuple[CRATE, DataSection | None, str]:
     if not source.is_dir():
         model, meta = load_model(source)
         known = {key: meta[key] for key in ("mean", "std", "eval_crop") if key in meta}
-        return model.float(), DataSection(**known) if known else None, str(source)
+        return Subject(model.float(), DataSection(**known), meta.get("precision", "fp32"), str(source))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -98,7 +108,7 @@ def load_for_evaluation(source: Path) -> tuple[CRATE, DataSection | None, str]:
     weights = saved.weights()
     model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
     model.load_state_dict(weights)
-    return model, recipe.data, str(saved.path)
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,35 +125,37 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", type=int, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the products [%(default)s]")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the products [as in training]")
     arguments = parser.parse_args(argv)
     world = detect_world()
     try:
-        model, data, name = load_for_evaluation(arguments.model)
-        data = data or DataSection()
-        root = arguments.data or data.root or os.environ.get(DATA_VARIABLE)
+        subject = load_subject(arguments.model)
+        root = arguments.data or subject.data.root or os.environ.get(DATA_VARIABLE)
         if root is None:
             raise RecipeError(f"no data folder: give --data DIR or export {DATA_VARIABLE}=DIR")
         index = ShardIndex.load(Path(root) / arguments.split)
-        if index.num_classes > model.config.num_classes:
-            raise RecipeError(f"{index.root} has {index.num_classes} classes, the model {model.config.num_classes}")
+        if index.num_classes > subject.model.config.num_classes:
+            raise RecipeError(
+                f"{index.root} has {index.num_classes} classes, the model only {subject.model.config.num_classes}"
+            )
     except (CheckpointError, WeightsError, RecipeError, ShardError) as error:
         if world.is_main:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     device = init_distributed(world)
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    model = model.to(device, dtype).eval()
-    normalize = Normalize(data, device, dtype)
-    section = data.model_copy(update={"workers": arguments.workers})
+    dtype = torch.bfloat16 if (arguments.precision or subject.precision) == "bf16" else torch.float32
+    model = subject.model.to(device, dtype).eval()
+    normalize = Normalize(subject.data, device, dtype)
+    section = subject.data.model_copy(update={"workers": arguments.workers})
     side = model.config.image_size
     batches = eval_loader(index, world.rank, world.world_size, section, side, arguments.batch)
     shown = tqdm(batches, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
     result = evaluate(lambda images: model(normalize(images)), shown, device)
     if world.is_main:
         print(  # noqa: T201
-            f"{name} on {index.root}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}, "
-            f"{result.samples:,} samples" + (f", {result.replaced} replaced" if result.replaced else "")
+            f"{subject.name} on {index.root}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+            f"loss {result.loss:.4f}, {result.samples:,} samples"
+            + (f", {result.replaced} replaced" if result.replaced else "")
         )
     dist.destroy_process_group()
     return 0

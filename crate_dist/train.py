@@ -27,7 +27,7 @@ from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Batch, Share, eval_loader, train_loader
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
-from crate_dist.distributed import World, detect_world, init_distributed
+from crate_dist.distributed import World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import Engine
 from crate_dist.evaluate import evaluate
 from crate_dist.metrics import Monitor, NotFinite, TooManyBadSamples, start_logging
@@ -52,22 +52,25 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(run_dir: Path) -> TrainResult:
+def train(run_dir: Path, recipe: Recipe | None = None) -> TrainResult:
     """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
+
+    recipe: opens the run folder with it, on rank 0; None: the folder has been opened, and knows its recipe
 
     Raises
     ------
     RecipeError, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
     """
-    folder, recipe = RunFolder(Path(run_dir)), read_recipe(run_dir)
-    world = detect_world()
-    start_logging(folder, world)
+    folder, world = RunFolder(Path(run_dir)), detect_world()
     device = init_distributed(world)
     try:
-        return Trainer(folder, recipe, world, device).run()
+        if recipe is not None:
+            _open_once(folder, recipe, world)
+        start_logging(folder, world)
+        return Trainer(folder, read_recipe(run_dir), world, device).run()
     finally:
-        dist.destroy_process_group()
+        leave_distributed()
 
 
 class Trainer:
@@ -232,8 +235,22 @@ class Trainer:
             "classes": list(self.train_index.classes),
             "mean": list(self.recipe.data.mean),
             "std": list(self.recipe.data.std),
+            "precision": self.recipe.train.precision,
             "eval_crop": self.recipe.data.eval_crop,
         }
+
+
+def _open_once(folder: RunFolder, recipe: Recipe, world: World) -> None:
+    """Rank 0 opens the run folder, the others learn how that went: together they would trip over each other."""
+    problem = ""
+    if world.is_main:
+        try:
+            folder.open(recipe)
+        except RecipeError as error:
+            problem = str(error)
+    problem = gather_objects(problem)[0]
+    if problem:
+        raise RecipeError(problem)
 
 
 class _Timed:
@@ -262,9 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         recipe = recipe_from(arguments)
-        run_dir = arguments.run_dir or default_run_dir(recipe)
-        RunFolder(run_dir).open(recipe)
-        train(run_dir)
+        train(arguments.run_dir or default_run_dir(recipe), recipe)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
