@@ -1,0 +1,197 @@
+"""Shards that stand already: building an index for those of others, checking them against the index they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crate_dist.data.images import BadImage, check_decodes
+from crate_dist.data.index import INDEX_JSON, Shard, ShardError, ShardIndex
+from crate_dist.data.journal import missing_shards, read_identity
+from crate_dist.data.pool import advance, run_parallel
+from crate_dist.data.program import progress_bar
+from crate_dist.data.scan import LabelRule, ShardScan, scan_shard
+
+
+@dataclass(frozen=True)
+class Classes:
+    """ids: position = label; names: for people, same length."""
+
+    ids: Sequence[str]
+    names: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Classes:
+        """One class a line: its id, and after a tab a name for people; `n01440764 tench, Tinca tinca` is taken too.
+
+        Raises ShardError.
+        """
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ShardError(f"cannot read the classes in {path}: {error}") from error
+        parts = [re.fullmatch(r"(n[0-9]{8}) +(.+)|([^\t]+)\t+(.+)", line) for line in lines]
+        ids = [(part[1] or part[3]) if part else line for part, line in zip(parts, lines, strict=True)]
+        names = [(part[2] or part[4]) if part else line for part, line in zip(parts, lines, strict=True)]
+        if not ids or len(set(ids)) != len(ids):
+            raise ShardError(f"{path}: expected one class a line, " + ("none twice" if ids else "and it is empty"))
+        return cls(ids, names)
+
+    @classmethod
+    def numbered(cls, number: int) -> Classes:
+        """Classes that nothing is known of but their number."""
+        ids = [str(label) for label in range(number)]
+        return cls(ids, ids)
+
+
+@dataclass(frozen=True)
+class _ScanTask:
+    path: Path
+    label: LabelRule
+    num_classes: int | None
+
+
+@dataclass(frozen=True)
+class _VerifyTask:
+    path: Path
+    shard: Shard
+    rows: np.ndarray
+    label: LabelRule
+    num_classes: int
+    decode: bool
+
+
+def split_folders(root: Path) -> list[Path]:
+    """The folders of shards that a path means: itself, or those in it. Raises ShardError when there are none."""
+    if not root.is_dir():
+        raise ShardError(f"no folder {root}; give a folder of shards, or one that holds such folders")
+    if _holds_shards(root):
+        return [root]
+    found = sorted(path for path in root.iterdir() if path.is_dir() and _holds_shards(path))
+    if not found:
+        raise ShardError(f"no shards (*.tar) in {root} nor in the folders in it")
+    return found
+
+
+def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | None, workers: int) -> list[ShardIndex]:
+    """Scans all shards of all splits and writes their indexes, with one numbering of classes for all of them.
+
+    Without `classes`, those that the splits' present indexes name are kept, and else they are numbered up to the
+    largest label. Raises ShardError; an index that stands is replaced only when all shards could be read.
+    """
+    before = [_present_index(folder) for folder in folders]
+    for folder, meta in zip(folders, before, strict=True):
+        missing = missing_shards(folder)
+        if missing or (meta is None and read_identity(folder) is not None):
+            lost = f", {len(missing)} shards are missing, the first is {missing[0]}" if missing else ""
+            raise ShardError(
+                f"{folder} is a conversion that is not finished or was damaged{lost}; "
+                "the command that converted it writes what is missing, and the index"
+            )
+    if classes is None and (known := [meta for meta in before if meta]):
+        classes = Classes(known[0]["classes"], known[0]["class_names"])
+    number = len(classes.ids) if classes else None
+    paths = [path for folder in folders for path in _shards_in(folder)]
+    scans: dict[Path, ShardScan] = {}
+    with progress_bar("indexing", sum(path.stat().st_size for path in paths), "B") as bar:
+        tasks = [_ScanTask(path, label, number) for path in paths]
+        for path, scan in run_parallel(_scan, tasks, min(workers, len(tasks)), bar):
+            scans[path] = scan
+    if not any(len(scan.rows) for scan in scans.values()):
+        raise ShardError(f"no samples in the shards of {', '.join(map(str, folders))}")
+    if classes is None:
+        classes = Classes.numbered(1 + max(int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)))
+    indexes = []
+    for folder, meta in zip(folders, before, strict=True):
+        ordered = [scans[path] for path in _shards_in(folder)]
+        rows, shards = np.concatenate([scan.rows for scan in ordered]), [scan.shard for scan in ordered]
+        made_by = {**(meta["made_by"] if meta else {"program": "data_prep/index.py"}), "label": str(label)}
+        indexes.append(ShardIndex(folder, shards, rows, classes.ids, classes.names, made_by))
+    for index in indexes:
+        index.save()
+    return indexes
+
+
+def verify_split(index: ShardIndex, decode: bool, workers: int) -> Iterator[tuple[str, str]]:
+    """(shard, what is wrong with it) for each shard that is not what the index says, as they are found."""
+    rule = LabelRule.parse(index.made_by.get("label", "cls"))
+    ends = np.cumsum(index.shard_sizes)
+    tasks = (
+        _VerifyTask(
+            index.root / shard.name, shard, np.array(index.rows[end - shard.samples : end]), rule,
+            index.num_classes, decode,
+        )
+        for shard, end in zip(index.shards, ends, strict=True)
+    )  # fmt: skip
+    with progress_bar(index.root.name, sum(shard.bytes for shard in index.shards), "B") as bar:
+        for name, problem in run_parallel(_verify, tasks, min(workers, len(index.shards)), bar):
+            if problem is not None:
+                yield name, problem
+
+
+def _scan(task: _ScanTask) -> tuple[Path, ShardScan]:
+    scan = scan_shard(task.path, task.label, task.num_classes)
+    advance(scan.shard.bytes)
+    return task.path, scan
+
+
+def _verify(task: _VerifyTask) -> tuple[str, str | None]:
+    problem = _problem(task)
+    advance(task.shard.bytes)
+    return task.shard.name, problem
+
+
+def _problem(task: _VerifyTask) -> str | None:
+    try:
+        size = task.path.stat().st_size
+        if size != task.shard.bytes:
+            return f"{size:,} bytes, the index says {task.shard.bytes:,}"
+        scan = scan_shard(task.path, task.label, task.num_classes)
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ShardError) as error:
+        return str(error)
+    if scan.shard.sha256 != task.shard.sha256:
+        return "its sha256 is not the one in the index: some of its bytes have changed"
+    if not np.array_equal(scan.rows, task.rows):
+        return "the offsets, sizes or labels in index.npy are not those in the shard"
+    return _undecodable(task) if task.decode else None
+
+
+def _undecodable(task: _VerifyTask) -> str | None:
+    with task.path.open("rb") as file:
+        for number, row in enumerate(task.rows):
+            advance(0)
+            try:
+                check_decodes(os.pread(file.fileno(), int(row["size"]), int(row["offset"])))
+            except BadImage as error:
+                return f"its image number {number}, at byte {row['offset']}: {error}"
+    return None
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def _holds_shards(folder: Path) -> bool:
+    return (folder / INDEX_JSON).is_file() or bool(_shards_in(folder))
+
+
+def _present_index(folder: Path) -> dict[str, Any] | None:
+    path = folder / INDEX_JSON
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # damaged, and about to be replaced
+    if not isinstance(meta, dict) or not {"version", "shards", "classes", "class_names", "made_by"} <= meta.keys():
+        raise ShardError(f"{path} is not an index of this project; move it away, its name is needed")
+    return meta

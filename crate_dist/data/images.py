@@ -1,0 +1,131 @@
+"""What happens to one image on its way into a shard.
+
+A plain JPEG, colour or greyscale, passes byte for byte. Everything else becomes an RGB JPEG (grey stays grey): CMYK
+and YCCK JPEGs, and other formats whatever their file is called (ImageNet has a PNG named .JPEG). EXIF rotation is not
+applied, as users of ImageNet and torchvision expect; such images are counted. Transparency and colour profiles are
+dropped, also as torchvision does; of an animation the first frame is taken. The same bytes give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from crate_dist.data.transforms import MAX_PIXELS, BadImage
+
+DEFAULT_QUALITY = 95
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+"""Pillow would also open EPS and others through external programs."""
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What the conversion was asked to do to every image.
+
+    short_side: larger images are resized to it, in pixels; quality: re-encode all images with this JPEG quality;
+    verify: decode also those that pass byte for byte
+    """
+
+    short_side: int | None = None
+    quality: int | None = None
+    verify: bool = False
+
+    @property
+    def changes_sizes(self) -> bool:
+        """Whether the bytes written may differ much from the bytes read."""
+        return self.short_side is not None or self.quality is not None
+
+
+def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
+    """The JPEG that goes into the shard, and what is to be counted about it.
+
+    Raises BadImage when the bytes are no image, are cut off, do not decode, or would be a decompression bomb. Of a
+    JPEG that passes byte for byte only headers and end are looked at, unless they look odd or `verify` is set.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oddities are counted, not told one by one
+        try:
+            return _treat(data, treatment)
+        except BadImage:
+            raise
+        except Exception as error:  # Pillow's parsers raise whatever the bytes make them trip over
+            raise BadImage(f"does not decode: {_reason(error)}") from error
+
+
+def check_decodes(data: bytes) -> None:
+    """Decodes an image fully. Raises BadImage."""
+    treat(data, Treatment(verify=True))
+
+
+def _treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"not an image of a known format; it starts with {data[:8]!r}") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels are refused as a decompression bomb")
+    counted = _oddities(image)
+    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it
+    too_large = treatment.short_side is not None and min(width, height) > treatment.short_side
+    if is_jpeg and image.mode in ("RGB", "L") and treatment.quality is None and not too_large:
+        if treatment.verify or not data.endswith(b"\xff\xd9"):
+            image.load()
+        return data, counted
+    if treatment.short_side is not None and too_large:
+        image = _resized(image, treatment.short_side)
+        counted.append("resized")
+    return _encoded(image, treatment.quality or DEFAULT_QUALITY), [*counted, "re-encoded"]
+
+
+def _oddities(image: Image.Image) -> list[str]:
+    counted = []
+    if image.format not in ("JPEG", "MPO"):
+        counted.append(str(image.format))
+    elif image.mode == "CMYK":
+        counted.append("CMYK")
+    if image.mode in ("1", "L", "LA"):
+        counted.append("greyscale")
+    if "exif" in image.info and _orientation(image) in range(2, 9):
+        counted.append("EXIF rotation (not applied)")
+    return counted
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # a broken EXIF block does not make a broken image
+        return None
+
+
+def _resized(image: Image.Image, short_side: int) -> Image.Image:
+    scale = short_side / min(image.size)
+    width, height = (max(round(length * scale), short_side) for length in image.size)
+    # The JPEG decoder may halve on the way, but leaves at least twice the size for the filter to work on.
+    image.draft(None, (2 * width, 2 * height))
+    return _rgb_or_grey(image).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _rgb_or_grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+def _encoded(image: Image.Image, quality: int) -> bytes:
+    out = io.BytesIO()
+    _rgb_or_grey(image).save(out, format="JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _reason(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]

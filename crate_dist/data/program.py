@@ -1,0 +1,90 @@
+"""How the programs of data_prep talk to a person: output, errors, progress, numbers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from crate_dist.data.index import ShardError
+
+INTERRUPTED = 130
+
+
+def run_program(main: Callable[[], int]) -> int:
+    """Runs a program's main and turns what goes wrong into a line on stderr. Returns the exit status.
+
+    1 for an error that the user can mend, 130 after Ctrl-C or SIGTERM; a bug keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's warning: end as cleanly as on Ctrl-C
+    try:
+        return main()
+    except (ShardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    return 1
+
+
+def tell(text: str) -> None:
+    """A line of the program's result."""
+    tqdm.write(text, file=sys.stdout)
+
+
+def warn(text: str) -> None:
+    """A line that the user should see and that is no error."""
+    tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
+    """A bar with rate and time left; a line every ten seconds where stderr is a file. unit: " images", "B"."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        mininterval=interval,
+        smoothing=0.05,
+        dynamic_ncols=True,
+    )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def counted(number: int, what: str, plural: str | None = None) -> str:
+    """1 shard, 1,282 shards."""
+    return f"{number:,} {what if number == 1 else plural or what + 's'}"
+
+
+def human_bytes(number: float) -> str:
+    """1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} bytes"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def human_time(seconds: float) -> str:
+    """2 h 05 min, 3 min 20 s, 4.2 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)

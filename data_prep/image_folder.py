@@ -1,0 +1,61 @@
+"""Any tree of class folders -> WebDataset shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crate_dist.data.convert import add_conversion_arguments, convert, options_from
+from crate_dist.data.folders import image_folder
+from crate_dist.data.program import run_program
+
+EPILOG = """
+the source is one of:
+  DIR/<class>/<image>                            one training split; --val-fraction holds images out of it
+  DIR/train/<class>/<image>, DIR/val/<class>/...  splits; instead of val also valid, validation or test
+
+example:
+  python data_prep/image_folder.py --source /data/flowers --out /data/flower-shards --val-fraction 0.1
+
+  Images may lie in further folders below their class. A label is the position of the class folder's name in sorted
+  order. Hidden files and files that are no images are passed over and counted. Symbolic links are followed within
+  the source; those that lead out of it only with --follow-links.
+
+An interrupted conversion continues when the same command is given again. The same images, seed and options give the
+same bytes, at any number of workers.
+"""
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number between 0 and 1, neither of them."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1, for instance 0.05")
+    return value
+
+
+def main() -> int:
+    """Converts. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_conversion_arguments(parser)
+    parser.add_argument(
+        "--val-fraction",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="share of every class that is held out for validation, where the source has no validation split",
+    )
+    arguments = parser.parse_args()
+    options = options_from(arguments)
+    source = image_folder(options.source, options.reading, arguments.val_fraction, options.seed)
+    convert(source, options, "data_prep/image_folder.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

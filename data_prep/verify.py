@@ -1,0 +1,57 @@
+"""Check shards against their index: presence, size, digest, rows; with --images decode every image too."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from crate_dist.data.check import split_folders, verify_split
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.program import available_cpus, counted, human_time, positive, run_program, tell
+
+EPILOG = """
+example:
+  python data_prep/verify.py /data/imagenet-shards               all splits in it
+  python data_prep/verify.py /data/imagenet-shards/val --images
+
+  Lists every shard that is not what its index says. The exit status is 1 when there is one. Remove damaged shards
+  and give the command again that converted them: it writes only these.
+"""
+
+
+def verify(folder: Path, decode: bool, workers: int) -> bool:
+    """Checks one split and tells the outcome. Returns whether it is sound."""
+    started = time.monotonic()
+    try:
+        index = ShardIndex.load(folder)
+    except ShardError as error:
+        tell(f"DAMAGED {folder}: {error}")
+        return False
+    damaged = 0
+    for name, problem in verify_split(index, decode, workers):
+        tell(f"DAMAGED {folder / name}: {problem}")
+        damaged += 1
+    state = f"{damaged:,} of them damaged" if damaged else "all sound"
+    shards, samples = counted(len(index.shards), "shard"), counted(index.num_samples, "sample")
+    tell(f"{folder}: {shards}, {samples}: {state}; {human_time(time.monotonic() - started)}")
+    return not damaged
+
+
+def main() -> int:
+    """Verifies. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", type=Path, metavar="DIR", help="folder of shards, or of folders of shards")
+    parser.add_argument("--images", action="store_true", help="decode every image")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes that read shards [one per CPU]")
+    arguments = parser.parse_args()
+    workers = arguments.workers or available_cpus()
+    sound = [verify(f, arguments.images, workers) for f in split_folders(arguments.shards.expanduser().absolute())]
+    return 0 if all(sound) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
