@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from crate_dist.config import Recipe
-from crate_dist.data.loader import BadSample
+from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.optim import Schedule
 from crate_dist.run import RunFolder
