@@ -26,6 +26,7 @@ from crate_dist.checkpoint import Checkpoint, CheckpointError, Layout, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
+from crate_dist.data.reader import BadSample
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
@@ -38,10 +39,14 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device."""
+    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device.
+
+    bad: samples of the batch that were replaced
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    bad: list[BadSample]
 
 
 class Engine:
@@ -84,7 +89,8 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.train()
-        losses = []
+        losses: list[torch.Tensor] = []
+        bad: list[BadSample] = []
         for _ in range(self.accumulation):
             batch = next(batches)
             logits = self._engine(self._normalize(batch.images))
@@ -93,8 +99,9 @@ class Engine:
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
+            bad += batch.bad
         norm = self._engine.get_global_grad_norm()
-        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device))
+        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device), bad)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,8 @@ from crate_dist.run import RunFolder
 
 logger = logging.getLogger(__name__)
 
+_MUCH_WAITING = 0.1
+
 
 class NotFinite(RuntimeError):
     """The loss or the gradient norm is not a number any more."""
@@ -46,7 +48,8 @@ class Monitor:
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
         self._device = device
-        self._bad_images = self._images = 0
+        self._bad_images = self._images = self._reports = 0
+        self._warned = False
         self._reset()
         self._writer: SummaryWriter | None = None
         if world.is_main:
@@ -125,6 +128,7 @@ class Monitor:
             "speed/data_wait_fraction": float((wait / busy).max()),
             "data/bad_samples": float(bad.sum()),
         }
+        self._warn_of_waiting(values["speed/data_wait_fraction"])
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
         self._say(step, values)
         self._reset()
@@ -191,6 +195,20 @@ class Monitor:
             facts,
             tqdm.format_interval(left_s),
         )
+
+    def _warn_of_waiting(self, fraction: float) -> None:
+        """Once per run and rank: the first intervals have the loader's start in them and do not count."""
+        self._reports += 1
+        if fraction > _MUCH_WAITING and self._reports > 2 and not self._warned and self._world.is_main:
+            self._warned = True
+            logger.warning(
+                "%.0f %% of the time is spent waiting for data. More data.workers help while there are idle cores "
+                "(%d here for %d x %d workers); beyond that, shards re-encoded with --short-side",
+                100 * fraction,
+                len(os.sched_getaffinity(0)),
+                self._world.local_world_size,
+                self._recipe.data.workers,
+            )
 
     def _reset(self) -> None:
         self._losses: list[torch.Tensor] = []

@@ -140,11 +140,14 @@ def read_recipe(run_dir: Path) -> Recipe:
 def write_whole(path: Path, text: str) -> None:
     """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def code_version() -> dict[str, Any]:

@@ -12,7 +12,6 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from crate_dist.checkpoint import CheckpointError, Progress
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Batch, Share, eval_loader, train_loader
+from crate_dist.data.loader import Feed, Share, eval_loader, train_loader
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, detect_world, gather_objects, init_distributed, leave_distributed
@@ -96,16 +95,16 @@ class Trainer:
         """The loop."""
         self.greet()
         self.catch_up_on_evaluation()
-        batches = self.batches()
+        feed = self.feed()
         while self.progress.step < self.last_step:
-            self.take_step(batches)
+            self.take_step(feed)
             if self.reporting_is_due():
                 self.monitor.report(self.progress.step)
             if self.evaluation_is_due():
                 self.evaluate()
             if self.saving_is_due():
                 self.save()
-        del batches  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
+        del feed  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
         self.export()
         self.monitor.close()
         self.conclude()
@@ -135,20 +134,27 @@ class Trainer:
         accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
         logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
 
-    def batches(self) -> Iterator[Batch]:
+    def feed(self) -> Feed:
         """This rank's micro-batches from the current step on."""
         train, data = self.recipe.train, self.recipe.data
         order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
-        return train_loader(self.train_index, order, self.share, data, self.recipe.model.image_size, self.progress.step)
+        size = self.recipe.model.image_size
+        return Feed(train_loader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
 
-    def take_step(self, batches: Iterator[Batch]) -> None:
+    def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
         lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
-        timed = _Timed(batches, self.monitor.add_bad)
-        began = time.perf_counter()
-        result = self.engine.step(timed, lr, self.progress.step)
-        images = self.share.micro_batch * self.share.accumulation
-        self.monitor.add(result.loss, result.grad_norm, lr, images, timed.wait_s, time.perf_counter() - began)
+        began, waited = time.perf_counter(), feed.wait_s
+        result = self.engine.step(feed, lr, self.progress.step)
+        self.monitor.add(
+            result.loss,
+            result.grad_norm,
+            lr,
+            images=self.share.micro_batch * self.share.accumulation,
+            wait_s=feed.wait_s - waited,
+            step_s=time.perf_counter() - began,
+        )
+        self.monitor.add_bad(result.bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
 
     def reporting_is_due(self) -> bool:
@@ -251,24 +257,6 @@ def _open_once(folder: RunFolder, recipe: Recipe, world: World) -> None:
     problem = gather_objects(problem)[0]
     if problem:
         raise RecipeError(problem)
-
-
-class _Timed:
-    """Passes micro-batches through, counting the seconds that were waited for them."""
-
-    def __init__(self, batches: Iterator[Batch], on_bad: Callable[[list], None]) -> None:
-        self._batches, self._on_bad = batches, on_bad
-        self.wait_s = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        began = time.perf_counter()
-        batch = next(self._batches)
-        self.wait_s += time.perf_counter() - began
-        self._on_bad(batch.bad)
-        return batch
 
 
 def main(argv: list[str] | None = None) -> int:

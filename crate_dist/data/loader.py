@@ -7,6 +7,7 @@ uint8. The images travel as bytes; they become normalised numbers on the device.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -104,6 +105,42 @@ def eval_loader(
     """This rank's share of a split, once."""
     batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, round(size / data.eval_crop)))
     return _loader(batches, range(len(batches)), data.workers)
+
+
+class Feed(Iterator[Batch]):
+    """Micro-batches on the device. On a GPU the next one is copied, on a stream of its own, while this one is used.
+
+    wait_s: seconds that were spent waiting for the loader, since the beginning
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staged: Batch | None = None
+        self.wait_s = 0.0
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            return self._from_loader()
+        batch = self._staged or self._stage(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(torch.cuda.current_stream(self._device))  # not reused before the step is done with it
+        self._staged = self._stage(self._stream)
+        return batch
+
+    def _stage(self, stream: torch.cuda.Stream) -> Batch:
+        batch = self._from_loader()
+        with torch.cuda.stream(stream):
+            images = batch.images.to(self._device, non_blocking=True)
+            labels = batch.labels.to(self._device, non_blocking=True)
+        return Batch(images, labels, batch.bad)
+
+    def _from_loader(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self.wait_s += time.perf_counter() - began
+        return batch
 
 
 class Normalize:

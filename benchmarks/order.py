@@ -1,0 +1,179 @@
+"""The order of samples, counted: planning time and memory, reads per node and shard, quality of the shuffle.
+
+    python benchmarks/order.py [--json FILE]
+
+Counts and simulates with crate_dist.data.order alone; no data are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crate_dist.data.order import Order, permutation
+
+IMAGENET = (1_281_167, 1_282)
+GLOBAL_BATCH = 2048
+NODES, RANKS_PER_NODE = 16, 8
+
+
+def main() -> int:
+    """Prints the three tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    arguments = parser.parse_args()
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
+    )
+    results: dict[str, Any] = {"machine": machine}
+    print(f"machine: {machine}\n")
+    results["planning"] = [
+        planning(name, samples, shards)
+        for name, samples, shards in (
+            ("ImageNet-1K", *IMAGENET),
+            ("ImageNet-21K", 14_197_122, 14_198),
+            ("a billion", 1_000_000_000, 1_000_000),
+        )
+    ]
+    show("planning an epoch, per rank", results["planning"])
+    results["locality"] = [
+        locality("lanes 64, window 4096 (default)", 64, 4096),
+        locality("lanes 128, window 4096", 128, 4096),
+        locality("lanes 64, window 16384", 64, 16384),
+        locality("lanes 1, window = all", 1, 1 << 30),
+    ]
+    show(
+        f"reads of ImageNet's shards, {NODES} nodes x {RANKS_PER_NODE} ranks, batch {GLOBAL_BATCH}", results["locality"]
+    )
+    results["shuffle"] = [
+        shuffle("lanes 64, window 4096 (default)", 64, 4096),
+        shuffle("lanes 64, window 1000", 64, 1000),
+        shuffle("lanes 1, window 4096", 1, 4096),
+        shuffle("full permutation", 0, 0),
+    ]
+    show("quality of the shuffle, ImageNet's shape", results["shuffle"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def planning(name: str, samples: int, shards: int) -> dict[str, Any]:
+    """Time and memory until a rank knows its first samples of an epoch, and of a batch after that; medians of 5."""
+    sizes = shard_sizes(samples, shards)
+    world = NODES * RANKS_PER_NODE
+    first, steady = [], []
+    for epoch in range(5):
+        began = time.perf_counter()
+        order = Order(sizes, seed=epoch)
+        step = -(-epoch * samples // GLOBAL_BATCH)
+        order.samples(order.batch_positions(step, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
+        first.append(time.perf_counter() - began)
+        for later in range(step + 1, step + 20):
+            began = time.perf_counter()
+            order.samples(order.batch_positions(later, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
+            steady.append(time.perf_counter() - began)
+    tracemalloc.start()
+    order = Order(sizes, seed=99)
+    for step in range(20):
+        order.samples(order.batch_positions(step, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "data": name,
+        "samples": f"{samples:,}",
+        "shards": f"{shards:,}",
+        "epoch begins after, ms": round(1e3 * statistics.median(first), 1),
+        "batch, ms": round(1e3 * statistics.median(steady), 2),
+        "peak memory, MB": round(peak / 1e6, 1),
+    }
+
+
+def locality(name: str, lanes: int, window: int) -> dict[str, Any]:
+    """One epoch, every read of every node: how many nodes read a shard, and how many shards a node is in at a time."""
+    order = Order(shard_sizes(*IMAGENET), seed=0, lanes=lanes, window=window)
+    ends = np.cumsum(order.shard_sizes)
+    steps = order.num_samples // GLOBAL_BATCH
+    slots = np.concatenate([order.batch_positions(step, GLOBAL_BATCH) for step in range(steps)])
+    shards = np.searchsorted(ends, order.samples(slots), side="right").reshape(steps, NODES, -1)
+    readers = np.zeros(len(ends), dtype=np.int64)
+    in_use, passes = [], []
+    for node in range(NODES):
+        mine = shards[:, node]
+        step_of, shard_of = np.nonzero(touched(mine, len(ends)))
+        seen = np.unique(shard_of)
+        readers[seen] += 1
+        first = np.array([step_of[shard_of == shard].min() for shard in seen])
+        last = np.array([step_of[shard_of == shard].max() for shard in seen])
+        in_use.append(max(int(((first <= step) & (step <= last)).sum()) for step in range(0, steps, 5)))
+        # A pass ends when a shard rests for longer than the window lasts.
+        rest = 2 * window * lanes / GLOBAL_BATCH
+        for shard in seen:
+            passes.append(1 + int((np.diff(np.sort(step_of[shard_of == shard])) > rest).sum()))
+    return {
+        "order": name,
+        "nodes that read a shard, mean": round(float(readers.mean()), 2),
+        "most": int(readers.max()),
+        "passes of a node over a shard, mean": round(float(np.mean(passes)), 3),
+        "shards in use on a node, most": max(in_use),
+        "of shards": len(ends),
+    }
+
+
+def touched(shards: np.ndarray, count: int) -> np.ndarray:
+    """bool (steps, count): which shards each step touches; shards: (steps, reads)."""
+    table = np.zeros((len(shards), count), dtype=bool)
+    table[np.arange(len(shards))[:, None], shards] = True
+    return table
+
+
+def shuffle(name: str, lanes: int, window: int) -> dict[str, Any]:
+    """Against a full permutation, on a conversion that did not shuffle: labels stand in runs of 1,281 in the shards."""
+    samples, shards = IMAGENET
+    if lanes:
+        order = Order(shard_sizes(samples, shards), seed=0, lanes=lanes, window=window)
+        two = [order.samples(np.arange(epoch * samples, (epoch + 1) * samples)) for epoch in (0, 1)]
+    else:
+        two = [permutation(samples, 0), permutation(samples, 1)]
+    ids = two[0]
+    labels = ids // 1281
+    runs = np.diff(np.flatnonzero(np.concatenate([[True], np.diff(labels) != 0, [True]])))
+    place = [np.argsort(epoch) for epoch in two]
+    neighbours = np.abs(place[1][two[0][1:]] - place[1][two[0][:-1]]).mean() / (samples / 3)
+    batches = labels[: samples // GLOBAL_BATCH * GLOBAL_BATCH].reshape(-1, GLOBAL_BATCH)
+    return {
+        "order": name,
+        "label run length, unshuffled shards": round(float(runs.mean()), 3),
+        "distance of neighbours, 1 = random": round(float(np.abs(np.diff(ids)).mean() / (samples / 3)), 3),
+        "their distance an epoch later": round(float(neighbours), 3),
+        "classes in a batch of 2048": round(float(np.mean([len(np.unique(batch)) for batch in batches[::10]]))),
+    }
+
+
+def shard_sizes(samples: int, shards: int) -> np.ndarray:
+    """Shards as equal as whole numbers allow."""
+    sizes = np.full(shards, samples // shards, dtype=np.int64)
+    sizes[: samples % shards] += 1
+    return sizes
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A Markdown table."""
+    print(f"**{title}**\n")
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
