@@ -1,0 +1,92 @@
+"""What every launcher does before it starts anything: look whether the run can work at all. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.data.index import ShardError
+from crate_dist.data.splits import open_splits
+from crate_dist.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was looked at and found in order."""
+
+    folder: RunFolder
+    resumes: bool
+    data_root: Path
+    train_images: int
+    val_images: int
+    classes: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        batch = self.micro_batch * self.accumulation * self.world_size
+        lines = [
+            ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
+            (
+                "data",
+                f"{self.data_root}: {self.train_images:,} images to train on and {self.val_images:,} to validate on, "
+                f"{self.classes:,} classes",
+            ),
+            (
+                "global batch",
+                f"{batch} = {self.micro_batch} images at a time x {self.accumulation} accumulated "
+                f"x {self.world_size} ranks",
+            ),
+        ]
+        return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
+    """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
+
+    Raises
+    ------
+    RecipeError: with everything that is wrong, one paragraph each
+    """
+    problems: list[str] = []
+    folder = RunFolder(run_dir)
+    micro_batch = accumulation = 0
+    train = val = None
+    try:
+        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world_size, recipe.train.micro_batch)
+    except RecipeError as error:
+        problems.append(str(error))
+    try:
+        train, val = open_splits(recipe)
+    except (RecipeError, ShardError) as error:
+        problems.append(str(error))
+    try:
+        folder.check(recipe)
+        _check_writable(run_dir)
+    except RecipeError as error:
+        problems.append(str(error))
+    if problems:
+        raise RecipeError("\n\n".join(problems))
+    assert train is not None
+    return Preflight(
+        folder=folder,
+        resumes=folder.recipe_file.is_file(),
+        data_root=recipe.data_root(),
+        train_images=train.num_samples,
+        val_images=val.num_samples if val else 0,
+        classes=train.num_classes,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )
+
+
+def _check_writable(run_dir: Path) -> None:
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"the run folder {run_dir} cannot be made: {there} is a file; --run-dir takes a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"no permission to write the run folder {run_dir} in {there}; --run-dir names another")

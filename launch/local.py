@@ -1,0 +1,86 @@
+"""Trains a recipe on this machine, without a scheduler: the same job as launch/slurm.py sends to a cluster.
+
+    python launch/local.py --arch crate_tiny --data /data/imagenet-shards
+    python launch/local.py --config my.toml --ranks 2
+
+Run it again after whatever ended it: it goes on from the newest checkpoint of the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.config import Recipe, RecipeError
+from crate_dist.launching import preflight
+from crate_dist.local_ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, starts the ranks, waits for them; gives the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        recipe = recipe_from(arguments)
+        run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
+        ranks = _ranks(arguments.ranks)
+        command = _command(run_dir)
+        if arguments.dry_run:
+            _show(recipe, ranks, command)
+        found = preflight(recipe, ranks, run_dir)
+        print(found, flush=True)
+        if arguments.dry_run:
+            return 0
+        found.folder.open(recipe)
+        print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
+        run_ranks(command, ranks, found.folder)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RankFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser)
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes [one per GPU; without a GPU, one]")
+    parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
+    return parser
+
+
+def _ranks(asked: int | None) -> int:
+    gpus = visible_gpus()
+    ranks = max(gpus, 1) if asked is None else asked
+    if ranks < 1:
+        raise RecipeError(f"--ranks {ranks}: at least one rank is needed")
+    if 0 < gpus < ranks:
+        raise RecipeError(
+            f"--ranks {ranks}, but there are {gpus} GPUs and each rank needs its own; "
+            f"give --ranks {gpus} or fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return ranks
+
+
+def _command(run_dir: Path) -> list[str]:
+    recipe_file = str(run_dir / "recipe.toml")
+    return [sys.executable, "-u", "-m", "crate_dist.train", "--config", recipe_file, "--run-dir", str(run_dir)]
+
+
+def _show(recipe: Recipe, ranks: int, command: list[str]) -> None:
+    port = free_port()
+    for rank in range(ranks):
+        variables = " ".join(f"{key}={value}" for key, value in rank_environment(rank, ranks, port).items())
+        print(f"{variables} {shlex.join(command)}")
+    print(f"\n# recipe.toml\n{recipe.to_toml()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

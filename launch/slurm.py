@@ -1,0 +1,259 @@
+"""Trains a recipe on a SLURM cluster.
+
+    python launch/slurm.py --arch crate_large --nodes 4
+    python launch/slurm.py --arch crate_base --partition gpu --time 2-00:00:00 --seeds 0 1 2
+    python launch/slurm.py --arch crate_tiny --dry-run
+
+What the recipe's [cluster] table says can be said here too, and wins. Run it on the login node, from a file system
+that the compute nodes share. A job that meets its time limit is requeued and goes on from the newest checkpoint of
+its run folder; so does the same command, given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+import crate_dist
+from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe
+from crate_dist.job import TrainJob
+from crate_dist.launching import Preflight, preflight
+
+CLONE = Path(crate_dist.__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, submits, says how to watch; gives the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        recipes = _recipes(arguments)
+        run_dirs = _run_dirs(arguments, recipes)
+        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs)
+        if arguments.dry_run:
+            _show(executor, recipes)
+        found = [
+            preflight(recipe, recipe.cluster.world_size, run_dir)
+            for recipe, run_dir in zip(recipes, run_dirs, strict=True)
+        ]
+        if not arguments.dry_run:
+            _submit(executor, recipes, found)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_minutes(text: str) -> int:
+    """SLURM's notations of a time limit (90, 90:00, 12:00:00, 2-00, 2-00:00, 2-00:00:00) in minutes, rounded up."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time limit; 90 (minutes), 12:00:00 or 2-00:00:00 would be")
+    days, *parts = match.groups()
+    first, second, third = (int(part) if part else 0 for part in parts)
+    if days is None and parts[2] is None:  # minutes[:seconds]; all others begin with hours
+        return math.ceil(first + second / 60)
+    return int(days or 0) * 1440 + first * 60 + math.ceil(second + third / 60)
+
+
+class Executor(SlurmExecutor):
+    """submitit's, but a dry run works where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Submitit refuses to make an executor where it finds no srun; here sbatch is looked for before submitting."""
+        return 2
+
+    def script(self, jobs: int) -> str:
+        """The text that sbatch will be given."""
+        if jobs == 1:
+            return self._make_submission_file_text(self._submitit_command_str, "")
+        array = Executor(self.folder, self.max_num_timeout, python=self.python)
+        array.parameters = {**self.parameters, "map_count": jobs}
+        return array.script(1)
+
+
+def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Executor:
+    """What asks SLURM for the recipe's cluster; writes nothing.
+
+    Parameters
+    ----------
+    folder: where submitit writes, %j in it standing for the job id
+    mounts: folders that a container sees, beside the data and this clone
+    """
+    cluster = recipe.cluster
+    # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
+    srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
+    python = shlex.quote(sys.executable)
+    if cluster.container:
+        seen = dict.fromkeys([CLONE, recipe.data_root(), *(mount.parent for mount in mounts)])
+        srun_args += [
+            f"--container-image={cluster.container}",
+            f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}",
+            f"--container-workdir={CLONE}",
+        ]
+        python = "python3"  # the image's own
+    wanted: dict[str, Any] = {
+        "job_name": recipe.name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else "0",  # 0: all that the node has
+        "time": cluster.time_min,
+        "signal_delay_s": cluster.signal_delay_s,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "setup": list(cluster.setup) or None,
+        "srun_args": srun_args,
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True},
+    }
+    executor = Executor(folder, max_num_timeout=cluster.requeues, python=python)
+    given = {key: value for key, value in wanted.items() if value is not None}
+    # submitit's own wckey would be refused where accounting knows no such key.
+    executor.update_parameters(**given, wckey=None)
+    return executor
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser)
+    cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
+    cluster.add_argument("--nodes", type=int, metavar="N")
+    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="0: train on the CPU")
+    cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks [one per GPU]")
+    cluster.add_argument("--cpus-per-task", type=int, metavar="N")
+    cluster.add_argument("--mem-gb", type=int, metavar="GB", help="memory per node [all of it]")
+    cluster.add_argument(
+        "--time", type=parse_minutes, metavar="LIMIT", dest="time_min", help="minutes, or as 12:00:00 or 2-00:00:00"
+    )
+    cluster.add_argument("--partition", metavar="NAME")
+    cluster.add_argument("--account", metavar="NAME")
+    cluster.add_argument("--qos", metavar="NAME")
+    cluster.add_argument("--constraint", metavar="FEATURES")
+    cluster.add_argument(
+        "--setup", action="append", metavar="LINE", help="shell line before the job; can be given several times"
+    )
+    cluster.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="an array of runs that differ in the seed, a folder for each"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, show script and recipe, and submit nothing")
+    return parser
+
+
+def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """One recipe per seed, with the flags in their [cluster] tables."""
+    seeds: list[int | None] = arguments.seeds or [arguments.seed]
+    if arguments.seeds and arguments.seed is not None:
+        raise RecipeError("--seed and --seeds: give one of them")
+    if len(set(seeds)) < len(seeds):
+        raise RecipeError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice would be the same run twice")
+    flags = {key: getattr(arguments, key, None) for key in ClusterSection.model_fields}
+    given = {key: value for key, value in flags.items() if value is not None}
+    if given.get("gpus_per_node") and "tasks_per_node" not in given:
+        given["tasks_per_node"] = None  # one per GPU, whatever the recipe's CPU ranks are
+    recipes = []
+    for seed in seeds:
+        arguments.seed = seed
+        raw = recipe_from(arguments).model_dump()
+        raw["cluster"] |= given
+        recipes.append(build_recipe(raw, origin="the command line"))
+    _check_cluster(recipes[0].cluster)
+    return recipes
+
+
+def _check_cluster(cluster: ClusterSection) -> None:
+    if 0 < cluster.gpus_per_node < cluster.ranks_per_node:
+        raise RecipeError(
+            f"{cluster.ranks_per_node} tasks per node on {cluster.gpus_per_node} GPUs, and each rank needs its own; "
+            f"--tasks-per-node {cluster.gpus_per_node} would do, or --gpus-per-node 0 to train on the CPU"
+        )
+    if cluster.signal_delay_s >= cluster.time_min * 60:
+        raise RecipeError(
+            f"a time limit of {cluster.time_min} minutes with a warning {cluster.signal_delay_s} s before it leaves no "
+            f"time to train; --time {math.ceil(cluster.signal_delay_s / 60) + 1} or more, "
+            "or --set cluster.signal_delay_s=SECONDS"
+        )
+
+
+def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[Path]:
+    given: Path | None = arguments.run_dir
+    if given is None:
+        run_dirs = [default_run_dir(recipe) for recipe in recipes]
+    elif arguments.seeds:
+        run_dirs = [given / f"seed{recipe.train.seed}" for recipe in recipes]
+    else:
+        run_dirs = [given]
+    return [run_dir.expanduser().absolute() for run_dir in run_dirs]
+
+
+def _submission_folder(run_dirs: Sequence[Path]) -> Path:
+    """submitit has one folder for all jobs of an array: it lies beside their run folders."""
+    return (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm" / "%j"
+
+
+def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
+    print(executor.script(len(recipes)))
+    for recipe in recipes:
+        print(f"# {'-' * 20} recipe.toml{f', seed {recipe.train.seed}' if len(recipes) > 1 else ''} {'-' * 20}")
+        print(recipe.to_toml(), flush=True)
+
+
+def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Preflight]) -> None:
+    if not shutil.which("sbatch"):
+        raise RecipeError(
+            "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
+            "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
+        )
+    for recipe, run in zip(recipes, found, strict=True):
+        run.folder.open(recipe)
+    _leave_other_jobs()
+    try:
+        jobs = executor.submit_array([TrainJob(run.folder.path) for run in found])
+    except FailedJobError as error:
+        raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
+    except FailedSubmissionError as error:
+        raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
+    for job, run in zip(jobs, found, strict=True):
+        if len(jobs) > 1:
+            run.folder.slurm.mkdir(exist_ok=True)
+            (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
+        print(f"{'job':<14}{job.job_id}\n{run}")
+    job_id = jobs[0].job_id.partition("_")[0]
+    print(f"{'to watch':<14}squeue --job {job_id}")
+    for job in jobs:
+        print(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
+    print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
+    print(f"{'to cancel':<14}scancel {job_id}")
+
+
+def _leave_other_jobs() -> None:
+    """Forgets the ranks and, inside a job, the job that this process belongs to: the new one would believe it."""
+    job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in list(os.environ):
+        if (name.startswith(job) and name != "SLURM_CONF") or name in ranks:
+            del os.environ[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
