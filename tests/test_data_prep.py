@@ -138,7 +138,15 @@ def test_a_dry_run_tells_and_writes_nothing(source: Path, tmp_path: Path) -> Non
 
 def start_and_wait_for_a_shard(arguments: list[str], out: Path, number: int = 1) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    process = subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        # The tests may run in the background of a shell that has programs ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 60
     while len(list(out.glob("train/*.tar"))) < number:
         assert process.poll() is None, process.communicate()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crate_dist.checkpoint import list_checkpoints
 from crate_dist.run import RunFolder
-from tests.ranks import Training, train_to_the_end
+from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end
 
 pytestmark = pytest.mark.spawn
 
@@ -151,3 +153,14 @@ def tensorboard_curve(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(RunFolder(run).tensorboard), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_under_torchrun_it_is_the_same_run(undisturbed: tuple[list[object], Path], tmp_path: Path) -> None:
+    arguments, run = undisturbed
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["-m", "crate_dist.train", *map(str, arguments), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "--set", "train.max_steps=3"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == {step: loss for step, loss in losses(run).items() if step <= 3}
