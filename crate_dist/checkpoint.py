@@ -1,4 +1,4 @@
-"""Checkpoints: published whole or not at all, found by looking, resharded while loading.
+"""What a checkpoint is, how the newest valid one is found by looking, and how it is resharded while loading.
 
     checkpoints/step-00000500/
         manifest.json     step, world size, layout, recipe, and a digest of every other file
@@ -12,26 +12,22 @@ world size copies from them the interval that is its own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crate_dist.distributed import World, all_agree, gather_objects
-from crate_dist.run import write_whole
+from crate_dist.distributed import World, gather_objects
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_PREFIX = "step-"
-_UNFINISHED = ".unfinished-"
+PREFIX = "step-"
+UNFINISHED = ".unfinished-"
 
 logger = logging.getLogger(__name__)
 
@@ -167,59 +163,7 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def publish(
-    folder: Path,
-    state: RankState,
-    layouts: Sequence[Layout],
-    progress: Progress,
-    world: World,
-    device: torch.device,
-    **about: Any,
-) -> Checkpoint:
-    """Writes a checkpoint and makes it visible by one rename, after every rank has agreed. A collective.
-
-    Raises
-    ------
-    CheckpointError: on every rank, when any of them could not write; nothing is left under a final name
-    """
-    final = folder / f"{_PREFIX}{progress.step:08d}"
-    beside = folder / f"{_UNFINISHED}{progress.step:08d}"
-    if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # told below, by all ranks, when they cannot write into it
-            beside.mkdir(parents=True)
-    all_agree(True, device)  # nobody writes before the folder is fresh
-    entry, failure = _write_rank_file(beside, state, world.rank)
-    outcomes = gather_objects((entry, failure))
-    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    manifest = {
-        "version": FORMAT_VERSION,
-        "world_size": world.world_size,
-        "progress": asdict(progress),
-        "groups": [asdict(layout) for layout in layouts],
-        "partitions": [part.numel() for part in state["fp32"]],
-        "kinds": sorted(state),
-        "files": {rank_file(rank): entry for rank, (entry, _) in enumerate(outcomes)},
-        **about,
-    }
-    if not failures and world.is_main:
-        try:
-            write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
-            _sync(beside)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, which loading has passed over
-            beside.replace(final)
-            _sync(folder)
-        except OSError as error:
-            failures = [f"rank 0: {error}"]
-    failures = gather_objects(failures)[0]
-    if failures:
-        if world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {progress.step} was not saved: " + "; ".join(failures))
-    return Checkpoint(final, manifest)
-
-
-def find_newest(folder: Path, world: World, device: torch.device) -> Checkpoint | None:
+def find_newest(folder: Path, world: World) -> Checkpoint | None:
     """The newest checkpoint whose files have the digests of its manifest; None when the run has none. A collective.
 
     The ranks share the reading. A damaged one is reported and the one before it is tried.
@@ -228,7 +172,7 @@ def find_newest(folder: Path, world: World, device: torch.device) -> Checkpoint 
     ------
     CheckpointError: there are checkpoints, and none of them is whole
     """
-    names = gather_objects(sorted((p.name for p in folder.glob(f"{_PREFIX}*")), reverse=True))[0]
+    names = gather_objects(sorted((p.name for p in folder.glob(f"{PREFIX}*")), reverse=True))[0]
     for name in names:
         checkpoint, problem = _open_or_why_not(folder / name)
         if checkpoint is not None:
@@ -255,32 +199,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The published checkpoints in a folder, oldest first; those whose manifest cannot be read are left out."""
-    opened = (_open_or_why_not(path)[0] for path in sorted(folder.glob(f"{_PREFIX}*")))
+    opened = (_open_or_why_not(path)[0] for path in sorted(folder.glob(f"{PREFIX}*")))
     return [checkpoint for checkpoint in opened if checkpoint is not None]
-
-
-def prune(folder: Path, keep: int, best_step: int) -> None:
-    """Removes all but the newest `keep` and the best one, and what an interrupted save left. On one rank."""
-    checkpoints = list_checkpoints(folder)
-    for checkpoint in checkpoints[:-keep]:
-        if checkpoint.step != best_step:
-            # Renamed first: a removal that is interrupted leaves nothing that looks like a checkpoint.
-            doomed = folder / f"{_UNFINISHED}{checkpoint.path.name}"
-            checkpoint.path.replace(doomed)
-    for leftover in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _write_rank_file(folder: Path, state: RankState, rank: int) -> tuple[dict[str, Any], str]:
-    path = folder / rank_file(rank)
-    try:
-        with path.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": _digest(path)}, ""
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        return {}, f"{path}: {error}"
 
 
 def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
@@ -303,11 +223,3 @@ def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,15 +14,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 DATA_VARIABLE = "CRATE_DATA"
+CACHE_VARIABLE = "CRATE_CACHE"
 
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def location(text: str | Path) -> Path | str:
+    """A folder as a path; a URL (https://, s3://, gs://, pipe: and what else webdataset opens) as text."""
+    if isinstance(text, str) and text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if isinstance(text, str) and re.match(r"pipe:|[a-z][a-z0-9+.-]*://", text) else Path(text)
+
+
+Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 
 
 class RecipeError(ValueError):
@@ -61,9 +72,15 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the shards are, and how they become batches."""
 
-    root: Path | None = Field(None, description=f"folder with train/ and val/ shards; unset: ${DATA_VARIABLE}")
+    root: Location | None = Field(
+        None, description=f"folder or URL with train/ and val/ shards below it; unset: ${DATA_VARIABLE}"
+    )
     train_split: str = "train"
     val_split: str = Field("val", description='"": train without evaluation')
+    cache_dir: Path | None = Field(
+        None, description=f"where a node keeps the shards of a URL; unset: ${CACHE_VARIABLE}, then the temporary folder"
+    )
+    cache_gb: float = Field(64.0, gt=0, description="how much of them it keeps; twice what it reads at a time will do")
     workers: int = Field(8, ge=0, description="loader processes per rank")
     lanes: Positive = Field(64, description="streams of shards that are read side by side; see order.py")
     window: Positive = Field(4096, description="samples that are shuffled together within a lane")
@@ -109,6 +126,13 @@ class CheckpointSection(Section):
 
     every_steps: Positive = 500
     keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
+    max_failures: Positive = Field(3, description="saves that may fail in a row before the run stops")
+
+
+class SafetySection(Section):
+    """When to give up on a rank that does not answer."""
+
+    hang_timeout_s: Positive = Field(900, description="without progress for so long, a rank ends the job")
 
 
 class LogSection(Section):
@@ -157,6 +181,7 @@ class Recipe(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    safety: SafetySection = SafetySection()
     cluster: ClusterSection = ClusterSection()
 
     @property
@@ -165,15 +190,16 @@ class Recipe(Section):
         batch = self.train.global_batch
         return next(n for n in range(min(self.data.lanes, batch), 0, -1) if batch % n == 0)
 
-    def data_root(self) -> Path:
-        """The folder of the shards: data.root, or the environment's. Raises RecipeError when neither is set."""
+    def data_root(self) -> Path | str:
+        """The folder or URL of the shards: data.root, or the environment's. Raises RecipeError when neither is set."""
         root = self.data.root or os.environ.get(DATA_VARIABLE)
         if not root:
             raise RecipeError(
                 f"no data folder: give --data DIR, set data.root in the recipe, or export {DATA_VARIABLE}=DIR "
                 "(a folder that data_prep wrote, with train/ and val/ in it)"
             )
-        return Path(root).expanduser().absolute()
+        place = location(root)
+        return place.expanduser().absolute() if isinstance(place, Path) else place
 
     def to_toml(self) -> str:
         """The recipe as TOML that load_recipe reads back to an equal one."""
@@ -187,6 +213,8 @@ class Recipe(Section):
         flat = _flatten(self.model_dump(mode="json", include={"model", "data", "optim", "train"}))
         for key in (
             "data.root",
+            "data.cache_dir",
+            "data.cache_gb",
             "data.workers",
             "data.max_bad_fraction",
             "train.micro_batch",

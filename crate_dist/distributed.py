@@ -145,17 +145,10 @@ def leave_distributed() -> None:
         dist.destroy_process_group()
 
 
-def all_agree(ok: bool, device: torch.device) -> bool:
-    """Whether `ok` holds on every rank. A collective."""
-    flag = torch.tensor([0 if ok else 1], device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return not bool(flag.item())
-
-
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The picklable `value` of every rank, in rank order, on every rank. A collective."""
     gathered: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered  # type: ignore[return-value]
 
 

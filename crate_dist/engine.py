@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
+from crate_dist.distributed import gather_objects
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
@@ -35,6 +36,14 @@ logger = logging.getLogger(__name__)
 # What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+
+
+class NotFinite(RuntimeError):
+    """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
+
+    def __init__(self, message: str, samples: list[int]) -> None:
+        super().__init__(message)
+        self.samples = samples
 
 
 @dataclass(frozen=True)
@@ -83,25 +92,74 @@ class Engine:
         return module
 
     def step(self, batches: Iterator[Batch], lr: float, step: int) -> StepResult:
-        """One optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective."""
+        """One optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
+
+        Raises
+        ------
+        NotFinite: on every rank, before the step is taken
+        """
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.train()
         losses: list[torch.Tensor] = []
-        bad: list[BadSample] = []
+        used: list[Batch] = []
         for _ in range(self.accumulation):
             batch = next(batches)
-            logits = self._engine(self._normalize(batch.images))
-            labels = batch.labels.to(self.device, non_blocking=True)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
+            loss = self._loss(self._engine, batch)
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-            bad += batch.bad
+            used.append(batch)
+        if self._zero.overflow:  # DeepSpeed has looked at the reduced gradients, and has not taken the step
+            raise self._not_finite(used)
         norm = self._engine.get_global_grad_norm()
-        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device), bad)
+        return StepResult(
+            torch.stack(losses).mean(),
+            torch.as_tensor(norm, device=self.device),
+            [item for batch in used for item in batch.bad],
+        )
+
+    def _loss(self, model: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
+        logits = model(self._normalize(batch.images))
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
+
+    def _not_finite(self, used: list[Batch]) -> NotFinite:
+        """Looks for the place where it began, on each rank in its own batch. A collective."""
+        mine = next(((place, batch) for batch in used if (place := self._where_not_finite(batch))), None)
+        places = gather_objects(mine[0] if mine else None)
+        found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places) if place)
+        message = f"not finite: {found or 'the gradients, though those of each rank are when computed again'}"
+        return NotFinite(message, mine[1].samples.tolist() if mine else [])
+
+    def _where_not_finite(self, batch: Batch) -> str | None:
+        """The first layer whose output is not finite, going forward; else the last one whose gradient is not."""
+        first: list[str] = []
+
+        def look(name: str, output: Any) -> None:
+            if not first and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
+                first.append(name)
+
+        hooks = [
+            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+            for name, module in self.module.named_modules()
+            if name and not any(module.children())
+        ]
+        loss = self._loss(self.module, batch)
+        for hook in hooks:
+            hook.remove()
+        if first:
+            return f"the output of {first[0]}"
+        if not bool(torch.isfinite(loss)):
+            return "the loss, though all layers' outputs are finite"
+        named = list(self.module.named_parameters())
+        gradients = torch.autograd.grad(loss, [p for _, p in named])
+        for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
+            if not bool(torch.isfinite(gradient).all()):
+                return f"the gradient of {name}"
+        return None
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

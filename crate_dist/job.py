@@ -8,6 +8,7 @@ from the pickle as it was first submitted, and still goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ class TrainJob:
         self.run_dir = run_dir
 
     def __call__(self) -> dict[str, Any]:
-        """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch."""
-        from crate_dist.train import train
+        """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
 
-        return dataclasses.asdict(train(self.run_dir))
+        A run that a signal has stopped ends the process with a status at which the batch script requeues the job.
+        """
+        from crate_dist.train import train
+        from crate_dist.watchdog import TRY_AGAIN
+
+        result = train(self.run_dir)
+        if not result.finished:
+            sys.exit(TRY_AGAIN)
+        return dataclasses.asdict(result)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit submits again before the time limit.

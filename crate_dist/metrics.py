@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -24,16 +23,14 @@ from tqdm import tqdm
 from crate_dist.config import Recipe
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
+from crate_dist.ledger import Ledger
 from crate_dist.optim import Schedule
 from crate_dist.run import RunFolder
+from crate_dist.saving import Saved
 
 logger = logging.getLogger(__name__)
 
 _MUCH_WAITING = 0.1
-
-
-class NotFinite(RuntimeError):
-    """The loss or the gradient norm is not a number any more."""
 
 
 class TooManyBadSamples(RuntimeError):
@@ -51,7 +48,9 @@ class Monitor:
         self._bad_images = self._images = self._reports = 0
         self._warned = False
         self._reset()
+        self._reported = step
         self._writer: SummaryWriter | None = None
+        self._ledger: Ledger | None = None
         if world.is_main:
             self._open_writer(step)
         self._bar = tqdm(
@@ -92,12 +91,7 @@ class Monitor:
             )
 
     def report(self, step: int) -> None:
-        """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
-
-        Raises
-        ------
-        NotFinite: on every rank, when the loss of any or the gradient norm is not finite
-        """
+        """Reduces what was collected since the last report and writes it. A collective, and a synchronisation."""
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
@@ -111,13 +105,6 @@ class Monitor:
         dist.all_gather(every, mine)
         losses, images, busy, wait, bad = torch.stack(every).cpu().T
         loss = float(losses.mean())
-        if not math.isfinite(loss) or not math.isfinite(norm) or norm < 0:  # DeepSpeed writes -1 for inf and nan
-            ranks = [rank for rank, value in enumerate(losses.tolist()) if not math.isfinite(value)]
-            raise NotFinite(
-                f"loss {loss}, gradient norm {norm if norm >= 0 else 'not finite'} at or shortly before step {step}"
-                + (f", first seen on rank {ranks[0]}" if ranks else "")
-                + "; the last checkpoint is intact. A lower optim.lr or a longer optim.warmup_epochs may help"
-            )
         per_rank = (images / busy).tolist()
         values = {
             "train/loss": loss,
@@ -131,14 +118,30 @@ class Monitor:
         self._warn_of_waiting(values["speed/data_wait_fraction"])
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
         self._say(step, values)
+        if self._ledger:
+            self._ledger.note(
+                "steps", after=self._reported, step=step, busy_s=float(busy.max()), wait_s=float(wait.max())
+            )
+        self._reported = step
         self._reset()
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
+    def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
         """Writes the outcome of an evaluation: names such as "val/top1"."""
         self._write(step, values)
+        if self._ledger:
+            self._ledger.note("evaluation", step=step, seconds=seconds)
         if self._world.is_main:
             text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
             logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
+
+    def saved(self, saved: Saved | None) -> None:
+        """Writes how long a save took, and where the time has gone so far."""
+        if saved is None or not self._writer or not self._ledger:
+            return
+        self._ledger.note("save", step=saved.step, stall_s=saved.stall_s, total_s=saved.total_s)
+        values = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
+        for name, value in {**values, **self._ledger.totals.scalars()}.items():
+            self._writer.add_scalar(name, value, saved.step)
 
     def flush(self) -> None:
         """Brings everything to disk, so that a checkpoint never knows more than the curves do."""
@@ -149,12 +152,16 @@ class Monitor:
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         self._bar.close()
-        if self._writer:
+        if self._writer and self._ledger:
+            self._ledger.note("end")
+            logger.info("%s", self._ledger.totals)
             self.flush()
             self._writer.close()
             self._lines.close()
 
     def _open_writer(self, step: int) -> None:
+        self._ledger = Ledger(self._folder.ledger)
+        self._ledger.note("start", step=step, world_size=self._world.world_size)
         restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step)
         self._lines: TextIO = self._folder.metrics.open("a", encoding="utf-8")

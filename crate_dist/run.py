@@ -6,6 +6,8 @@ checkpoints/         step-00000500/ …, published whole or not at all
 tensorboard/         event files
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that did not decode and were replaced, by name
+ledger.jsonl         where the time went
+run.lock             who works here now
 logs/                one log per rank
 slurm/               what submitit wrote
 model-last.pt        the weights alone; model-best.pt beside it
@@ -25,6 +27,7 @@ from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 
+_BEFORE_A_RUN = ("slurm", "logs", "run.lock")
 _VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
 
@@ -65,6 +68,16 @@ class RunFolder:
         return self.path / "bad_samples.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """One JSON object per start, report, evaluation and save."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Names the job that works in the folder."""
+        return self.path / "run.lock"
+
+    @property
     def logs(self) -> Path:
         """Folder of rank logs."""
         return self.path / "logs"
@@ -89,7 +102,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; --run-dir takes a folder")
         if not self.recipe_file.is_file():
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ("slurm", "logs"))
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
             if foreign:
                 raise RecipeError(
                     f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
@@ -105,15 +118,23 @@ class RunFolder:
                 "to continue that run, give the same values; to start a new one, another --run-dir"
             )
 
+    def make(self) -> None:
+        """Creates the folder. Raises RecipeError when that cannot be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+
     def open(self, recipe: Recipe) -> None:
         """Creates the folder, or checks an existing one; then writes the recipe and the record.
 
         Raises RecipeError as `check` does, or when the folder cannot be written.
         """
         self.check(recipe)
+        self.make()
         try:
-            for folder in (self.path, self.checkpoints, self.tensorboard, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.checkpoints, self.tensorboard, self.logs):
+                folder.mkdir(exist_ok=True)
             write_whole(self.recipe_file, recipe.to_toml())
             if not self.record_file.exists():
                 write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))

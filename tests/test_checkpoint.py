@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_dist import checkpoint
+from crate_dist import checkpoint, saving
 from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
 from crate_dist.distributed import World
 from tests.ranks import spawn
@@ -42,12 +42,12 @@ def partitioned(step: int, rank: int, world_size: int) -> dict[str, list[torch.T
 def save(world: World, device: torch.device, folder: Path, steps: list[int]) -> None:
     for step in steps:
         state = partitioned(step, world.rank, world.world_size)
-        checkpoint.publish(folder, state, LAYOUTS, Progress(step=step), world, device)
+        saving.publish(folder, state, LAYOUTS, Progress(step=step), world)
 
 
 def find(world: World, device: torch.device, folder: Path) -> int | str | None:
     try:
-        found = checkpoint.find_newest(folder, world, device)
+        found = checkpoint.find_newest(folder, world)
     except CheckpointError as error:
         return str(error)
     return found.step if found else None
@@ -64,7 +64,7 @@ def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: P
 
         torch.save = full_disk  # type: ignore[assignment]
     try:
-        checkpoint.publish(folder, state, LAYOUTS, Progress(step=20), world, device)
+        saving.publish(folder, state, LAYOUTS, Progress(step=20), world)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -153,10 +153,10 @@ def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_what_a_killed_save_left_is_no_checkpoint(folder: Path) -> None:
     (folder / "step-00000030").rename(folder / ".unfinished-00000030")
     assert spawn(find, 2, folder) == [20, 20]
-    checkpoint.prune(folder, keep=5, best_step=-1)
+    saving.prune(folder, keep=5, best_step=-1)
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(folder: Path) -> None:
-    checkpoint.prune(folder, keep=1, best_step=10)
+    saving.prune(folder, keep=1, best_step=10)
     assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10, 30]

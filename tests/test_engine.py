@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from crate_dist import checkpoint
+from crate_dist import checkpoint, saving
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, build_recipe
 from crate_dist.data.loader import Batch
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.spawn
 
 GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
 GLOBAL_BATCH = 24
+NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 def recipe(**optim: Any) -> Recipe:
@@ -62,7 +63,7 @@ def golden_losses(world: World, device: torch.device, accumulation: int) -> list
     for step in range(len(images)):
         mine = slice(world.rank * micro * accumulation, (world.rank + 1) * micro * accumulation)
         parts = zip(images[step, mine].split(micro), labels[step, mine].split(micro), strict=True)
-        result = engine.step((Batch(i, t, []) for i, t in parts), training["lr"], step)
+        result = engine.step((Batch(i, t, [], NO_IDS) for i, t in parts), training["lr"], step)
         torch.distributed.all_reduce(result.loss)
         losses.append(result.loss.item() / world.world_size)
     return losses
@@ -78,7 +79,7 @@ def test_twelve_lion_steps_have_the_losses_of_the_published_code(world_size: int
 def batch_of(step: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator), [])
+    return Batch(images, torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator), [], NO_IDS)
 
 
 def make_engine(world: World, device: torch.device, settings: Recipe) -> Any:
@@ -93,21 +94,21 @@ def take_steps(engine: Any, world: World, first: int, stop: int) -> None:
         share = GLOBAL_BATCH // world.world_size
         mine = slice(world.rank * share, (world.rank + 1) * share)
         batch = batch_of(step)
-        engine.step(iter([Batch(batch.images[mine], batch.labels[mine], [])]), 1e-3, step)
+        engine.step(iter([Batch(batch.images[mine], batch.labels[mine], [], NO_IDS)]), 1e-3, step)
 
 
 def train_and_save(world: World, device: torch.device, settings: Recipe, folder: Path) -> None:
     engine = make_engine(world, device, settings)
     take_steps(engine, world, 0, 3)
-    checkpoint.publish(folder, engine.state(), engine.layouts, Progress(step=3), world, device)
+    saving.publish(folder, engine.state(), engine.layouts, Progress(step=3), world)
 
 
 def load_and_save(world: World, device: torch.device, settings: Recipe, source: Path, target: Path) -> int:
     engine = make_engine(world, device, settings)
-    found = checkpoint.find_newest(source, world, device)
+    found = checkpoint.find_newest(source, world)
     assert found is not None
     engine.load(found)
-    checkpoint.publish(target, engine.state(), engine.layouts, found.progress, world, device)
+    saving.publish(target, engine.state(), engine.layouts, found.progress, world)
     # The weights of the products are the master weights, rounded.
     master = found.weights()
     rounded = all(torch.equal(p, master[n].to(p.dtype)) for n, p in engine.module.named_parameters())
@@ -154,7 +155,7 @@ def gradients_in_fp32(world: World, device: torch.device) -> tuple[float, float]
         batch = batch_of(0)
         pieces = zip(batch.images.split(micro), batch.labels.split(micro), strict=True)
         assert engine._zero.gradient_accumulation_dtype == torch.float32
-        norms.append(engine.step((Batch(i, t, []) for i, t in pieces), 1e-3, 0).grad_norm.item())
+        norms.append(engine.step((Batch(i, t, [], NO_IDS) for i, t in pieces), 1e-3, 0).grad_norm.item())
     return norms[0], norms[1]
 
 

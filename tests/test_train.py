@@ -134,7 +134,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_checkpoint_intact(
     with Training(arguments, world_size=2) as stopped:
         assert stopped.wait() == [1, 1]
         output = stopped.output()
-    assert "at or shortly before step" in output
+    assert "not finite: rank 0: the output of" in output
+    assert "train-00000" in output
     for saved in list_checkpoints(RunFolder(tmp_path / "run").checkpoints):
         assert saved.damaged() is None
         assert all(bool(torch.isfinite(w).all()) for w in saved.weights().values())

@@ -26,11 +26,15 @@ _SUBSTITUTES = 16
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that were replaced."""
+    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that were replaced.
+
+    samples: int64 (n,), the ids that the order asked for, replaced ones too; on the CPU
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     bad: list[BadSample]
+    samples: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Feed(Iterator[Batch]):
         with torch.cuda.stream(stream):
             images = batch.images.to(self._device, non_blocking=True)
             labels = batch.labels.to(self._device, non_blocking=True)
-        return Batch(images, labels, batch.bad)
+        return batch._replace(images=images, labels=labels)
 
     def _from_loader(self) -> Batch:
         began = time.perf_counter()
@@ -194,7 +198,7 @@ def _assemble(reader: ShardReader, samples: Int64, size: int, decode: Callable[[
                 f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.root}, "
                 f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
             )
-    return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad)
+    return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
 def _loader(batches: Dataset[Batch], numbers: Sequence[int] | _Counting, workers: int) -> DataLoader[Batch]:

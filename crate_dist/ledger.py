@@ -1,0 +1,111 @@
+"""Where the time of a run went, over all its restarts: an append-only ledger in the run folder.
+
+One JSON object per line: starts, steps, evaluations, saves. Goodput is the share of the wall time since the first
+start that went into steps which count: not into waiting for data, evaluating, standing still for a save, starting,
+being away, or steps that a restart had to make a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Totals:
+    """Seconds, and counts; see the module."""
+
+    first_start: float = 0.0
+    now: float = 0.0
+    productive_s: float = 0.0
+    redone_s: float = 0.0
+    data_wait_s: float = 0.0
+    evaluation_s: float = 0.0
+    save_stall_s: float = 0.0
+    restarts: int = -1
+    steps_redone: int = 0
+    _spans: list[tuple[int, int, float]] = field(default_factory=list, repr=False)
+
+    @property
+    def wall_s(self) -> float:
+        """Since the first start."""
+        return max(self.now - self.first_start, 1e-9)
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time that went into steps which count."""
+        return self.productive_s / self.wall_s
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Takes up one line."""
+        self.now = max(self.now, event["time"])
+        kind = event["event"]
+        if kind == "start":
+            self.first_start = self.first_start or event["time"]
+            self.restarts += 1
+            self._forget_after(event["step"])
+        elif kind == "steps":
+            self.data_wait_s += event["wait_s"]
+            productive = max(event["busy_s"] - event["wait_s"], 0.0)
+            self.productive_s += productive
+            self._spans.append((event["after"], event["step"], productive))
+        elif kind == "evaluation":
+            self.evaluation_s += event["seconds"]
+        elif kind == "save":
+            self.save_stall_s += event["stall_s"]
+
+    def _forget_after(self, step: int) -> None:
+        """What was done behind the checkpoint that a restart begins from is done a second time."""
+        kept = []
+        for first, last, seconds in self._spans:
+            lost = max(last - max(first, step), 0)
+            lost_s = seconds * lost / max(last - first, 1)
+            self.steps_redone += lost
+            self.redone_s += lost_s
+            self.productive_s -= lost_s
+            if first < step:
+                kept.append((first, min(last, step), seconds - lost_s))
+        self._spans = kept[-1000:]
+
+    def scalars(self) -> dict[str, float]:
+        """As TensorBoard names them."""
+        return {
+            "goodput/fraction": self.goodput,
+            "goodput/data_wait_fraction": self.data_wait_s / self.wall_s,
+            "goodput/evaluation_fraction": self.evaluation_s / self.wall_s,
+            "goodput/save_stall_fraction": self.save_stall_s / self.wall_s,
+            "goodput/restarts": float(self.restarts),
+            "goodput/steps_redone": float(self.steps_redone),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"goodput {self.goodput:.1%} of {self.wall_s / 3600:.2f} h: "
+            f"data wait {self.data_wait_s:.0f} s, evaluation {self.evaluation_s:.0f} s, "
+            f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts, "
+            f"{self.steps_redone} steps made twice ({self.redone_s:.0f} s)"
+        )
+
+
+class Ledger:
+    """Written by rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.totals = Totals()
+        if path.exists():
+            for text in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self.totals.add(json.loads(text))
+                except (ValueError, KeyError):  # a line that a crash cut off
+                    continue
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Appends one line, at once."""
+        line = {"event": event, "time": round(time.time(), 3), **facts}
+        self.totals.add(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

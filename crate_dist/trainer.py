@@ -1,0 +1,273 @@
+"""The loop, and what is done when it is due."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from crate_dist import checkpoint
+from crate_dist.checkpoint import Progress
+from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.loader import Feed, Share, eval_loader, train_loader
+from crate_dist.data.order import Order
+from crate_dist.data.reader import ShardReader
+from crate_dist.data.splits import open_splits
+from crate_dist.distributed import World, gather_objects
+from crate_dist.engine import Engine, NotFinite
+from crate_dist.evaluate import evaluate
+from crate_dist.interrupt import Interrupt
+from crate_dist.metrics import Monitor
+from crate_dist.models.archs import build_model
+from crate_dist.models.weights import export_model
+from crate_dist.optim import Schedule, learning_rate
+from crate_dist.run import RunFolder
+from crate_dist.saving import Saved, Saver
+from crate_dist.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when train returns."""
+
+    step: int
+    finished: bool
+    best_top1: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """One rank of one run."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        world: World,
+        device: torch.device,
+        interrupt: Interrupt,
+        watchdog: Watchdog,
+    ) -> None:
+        self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
+        self.interrupt, self.watchdog = interrupt, watchdog
+        found = checkpoint.find_newest(folder.checkpoints, world)
+        self.progress = found.progress if found else Progress()
+        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        self.train_index, self.val_index = open_splits(recipe)
+        self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
+        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
+        model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
+        self.engine = Engine(model, recipe, device, micro_batch, accumulation)
+        if found:
+            self.engine.load(found)
+            logger.info("resumed from %s", found.path)
+        keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
+        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
+        self.saved_at = self.progress.step
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
+
+    def run(self) -> TrainResult:
+        """The loop."""
+        self.greet()
+        self.catch_up_on_evaluation()
+        feed = self.feed()
+        while self.progress.step < self.last_step:
+            self.take_step(feed)
+            if self.reporting_is_due():
+                self.monitor.report(self.progress.step)
+            if self.evaluation_is_due():
+                self.evaluate()
+            if self.saving_is_due():
+                self.save()
+            if self.interrupt.agreed():
+                break
+        del feed  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
+        return self.complete() if self.progress.step == self.last_step else self.stop_early()
+
+    def greet(self) -> None:
+        """Says what is about to happen."""
+        model, share = self.engine.module, self.share
+        logger.info(
+            "%s, %.2f M parameters, %s on %d x %s; global batch %d = %d x %d accumulated x %d ranks; steps %d to %d",
+            self.recipe.model.arch,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            self.recipe.train.precision,
+            self.world.world_size,
+            self.device.type,
+            share.global_batch,
+            share.micro_batch,
+            share.accumulation,
+            share.world_size,
+            self.progress.step,
+            self.last_step,
+        )
+
+    def complete(self) -> TrainResult:
+        """Exports the weights and says what has come of it."""
+        self.note_saved(self.saver.wait())
+        self.export()
+        self.monitor.close()
+        best = self.progress
+        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
+        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
+        return self.result(finished=True)
+
+    def stop_early(self) -> TrainResult:
+        """Saves what there is, after a signal; the same command goes on from there."""
+        logger.info("told to stop: saving step %d", self.progress.step)
+        if self.saved_at != self.progress.step:
+            self.monitor.report(self.progress.step)
+            self.save()
+        self.note_saved(self.saver.wait())
+        self.monitor.close()
+        logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
+        return self.result(finished=False)
+
+    def result(self, finished: bool) -> TrainResult:
+        """Where the run stands."""
+        return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
+
+    def feed(self) -> Feed:
+        """This rank's micro-batches from the current step on."""
+        train, data = self.recipe.train, self.recipe.data
+        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
+        size = self.recipe.model.image_size
+        return Feed(train_loader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+
+    def take_step(self, feed: Feed) -> None:
+        """One optimizer step, timed."""
+        lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
+        self.watchdog.beat(f"taking step {self.progress.step + 1}")
+        began, waited = time.perf_counter(), feed.wait_s
+        try:
+            result = self.engine.step(feed, lr, self.progress.step)
+        except NotFinite as error:
+            raise self.with_names(error) from None
+        self.monitor.add(
+            result.loss,
+            result.grad_norm,
+            lr,
+            images=self.share.micro_batch * self.share.accumulation,
+            wait_s=feed.wait_s - waited,
+            step_s=time.perf_counter() - began,
+        )
+        self.monitor.add_bad(result.bad)
+        self.progress = replace(self.progress, step=self.progress.step + 1)
+
+    def with_names(self, error: NotFinite) -> NotFinite:
+        """The same error with the step and the batches' samples by name. A collective."""
+        reader = ShardReader(self.train_index)
+        named = [reader.describe(sample, "") for sample in error.samples]
+        keys = [f"{item.shard}:{item.key}" for rank in gather_objects(named) for item in rank]
+        listed = ", ".join(keys[:64]) + (f" and {len(keys) - 64} more" if len(keys) > 64 else "")
+        return NotFinite(
+            f"step {self.progress.step + 1}, {error}. The step was not taken and the checkpoints are intact. "
+            f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
+            f"Samples: {listed}",
+            error.samples,
+        )
+
+    def reporting_is_due(self) -> bool:
+        """Every so many steps, and before every save, so that a resumed curve has the same points."""
+        return self.progress.step % self.recipe.log.every_steps == 0 or self.saving_is_due()
+
+    def evaluation_is_due(self) -> bool:
+        """At the first step after every so many whole epochs, and at the end; once per step."""
+        step, every = self.progress.step, self.recipe.log.eval_every_epochs
+        if self.val_index is None or step in (0, self.progress.evaluated_at):
+            return False
+        epochs = self.schedule.epochs_completed(step)
+        ended_just_now = epochs > self.schedule.epochs_completed(step - 1)
+        return (ended_just_now and epochs % every == 0) or step == self.last_step
+
+    def saving_is_due(self) -> bool:
+        """Every so many steps, after every evaluation, and at the end."""
+        step = self.progress.step
+        periodic = step % self.recipe.checkpoint.every_steps == 0
+        return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
+
+    def catch_up_on_evaluation(self) -> None:
+        """A run may have been ended between a save and the evaluation of the same step."""
+        if self.evaluation_is_due():
+            self.evaluate()
+            self.save()
+
+    def evaluate(self) -> None:
+        """Exact accuracy over the whole validation split."""
+        assert self.val_index is not None
+        loader = eval_loader(
+            self.val_index,
+            self.world.rank,
+            self.world.world_size,
+            self.recipe.data,
+            self.recipe.model.image_size,
+            self.recipe.train.micro_batch,
+        )
+        began = time.perf_counter()
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            self.watchdog.beat("evaluating")
+            return self.engine.predict(images)
+
+        result = evaluate(predict, loader, self.device)
+        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
+        best = result.top1 > self.progress.best_top1
+        self.progress = replace(
+            self.progress,
+            evaluated_at=self.progress.step,
+            best_top1=max(result.top1, self.progress.best_top1),
+            best_step=self.progress.step if best else self.progress.best_step,
+            metrics=result.scalars(),
+        )
+
+    def save(self) -> None:
+        """Begins to save this step; its writing goes on beside the training."""
+        self.watchdog.beat(f"saving step {self.progress.step}")
+        self.monitor.flush()
+        state, about = self.engine.state(), self.recipe.mathematics()
+        self.note_saved(self.saver.save(state, self.progress, recipe=about))
+        self.saved_at = self.progress.step
+
+    def note_saved(self, saved: Saved | None) -> None:
+        """Reports a finished save, and says in time when the scheduler's notice is too short for one."""
+        self.monitor.saved(saved)
+        notice_s = self.recipe.cluster.signal_delay_s
+        if saved and saved.total_s > notice_s / 2 and self.world.launcher == "slurm":
+            logger.warning(
+                "a save takes %.0f s, and the job is told only %d s before its end; "
+                "give it --set cluster.signal_delay_s=%d or more",
+                saved.total_s,
+                notice_s,
+                int(4 * saved.total_s),
+            )
+
+    def export(self) -> None:
+        """Writes the weights alone of the last and of the best checkpoint."""
+        if self.world.is_main:
+            for saved in checkpoint.list_checkpoints(self.folder.checkpoints):
+                for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
+                    if saved.step == step:
+                        export_model(
+                            self.folder.model(which), self.engine.module.config, saved.weights(), self.about(saved)
+                        )
+        dist.barrier()
+
+    def about(self, saved: checkpoint.Checkpoint) -> dict[str, object]:
+        """What an exported model says of itself."""
+        return {
+            "recipe": self.recipe.name,
+            "step": saved.step,
+            "epochs": saved.step / self.schedule.steps_per_epoch,
+            "metrics": dict(saved.progress.metrics),
+            "classes": list(self.train_index.classes),
+            "mean": list(self.recipe.data.mean),
+            "std": list(self.recipe.data.std),
+            "precision": self.recipe.train.precision,
+            "eval_crop": self.recipe.data.eval_crop,
+        }
