@@ -152,7 +152,7 @@ class ClusterSection(Section):
     mem_gb: Positive | None = Field(None, description="memory per node; unset: all of it")
     time_min: Positive = Field(24 * 60, description="time limit; the job is requeued until the run is complete")
     signal_delay_s: Positive = Field(120, description="warning before the time limit")
-    requeues: Positive = Field(100, description="times that submitit may requeue the job after a time limit")
+    requeues: Positive = Field(100, description="times that the job may be put back into the queue")
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

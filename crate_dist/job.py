@@ -35,7 +35,7 @@ class TrainJob:
         return dataclasses.asdict(result)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again before the time limit.
+        """What submitit submits again when a signal comes before the training has taken over the signals.
 
         It is called inside a signal handler and on rank 0 alone, where a save, in which all ranks take part, would
         wait for ever: the run goes on from the newest checkpoint that there is.

@@ -18,7 +18,7 @@ class Preflight:
 
     folder: RunFolder
     resumes: bool
-    data_root: Path
+    data_root: Path | str
     train_images: int
     val_images: int
     classes: int

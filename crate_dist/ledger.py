@@ -7,6 +7,7 @@ being away, or steps that a restart had to make a second time.
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Totals:
 
     def __str__(self) -> str:
         return (
-            f"goodput {self.goodput:.1%} of {self.wall_s / 3600:.2f} h: "
+            f"goodput {self.goodput:.1%} of {datetime.timedelta(seconds=round(self.wall_s))}: "
             f"data wait {self.data_wait_s:.0f} s, evaluation {self.evaluation_s:.0f} s, "
             f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts, "
             f"{self.steps_redone} steps made twice ({self.redone_s:.0f} s)"

@@ -34,6 +34,21 @@ from crate_dist.launching import Preflight, preflight
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
 
+# A signal, a hang or the death of a rank end the step with a status of 64 or more: the job is then put back into the
+# queue, and goes on from its newest checkpoint. What needs a person ends it with a smaller one. A job that was
+# cancelled is not running any more when it gets here.
+REQUEUE = """\
+requeue_unless_done() {{
+    status=$?
+    if [ "$status" -ge 64 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {limit} ] &&
+        scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        echo "ended with status $status: requeueing"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}}
+trap requeue_unless_done EXIT"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; gives the exit status."""
     arguments = _parser().parse_args(argv)
@@ -97,7 +112,8 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        seen = dict.fromkeys([CLONE, recipe.data_root(), *(mount.parent for mount in mounts)])
+        places = [CLONE, recipe.data_root(), *(mount.parent for mount in mounts)]
+        seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         srun_args += [
             f"--container-image={cluster.container}",
             f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}",
@@ -117,7 +133,7 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": list(cluster.setup) or None,
+        "setup": [*cluster.setup, REQUEUE.format(limit=cluster.requeues)],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},
