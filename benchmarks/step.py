@@ -1,0 +1,223 @@
+"""The training step: ours and the published code's model and loop, on the same batches, in turns, in one run.
+
+    python benchmarks/step.py --reference PATH [--arch crate_base] [--device cpu|cuda] [--batch 8] [--rounds 10]
+
+--reference is a checkout of the published code, whose model is imported from there; without it ours is measured
+alone. Its loop, as its main.py has it: under autocast and GradScaler on a GPU, plain fp32 on a CPU; zero_grad,
+forward, loss, backward, Lion from lion-pytorch. Ours is crate_dist.engine on one rank, with ZeRO-2 and all.
+
+FLOPs are counted from shapes, 2 per multiply-add, matrix products alone, in the fewest products that the mathematics
+needs (two for ISTA): a product that is saved is not counted as work done. The backward pass counts twice the forward.
+MFU is that over the rate of a large matrix product on the same device in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lion_pytorch import Lion
+
+from crate_dist.config import Recipe, load_recipe
+from crate_dist.data.loader import Batch
+from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.models.archs import build_model, model_config
+from crate_dist.models.crate import CrateConfig
+
+Step = Callable[[Batch], None]
+CLASSES = 1000
+
+
+def main() -> int:
+    """Prints one row per contestant; the published code's row has the ratio 1."""
+    arguments = parse()
+    device = torch.device(arguments.device)
+    settings = [f"train.precision={arguments.precision}", f"train.global_batch={arguments.batch}", *arguments.overrides]
+    recipe = load_recipe(arguments.arch, settings)
+    world = detect_world()
+    if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    init_distributed(world)
+    batches = [synthetic(arguments.batch, recipe.model.image_size, seed, device) for seed in range(4)]
+    contestants: dict[str, Step] = {"crate-dist": ours(recipe, device)}
+    if arguments.reference:
+        contestants = {"published code": published(recipe, arguments.reference, device), **contestants}
+    if arguments.only:
+        contestants = {name: step for name, step in contestants.items() if arguments.only in name}
+    flops = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.batch
+    rate = matrix_rate(
+        device, torch.bfloat16 if arguments.precision == "bf16" and device.type == "cuda" else torch.float32
+    )
+    times = measure(contestants, batches, arguments.rounds, device)
+    first = statistics.median(next(iter(times.values())))
+    print(f"machine: {machine(device)}; {arguments.arch}, batch {arguments.batch}, {arguments.precision}")
+    print(f"matrix product: {rate / 1e12:.3g} TFLOP/s; counted work per step: {flops / 1e9:,.0f} GFLOP\n")
+    print("| | median, s | quartiles | images/s | MFU | ratio |\n|---|---|---|---|---|---|")
+    rows = []
+    for name, seconds in times.items():
+        low, median, high = statistics.quantiles(seconds, n=4)
+        rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "mfu": flops / median / rate})
+        print(
+            f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {arguments.batch / median:,.1f} "
+            f"| {flops / median / rate:.1%} | {first / median:.2f} |"
+        )
+    print(f"\npeak memory of this process: {peak_memory(device) / 1e9:.2f} GB (--only measures one alone)")
+    if arguments.profile:
+        profile(contestants["crate-dist"], batches[0], device)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows, "peak": peak_memory(device)}))
+    leave_distributed()
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="crate_base", help="recipe in configs/ [%(default)s]")
+    parser.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the published code")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="[bf16 on a GPU, fp32 on a CPU]")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images per step [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="steps of each, after two [%(default)s]")
+    parser.add_argument("--only", metavar="NAME", help="one contestant alone, for its peak memory")
+    parser.add_argument("--profile", action="store_true", help="name the ten most expensive kernels of ours")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
+    return arguments
+
+
+def ours(recipe: Recipe, device: torch.device) -> Step:
+    """One optimizer step of crate_dist.engine."""
+    from crate_dist.engine import Engine
+
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
+
+    def step(batch: Batch) -> None:
+        engine.step(iter([batch]), recipe.optim.lr, 0)
+
+    return step
+
+
+def published(recipe: Recipe, path: Path, device: torch.device) -> Step:
+    """One step of the published code's loop on its own model."""
+    sys.path.insert(0, str(path))
+    module = importlib.import_module("model.crate")
+    config = model_config(recipe.model, CLASSES)
+    model = module.CRATE(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=CLASSES,
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.dim // config.heads,
+    ).to(device)
+    optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
+    mean = torch.tensor(recipe.data.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(recipe.data.std, device=device).view(3, 1, 1)
+    on_gpu = device.type == "cuda"
+    scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
+
+    def step(batch: Batch) -> None:
+        # Its loader yields normalised fp32 images: they are made here, as ours are.
+        images = (batch.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        with torch.autocast("cuda", enabled=on_gpu):
+            loss = F.cross_entropy(model(images), batch.labels, label_smoothing=recipe.optim.label_smoothing)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def synthetic(count: int, side: int, seed: int, device: torch.device) -> Batch:
+    """Random uint8 images and labels on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    return Batch(images.to(device), labels.to(device), [], torch.arange(count))
+
+
+def measure(steps: dict[str, Step], batches: list[Batch], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step, the contestants taking turns; the first two rounds do not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            synchronize(device)
+            began = time.perf_counter()
+            step(batches[number % len(batches)])
+            synchronize(device)
+            if number >= 2:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def forward_flops(config: CrateConfig) -> int:
+    """Floating-point operations of one image's forward pass, counted as the module says."""
+    n, d = config.num_tokens, config.dim
+    layer = n * d * d + 2 * n * n * d + (n * d * d if config.heads > 1 else 0) + 2 * n * d * d
+    patches = (n - 1) * 3 * config.patch_size**2 * d
+    return 2 * (config.depth * layer + patches + d * config.num_classes)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(side, side, device=device, dtype=dtype), torch.randn(side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def profile(step: Step, batch: Batch, device: torch.device) -> None:
+    """Prints the ten most expensive kernels of a step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    key = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profiler:
+        step(batch)
+    print("\n" + profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
+
+
+def machine(device: torch.device) -> str:
+    """What was measured on."""
+    chip: Any = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+    return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
