@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe, location
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
     which.add_argument("--config", metavar="FILE", type=Path, help="any recipe file")
-    group.add_argument("--data", metavar="DIR", type=Path, help=f"folder of the shards [recipe, then ${DATA_VARIABLE}]")
+    group.add_argument(
+        "--data", metavar="DIR", type=location, help=f"folder or URL of the shards [recipe, then ${DATA_VARIABLE}]"
+    )
     group.add_argument(
         "--run-dir", metavar="DIR", type=Path, help="folder of the run, resumed if it holds one [runs/RECIPE]"
     )
@@ -31,7 +33,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the options of add_recipe_arguments name. Raises RecipeError."""
-    data = arguments.data.expanduser().absolute() if arguments.data else None
+    data = arguments.data.expanduser().absolute() if isinstance(arguments.data, Path) else arguments.data
     recipe = load_recipe(
         arguments.config or arguments.arch,
         arguments.overrides,

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
-from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
-from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError, location
+from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Batch, Normalize, eval_loader
+from crate_dist.data.splits import open_split
 from crate_dist.distributed import detect_world, init_distributed
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what to evaluate")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help=f"folder of the shards [the run's, then ${DATA_VARIABLE}]"
+        "--data", type=location, metavar="DIR", help=f"folder or URL of the shards [the run's, then ${DATA_VARIABLE}]"
     )
     parser.add_argument("--split", default="val", help="folder in it [%(default)s]")
     parser.add_argument(
@@ -133,10 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         root = arguments.data or subject.data.root or os.environ.get(DATA_VARIABLE)
         if root is None:
             raise RecipeError(f"no data folder: give --data DIR or export {DATA_VARIABLE}=DIR")
-        index = ShardIndex.load(Path(root) / arguments.split)
+        index = open_split(location(root), arguments.split, subject.data)
         if index.num_classes > subject.model.config.num_classes:
             raise RecipeError(
-                f"{index.root} has {index.num_classes} classes, the model only {subject.model.config.num_classes}"
+                f"{index.place} has {index.num_classes} classes, the model only {subject.model.config.num_classes}"
             )
     except (CheckpointError, WeightsError, RecipeError, ShardError) as error:
         if world.is_main:
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     result = evaluate(lambda images: model(normalize(images)), shown, device)
     if world.is_main:
         print(  # noqa: T201
-            f"{subject.name} on {index.root}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+            f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
             f"loss {result.loss:.4f}, {result.samples:,} samples"
             + (f", {result.replaced} replaced" if result.replaced else "")
         )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from crate_dist import checkpoint
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Feed, Share, eval_loader, train_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
@@ -59,6 +60,8 @@ class Trainer:
         self.progress = found.progress if found else Progress()
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
         self.train_index, self.val_index = open_splits(recipe)
+        if len(set(gather_objects(self.train_index.fingerprint))) > 1:
+            raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from crate_dist.data.transforms import MAX_PIXELS, BadImage
+from crate_dist.data.decode import MAX_PIXELS, BadImage
 
 DEFAULT_QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")

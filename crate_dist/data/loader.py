@@ -6,6 +6,8 @@ uint8. The images travel as bytes; they become normalised numbers on the device.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +67,13 @@ class TrainBatches(Dataset[Batch]):
         self.index, self.order, self.share, self.transform = index, order, share, transform
         self._reader: ShardReader | None = None
 
+    def samples(self, number: int) -> Int64:
+        """The sample ids of micro-batch `number`."""
+        return self.order.samples(self.share.positions(self.order, number))
+
     def __getitem__(self, number: int) -> Batch:
-        self._reader = self._reader or ShardReader(self.index)
+        self._reader = self._reader or ShardReader(self.index, self.samples)
+        self._reader.at(number)
         positions = self.share.positions(self.order, number)
         samples, epochs = self.order.samples(positions), positions // self.order.num_samples
 
@@ -87,10 +94,16 @@ class EvalBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return -(-(self.stop - self.first) // self.batch)
 
-    def __getitem__(self, number: int) -> Batch:
-        self._reader = self._reader or ShardReader(self.index)
+    def samples(self, number: int) -> Int64 | None:
+        """The sample ids of batch `number`, None behind the last one."""
         first = self.first + number * self.batch
-        samples = np.arange(first, min(first + self.batch, self.stop), dtype=np.int64)
+        return np.arange(first, min(first + self.batch, self.stop), dtype=np.int64) if first < self.stop else None
+
+    def __getitem__(self, number: int) -> Batch:
+        self._reader = self._reader or ShardReader(self.index, self.samples)
+        self._reader.at(number)
+        samples = self.samples(number)
+        assert samples is not None
         return _assemble(self._reader, samples, self.transform.size, lambda data, _: self.transform(data))
 
 
@@ -195,15 +208,46 @@ def _assemble(reader: ShardReader, samples: Int64, size: int, decode: Callable[[
             break
         else:
             raise ShardError(
-                f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.root}, "
+                f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.place}, "
                 f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
             )
     return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
+class _Telling(Dataset[Batch | ShardError]):
+    """Gives errors as items: raised in a worker, they would reach the user with its traceback around them."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> Batch | ShardError:
+        try:
+            return self._batches[number]
+        except ShardError as error:
+            return error
+
+
+class _Loader(DataLoader[Batch]):
+    """Raises the errors of _Telling, and ends its workers with its iterator."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for item in super().__iter__():
+            if isinstance(item, ShardError):
+                raise item
+            yield item
+
+
+@atexit.register
+def _end_workers() -> None:
+    """multiprocessing would send those that are left the signal that they ignore, and wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def _loader(batches: Dataset[Batch], numbers: Sequence[int] | _Counting, workers: int) -> DataLoader[Batch]:
-    return DataLoader(
-        batches,
+    return _Loader(
+        _Telling(batches),  # type: ignore[arg-type]
         batch_size=None,
         sampler=numbers,
         num_workers=workers,

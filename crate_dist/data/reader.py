@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 
-from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.ahead import CachedShards, Plan
+from crate_dist.data.index import TAR_BLOCK, ShardError, ShardIndex
 
 _OPEN_SHARDS = 64
-_TAR_BLOCK = 512
 
 
 class BadSample(NamedTuple):
@@ -23,47 +24,97 @@ class BadSample(NamedTuple):
 
 
 class ShardReader:
-    """Reads the bytes of a sample by its offset, keeping the last shards open."""
+    """Reads the bytes of a sample by its offset.
 
-    def __init__(self, index: ShardIndex) -> None:
+    plan: what will be read, so that remote shards are fetched ahead of need; without it they are fetched at need
+    """
+
+    def __init__(self, index: ShardIndex, plan: Plan | None = None) -> None:
         self.index = index
         self._ends = np.cumsum(index.shard_sizes)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._shards = CachedShards(index, plan) if index.remote else LocalShards(index)
+
+    def at(self, number: int) -> None:
+        """Says that the next reads are for item `number` of the plan."""
+        self._shards.at(number)
 
     def read(self, sample: int) -> bytes:
-        """The image of a sample. Raises ShardError when its shard is gone or shorter than the index says."""
-        row = self.index.rows[sample]
-        return self._pread(sample, int(row["size"]), int(row["offset"]))
+        """The image of a sample, whose label is a class.
+
+        Raises ShardError when its row cannot be right, and when its shard is gone or not as long as the index says.
+        """
+        offset, size, label = self.index.rows[sample].item()
+        if offset < TAR_BLOCK or size < 0 or not 0 <= label < self.index.num_classes:
+            raise self.index.bad_row(sample)
+        return self._pread(sample, size, offset)
 
     def describe(self, sample: int, reason: str) -> BadSample:
-        """Names a sample by its shard and by the key in the tar header before it."""
-        header = self._pread(sample, _TAR_BLOCK, int(self.index.rows[sample]["offset"]) - _TAR_BLOCK)
-        name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
-        return BadSample(self.index.shards[self._shard(sample)].name, name, reason)
+        """Names a sample that does not decode by its shard and by the key in the tar header before it.
+
+        Without a header of a file of that size there, what was read was no image to begin with: the index belongs to
+        other shards, or the shard is damaged. The reason then names the remedy.
+        """
+        offset, size, _ = self.index.rows[sample].item()
+        shard = self.index.shards[self._shard(sample)].name
+        try:
+            header = tarfile.TarInfo.frombuf(self._pread(sample, TAR_BLOCK, offset - TAR_BLOCK), "utf-8", "replace")
+            if header.size == size:
+                return BadSample(shard, header.name, reason)
+        except (tarfile.HeaderError, ValueError):
+            pass
+        reason += f"; no tar header of a file of {size} bytes stands before it, so index and shard differ"
+        return BadSample(shard, f"sample {sample} at byte {offset}", f"{reason}; {self._verify()}")
 
     def _shard(self, sample: int) -> int:
         return int(np.searchsorted(self._ends, sample, side="right"))
 
     def _pread(self, sample: int, size: int, offset: int) -> bytes:
         shard = self._shard(sample)
-        path = self.index.root / self.index.shards[shard].name
         try:
-            data = os.pread(self._open(shard), size, offset)
+            data = os.pread(self._shards.descriptor(shard), size, offset)
         except OSError as error:
-            raise ShardError(f"cannot read {path}: {error.strerror}") from error
+            raise ShardError(f"cannot read {self._name(shard)}: {error.strerror}") from error
         if len(data) != size:
-            raise ShardError(
-                f"{path} ends before sample {sample} does; `python data_prep/verify.py {self.index.root}` "
-                "says which shards differ from their index"
-            )
+            raise ShardError(f"{self._name(shard)} ends before sample {sample} does; {self._verify()}")
         return data
 
-    def _open(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        descriptor = os.open(self.index.root / self.index.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
-        self._files[shard] = descriptor
-        if len(self._files) > _OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
+    def _name(self, shard: int) -> str:
+        return f"{self.index.place}/{self.index.shards[shard].name}"
+
+    def _verify(self) -> str:
+        return f"`python data_prep/verify.py {self.index.place}` says which shards differ from their index"
+
+
+class LocalShards:
+    """Shards in a folder, of which the last ones read stay open."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def at(self, number: int) -> None:
+        """Nothing needs to be fetched ahead."""
+
+    def descriptor(self, shard: int) -> int:
+        """Of a shard by its number. Raises OSError, and ShardError when it is not as long as the index says."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path, size = self._index.root / self._index.shards[shard].name, self._index.shards[shard].bytes
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(descriptor).st_size
+        if found != size:
+            os.close(descriptor)
+            how = "ends before" if found < size else "goes on after"
+            raise ShardError(
+                f"{path} {how} its index does, with {found:,} and not {size:,} bytes; "
+                f"`python data_prep/verify.py {self._index.root}` says which shards differ from their index"
+            )
+        self._open[shard] = descriptor
+        if len(self._open) > _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
         return descriptor
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)

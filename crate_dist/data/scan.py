@@ -145,13 +145,17 @@ def _walk(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[Member]:
             archive.members = []  # type: ignore[attr-defined]  # it would keep every member
             if archive.offset > end:
                 raise ShardError(f"{path}: cut off or damaged: {info.name} ends after the archive does")
+            if info.size < 0:  # it would lead back to its own header, for ever
+                raise ShardError(f"{path}: damaged: {info.name} has a size of {info.size} bytes")
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise ShardError(f"{path}: the name {info.name!r} leads out of the archive")
             if info.issparse():
                 raise ShardError(f"{path}: {info.name} is a sparse file, which cannot be read by offset")
             if info.isreg():
                 yield Member(info.name, info.offset_data, info.size)
-    except tarfile.TarError as error:
+    except ShardError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # all but the first by absurd sizes
         raise ShardError(f"{path}: not a tar, or a damaged one ({error})") from error
     # tarfile takes anything that is no header for the end; only a block of zeros is one.
     file.seek(archive.offset)

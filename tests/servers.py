@@ -1,0 +1,101 @@
+"""A web server on this machine that serves a folder, and can be told to fail."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+
+SILENCE_S = 1.0
+"""For how long the fault "silent" says nothing; then the connection ends."""
+
+
+class FolderServer(ThreadingHTTPServer):
+    """Serves the files of a folder.
+
+    faults: by file name, what to do instead with the requests to come, one after the other; the last one stays when
+    it is followed by "forever"
+    gets: requests by file name; order: file names as they were first asked for
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.gets: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()
+        self.on_get: Callable[[], None] = lambda: None
+        self.lock = Lock()
+
+    @property
+    def url(self) -> str:
+        """Of the folder."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def tars(self) -> dict[str, int]:
+        """How often each shard was asked for, in the order of the first requests."""
+        return {name: count for name, count in self.gets.items() if name.endswith(".tar")}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FolderServer
+
+    def do_GET(self) -> None:
+        """Serves a file, or fails as told."""
+        path = self.server.folder / self.path.lstrip("/")
+        name = str(path.relative_to(self.server.folder))
+        with self.server.lock:
+            self.server.on_get()
+            self.server.gets[name] += 1
+            faults = self.server.faults[path.name]
+            fault = faults[0] if faults else ""
+            if faults and faults[1:] != ["forever"]:
+                faults.pop(0)
+        if fault.isdecimal():
+            self.send_error(int(fault))
+            return
+        if fault == "drop":
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = bytearray(path.read_bytes())
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "flip":
+            data[len(data) // 2] ^= 1
+        if fault in ("truncate", "silent"):
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            time.sleep(SILENCE_S if fault == "silent" else 0)
+        elif fault == "slow":
+            for first in range(0, len(data), 40_000):
+                self.wfile.write(data[first : first + 40_000])
+                time.sleep(0.05)
+        else:
+            self.wfile.write(data)
+            with self.server.lock:
+                self.server.whole[name] += 1
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FolderServer]:
+    """Serves a folder until the block ends."""
+    with FolderServer(folder) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield server
+        server.shutdown()
