@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test chaos lint clean
 
 help:  ## what there is to type
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 
 
 test: setup  ## every test; those that need SLURM skip where it is not installed
 	$(PY) -m pytest
+
+chaos: setup  ## kill, stop, starve and damage real runs, at named points and 50 random moments (half an hour)
+	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,7 @@
 """What a checkpoint is, how the newest valid one is found by looking, and how it is resharded while loading.
 
     checkpoints/step-00000500/
-        manifest.json     step, world size, layout, recipe, and a digest of every other file
+        manifest.json     step, world size, layout, recipe, and a digest of every other file and of itself
         rank-00000.pt     this rank's partition of the fp32 master weights and of the optimizer's state
         rank-00001.pt     …
 
@@ -163,6 +163,12 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def find_newest(folder: Path, world: World) -> Checkpoint | None:
     """The newest checkpoint whose files have the digests of its manifest; None when the run has none. A collective.
 
@@ -184,7 +190,7 @@ def find_newest(folder: Path, world: World) -> Checkpoint | None:
         logger.warning("damaged checkpoint passed over: %s", "; ".join(dict.fromkeys(problems)))
     if names:
         raise CheckpointError(
-            f"none of the {len(names)} checkpoints in {folder} is whole; to start over, move that folder away"
+            f"none of the {len(names)} checkpoints in {folder} is whole; --start-over sets the run aside"
         )
     return None
 
@@ -208,6 +214,8 @@ def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["version"] != FORMAT_VERSION:
             return None, f"{path} has format {manifest['version']}, this program reads {FORMAT_VERSION}"
+        if manifest["digest"] != manifest_digest(manifest):
+            return None, f"{path / MANIFEST} does not have the digest in it"
         checkpoint = Checkpoint(path, manifest)
         ranks = {rank_file(rank) for rank in range(checkpoint.world_size)}
         if set(manifest["files"]) != ranks or len(checkpoint.layouts) != len(manifest["partitions"]):

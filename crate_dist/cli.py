@@ -20,6 +20,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--run-dir", metavar="DIR", type=Path, help="folder of the run, resumed if it holds one [runs/RECIPE]"
     )
+    group.add_argument(
+        "--start-over", action="store_true", help="set aside what the run folder holds, and begin at step 0"
+    )
     group.add_argument("--seed", type=int, help="of the order, the augmentation and the first weights")
     group.add_argument(
         "--set",

@@ -16,6 +16,12 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_STARTS = ("SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+
+
+class PortIsTaken(dist.DistNetworkError):
+    """The ranks cannot meet where they should."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,10 +71,11 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
             local_world_size=_local_tasks(env, tasks, len(nodes)),
             master_addr=env.get("MASTER_ADDR", nodes[0]),
             # A port that follows from the job and the step: all ranks know it, and two jobs on a node do not collide.
+            # It is another one after each requeue, since this one may be why.
             master_port=int(
                 env.get(
                     "MASTER_PORT",
-                    20000 + (int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_STEP_ID", 0))) % 20000,
+                    20000 + (7 * int(env.get("SLURM_JOB_ID", 0)) + sum(int(env.get(n, 0)) for n in _STARTS)) % 20000,
                 )
             ),
             launcher="slurm",
@@ -95,8 +102,11 @@ def expand_nodelist(text: str) -> list[str]:
 def init_distributed(world: World, timeout_s: float = 1800.0) -> torch.device:
     """Joins the process group, and gives the device of this rank: its GPU with nccl, else the CPU with gloo.
 
+    timeout_s: how long it may take all ranks to come, and how long a collective may take
+
     Raises
     ------
+    PortIsTaken: another program listens where rank 0 should
     RuntimeError: fewer GPUs on this node than ranks
     """
     # Libraries below read these; under srun they are not set.
@@ -126,12 +136,20 @@ def init_distributed(world: World, timeout_s: float = 1800.0) -> torch.device:
         if world.master_addr in ("127.0.0.1", "localhost"):
             # All on one machine: gloo need not look up a host name that may resolve to nowhere.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise PortIsTaken(
+            f"port {world.master_port} of {world.master_addr} is in use by another program, and rank 0 needs it; "
+            "start again, or set MASTER_PORT to one that is free"
+        ) from None
     return device
 
 
@@ -143,6 +161,11 @@ def leave_distributed() -> None:
     """
     if dist.get_backend() == "gloo" or sys.exc_info()[0] is None:
         dist.destroy_process_group()
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is out of reach: nccl says it by type, gloo by text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

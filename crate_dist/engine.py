@@ -111,7 +111,7 @@ class Engine:
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-            used.append(batch)
+            used.append(batch if self.device.type != "cpu" else batch._replace(images=batch.images.clone()))
         if self._zero.overflow:  # DeepSpeed has looked at the reduced gradients, and has not taken the step
             raise self._not_finite(used)
         norm = self._engine.get_global_grad_norm()

@@ -8,11 +8,18 @@ from the pickle as it was first submitted, and still goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
+
+from crate_dist.status import NEEDS_A_PERSON, TRY_AGAIN
+
+logger = logging.getLogger(__name__)
 
 
 class TrainJob:
@@ -24,12 +31,23 @@ class TrainJob:
     def __call__(self) -> dict[str, Any]:
         """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
 
-        A run that a signal has stopped ends the process with a status at which the batch script requeues the job.
+        Otherwise it ends the process with a status by which the batch script knows whether to requeue the job.
         """
-        from crate_dist.train import train
-        from crate_dist.watchdog import TRY_AGAIN
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            # Until the training takes over the signals there is nothing to save, and imports and rendezvous may last
+            # longer than the notice.
+            signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
+        from crate_dist.distributed import lost_a_rank
+        from crate_dist.train import EXPECTED_ERRORS, train
 
-        result = train(self.run_dir)
+        try:
+            result = train(self.run_dir)
+        except EXPECTED_ERRORS as error:
+            logger.error("%s", error)
+            _end(NEEDS_A_PERSON)
+        except Exception as error:
+            logger.exception("this rank has lost another one" if lost_a_rank(error) else "unexpected")
+            _end(TRY_AGAIN if lost_a_rank(error) else NEEDS_A_PERSON)
         if not result.finished:
             sys.exit(TRY_AGAIN)
         return dataclasses.asdict(result)
@@ -41,3 +59,9 @@ class TrainJob:
         wait for ever: the run goes on from the newest checkpoint that there is.
         """
         return DelayedSubmission(self)
+
+
+def _end(status: int) -> NoReturn:
+    """At once: an interpreter that ends in order waits for its loader, and nccl for ranks that are gone."""
+    logging.shutdown()
+    os._exit(status)

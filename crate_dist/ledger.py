@@ -1,6 +1,7 @@
 """Where the time of a run went, over all its restarts: an append-only ledger in the run folder.
 
-One JSON object per line: starts, steps, evaluations, saves. Goodput is the share of the wall time since the first
+One JSON object per line: starts, steps, evaluations, saves; up_s is seconds since the start, by a clock that does not
+jump. Goodput is the share of the wall time since the first
 start that went into steps which count: not into waiting for data, evaluating, standing still for a save, starting,
 being away, or steps that a restart had to make a second time.
 """
@@ -14,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crate_dist.appending import AppendedFile, whole_lines
+
 
 @dataclass
 class Totals:
     """Seconds, and counts; see the module."""
 
-    first_start: float = 0.0
-    now: float = 0.0
+    wall_s: float = 0.0
     productive_s: float = 0.0
     redone_s: float = 0.0
     data_wait_s: float = 0.0
@@ -29,25 +31,23 @@ class Totals:
     restarts: int = -1
     steps_redone: int = 0
     _spans: list[tuple[int, int, float]] = field(default_factory=list, repr=False)
-
-    @property
-    def wall_s(self) -> float:
-        """Since the first start."""
-        return max(self.now - self.first_start, 1e-9)
+    _time: float = field(default=0.0, repr=False)
+    _up_s: float = field(default=0.0, repr=False)
 
     @property
     def goodput(self) -> float:
         """Share of the wall time that went into steps which count."""
-        return self.productive_s / self.wall_s
+        return self._share(self.productive_s)
 
     def add(self, event: dict[str, Any]) -> None:
         """Takes up one line."""
-        self.now = max(self.now, event["time"])
         kind = event["event"]
         if kind == "start":
-            self.first_start = self.first_start or event["time"]
             self.restarts += 1
             self._forget_after(event["step"])
+            # The clock is asked only how long the run was away; it may be another machine's, or be set meanwhile.
+            self.wall_s += max(event["time"] - self._time, 0.0) if self._time else 0.0
+            self._up_s = 0.0
         elif kind == "steps":
             self.data_wait_s += event["wait_s"]
             productive = max(event["busy_s"] - event["wait_s"], 0.0)
@@ -57,6 +57,8 @@ class Totals:
             self.evaluation_s += event["seconds"]
         elif kind == "save":
             self.save_stall_s += event["stall_s"]
+        self.wall_s += event["up_s"] - self._up_s
+        self._time, self._up_s = event["time"], event["up_s"]
 
     def _forget_after(self, step: int) -> None:
         """What was done behind the checkpoint that a restart begins from is done a second time."""
@@ -71,13 +73,16 @@ class Totals:
                 kept.append((first, min(last, step), seconds - lost_s))
         self._spans = kept[-1000:]
 
+    def _share(self, seconds: float) -> float:
+        return seconds / self.wall_s if self.wall_s else 0.0
+
     def scalars(self) -> dict[str, float]:
         """As TensorBoard names them."""
         return {
             "goodput/fraction": self.goodput,
-            "goodput/data_wait_fraction": self.data_wait_s / self.wall_s,
-            "goodput/evaluation_fraction": self.evaluation_s / self.wall_s,
-            "goodput/save_stall_fraction": self.save_stall_s / self.wall_s,
+            "goodput/data_wait_fraction": self._share(self.data_wait_s),
+            "goodput/evaluation_fraction": self._share(self.evaluation_s),
+            "goodput/save_stall_fraction": self._share(self.save_stall_s),
             "goodput/restarts": float(self.restarts),
             "goodput/steps_redone": float(self.steps_redone),
         }
@@ -95,18 +100,18 @@ class Ledger:
     """Written by rank 0."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self.totals = Totals()
-        if path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.totals.add(json.loads(text))
-                except (ValueError, KeyError):  # a line that a crash cut off
-                    continue
+        self._began = time.monotonic()
+        for text in whole_lines(path):
+            try:
+                self.totals.add(json.loads(text))
+            except (ValueError, KeyError):  # of a file system that was repaired, or of an older version
+                continue
+        self._file = AppendedFile(path)
 
     def note(self, event: str, **facts: Any) -> None:
         """Appends one line, at once."""
-        line = {"event": event, "time": round(time.time(), 3), **facts}
+        up_s = time.monotonic() - self._began
+        line = {"event": event, "time": round(time.time(), 3), "up_s": round(up_s, 3), **facts}
         self.totals.add(line)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.append((json.dumps(line) + "\n").encode())

@@ -30,13 +30,15 @@ class RunIsLocked(RuntimeError):
 class Holder:
     """Who holds a lock.
 
-    boot: of the machine, so that a process id of before a reboot is not believed; job, restart: SLURM's
+    boot, began: of the machine and of the process, so that another process with its id is not believed to be it
+    job, restart: SLURM's
     """
 
     token: str
     host: str
     pid: int
     boot: str
+    began: str
     job: str
     restart: str
 
@@ -47,7 +49,7 @@ class Holder:
         """Known without waiting: its process on this machine is gone, or it is this job before it was requeued."""
         if self.job and self.job == _job() and self.restart != _restart():
             return True
-        return self.host == platform.node() and (self.boot != _boot() or not Path(f"/proc/{self.pid}").exists())
+        return self.host == platform.node() and (self.boot != _boot() or self.began != _began(self.pid))
 
 
 class RunLock:
@@ -63,7 +65,9 @@ class RunLock:
 
     def __init__(self, path: Path, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> None:
         self._path, self._heartbeat_s, self._stale_s = path, heartbeat_s, stale_s
-        self._me = Holder(uuid.uuid4().hex, platform.node(), os.getpid(), _boot(), _job(), _restart())
+        self._me = Holder(
+            uuid.uuid4().hex, platform.node(), os.getpid(), _boot(), _began(os.getpid()), _job(), _restart()
+        )
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
@@ -101,6 +105,8 @@ class RunLock:
 
     def _remove_lock_of(self, dead: Holder) -> None:
         """Takes the file away before looking at it again: another job may just have put its own there."""
+        if self._holder() != dead:
+            return
         taken = self._path.with_name(f".{self._path.name}.{self._me.token}.taken")
         try:
             self._path.replace(taken)
@@ -120,7 +126,7 @@ class RunLock:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return Holder("", "an unknown machine", 0, "", "", "")
+            return Holder("", "an unknown machine", 0, "", "", "", "")
 
     def _is_touched(self, holder: Holder) -> bool:
         logger.info(
@@ -154,6 +160,15 @@ def _job() -> str:
 
 def _restart() -> str:
     return os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def _began(pid: int) -> str:
+    """When a process of this machine began, in the kernel's ticks; nothing when there is none, or none that lives."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
 
 
 def _boot() -> str:

@@ -13,19 +13,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from crate_dist.appending import AppendedFile, whole_lines
 from crate_dist.config import Recipe
+from crate_dist.curves import Curves
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.ledger import Ledger
 from crate_dist.optim import Schedule
-from crate_dist.run import RunFolder
+from crate_dist.run import RunFolder, write_whole
 from crate_dist.saving import Saved
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ class Monitor:
         self._warned = False
         self._reset()
         self._reported = step
-        self._writer: SummaryWriter | None = None
+        self._curves: Curves | None = None
         self._ledger: Ledger | None = None
         if world.is_main:
-            self._open_writer(step)
+            self._open_files(step)
         self._bar = tqdm(
             total=schedule.total_steps,
             initial=step,
@@ -136,52 +137,51 @@ class Monitor:
 
     def saved(self, saved: Saved | None) -> None:
         """Writes how long a save took, and where the time has gone so far."""
-        if saved is None or not self._writer or not self._ledger:
+        if saved is None or not self._curves or not self._ledger:
             return
         self._ledger.note("save", step=saved.step, stall_s=saved.stall_s, total_s=saved.total_s)
         values = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
         for name, value in {**values, **self._ledger.totals.scalars()}.items():
-            self._writer.add_scalar(name, value, saved.step)
+            self._curves.scalar(name, value, saved.step)
 
     def flush(self) -> None:
         """Brings everything to disk, so that a checkpoint never knows more than the curves do."""
-        if self._writer:
-            self._writer.flush()
-            os.fsync(self._lines.fileno())
+        if self._curves:
+            self._curves.sync()
+            self._lines.sync()
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         self._bar.close()
-        if self._writer and self._ledger:
+        if self._curves and self._ledger:
             self._ledger.note("end")
             logger.info("%s", self._ledger.totals)
             self.flush()
-            self._writer.close()
+            self._curves.close()
             self._lines.close()
 
-    def _open_writer(self, step: int) -> None:
+    def _open_files(self, step: int) -> None:
         self._ledger = Ledger(self._folder.ledger)
         self._ledger.note("start", step=step, world_size=self._world.world_size)
         restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step)
-        self._lines: TextIO = self._folder.metrics.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if restarts else None)
+        self._lines = AppendedFile(self._folder.metrics)
+        self._curves = Curves(self._folder.tensorboard, purge_step=step + 1 if restarts else None)
         if not restarts:
-            self._writer.add_text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
+            self._curves.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
         else:
-            self._writer.add_scalar("run/restarts", restarts, step + 1)
+            self._curves.scalar("run/restarts", restarts, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
-            self._writer.add_text("run/restarted", text, step + 1)
+            self._curves.text("run/restarted", text, step + 1)
             logger.info(text)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
-        if not self._writer:
+        if not self._curves:
             return
         for name, value in {**values, **(curves_only or {})}.items():
-            self._writer.add_scalar(name, value, step)
+            self._curves.scalar(name, value, step)
         line: dict[str, Any] = {"step": step, **values, "time": round(time.time(), 3)}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        self._lines.append((json.dumps(line) + "\n").encode())
 
     def _say(self, step: int, values: dict[str, float]) -> None:
         if not self._world.is_main:
@@ -243,16 +243,12 @@ class _BesideTheBar(logging.Handler):
 
 def _truncate_lines(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a crash cut off."""
-    if not path.exists():
-        return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in whole_lines(path):
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if line["step"] <= step:
             kept.append(text + "\n")
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "".join(kept))

@@ -118,6 +118,22 @@ class RunFolder:
                 "to continue that run, give the same values; to start a new one, another --run-dir"
             )
 
+    def set_aside(self) -> None:
+        """Renames the folder to PATH.before-TIME, where nothing is lost, unless there is none or it is empty.
+
+        Raises RecipeError when somebody may be working in it, or it is no run.
+        """
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if self.lock.exists():
+            raise RecipeError(
+                f"{self.path} is in use, or its job died: {self.lock.read_text()}; remove {self.lock} first"
+            )
+        if not self.recipe_file.is_file():
+            raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.path.rename(self.path.with_name(f"{self.path.name}.before-{stamp}"))
+
     def make(self) -> None:
         """Creates the folder. Raises RecipeError when that cannot be."""
         try:
@@ -133,9 +149,9 @@ class RunFolder:
         self.check(recipe)
         self.make()
         try:
+            write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
             for folder in (self.checkpoints, self.tensorboard, self.logs):
                 folder.mkdir(exist_ok=True)
-            write_whole(self.recipe_file, recipe.to_toml())
             if not self.record_file.exists():
                 write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
         except OSError as error:

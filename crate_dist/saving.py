@@ -29,12 +29,15 @@ from crate_dist.checkpoint import (
     Progress,
     RankState,
     list_checkpoints,
+    manifest_digest,
     rank_file,
 )
 from crate_dist.distributed import World, gather_objects
 from crate_dist.run import write_whole
 
 logger = logging.getLogger(__name__)
+
+_LEAVE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,19 @@ class Saver:
 
     keep: newest checkpoints that are kept, beside the best one
     max_failures: saves that may fail in a row, each with a loud warning, before the run stops
+    failures: saves that have failed in a row, up to the last one that was waited for
     """
 
     def __init__(self, folder: Path, layouts: Sequence[Layout], world: World, keep: int, max_failures: int) -> None:
         self._folder, self._layouts, self._world = folder, layouts, world
         self._keep, self._max_failures = keep, max_failures
         self._group = dist.new_group(backend="gloo")
+        if world.is_main:
+            _sweep(folder)
         self._host: RankState = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._failures = 0
+        self.failures = 0
         self._saved: Saved | None = None
 
     def save(self, state: RankState, progress: Progress, **about: Any) -> Saved | None:
@@ -75,7 +81,9 @@ class Saver:
         began = time.perf_counter()
         self._copy(state)
         stall_s = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._write, args=(progress, about, began, stall_s), name="saver")
+        self._thread = threading.Thread(
+            target=self._write, args=(progress, about, began, stall_s), name="saver", daemon=True
+        )
         self._thread.start()
         return before
 
@@ -91,20 +99,25 @@ class Saver:
         self._thread.join()
         self._thread = None
         if self._error is None:
-            self._failures = 0
+            self.failures = 0
             return self._saved
         if not isinstance(self._error, CheckpointError):
             raise self._error
-        self._failures += 1
-        if self._failures >= self._max_failures:
-            raise CheckpointError(f"{self._failures} saves in a row have failed, the last one: {self._error}")
+        self.failures += 1
+        if self.failures >= self._max_failures:
+            raise CheckpointError(f"{self.failures} saves in a row have failed, the last one: {self._error}")
         logger.error(
             "SAVING FAILED (%d of at most %d in a row); training goes on, the checkpoints before are intact. %s",
-            self._failures,
+            self.failures,
             self._max_failures,
             self._error,
         )
         return None
+
+    def leave(self) -> None:
+        """Before an error ends the training: lets the save that is under way end, for a while."""
+        if self._thread is not None:
+            self._thread.join(_LEAVE_S)
 
     def _copy(self, state: RankState) -> None:
         """Into buffers that are kept: memory is found once, at the first save, and pinned for a GPU."""
@@ -121,7 +134,7 @@ class Saver:
         try:
             saved = publish(self._folder, self._host, self._layouts, progress, self._world, self._group, **about)
             if self._world.is_main:
-                prune(self._folder, self._keep, progress.best_step)
+                prune(self._folder, self._keep, progress)
             self._saved = Saved(progress.step, stall_s, time.perf_counter() - began)
             logger.info("saved %s in %.1f s, %.2f s of them standing still", saved.path, self._saved.total_s, stall_s)
         except BaseException as error:  # told to the training at the next save
@@ -164,11 +177,12 @@ def publish(
         "files": {rank_file(rank): entry for rank, (entry, _) in enumerate(outcomes)},
         **about,
     }
+    manifest["digest"] = manifest_digest(manifest)
     if not failures and world.is_main:
         try:
             write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
             _sync(beside)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, which loading has passed over
+            _set_aside(final)  # a damaged one of this step, which loading has passed over, or one without evaluation
             beside.replace(final)
             _sync(folder)
         except OSError as error:
@@ -181,14 +195,33 @@ def publish(
     return Checkpoint(final, manifest)
 
 
-def prune(folder: Path, keep: int, best_step: int) -> None:
-    """Removes all but the newest `keep` and the best one, and what an interrupted save left. On one rank."""
-    checkpoints = list_checkpoints(folder)
-    for checkpoint in checkpoints[:-keep]:
-        if checkpoint.step != best_step:
-            # Renamed first: a removal that is interrupted leaves nothing that looks like a checkpoint.
-            doomed = folder / f"{UNFINISHED}{checkpoint.path.name}"
-            checkpoint.path.replace(doomed)
+def prune(folder: Path, keep: int, progress: Progress) -> None:
+    """Removes all but the newest `keep` up to this step, and the best one. On one rank.
+
+    What claims a later step was damaged when the run resumed: it must not push out those which are whole.
+    """
+    checkpoints = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step <= progress.step]
+    kept = {checkpoint.path for checkpoint in checkpoints[-keep:]}
+    kept |= {checkpoint.path for checkpoint in checkpoints if checkpoint.step == progress.best_step}
+    try:
+        for path in folder.glob(f"{PREFIX}*"):
+            if path not in kept:
+                _set_aside(path)
+    except OSError as error:
+        logger.warning("cannot remove a checkpoint that is not needed any more: %s", error)
+    _sweep(folder)
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a checkpoint first: a removal that is interrupted leaves nothing that looks like one."""
+    if path.exists():
+        doomed = path.with_name(f"{UNFINISHED}{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what interrupted saves and removals have left."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -9,6 +9,7 @@ start it for you.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,23 +19,28 @@ from crate_dist.checkpoint import CheckpointError
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
-from crate_dist.distributed import World, detect_world, gather_objects, init_distributed, leave_distributed
+from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
 from crate_dist.interrupt import Interrupt
 from crate_dist.lock import RunIsLocked, RunLock
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
+from crate_dist.status import TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
-from crate_dist.watchdog import TRY_AGAIN, Watchdog
+from crate_dist.watchdog import Watchdog
 
 EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
 """What a person can act on: shown as a message, without a traceback."""
 
+_LOCKING_S = 120.0
+"""More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
 
-def train(run_dir: Path, recipe: Recipe | None = None) -> TrainResult:
+
+def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False) -> TrainResult:
     """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
 
     recipe: opens the run folder with it, on rank 0; None: the folder has been opened, and knows its recipe
+    start_over: sets aside what the folder holds; not when SLURM starts the same job again
 
     Raises
     ------
@@ -42,11 +48,12 @@ def train(run_dir: Path, recipe: Recipe | None = None) -> TrainResult:
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
     """
     folder, world = RunFolder(Path(run_dir)), detect_world()
-    device = init_distributed(world)
+    safety = (recipe or read_recipe(folder.path)).safety
+    device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
     try:
         with (
             Interrupt() as interrupt,
-            _folder_in_hand(folder, recipe, world) as resolved,
+            _folder_in_hand(folder, recipe, world, start_over) as resolved,
             Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank)) as watchdog,
         ):
             return Trainer(folder, resolved, world, device, interrupt, watchdog).run()
@@ -55,7 +62,7 @@ def train(run_dir: Path, recipe: Recipe | None = None) -> TrainResult:
 
 
 @contextmanager
-def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World) -> Iterator[Recipe]:
+def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool) -> Iterator[Recipe]:
     """Rank 0 opens the run folder and locks it, the others learn how that went. Gives the folder's recipe.
 
     Raises
@@ -66,6 +73,8 @@ def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World) -> I
         problem: Exception | None = None
         if world.is_main:
             try:
+                if start_over and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+                    folder.set_aside()
                 if recipe is not None:
                     folder.check(recipe)
                     folder.make()
@@ -89,10 +98,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         recipe = recipe_from(arguments)
-        result = train(arguments.run_dir or default_run_dir(recipe), recipe)
+        result = train(arguments.run_dir or default_run_dir(recipe), recipe, arguments.start_over)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except PortIsTaken as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return TRY_AGAIN
     return 0 if result.finished else TRY_AGAIN
 
 

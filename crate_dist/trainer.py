@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from crate_dist import checkpoint
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, eval_loader, train_loader
+from crate_dist.data.loader import Batch, Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
@@ -26,7 +27,7 @@ from crate_dist.models.archs import build_model
 from crate_dist.models.weights import export_model
 from crate_dist.optim import Schedule, learning_rate
 from crate_dist.run import RunFolder
-from crate_dist.saving import Saved, Saver
+from crate_dist.saving import Saved, Saver, prune
 from crate_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,19 @@ class Trainer:
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
         self.saved_at = self.progress.step
+        self.val_batches: DataLoader[Batch] | None = None
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
 
     def run(self) -> TrainResult:
-        """The loop."""
+        """The loop. After an error a save that is under way may end, while the folder is still ours."""
+        try:
+            return self.loop()
+        except BaseException:
+            self.saver.leave()
+            raise
+
+    def loop(self) -> TrainResult:
+        """Steps, and what is due after each."""
         self.greet()
         self.catch_up_on_evaluation()
         feed = self.feed()
@@ -90,6 +100,7 @@ class Trainer:
                 self.save()
             if self.interrupt.agreed():
                 break
+        self.val_batches = None
         del feed  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
         return self.complete() if self.progress.step == self.last_step else self.stop_early()
 
@@ -113,7 +124,9 @@ class Trainer:
 
     def complete(self) -> TrainResult:
         """Exports the weights and says what has come of it."""
-        self.note_saved(self.saver.wait())
+        self.finish_saving()
+        if self.world.is_main:
+            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress)
         self.export()
         self.monitor.close()
         best = self.progress
@@ -127,7 +140,7 @@ class Trainer:
         if self.saved_at != self.progress.step:
             self.monitor.report(self.progress.step)
             self.save()
-        self.note_saved(self.saver.wait())
+        self.finish_saving()
         self.monitor.close()
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
@@ -141,7 +154,7 @@ class Trainer:
         train, data = self.recipe.train, self.recipe.data
         order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
         size = self.recipe.model.image_size
-        return Feed(train_loader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+        return Feed(TrainLoader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
 
     def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
@@ -204,7 +217,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Exact accuracy over the whole validation split."""
         assert self.val_index is not None
-        loader = eval_loader(
+        self.val_batches = self.val_batches or eval_loader(
             self.val_index,
             self.world.rank,
             self.world.world_size,
@@ -218,7 +231,7 @@ class Trainer:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
-        result = evaluate(predict, loader, self.device)
+        result = evaluate(predict, self.val_batches, self.device)
         self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
         best = result.top1 > self.progress.best_top1
         self.progress = replace(
@@ -236,6 +249,13 @@ class Trainer:
         state, about = self.engine.state(), self.recipe.mathematics()
         self.note_saved(self.saver.save(state, self.progress, recipe=about))
         self.saved_at = self.progress.step
+
+    def finish_saving(self) -> None:
+        """Waits for the last save. One that has failed is tried again, until it succeeds or too many have failed."""
+        self.note_saved(self.saver.wait())
+        while self.saver.failures:
+            self.save()
+            self.note_saved(self.saver.wait())
 
     def note_saved(self, saved: Saved | None) -> None:
         """Reports a finished save, and says in time when the scheduler's notice is too short for one."""
@@ -255,7 +275,11 @@ class Trainer:
         if self.world.is_main:
             for saved in checkpoint.list_checkpoints(self.folder.checkpoints):
                 for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
-                    if saved.step == step:
+                    if saved.step != step:
+                        continue
+                    if problem := saved.damaged():
+                        logger.error("%s is not written: %s", self.folder.model(which), problem)
+                    else:
                         export_model(
                             self.folder.model(which), self.engine.module.config, saved.weights(), self.about(saved)
                         )

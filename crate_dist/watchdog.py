@@ -17,19 +17,22 @@ from types import TracebackType
 import torch.distributed as dist
 
 from crate_dist.distributed import World
+from crate_dist.status import TRY_AGAIN
 
 logger = logging.getLogger(__name__)
 
-TRY_AGAIN = 75
-"""Exit status (EX_TEMPFAIL) of a rank that is not done, and for which nobody need do anything but start it again."""
 _LOOK_EVERY_S = 1.0
+_ANSWER_S = 8.0
+_GIVEN_UP = "watchdog/given up"
 
 
 class Watchdog:
     """Ends this process when `beat` was not called for `timeout_s` seconds.
 
     Each rank tells the others where it is through the process group's store, so that the log can name the ones that
-    are behind. A process that is stopped altogether cannot end itself; the others end, and the launcher ends it.
+    are behind, and the first to give up tells the others, so that each leaves its stacks. The store is rank 0's: a
+    thread of its own asks it, since it may never answer. A process that is stopped altogether cannot end itself; the
+    others end, and the launcher ends it.
     """
 
     def __init__(self, world: World, timeout_s: float, log_file: Path) -> None:
@@ -37,18 +40,26 @@ class Watchdog:
         self._beats = 0
         self._what = "starting"
         self._last = time.monotonic()
+        self._given_up_elsewhere = False
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._threads = [
+            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+            threading.Thread(target=self._tell, name="watchdog's store", daemon=True),
+        ]
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        self._last = time.monotonic()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end.set()
-        self._thread.join(timeout=2 * _LOOK_EVERY_S)
+        for thread in self._threads:
+            thread.join(timeout=2 * _LOOK_EVERY_S)
 
     def beat(self, what: str) -> None:
         """Progress was made; `what` this rank does next, for the log."""
@@ -56,34 +67,55 @@ class Watchdog:
         self._what, self._last = what, time.monotonic()
 
     def _watch(self) -> None:
-        store = dist.distributed_c10d._get_default_store()
-        told = -1
         while not self._end.wait(_LOOK_EVERY_S):
-            if self._beats != told:
-                told = self._beats
-                with contextlib.suppress(RuntimeError):  # the store is rank 0's, which may be gone
-                    store.set(f"watchdog/{self._world.rank}", f"{told} {self._what}")
-            if time.monotonic() - self._last > self._timeout_s:
-                self._give_up(store)
+            if self._given_up_elsewhere or time.monotonic() - self._last > self._timeout_s:
+                self._give_up()
 
-    def _give_up(self, store: dist.Store) -> None:
+    def _tell(self) -> None:
+        signs_of_life = 0
+        with contextlib.suppress(RuntimeError):  # the store's rank is gone, and so will this one be soon
+            while not self._end.wait(_LOOK_EVERY_S):
+                signs_of_life += 1
+                self._store.set(f"watchdog/{self._world.rank}", f"{self._beats} {signs_of_life} {self._what}")
+                self._given_up_elsewhere = self._store.check([_GIVEN_UP])
+
+    def _give_up(self) -> None:
         # A store whose rank is stopped would keep us: this thread must end the process in any case.
-        threading.Timer(10.0, os._exit, args=(TRY_AGAIN,)).start()
-        logger.critical("no progress for %.0f s while %s; every thread's stack follows", self._timeout_s, self._what)
+        threading.Timer(_ANSWER_S, self._give_up_on_the_store).start()
+        waited = time.monotonic() - self._last
+        logger.critical("no progress for %.0f s while %s; every thread's stack follows", waited, self._what)
         with self._log_file.open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         with contextlib.suppress(RuntimeError):
-            logger.critical("%s", self._who_is_behind(store))
+            self._store.set(_GIVEN_UP, "")
+            logger.critical("%s", self._who_is_behind())
+            time.sleep(2 * _LOOK_EVERY_S)  # for the others, who look a little later, to see that this rank lives
         os._exit(TRY_AGAIN)
 
-    def _who_is_behind(self, store: dist.Store) -> str:
-        places = []
-        for rank in range(self._world.world_size):
-            text = store.get(f"watchdog/{rank}").decode() if store.check([f"watchdog/{rank}"]) else "0 starting"
-            beats, _, what = text.partition(" ")
-            places.append((int(beats), rank, what))
-        least = min(places)[0]
-        behind = [f"rank {rank} ({what})" for beats, rank, what in places if beats == least]
+    def _give_up_on_the_store(self) -> None:
+        logger.critical("behind the others: rank 0, which does not even say where the others are")
+        os._exit(TRY_AGAIN)
+
+    def _who_is_behind(self) -> str:
+        before = self._places()
+        time.sleep(2.5 * _LOOK_EVERY_S)
+        places = self._places()
+        silent = [rank for rank, place in enumerate(places) if place == before[rank]]
+        if silent:
+            said = [f"rank {rank} ({places[rank][2]}), which gives no sign of life" for rank in silent]
+            return f"behind the others: {', '.join(said)}"
+        least = min(beats for beats, _, _ in places)
+        behind = [f"rank {rank} ({what})" for rank, (beats, _, what) in enumerate(places) if beats == least]
         if len(behind) == self._world.world_size:
             return "all ranks are at the same place"
         return f"behind the others: {', '.join(behind)}"
+
+    def _places(self) -> list[tuple[int, int, str]]:
+        """Beats and signs of life so far, and what is being done, of each rank."""
+        places = []
+        for rank in range(self._world.world_size):
+            known = self._store.check([f"watchdog/{rank}"])
+            text = self._store.get(f"watchdog/{rank}").decode() if known else "0 0 starting"
+            beats, signs_of_life, what = text.split(" ", 2)
+            places.append((int(beats), int(signs_of_life), what))
+        return places

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_dist.data.check import Classes, build_indexes, split_folders
+from crate_dist.data.check import Classes, build_indexes, link_shards, split_folders
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.program import available_cpus, counted, human_bytes, positive, run_program, tell, warn
 from crate_dist.data.scan import LabelRule
@@ -17,6 +17,9 @@ EPILOG = """
 example:
   python data_prep/index.py /data/shards                         DIR/train/*.tar and DIR/val/*.tar, or DIR/*.tar
   python data_prep/index.py /data/shards --label json:label --classes synset_words.txt
+  python data_prep/index.py '/data/in1k-train-{000000..001281}.tar' --out /data/splits/train
+
+  The last form makes a split of some of the shards in a folder: --out gets a link to each, and the index.
 
   Each sample needs one image (.jpg, .png, .webp ...) and its label as a whole number from 0 on: in a .cls file, or
   under a key of a .json file (json:meta.label goes a level deeper). The shards are read once and not changed;
@@ -60,7 +63,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shards", type=Path, metavar="DIR", help="folder of shards, or of folders of shards")
+    parser.add_argument(
+        "shards", metavar="DIR|PATTERN", help="folder of shards, or of folders of shards; or shards as a brace pattern"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the split that a pattern makes")
     parser.add_argument(
         "--label",
         type=label_rule,
@@ -72,7 +78,10 @@ def main() -> int:
     parser.add_argument("--workers", type=positive, metavar="N", help="processes that read shards [one per CPU]")
     arguments = parser.parse_args()
     classes = Classes.read(arguments.classes) if arguments.classes else None
-    folders = split_folders(arguments.shards.expanduser().absolute())
+    if arguments.out:
+        folders = [link_shards(arguments.shards, arguments.out.expanduser().absolute())]
+    else:
+        folders = split_folders(Path(arguments.shards).expanduser().absolute())
     for index in build_indexes(folders, arguments.label, classes, arguments.workers or available_cpus()):
         describe(index)
     return 0

@@ -17,6 +17,7 @@ from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.launching import preflight
 from crate_dist.local_ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
+from crate_dist.run import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         command = _command(run_dir)
         if arguments.dry_run:
             _show(recipe, ranks, command)
+        if arguments.start_over and not arguments.dry_run:
+            RunFolder(run_dir).set_aside()
         found = preflight(recipe, ranks, run_dir)
         print(found, flush=True)
         if arguments.dry_run:

@@ -30,23 +30,29 @@ from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe
 from crate_dist.job import TrainJob
 from crate_dist.launching import Preflight, preflight
+from crate_dist.run import RunFolder
+from crate_dist.status import NEEDS_A_PERSON
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
 
 # A signal, a hang or the death of a rank end the step with a status of 64 or more: the job is then put back into the
-# queue, and goes on from its newest checkpoint. What needs a person ends it with a smaller one. A job that was
-# cancelled is not running any more when it gets here.
+# queue, and goes on from its newest checkpoint. Not so what needs a person, which has a status of its own, nor what
+# never came to train, which has a small one. A job that was cancelled is not running any more when it gets here; one
+# that SLURM has started elsewhere, while this node was out of reach, has another count of restarts.
+# The shell itself must live to see it: with a trap for TERM, even an empty one, it goes on waiting for srun.
 REQUEUE = """\
 requeue_unless_done() {{
     status=$?
-    if [ "$status" -ge 64 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {limit} ] &&
-        scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+    restarts=${{SLURM_RESTART_COUNT:-0}}
+    if [ "$status" -ge 64 ] && [ "$status" -ne {needs_a_person} ] && [ "$restarts" -lt {limit} ] &&
+        scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .*Restarts=$restarts "; then
         echo "ended with status $status: requeueing"
         scontrol requeue "$SLURM_JOB_ID"
     fi
 }}
-trap requeue_unless_done EXIT"""
+trap requeue_unless_done EXIT
+trap : TERM"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs)
         if arguments.dry_run:
             _show(executor, recipes)
+        if arguments.start_over and not arguments.dry_run:
+            for run_dir in run_dirs:
+                RunFolder(run_dir).set_aside()
         found = [
             preflight(recipe, recipe.cluster.world_size, run_dir)
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
@@ -133,7 +142,7 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": [*cluster.setup, REQUEUE.format(limit=cluster.requeues)],
+        "setup": [*cluster.setup, REQUEUE.format(limit=cluster.requeues, needs_a_person=NEEDS_A_PERSON)],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},

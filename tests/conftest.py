@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from PIL import Image
 
 from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.data.scan import scan_shard
+
+if TYPE_CHECKING:
+    from tests.chaos.trial import Trial
 
 
 def write_split(
@@ -103,3 +107,20 @@ def small_recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.toml"
     path.write_text(SMALL_RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """A run on two ranks that nobody disturbed, for those that are disturbed to be held against."""
+    from tests.chaos.reference import undisturbed
+
+    return undisturbed(tmp_path_factory.mktemp("trials"))[0]
+
+
+@pytest.fixture
+def trial(undisturbed_run: Trial) -> Trial:
+    """The same run, yet to be started and to be disturbed."""
+    from tests.chaos.trial import Trial
+
+    number = len(list(undisturbed_run.folder.parent.iterdir()))
+    return Trial(undisturbed_run.folder.with_name(f"trial-{number:03d}"), undisturbed_run.arguments, undisturbed_run)

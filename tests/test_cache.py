@@ -21,7 +21,7 @@ from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data import ahead, remote
 from crate_dist.data.cache import NoRoom, ShardCache, close
 from crate_dist.data.index import Remote, ShardError, ShardIndex
-from crate_dist.data.loader import Batch, Share, eval_loader, train_loader
+from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.remote import Patience, below, file_url
@@ -63,7 +63,8 @@ def data(tmp_path: Path) -> DataSection:
 def batches(index: ShardIndex, data: DataSection, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
     share = Share(rank, world_size, global_batch=20, micro_batch=10)
-    return itertools.islice(train_loader(index, order, share, data, SIZE, 0), STEPS * 2 // world_size)
+    taken = itertools.islice(TrainLoader(index, order, share, data, SIZE, 0), STEPS * 2 // world_size)
+    return (batch._replace(images=batch.images.clone()) for batch in taken)
 
 
 def images(some: Iterator[Batch]) -> torch.Tensor:

@@ -109,3 +109,15 @@ def test_verify_holds_the_rows_and_the_images_against_the_shards(source: Path, t
     found = run("verify.py", split, "--images")
     assert found.returncode == 1
     assert "image number 0" in found.stdout
+
+
+def test_a_brace_pattern_makes_a_split_of_some_shards(foreign: Path, tmp_path: Path) -> None:
+    out = tmp_path / "splits" / "train"
+    done = run("index.py", f"{foreign}/train/s-{{0000..0001}}.tar", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert ShardIndex.load(out).shard_sizes.tolist() == [2, 2]
+    assert list(read_by_index(out)) == [(picture(n), n % 4) for n in range(4)]
+    assert run("index.py", f"{foreign}/train/s-{{0000..0001}}.tar", "--out", out).returncode == 0
+    assert run("verify.py", out).returncode == 0
+    assert "s-0003.tar" in refuse("index.py", f"{foreign}/train/s-{{0000..0003}}.tar", "--out", out)
+    assert "holds something else: s-0000.tar" in refuse("index.py", f"{foreign}/train/s-0002.tar", "--out", out)

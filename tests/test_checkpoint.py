@@ -143,7 +143,7 @@ def test_checkpoints_none_of_which_is_whole_stop_the_run(folder: Path) -> None:
         (path / "rank-00002.pt").unlink()
     message = spawn(find, 2, folder)[0]
     assert "none of the 3 checkpoints" in message
-    assert "to start over" in message
+    assert "--start-over" in message
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_what_a_killed_save_left_is_no_checkpoint(folder: Path) -> None:
     (folder / "step-00000030").rename(folder / ".unfinished-00000030")
     assert spawn(find, 2, folder) == [20, 20]
-    saving.prune(folder, keep=5, best_step=-1)
+    saving.prune(folder, keep=5, progress=Progress(step=20))
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(folder: Path) -> None:
-    saving.prune(folder, keep=1, best_step=10)
+    saving.prune(folder, keep=1, progress=Progress(step=30, best_step=10))
     assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10, 30]

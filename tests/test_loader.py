@@ -12,7 +12,7 @@ import torch
 
 from crate_dist.config import DataSection
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.loader import Batch, Normalize, Share, eval_loader, train_loader
+from crate_dist.data.loader import Batch, Normalize, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from tests.conftest import casts, write_split
 
@@ -21,11 +21,12 @@ SIZE = 24
 
 def batches(index: ShardIndex, share: Share, workers: int, step: int = 0) -> Iterator[Batch]:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
-    return train_loader(index, order, share, DataSection(workers=workers), SIZE, step)
+    return TrainLoader(index, order, share, DataSection(workers=workers), SIZE, step)
 
 
 def take(index: ShardIndex, share: Share, workers: int, count: int, step: int = 0) -> list[Batch]:
-    return list(itertools.islice(batches(index, share, workers, step), count))
+    taken = itertools.islice(batches(index, share, workers, step), count)
+    return [batch._replace(images=batch.images.clone()) for batch in taken]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

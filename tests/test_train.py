@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crate_dist.checkpoint import list_checkpoints
 from crate_dist.run import RunFolder
+from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end
 
 pytestmark = pytest.mark.spawn
@@ -165,3 +167,39 @@ def test_under_torchrun_it_is_the_same_run(undisturbed: tuple[list[object], Path
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == {step: loss for step, loss in losses(run).items() if step <= 3}
+
+
+def test_too_many_bad_samples_stop_the_run_and_are_listed_by_name(small_recipe: Path, tmp_path: Path) -> None:
+    def samples() -> Iterator[tuple[str, bytes, int]]:
+        for number, (key, image, label) in enumerate(casts(200, seed=5)):
+            yield key, (image[:50] if number % 4 == 0 else image), label
+
+    write_split(tmp_path / "data" / "train", samples(), shard_samples=60, classes=4)
+    arguments = ["--config", small_recipe, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"]
+    with Training([*arguments, "--set", "data.val_split="], world_size=1) as stopped:
+        assert stopped.wait() == [1]
+        assert "data.max_bad_fraction = 0.001" in stopped.output()
+    listed = [json.loads(line) for line in RunFolder(tmp_path / "run").bad_samples.read_text().splitlines()]
+    assert len(listed) > 8
+    assert all(int(item["key"].partition(".")[0]) % 4 == 0 and item["reason"] for item in listed)
+    train_to_the_end(
+        [*arguments, "--set", "data.val_split=", "--set", "data.max_bad_fraction=0.3", "--set", "log.every_steps=5"],
+        world_size=2,
+    )
+    counted = dict(tensorboard_curve(tmp_path / "run", "data/bad_samples"))
+    assert counted[25] == 3 * 50  # a quarter of 200, in each of three epochs
+
+
+def test_starting_over_takes_a_flag_and_loses_nothing(undisturbed: tuple[list[object], Path], tmp_path: Path) -> None:
+    arguments, _ = undisturbed
+    arguments = [*arguments, "--run-dir", tmp_path / "run", "--set", "train.max_steps=3"]
+    train_to_the_end(arguments, world_size=1)
+    for file in RunFolder(tmp_path / "run").checkpoints.glob("*/rank-*.pt"):
+        file.write_bytes(b"")
+    with Training(arguments, world_size=1) as stopped:
+        assert stopped.wait() == [1]
+        assert "--start-over" in stopped.output()
+    train_to_the_end([*arguments, "--start-over"], world_size=1)
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    (before,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.before-"))
+    assert list(losses(before)) == [1, 2, 3]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from crate_dist.data.order import hash64
 from crate_dist.data.transforms import BadImage, EvalTransform, TrainTransform, random_crop, sample_rng
 from tests.conftest import png
 
@@ -57,6 +58,21 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone() -> None:
     assert np.array_equal(first, transform(data, sample_rng(1, 2, 3)))
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
         assert not np.array_equal(first, transform(data, sample_rng(*other)))
+
+
+@given(st.integers(0, 2**62), st.integers(0, 10**6), st.integers(0, 2**40))
+def test_the_generator_of_a_sample_is_seeded_by_the_hash_of_the_order(seed: int, epoch: int, sample: int) -> None:
+    expected = random.Random(int(hash64(seed, epoch, sample, 1)[0]))
+    assert sample_rng(seed, epoch, sample).random() == expected.random()
+
+
+def test_pixels_can_be_written_into_a_batch() -> None:
+    data, batch = png(gradient(80, 60)), np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    TrainTransform(32)(data, sample_rng(0, 0, 5), batch[1])
+    assert np.array_equal(batch[1], TrainTransform(32)(data, sample_rng(0, 0, 5)))
+    EvalTransform(32, 32)(data, batch[2])
+    assert np.array_equal(batch[2], EvalTransform(32, 32)(data))
+    assert not batch[0].any()
 
 
 def test_half_of_the_pictures_are_mirrored() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
 from crate_dist.data.images import BadImage, check_decodes
-from crate_dist.data.index import INDEX_JSON, Shard, ShardError, ShardIndex
+from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
 from crate_dist.data.journal import missing_shards, read_identity
 from crate_dist.data.pool import advance, run_parallel
 from crate_dist.data.program import progress_bar
@@ -78,6 +79,30 @@ def split_folders(root: Path) -> list[Path]:
     if not found:
         raise ShardError(f"no shards (*.tar) in {root} nor in the folders in it")
     return found
+
+
+def link_shards(pattern: str, folder: Path) -> Path:
+    """Makes `folder` a split of the shards that a brace pattern names, by links. Returns `folder`.
+
+    Raises ShardError when a shard is missing, two have one name, or the folder holds something else.
+    """
+    paths = [Path(name).expanduser().absolute() for name in braceexpand(pattern)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ShardError(f"{len(missing)} of the {len(paths)} shards that {pattern} names are missing: {missing[0]} …")
+    links = {path.name: path for path in paths}
+    if len(links) < len(paths):
+        raise ShardError(f"{pattern} names two shards of the same name, which a folder cannot hold")
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [p.name for p in folder.iterdir() if p.name not in (INDEX_JSON, INDEX_ROWS) and p.name not in links]
+    if foreign:
+        raise ShardError(f"--out {folder} holds something else: {', '.join(sorted(foreign)[:3])}")
+    for name, path in links.items():
+        link = folder / name
+        if link.is_symlink() or not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(path)
+    return folder
 
 
 def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | None, workers: int) -> list[ShardIndex]:

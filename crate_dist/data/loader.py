@@ -1,18 +1,23 @@
 """Order + shards + transforms -> batches on the device.
 
 Each loader worker makes whole micro-batches: positions -> sample ids -> reads by offset -> decode and augment ->
-uint8. The images travel as bytes; they become normalised numbers on the device.
+uint8. The images travel as bytes; they become normalised numbers on the device. Workers write training images into
+memory that they share with the rank and that is used again and again: batches are not copied on their way, and no
+pages are made for them, which would cost a third of decoding small JPEGs.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
+import math
+import mmap
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +29,12 @@ from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
 from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
 
+logger = logging.getLogger(__name__)
+
 _SUBSTITUTES = 16
+_PREFETCH = 2
+HELD_BATCHES = 3
+"""Training batches that may be held at a time, the newest included; the memory of an older one is written again."""
 
 
 class Batch(NamedTuple):
@@ -60,27 +70,43 @@ class Share:
         return order.batch_positions(step, self.global_batch)[first : first + self.micro_batch]
 
 
-class TrainBatches(Dataset[Batch]):
-    """Item n is this rank's micro-batch n, counted from the start of the run."""
+class _Filled(NamedTuple):
+    """What a worker sends of a batch whose images lie in the slot `images` of the shared memory."""
 
-    def __init__(self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform) -> None:
+    images: int
+    labels: Int64
+    bad: list[BadSample]
+    samples: Int64
+
+
+class TrainBatches(Dataset[_Filled]):
+    """Item n is this rank's micro-batch n, counted from the start of the run.
+
+    slots: uint8 (slots, micro_batch, size, size, 3), the memory of that many batches; item n fills number n % slots.
+    An anonymous map, shared by fork: /dev/shm may be small in a container.
+    """
+
+    def __init__(self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform, slots: int) -> None:
         self.index, self.order, self.share, self.transform = index, order, share, transform
+        shape = (slots, share.micro_batch, transform.size, transform.size, 3)
+        self.slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
         self._reader: ShardReader | None = None
 
     def samples(self, number: int) -> Int64:
         """The sample ids of micro-batch `number`."""
         return self.order.samples(self.share.positions(self.order, number))
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> _Filled:
         self._reader = self._reader or ShardReader(self.index, self.samples)
         self._reader.at(number)
         positions = self.share.positions(self.order, number)
         samples, epochs = self.order.samples(positions), positions // self.order.num_samples
 
-        def decode(data: bytes, slot: int) -> Pixels:
-            return self.transform(data, sample_rng(self.order.seed, int(epochs[slot]), int(samples[slot])))
+        def decode(data: bytes, place: int, out: Pixels) -> None:
+            self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
-        return _assemble(self._reader, samples, self.transform.size, decode)
+        slot = number % len(self.slots)
+        return _Filled(slot, *_assemble(self._reader, samples, self.slots[slot].numpy(), decode), samples)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -104,16 +130,29 @@ class EvalBatches(Dataset[Batch]):
         self._reader.at(number)
         samples = self.samples(number)
         assert samples is not None
-        return _assemble(self._reader, samples, self.transform.size, lambda data, _: self.transform(data))
+        images = np.empty((len(samples), self.transform.size, self.transform.size, 3), dtype=np.uint8)
+        labels, bad = _assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
-def train_loader(
-    index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int
-) -> Iterator[Batch]:
-    """This rank's micro-batches without end, from the first one of `step` on."""
-    transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip)
-    batches = TrainBatches(index, order, share, transform)
-    return iter(_loader(batches, _Counting(step * share.accumulation), data.workers))
+class TrainLoader(Iterator[Batch]):
+    """This rank's micro-batches without end, from the first one of `step` on.
+
+    Their images are views of `slots`, memory that is used again: no more than HELD_BATCHES are whole at any time.
+    """
+
+    def __init__(
+        self, index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int = 0
+    ) -> None:
+        transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip)
+        # When a batch is handed over, the loader has just asked for the one _PREFETCH * workers further on.
+        batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
+        self.slots = batches.slots
+        self._filled = iter(_loader(batches, _Counting(step * share.accumulation), data.workers, pin_memory=False))
+
+    def __next__(self) -> Batch:
+        slot, labels, bad, samples = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
 def eval_loader(
@@ -121,7 +160,7 @@ def eval_loader(
 ) -> DataLoader[Batch]:
     """This rank's share of a split, once."""
     batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, round(size / data.eval_crop)))
-    return _loader(batches, range(len(batches)), data.workers)
+    return _loader(batches, range(len(batches)), data.workers, pin_memory=torch.cuda.is_available())
 
 
 class Feed(Iterator[Batch]):
@@ -130,9 +169,10 @@ class Feed(Iterator[Batch]):
     wait_s: seconds that were spent waiting for the loader, since the beginning
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def __init__(self, batches: TrainLoader, device: torch.device) -> None:
         self._batches, self._device = batches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self._staged: Batch | None = None
         self.wait_s = 0.0
 
@@ -147,11 +187,24 @@ class Feed(Iterator[Batch]):
         return batch
 
     def _stage(self, stream: torch.cuda.Stream) -> Batch:
+        if self._copied is not None:
+            self._copied.synchronize()  # the loader may write over what has been copied, and over nothing else
         batch = self._from_loader()
+        if self._copied is None:
+            self._pin()
         with torch.cuda.stream(stream):
             images = batch.images.to(self._device, non_blocking=True)
             labels = batch.labels.to(self._device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(stream)
         return batch._replace(images=images, labels=labels)
+
+    def _pin(self) -> None:
+        """Locks the loader's memory, so that copies from it run beside the step. After the workers were forked."""
+        slots = self._batches.slots
+        status = torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.numel(), 0)
+        if int(status) != 0:
+            logger.warning("the loader's memory could not be pinned (%s); batches are copied more slowly", status)
 
     def _from_loader(self) -> Batch:
         began = time.perf_counter()
@@ -188,49 +241,50 @@ class _Counting:
             number += 1
 
 
-def _assemble(reader: ShardReader, samples: Int64, size: int, decode: Callable[[bytes, int], Pixels]) -> Batch:
-    """Decodes into one array. A sample that does not decode gives its slot to the next one of the split that does.
+def _assemble(
+    reader: ShardReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
+) -> tuple[Int64, list[BadSample]]:
+    """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.
 
     The rule depends on the sample alone, so all ranks and all restarts replace it by the same picture and label.
     """
-    images = np.empty((len(samples), size, size, 3), dtype=np.uint8)
     labels = np.empty(len(samples), dtype=np.int64)
     bad: list[BadSample] = []
-    for slot, sample in enumerate(samples.tolist()):
+    for place, sample in enumerate(samples.tolist()):
         for substitute in range(sample, sample + _SUBSTITUTES):
             substitute %= reader.index.num_samples
             try:
-                images[slot] = decode(reader.read(substitute), slot)
+                decode(reader.read(substitute), place, images[place])
             except BadImage as error:
                 bad.append(reader.describe(substitute, str(error)))
                 continue
-            labels[slot] = reader.index.rows["label"][substitute]
+            labels[place] = reader.index.rows["label"][substitute]
             break
         else:
             raise ShardError(
                 f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.place}, "
                 f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
             )
-    return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, torch.from_numpy(samples))
+    return labels, bad
 
 
-class _Telling(Dataset[Batch | ShardError]):
+class _Telling(Dataset[Any]):
     """Gives errors as items: raised in a worker, they would reach the user with its traceback around them."""
 
-    def __init__(self, batches: Dataset[Batch]) -> None:
+    def __init__(self, batches: Dataset[Any]) -> None:
         self._batches = batches
 
-    def __getitem__(self, number: int) -> Batch | ShardError:
+    def __getitem__(self, number: int) -> Any:
         try:
             return self._batches[number]
         except ShardError as error:
             return error
 
 
-class _Loader(DataLoader[Batch]):
+class _Loader(DataLoader[Any]):
     """Raises the errors of _Telling, and ends its workers with its iterator."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for item in super().__iter__():
             if isinstance(item, ShardError):
                 raise item
@@ -245,15 +299,25 @@ def _end_workers() -> None:
             process.kill()
 
 
-def _loader(batches: Dataset[Batch], numbers: Sequence[int] | _Counting, workers: int) -> DataLoader[Batch]:
+def _as_it_is(item: Any) -> Any:
+    """Instead of DataLoader's conversion of arrays to tensors, each of which would travel as a file descriptor."""
+    return item
+
+
+def _loader(
+    batches: Dataset[Any], numbers: Sequence[int] | _Counting, workers: int, pin_memory: bool
+) -> DataLoader[Any]:
     return _Loader(
-        _Telling(batches),  # type: ignore[arg-type]
+        _Telling(batches),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=_PREFETCH if workers else None,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
     )
 
 

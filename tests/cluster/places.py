@@ -123,6 +123,14 @@ def processes_with(environment: Mapping[str, str]) -> Iterator[int]:
                 yield int(entry.name)
 
 
+def parent(pid: int) -> int | None:
+    """The process id of a process's parent; None when the process has ended."""
+    try:
+        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
 def kill_all(pids: Iterator[int] | Sequence[int]) -> None:
     """SIGKILL to each that still is there."""
     for pid in pids:

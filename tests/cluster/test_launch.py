@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from crate_dist.run import RunFolder, read_recipe
-from tests.cluster.testbed import Cluster, wait_until
+from crate_dist.run import read_recipe
+from tests.cluster.runs import ONE_THREAD, Arguments, check_finished, submit, wait_for_step
+from tests.cluster.testbed import Cluster
 from tests.ranks import REPOSITORY
 
 pytestmark = pytest.mark.slurm
 
-# The nodes share the cores of one machine.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LAST_STEP = 25
-Arguments = list[str | Path]
-
-
-def steps(run_dir: Path) -> list[int]:
-    """The steps that metrics.jsonl has a training loss for, as they stand there."""
-    lines = [json.loads(line) for line in RunFolder(run_dir).metrics.read_text().splitlines()]
-    return [line["step"] for line in lines if "train/loss" in line]
-
-
-def check_finished(run_dir: Path, ranks: int, launcher: str, last_step: int = LAST_STEP, starts: int = 1) -> None:
-    """Reads back what a finished run has to leave."""
-    folder = RunFolder(run_dir)
-    assert steps(run_dir) == list(range(1, last_step + 1))
-    newest = max(folder.checkpoints.iterdir())
-    assert len(list(newest.glob("rank-*.pt"))) == ranks
-    record = json.loads(folder.record_file.read_text())["starts"]
-    assert [(start["world_size"], start["launcher"]) for start in record] == [(ranks, launcher)] * starts
-    exported = torch.load(folder.model("last"), weights_only=True)
-    assert exported["meta"]["step"] == last_step
-
-
-def submit(cluster: Cluster, arguments: Arguments, cwd: Path) -> tuple[str, str]:
-    """Runs launch/slurm.py on the login node; the job id, and all that it printed."""
-    setup = [word for line in cluster.setup_lines for word in ("--setup", line)]
-    command: Arguments = [sys.executable, REPOSITORY / "launch" / "slurm.py", *arguments, "--time", "10", *setup]
-    said = cluster.run(command, env=ONE_THREAD, cwd=cwd).stdout
-    job = re.search(r"^job +(\S+)$", said, re.MULTILINE)
-    assert job, said
-    return job[1], said
 
 
 def test_a_job_on_four_nodes_trains_to_the_end(
@@ -63,7 +31,7 @@ def test_a_job_on_four_nodes_trains_to_the_end(
     log = re.search(r"tail -F (\S+)", said)
     assert log
     assert f"step {LAST_STEP}/{LAST_STEP}" in Path(log[1]).read_text()
-    check_finished(tmp_path / "run", ranks=4, launcher="slurm")
+    check_finished(tmp_path / "run", ranks=4, launcher="slurm", last_step=LAST_STEP)
 
 
 def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
@@ -75,7 +43,7 @@ def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
     shape = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
     job_id, _ = submit(cluster, [*arguments, *shape], cwd=tmp_path)
     cluster.wait_for(job_id, "RUNNING")
-    wait_until(lambda: RunFolder(run_dir).metrics.exists() and len(steps(run_dir)) > 10, "tenth step")
+    wait_for_step(run_dir, 10)
     cluster.run(["scancel", "--signal=USR2", job_id])  # as SLURM does before the time limit
     cluster.wait_for(job_id, "COMPLETED", restarts=1, timeout_s=240)
     check_finished(run_dir, ranks=2, launcher="slurm", last_step=100, starts=2)
@@ -101,7 +69,7 @@ def test_an_array_of_seeds_is_one_job_and_a_run_folder_each(
         name = f"{job_id.partition('_')[0]}_{number}"
         run_dir = tmp_path / "runs" / f"seed{seed}"
         cluster.wait_for(name, "COMPLETED", timeout_s=240)
-        check_finished(run_dir, ranks=1, launcher="slurm")
+        check_finished(run_dir, ranks=1, launcher="slurm", last_step=LAST_STEP)
         assert read_recipe(run_dir).train.seed == seed
         assert f"step {LAST_STEP}/{LAST_STEP}" in (run_dir / "slurm" / name / f"{name}_0_log.out").read_text()
 
@@ -117,7 +85,7 @@ def test_plain_srun_starts_the_same_run(
         timeout_s=240,
         cwd=tmp_path,
     )
-    check_finished(tmp_path / "run", ranks=4, launcher="slurm")
+    check_finished(tmp_path / "run", ranks=4, launcher="slurm", last_step=LAST_STEP)
 
 
 def test_a_refusal_by_sbatch_is_shown(cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path) -> None:

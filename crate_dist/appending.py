@@ -1,0 +1,57 @@
+"""Files that only grow: what does not fit onto a full disk now is kept, and written with what comes after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class AppendedFile:
+    """Written without a buffer, so that a record is in the kernel's hands when `append` returns.
+
+    A disk that is full for a while is no reason to end a training: it is said once, and nothing is lost but by a
+    crash meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._waiting = b""
+        self._failing = False
+
+    def append(self, record: bytes) -> None:
+        """At the end of the file, behind what is still waiting."""
+        self._waiting += record
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        except OSError as error:
+            if not self._failing:
+                logger.error("cannot write %s: %s; what belongs there is kept until it can", self._path, error.strerror)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def sync(self) -> None:
+        """Brings what was written to the disk."""
+        self.append(b"")
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            logger.error("cannot sync %s: %s", self._path, error.strerror)
+
+    def close(self) -> None:
+        """Nothing more is appended."""
+        os.close(self._descriptor)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file, none if there is no file. A last one that a crash has cut off is removed from it."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return whole.decode("utf-8", errors="replace").splitlines()

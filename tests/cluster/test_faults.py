@@ -1,0 +1,265 @@
+"""What a cluster does to a run, done on a real scheduler: the run is complete in the end, as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crate_dist.checkpoint import list_checkpoints
+from crate_dist.distributed import expand_nodelist
+from crate_dist.run import RunFolder
+from crate_dist.status import NEEDS_A_PERSON
+from tests.cluster.runs import (
+    Arguments,
+    check_finished,
+    losses,
+    rank_process,
+    starts,
+    steps,
+    submit,
+    totals,
+    wait_for_step,
+    weights,
+)
+from tests.cluster.testbed import Cluster, Job, wait_until
+from tests.conftest import SMALL_RECIPE
+from tests.ranks import train_to_the_end
+
+pytestmark = pytest.mark.slurm
+
+LAST_STEP = 250  # 30 epochs of 200 samples in batches of 24
+SAVE_EVERY = 20
+TWO_NODES = ("--nodes", "2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> Arguments:
+    """A run that is long enough to be hit in its middle."""
+    path = tmp_path_factory.mktemp("recipe") / "long.toml"
+    path.write_text(SMALL_RECIPE)
+    settings = ["train.epochs=30", "log.eval_every_epochs=30", f"checkpoint.every_steps={SAVE_EVERY}"]
+    return ["--config", path, "--data", cast_shards, *(word for text in settings for word in ("--set", text))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Arguments) -> Path:
+    """The folder of the same run on two ranks that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_to_the_end([*recipe, "--run-dir", run_dir], world_size=2)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Where the run of this test lives."""
+    return tmp_path / "run"
+
+
+def start(cluster: Cluster, recipe: Arguments, run_dir: Path, *more: str) -> str:
+    """Submits the run, on two nodes unless `more` says otherwise; gives the job id."""
+    shape = ["--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
+    return submit(cluster, [*recipe, "--run-dir", run_dir, *TWO_NODES, *shape, *more], cwd=run_dir.parent)[0]
+
+
+def wait_for_start(run_dir: Path, restarts: int) -> None:
+    """Waits until the run has begun once more, after so many restarts."""
+    wait_until(lambda: RunFolder(run_dir).record_file.exists() and len(starts(run_dir)) > restarts, "next start")
+
+
+def finish(cluster: Cluster, job_id: str, restarts: int) -> Job:
+    """Waits for the end of a run that was restarted so many times, by itself."""
+    job = cluster.wait_for(job_id, "COMPLETED", restarts=restarts, timeout_s=240)
+    assert job.restarts == restarts
+    return job
+
+
+def nodes(job: Job) -> list[str]:
+    """Where it runs."""
+    return expand_nodelist(job.nodes)
+
+
+def check_as_if_nothing_had_been(run_dir: Path, undisturbed: Path, starts: int) -> None:
+    check_finished(run_dir, ranks=2, launcher="slurm", last_step=LAST_STEP, starts=starts)
+    assert losses(run_dir) == losses(undisturbed)
+    here, there = weights(run_dir), weights(undisturbed)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def check_nothing_was_made_twice(run_dir: Path) -> None:
+    """What a warning in time is good for."""
+    assert totals(run_dir).steps_redone == 0
+
+
+def check_at_most_the_last_interval_was_made_twice(run_dir: Path) -> None:
+    """What each interruption without a warning costs."""
+    resumed_at = [start["step"] for start in starts(run_dir)[1:]]
+    assert all(step > 0 for step in resumed_at)
+    # One save may have been on its way: it is written beside the training.
+    assert totals(run_dir).steps_redone < 2 * SAVE_EVERY * len(resumed_at)
+
+
+def preempt(cluster: Cluster) -> None:
+    """Submits what takes all nodes from everything else, for a moment."""
+    cluster.run(["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"])
+
+
+def test_a_job_that_meets_its_time_limit_goes_on_in_the_next(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir, "--set", "cluster.signal_delay_s=110")
+    wait_for_step(run_dir, 10)
+    # SLURM looks at the limits every 30 s, in which so small a run would be over. It is woken up with the warning.
+    for rank in range(2):
+        os.kill(rank_process(job_id, rank), signal.SIGSTOP)
+    cluster.run(["scontrol", "update", f"JobId={job_id}", "TimeLimit=2"])
+    cluster.wait_for(job_id, "PENDING", "RUNNING", restarts=1)
+    cluster.run(["scontrol", "update", f"JobId={job_id}", "TimeLimit=10"])
+    finish(cluster, job_id, restarts=1)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
+    check_nothing_was_made_twice(run_dir)
+
+
+def test_a_preempted_job_that_is_warned_loses_nothing(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir, "--partition", "main")
+    wait_for_step(run_dir, 25)
+    preempt(cluster)
+    finish(cluster, job_id, restarts=1)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
+    check_nothing_was_made_twice(run_dir)
+
+
+def test_a_preempted_job_that_is_not_warned_goes_on_from_its_last_save(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir, "--partition", "abrupt")
+    wait_for_step(run_dir, 50)
+    preempt(cluster)
+    finish(cluster, job_id, restarts=1)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
+    check_at_most_the_last_interval_was_made_twice(run_dir)
+
+
+def test_a_job_told_to_terminate_saves_and_goes_on(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir)
+    wait_for_step(run_dir, 25)
+    cluster.run(["scancel", "--signal=TERM", job_id])
+    wait_for_start(run_dir, 1)
+    check_nothing_was_made_twice(run_dir)
+    wait_for_step(run_dir, starts(run_dir)[1]["step"] + 30)
+    # Now the batch script too, and srun, which kills the ranks in the middle of their last step.
+    cluster.run(["scancel", "--full", "--signal=TERM", job_id])
+    finish(cluster, job_id, restarts=2)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=3)
+    check_at_most_the_last_interval_was_made_twice(run_dir)
+
+
+def test_a_signal_while_the_ranks_are_starting_is_not_lost(cluster: Cluster, recipe: Arguments, run_dir: Path) -> None:
+    job_id = start(cluster, recipe, run_dir, "--set", "train.max_steps=5")
+    job = cluster.wait_for(job_id, "RUNNING")
+    wait_until(lambda: job.log.exists() and "Loading pickle" in job.log.read_text(), "first rank")
+    cluster.run(["scancel", "--signal=TERM", job_id])
+    finish(cluster, job_id, restarts=1)
+    check_finished(run_dir, ranks=2, launcher="slurm", last_step=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", [0, 1], ids=["with-rank-0", "with-the-last-rank"])
+def test_a_job_survives_the_crash_of_a_node(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path, position: int
+) -> None:
+    job_id = start(cluster, recipe, run_dir)
+    wait_for_step(run_dir, 50)
+    crashed = nodes(cluster.job(job_id))[position]
+    cluster.crash(crashed)
+    assert crashed not in nodes(finish(cluster, job_id, restarts=1))
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
+    check_at_most_the_last_interval_was_made_twice(run_dir)
+
+
+def test_a_job_goes_on_while_its_node_is_drained_and_elsewhere_when_told_to_leave(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir)
+    wait_for_step(run_dir, 25)
+    cluster.set_state("n0", "drain")
+    wait_for_step(run_dir, max(steps(run_dir)) + 30)
+    assert nodes(cluster.job(job_id)) == ["n0", "n1"]
+    cluster.run(["scontrol", "requeue", job_id])
+    assert "n0" not in nodes(finish(cluster, job_id, restarts=1))
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
+
+
+def test_the_death_of_one_rank_is_noticed_at_once(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir)
+    for rank in range(2):
+        wait_for_start(run_dir, rank)
+        wait_for_step(run_dir, starts(run_dir)[-1]["step"] + 50)
+        os.kill(rank_process(job_id, rank), signal.SIGKILL)
+        killed = time.monotonic()
+        cluster.wait_for(job_id, "PENDING", "RUNNING", restarts=rank + 1)
+        assert time.monotonic() - killed < 60
+    finish(cluster, job_id, restarts=2)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=3)
+    check_at_most_the_last_interval_was_made_twice(run_dir)
+
+
+def test_an_error_that_needs_a_person_ends_the_job_for_good(cluster: Cluster, recipe: Arguments, run_dir: Path) -> None:
+    RunFolder(run_dir).log_file(1).mkdir(parents=True)  # so that one rank has an error, and the other loses that one
+    job_id = start(cluster, recipe, run_dir)
+    wait_until(lambda: cluster.job(job_id).state == "FAILED", "end of the job")
+    job = cluster.job(job_id)
+    assert (job.restarts, job.exit_code) == (0, f"{NEEDS_A_PERSON}:0")
+    assert "lost another one" in job.log.read_text()
+
+
+def test_a_cancelled_run_stays_so_until_it_is_submitted_again_on_half_the_nodes(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir, "--nodes", "4")
+    wait_for_step(run_dir, 25)
+    cluster.run(["scancel", job_id])
+    wait_until(lambda: cluster.job(job_id).state == "CANCELLED", "end of the job")
+    folder = RunFolder(run_dir)
+    last = max(steps(run_dir))
+    assert [c.step for c in list_checkpoints(folder.checkpoints)][-1] == last
+    assert not folder.lock.exists()
+
+    again = start(cluster, recipe, run_dir)
+    job = finish(cluster, again, restarts=0)
+    assert "taking over" not in job.log.read_text()
+    assert cluster.job(job_id).state == "CANCELLED"
+    assert steps(run_dir) == list(range(1, LAST_STEP + 1))
+    assert [(s["step"], s["world_size"]) for s in starts(run_dir)] == [(0, 4), (last, 2)]
+    check_nothing_was_made_twice(run_dir)
+    # The same batches, summed up in another order and in bf16.
+    there = dict(losses(undisturbed))
+    assert max(abs(loss - there[step]) for step, loss in losses(run_dir)) < 0.1
+
+
+def test_of_two_jobs_on_one_run_folder_one_refuses_and_the_other_is_unharmed(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    jobs = [start(cluster, recipe, run_dir) for _ in range(2)]
+    for job_id in jobs:
+        cluster.wait_for(job_id, "RUNNING", "COMPLETED")
+    wait_until(lambda: "FAILED" in [cluster.job(job_id).state for job_id in jobs], "refusal")
+    refused, first = sorted(jobs, key=lambda job_id: cluster.job(job_id).state != "FAILED")
+    assert cluster.job(first).state == "RUNNING"
+    said = cluster.job(refused).log.read_text()
+    assert f"{run_dir} is in use by job {first} on n" in said
+    assert "give another --run-dir" in said
+    assert cluster.job(refused).restarts == 0
+    finish(cluster, first, restarts=0)
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=1)
