@@ -50,6 +50,7 @@ class Monitor:
         self._warned = False
         self._reset()
         self._reported = step
+        self._bad_file: AppendedFile | None = None
         self._curves: Curves | None = None
         self._ledger: Ledger | None = None
         if world.is_main:
@@ -79,8 +80,9 @@ class Monitor:
         if not bad:
             return
         self._bad_images += len(bad)
-        with self._folder.bad_samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"rank": self._world.rank, **item._asdict()}) + "\n" for item in bad)
+        self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples)
+        lines = (json.dumps({"rank": self._world.rank, **item._asdict()}) + "\n" for item in bad)
+        self._bad_file.append("".join(lines).encode())
         for item in bad:
             logger.warning("replaced %s of %s: %s", item.key, item.shard, item.reason)
         # The first few of a run say nothing yet about the share of them.

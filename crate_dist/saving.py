@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -160,11 +159,16 @@ def publish(
     """
     final = folder / f"{PREFIX}{progress.step:08d}"
     beside = folder / f"{UNFINISHED}{progress.step:08d}"
+    no_folder = ""
     if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # told below, by all ranks, when they cannot write into it
+        try:
             beside.mkdir(parents=True)
-    gather_objects(None, group)  # nobody writes before the folder is fresh
+        except OSError as error:
+            no_folder = f"rank 0: {error}"
+    no_folder = gather_objects(no_folder, group)[0]  # nobody writes before the folder is fresh
+    if no_folder:
+        raise CheckpointError(f"checkpoint of step {progress.step} was not saved: {no_folder}")
     outcomes = gather_objects(_write_rank_file(beside / rank_file(world.rank), state), group)
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     manifest = {

@@ -273,11 +273,12 @@ class Trainer:
     def export(self) -> None:
         """Writes the weights alone of the last and of the best checkpoint."""
         if self.world.is_main:
-            for saved in checkpoint.list_checkpoints(self.folder.checkpoints):
-                for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
-                    if saved.step != step:
-                        continue
-                    if problem := saved.damaged():
+            there = {saved.step: saved for saved in checkpoint.list_checkpoints(self.folder.checkpoints)}
+            for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
+                if step >= 0:
+                    saved = there.get(step)
+                    problem = saved.damaged() if saved else f"step {step} could not be saved"
+                    if saved is None or problem:
                         logger.error("%s is not written: %s", self.folder.model(which), problem)
                     else:
                         export_model(

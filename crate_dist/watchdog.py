@@ -42,7 +42,7 @@ class Watchdog:
         self._last = time.monotonic()
         self._given_up_elsewhere = False
         self._end = threading.Event()
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store: dist.Store | None = None
         self._threads = [
             threading.Thread(target=self._watch, name="watchdog", daemon=True),
             threading.Thread(target=self._tell, name="watchdog's store", daemon=True),
@@ -71,9 +71,14 @@ class Watchdog:
             if self._given_up_elsewhere or time.monotonic() - self._last > self._timeout_s:
                 self._give_up()
 
+    def _connect(self) -> dist.Store:
+        """A connection of our own: the process group's is kept busy by whoever waits for another rank on it."""
+        return dist.TCPStore(self._world.master_addr, self._world.master_port, wait_for_workers=False)
+
     def _tell(self) -> None:
         signs_of_life = 0
         with contextlib.suppress(RuntimeError):  # the store's rank is gone, and so will this one be soon
+            self._store = self._connect()
             while not self._end.wait(_LOOK_EVERY_S):
                 signs_of_life += 1
                 self._store.set(f"watchdog/{self._world.rank}", f"{self._beats} {signs_of_life} {self._what}")
@@ -87,8 +92,9 @@ class Watchdog:
         with self._log_file.open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         with contextlib.suppress(RuntimeError):
-            self._store.set(_GIVEN_UP, "")
-            logger.critical("%s", self._who_is_behind())
+            store = self._store or self._connect()
+            store.set(_GIVEN_UP, "")
+            logger.critical("%s", self._who_is_behind(store))
             time.sleep(2 * _LOOK_EVERY_S)  # for the others, who look a little later, to see that this rank lives
         os._exit(TRY_AGAIN)
 
@@ -96,10 +102,10 @@ class Watchdog:
         logger.critical("behind the others: rank 0, which does not even say where the others are")
         os._exit(TRY_AGAIN)
 
-    def _who_is_behind(self) -> str:
-        before = self._places()
+    def _who_is_behind(self, store: dist.Store) -> str:
+        before = self._places(store)
         time.sleep(2.5 * _LOOK_EVERY_S)
-        places = self._places()
+        places = self._places(store)
         silent = [rank for rank, place in enumerate(places) if place == before[rank]]
         if silent:
             said = [f"rank {rank} ({places[rank][2]}), which gives no sign of life" for rank in silent]
@@ -110,12 +116,12 @@ class Watchdog:
             return "all ranks are at the same place"
         return f"behind the others: {', '.join(behind)}"
 
-    def _places(self) -> list[tuple[int, int, str]]:
+    def _places(self, store: dist.Store) -> list[tuple[int, int, str]]:
         """Beats and signs of life so far, and what is being done, of each rank."""
         places = []
         for rank in range(self._world.world_size):
-            known = self._store.check([f"watchdog/{rank}"])
-            text = self._store.get(f"watchdog/{rank}").decode() if known else "0 0 starting"
+            known = store.check([f"watchdog/{rank}"])
+            text = store.get(f"watchdog/{rank}").decode() if known else "0 0 starting"
             beats, signs_of_life, what = text.split(" ", 2)
             places.append((int(beats), int(signs_of_life), what))
         return places

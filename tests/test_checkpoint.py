@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,26 @@ def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: P
     return "saved"
 
 
+def fail_while_a_save_is_under_way(world: World, device: torch.device, folder: Path) -> list[str]:
+    saver = saving.Saver(folder, LAYOUTS, world, keep=3, max_failures=3)
+    write = saving._write_rank_file
+
+    def slowly(path: Path, state: checkpoint.RankState) -> tuple[dict[str, object], str]:
+        time.sleep(1.0)
+        return write(path, state)
+
+    saving._write_rank_file = slowly
+    saver.save(partitioned(10, world.rank, world.world_size), Progress(step=10))
+    saver.leave()
+    return [path.name for path in folder.iterdir()]
+
+
+def start_where_a_save_was_killed(world: World, device: torch.device, folder: Path) -> list[str]:
+    saving.Saver(folder, LAYOUTS, world, keep=3, max_failures=3)
+    torch.distributed.barrier()
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture(scope="module")
 def saved_on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("three") / "checkpoints"
@@ -116,7 +137,9 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_last_one(tmp_
     assert [p.name for p in folder.iterdir()] == ["step-00000010"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest", "wrong world size"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove", "manifest", "no manifest", "wrong step", "wrong world size"]
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, damage: str) -> None:
     newest = folder / "step-00000030"
     victim = newest / "rank-00001.pt"
@@ -133,8 +156,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, da
         manifest.write_text(manifest.read_text()[:-9])
     elif damage == "no manifest":
         manifest.unlink()
+    elif damage == "wrong step":
+        manifest.write_text(manifest.read_text().replace('"step": 30', '"step": 31'))
     else:
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "world_size": 2}))
+        said = {**json.loads(manifest.read_text()), "world_size": 2}
+        manifest.write_text(json.dumps({**said, "digest": checkpoint.manifest_digest(said)}))
     assert spawn(find, 2, folder) == [20, 20]
 
 
@@ -157,6 +183,41 @@ def test_what_a_killed_save_left_is_no_checkpoint(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020"]
 
 
+def test_what_a_killed_save_left_is_gone_with_the_next_start(folder: Path) -> None:
+    (folder / "step-00000030").rename(folder / ".unfinished-00000030")
+    left = spawn(start_where_a_save_was_killed, 2, folder)
+    assert left == [["step-00000010", "step-00000020"]] * 2
+
+
+def test_an_error_elsewhere_lets_a_save_that_is_under_way_end(tmp_path: Path) -> None:
+    assert spawn(fail_while_a_save_is_under_way, 2, tmp_path)[0] == ["step-00000010"]
+
+
 def test_pruning_keeps_the_newest_and_the_best(folder: Path) -> None:
     saving.prune(folder, keep=1, progress=Progress(step=30, best_step=10))
     assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10, 30]
+
+
+def test_a_later_one_that_is_damaged_does_not_push_out_one_that_is_whole(folder: Path) -> None:
+    (folder / "step-00000030" / "rank-00001.pt").unlink()
+    (folder / "step-00000030").rename(folder / "step-00000040")
+    saving.prune(folder, keep=1, progress=Progress(step=20))
+    assert [p.name for p in folder.iterdir()] == ["step-00000020"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(saving, "_set_aside", read_only)
+    saving.prune(folder, keep=1, progress=Progress(step=30))
+    assert "Read-only file system" in caplog.text
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_one_of_the_same_step_is_replaced(folder: Path) -> None:
+    spawn(save, 2, folder, [30])
+    assert spawn(find, 2, folder) == [30, 30]
+    assert checkpoint.list_checkpoints(folder)[-1].world_size == 2

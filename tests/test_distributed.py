@@ -36,6 +36,8 @@ def test_a_slurm_step_is_recognised() -> None:
     other_rank = detect_world({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
     assert other_rank.master_port == world.master_port
     assert detect_world({**SLURM, "SLURM_JOB_ID": "4712"}).master_port != world.master_port
+    # A requeued one does too: that the port was taken may be why.
+    assert detect_world({**SLURM, "SLURM_RESTART_COUNT": "1"}).master_port != world.master_port
 
 
 def test_torchrun_under_srun_is_torchrun() -> None:

@@ -57,7 +57,8 @@ def _try_all(chosen: Iterable[Case], reference: Trial) -> int:
         trial = Trial(reference.folder.with_name(f"{number:03d}"), reference.arguments, reference)
         try:
             case.disturb(trial)
-            trial.finish()
+            if not trial.finished:
+                trial.finish()
             trial.check()
             end = "the same"
         except Exception as error:

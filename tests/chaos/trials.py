@@ -83,7 +83,8 @@ def disk_is_full_in_one_save(trial: Trial, rank: int, point: str, nth: int) -> N
 def disk_is_full_for_a_while(trial: Trial) -> None:
     """A real one: everything that the run writes fails, until there is room again. No restart."""
     with small_disk(trial.folder / "run", megabytes=24) as filler, trial.start() as ranks:
-        wait_until(lambda: "step 5/25" in ranks.output(0), "fifth step")
+        trial.lost_a_save = True
+        wait_until(lambda: "step 11/25" in ranks.output(0), "eleventh step")
         fill(filler)
         wait_until(lambda: "SAVING FAILED" in ranks.output(0), "failing save")
         filler.unlink()
