@@ -1,8 +1,8 @@
 """The loaders that benchmarks/data.py compares: each is a function to an iterator of training batches, or missing.
 
 All but ours and FFCV's decode with Pillow and give float32 batches (n, 3, 224, 224), normalised, as torchvision's
-reference training does. A package that cannot be imported raises ImportError (torchvision: RuntimeError) here and is a line
-"not installed" there.
+reference training does. A package that cannot be imported raises ImportError (torchvision: RuntimeError) here and is a
+line "not installed" there.
 """
 
 from __future__ import annotations

@@ -45,10 +45,15 @@ REQUEUE = """\
 requeue_unless_done() {{
     status=$?
     restarts=${{SLURM_RESTART_COUNT:-0}}
-    if [ "$status" -ge 64 ] && [ "$status" -ne {needs_a_person} ] && [ "$restarts" -lt {limit} ] &&
-        scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .*Restarts=$restarts "; then
-        echo "ended with status $status: requeueing"
-        scontrol requeue "$SLURM_JOB_ID"
+    if [ "$status" -ge 64 ] && [ "$status" -ne {needs_a_person} ] && [ "$restarts" -lt {limit} ]; then
+        for pause in 0 2 6 18; do  # a scheduler that is busy answers a little later
+            sleep $pause
+            job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || continue
+            echo "$job" | grep -q "JobState=RUNNING .*Restarts=$restarts " || return
+            echo "ended with status $status: requeueing"
+            scontrol requeue "$SLURM_JOB_ID" && return
+        done
+        echo "SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
     fi
 }}
 trap requeue_unless_done EXIT
