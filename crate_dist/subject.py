@@ -15,12 +15,13 @@ from crate_dist.run import read_recipe
 
 @dataclass(frozen=True)
 class Subject:
-    """An fp32 model, how its run prepared images, as far as that is known, and its name."""
+    """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
 
     model: CRATE
     data: DataSection
     precision: str
     name: str
+    classes: tuple[str, ...] | None = None
 
 
 def load_subject(source: Path) -> Subject:
@@ -32,8 +33,9 @@ def load_subject(source: Path) -> Subject:
     """
     if not source.is_dir():
         model, meta = load_model(source)
-        known = {key: meta[key] for key in ("mean", "std", "eval_crop") if key in meta}
-        return Subject(model.float(), DataSection(**known), meta.get("precision", "fp32"), str(source))
+        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop") if key in meta}
+        precision, classes = meta.get("precision", "fp32"), meta.get("classes")
+        return Subject(model.float(), DataSection(**known), precision, str(source), classes and tuple(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -48,4 +50,5 @@ def load_subject(source: Path) -> Subject:
     weights = saved.weights()
     model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
     model.load_state_dict(weights)
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path))
+    classes = saved.manifest.get("classes")
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), classes and tuple(classes))
