@@ -25,11 +25,14 @@ class Preflight:
     world_size: int
     micro_batch: int
     accumulation: int
+    init_from: Path | None
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
+        begins = [] if self.resumes else [("begins from", str(self.init_from or "random weights"))]
         lines = [
             ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
+            *begins,
             (
                 "data",
                 f"{self.data_root}: {self.train_images:,} images to train on and {self.val_images:,} to validate on, "
@@ -86,6 +89,7 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         world_size=world_size,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        init_from=recipe.train.init_from,
     )
 
 

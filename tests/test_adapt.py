@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from crate_dist.config import ModelSection
 from crate_dist.models.adapt import adapt, resize_positions
@@ -94,13 +95,25 @@ def test_what_has_the_same_shapes_and_means_something_else_is_refused_or_told(we
     assert adapted.notes == ("pool cls there and mean here", "ista_step 0.1 there and 0.2 here")
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [({"patch_size": 4}, "--set model.patch_size=8"), ({"num_classes": 11}, "10 classes.*11.*init_head")],
-)
-def test_what_does_not_fit_says_what_would(weights: dict[str, Tensor], change: dict[str, int], expected: str) -> None:
-    with pytest.raises(WeightsError, match=expected):
-        adapt(weights, SOURCE, replace(SOURCE, **change), new_head=False)
+def test_a_head_that_does_not_fit_is_not_kept(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"10 classes.*11.*init_head"):
+        adapt(weights, SOURCE, replace(SOURCE, num_classes=11), new_head=False)
+
+
+@pytest.mark.parametrize("new", [16, 12, 4])
+def test_patches_of_another_size_that_show_the_same_are_embedded_alike(weights: dict[str, Tensor], new: int) -> None:
+    changed = {name: torch.rand_like(t) if "norm_in" in name else t for name, t in weights.items()}
+    target = replace(SOURCE, image_size=4 * new, patch_size=new)
+    adapted = adapt(changed, SOURCE, target, new_head=False)
+    assert adapted.notes == (f"patch embedding resized from 8 to {new} pixels",)
+    before, after = CRATE(SOURCE), CRATE(target)
+    before.load_state_dict(changed)
+    after.load_state_dict(adapted.state_dict)
+    coarse = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    here, there = (interpolate(coarse, (side, side), mode="bicubic") for side in (32, 4 * new))
+    with torch.no_grad():
+        one, other = before.patch_embed(here).flatten(), after.patch_embed(there).flatten()
+    assert torch.cosine_similarity(one, other, dim=0) > 0.98
 
 
 def test_weights_that_are_not_finite_are_named(weights: dict[str, Tensor]) -> None:
@@ -128,4 +141,6 @@ def test_a_checkpoint_of_the_published_code_begins_a_model_of_another_resolution
     assert len(missing) == 4
     assert all(name.startswith("head.") for name in missing)
     theirs = torch.load(PUBLISHED, weights_only=True)["state_dict"]
-    assert torch.equal(target.layers[2].ista.dictionary, theirs["module.transformer.layers.2.1.fn.weight"])
+    assert torch.equal(
+        target.state_dict()["layers.2.ista.dictionary"], theirs["module.transformer.layers.2.1.fn.weight"]
+    )

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from crate_dist.config import ModelSection, RecipeError, load_recipe
+from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
 from crate_dist.initial import Origin, begin_from, weights_digest
 from crate_dist.launching import preflight
@@ -202,20 +203,12 @@ def test_a_launcher_says_at_once_what_it_cannot_begin_from(
 def test_every_way_to_start_a_run_takes_weights_to_begin_from(
     pretrained: Path, three_classes: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
-    line = [
-        "--config",
-        small_recipe,
-        "--data",
-        three_classes,
-        "--set",
-        "data.val_split=",
-        "--run-dir",
-        tmp_path / "run",
-    ]
+    line: list[str | Path] = ["--config", small_recipe, "--data", three_classes, "--run-dir", tmp_path / "run"]
     for program in ("local.py", "slurm.py"):
         done = subprocess.run(
-            [sys.executable, REPOSITORY / "launch" / program, *line, "--init-from", "run", "--dry-run"]
-            + (["--gpus-per-node", "0"] if program == "slurm.py" else ["--ranks", "2"]),
+            [sys.executable, REPOSITORY / "launch" / program, *line, "--set", "data.val_split=", "--init-from", "run"]
+            + ["--dry-run"]
+            + (["--gpus-per-node", "0", "--container", "image.sqsh"] if program == "slurm.py" else ["--ranks", "2"]),
             cwd=pretrained.parent,
             capture_output=True,
             text=True,
@@ -223,3 +216,15 @@ def test_every_way_to_start_a_run_takes_weights_to_begin_from(
         )
         assert done.returncode == 0, done.stderr
         assert f'init_from = "{pretrained}"' in done.stdout
+        assert program == "local.py" or f"{pretrained.parent}:{pretrained.parent}" in done.stdout  # what it mounts
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "flowers", "pets"])
+def test_the_recipes_have_the_published_fine_tuning_code_s_values(data: str) -> None:
+    recipe = load_recipe(f"finetune_{data}")
+    optim, train = recipe.optim, recipe.train
+    assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("adamw", 5e-5, 0.01, None)
+    assert (optim.schedule, optim.warmup_epochs, optim.grad_clip, optim.label_smoothing) == ("cosine", 0, 0, 0)
+    assert (train.global_batch, train.epochs, recipe.model.image_size) == (256, 200, 224)
+    assert augmentations(recipe.data) == (RandAugment(ops=2, magnitude=14),)
+    assert (recipe.data.eval_fit, recipe.data.crop_scale, recipe.data.flip) == ("stretch", (0.08, 1.0), 0.5)

@@ -122,7 +122,12 @@ def operations(width: int, height: int) -> tuple[Operation, ...]:
         Operation("Contrast", lambda image, more: ImageEnhance.Contrast(image).enhance(1 + more), until(0.9), True),
         Operation("Sharpness", lambda image, more: ImageEnhance.Sharpness(image).enhance(1 + more), until(0.9), True),
         Operation("Posterize", lambda image, bits: ImageOps.posterize(image, int(bits)), bits, False),
-        Operation("Solarize", lambda image, threshold: ImageOps.solarize(image, threshold), until(0.0, 255.0), False),
+        Operation(
+            "Solarize",
+            lambda image, threshold: ImageOps.solarize(image, math.ceil(threshold)),
+            until(0.0, 255.0),
+            False,
+        ),
         Operation("AutoContrast", lambda image, _: ImageOps.autocontrast(image), until(0.0), False),
         Operation("Equalize", lambda image, _: ImageOps.equalize(image), until(0.0), False),
     )

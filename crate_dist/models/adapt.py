@@ -1,7 +1,8 @@
 """The weights of one CRATE as the first weights of another: other classes, another resolution.
 
 Taken as they are: everything that does not depend on these. Interpolated: the positions, from one grid of patches to
-another. Left out, for the new model's own: the head. Nothing else can differ; what does is an error that names it.
+another, and the patch embedding, from one size of patches to another. Left out, for the new model's own: the head.
+Nothing else can differ; what does is an error that names it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from crate_dist.models.archs import find_arch
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 from crate_dist.models.layout import StateDict, WeightsError
 
 
@@ -31,15 +32,10 @@ def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_h
     """Makes the weights of a model `source` fit a model `target`. Changes nothing that it is given.
 
     new_head: leaves out the head, its normalisation too, as the published fine-tuning code does
-    Raises WeightsError when width, depth, heads or patch size differ, when the head is to be kept for another number
-    of classes, or when a weight is not finite.
+    Raises WeightsError when width, depth or heads differ, when the head is to be kept for another number of classes,
+    or when a weight is not finite.
     """
     _check_size(state_dict, source, target)
-    if source.patch_size != target.patch_size:
-        raise WeightsError(
-            f"the weights read patches of {source.patch_size} x {source.patch_size} pixels, and the recipe's model "
-            f"those of {target.patch_size} x {target.patch_size}; --set model.patch_size={source.patch_size} would fit"
-        )
     if source.num_classes != target.num_classes and not new_head:
         raise WeightsError(
             f"the head has {source.num_classes} classes, and the recipe's model {target.num_classes}; "
@@ -50,6 +46,9 @@ def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_h
         raise WeightsError(f"not finite: {', '.join(wrong)}")
     taken = {name: t.float() for name, t in state_dict.items() if not (new_head and name.startswith("head."))}
     notes = []
+    if source.patch_size != target.patch_size:
+        taken |= resize_patch_embedding(taken, source.patch_size, target.patch_size)
+        notes.append(f"patch embedding resized from {source.patch_size} to {target.patch_size} pixels")
     before, now = (config.image_size // config.patch_size for config in (source, target))
     if before != now:
         taken["pos_embedding"] = resize_positions(taken["pos_embedding"], now)
@@ -73,6 +72,27 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
     resized = interpolate(grid, (side, side), mode="bicubic", align_corners=False)
     return torch.cat((token, resized.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def resize_patch_embedding(state_dict: StateDict, old: int, new: int) -> dict[str, Tensor]:
+    """The embedding of patches of old x old pixels, for patches of new x new that show the same.
+
+    FlexiViT's pseudo-inverse resize (Beyer et al. 2023, arXiv 2212.08013, section 3.4): with B the matrix that resizes
+    a patch, W B⁺ B x = W x where patches grow, and as nearly as can be where they shrink. The scale and shift of the
+    normalisation before it, one per pixel, are first taken into W and the bias.
+    """
+    scale, shift = (state_dict[f"patch_embed.norm_in.{name}"].double() for name in ("weight", "bias"))
+    weight, bias = (state_dict[f"patch_embed.proj.{name}"].double() for name in ("weight", "bias"))
+    each_pixel = torch.eye(old**2, dtype=torch.float64).view(old**2, 1, old, old)
+    resize = interpolate(each_pixel, (new, new), mode="bicubic", antialias=True).flatten(1).T  # (new², old²)
+    pixels = (weight * scale).unflatten(1, (old**2, CHANNELS))
+    resized = torch.einsum("dpc,pq->dqc", pixels, torch.linalg.pinv(resize)).flatten(1)
+    return {
+        "patch_embed.norm_in.weight": torch.ones(resized.shape[1]),
+        "patch_embed.norm_in.bias": torch.zeros(resized.shape[1]),
+        "patch_embed.proj.weight": resized.float(),
+        "patch_embed.proj.bias": (bias + weight @ shift).float(),
+    }
 
 
 def _check_size(state_dict: StateDict, source: CrateConfig, target: CrateConfig) -> None:
