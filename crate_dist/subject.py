@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection
@@ -35,7 +36,7 @@ def load_subject(source: Path) -> Subject:
         model, meta = load_model(source)
         known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop") if key in meta}
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), DataSection(**known), precision, str(source), classes and tuple(classes))
+        return Subject(model.float(), DataSection(**known), precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -50,5 +51,8 @@ def load_subject(source: Path) -> Subject:
     weights = saved.weights()
     model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
     model.load_state_dict(weights)
-    classes = saved.manifest.get("classes")
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), classes and tuple(classes))
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
+
+
+def _names(classes: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, classes)) if isinstance(classes, list) else None
