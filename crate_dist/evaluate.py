@@ -1,6 +1,7 @@
 """Exact top-1 and top-5 over every sample of a split, each counted once, at any number of ranks.
 
     python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
+    python -m crate_dist.evaluate runs/crate_base --worst 20 --confusions 20 --json evaluation.json
 
 takes a run folder (its newest checkpoint), one of its checkpoints, or a file of weights: an export of ours or a
 checkpoint of the published code. Under torchrun or srun the ranks share the work.
@@ -9,25 +10,27 @@ checkpoint of the published code. Under torchrun or srun the ranks share the wor
 from __future__ import annotations
 
 import argparse
-import os
+import csv
+import io
+import json
 import sys
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from crate_dist.checkpoint import CheckpointError
-from crate_dist.config import DATA_VARIABLE, RecipeError, location
-from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Batch, Normalize, eval_loader
-from crate_dist.data.splits import open_split
-from crate_dist.distributed import detect_world, init_distributed
-from crate_dist.models.weights import WeightsError
-from crate_dist.subject import load_subject
+from crate_dist.accuracy import ByClass, Tally, class_text
+from crate_dist.data.index import ShardIndex
+from crate_dist.data.loader import Batch
+from crate_dist.distributed import World
+from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
+from crate_dist.run import write_whole
+from crate_dist.subject import Subject, load_subject
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,21 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    predict: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Batch], device: torch.device
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[Batch],
+    device: torch.device,
+    tally: Tally | None = None,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
 
     predict: uint8 images (n, height, width, 3) -> logits (n, classes)
+    tally: takes up what was predicted of every class, where somebody wants to know
     """
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack(
             [
@@ -67,6 +75,8 @@ def evaluate(
                 torch.tensor(len(batch.bad), dtype=torch.float64, device=device),
             ]
         )
+        if tally is not None:
+            tally.add(labels, ranked)
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, replaced = totals.tolist()
     return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
@@ -77,49 +87,90 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what to evaluate")
-    parser.add_argument(
-        "--data", type=location, metavar="DIR", help=f"folder or URL of the shards [the run's, then ${DATA_VARIABLE}]"
-    )
-    parser.add_argument("--split", default="val", help="folder in it [%(default)s]")
-    parser.add_argument(
-        "--batch", type=int, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
-    )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the products [as in training]")
+    add_arguments(parser)
+    parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
+    shown = parser.add_argument_group("class by class")
+    shown.add_argument("--per-class", action="store_true", help="print a line for every class, the worst first")
+    shown.add_argument("--worst", type=positive, metavar="N", help="print those of the N worst classes alone")
+    shown.add_argument("--confusions", type=positive, metavar="N", help="print the N most frequent confusions")
+    shown.add_argument("--csv", type=Path, metavar="FILE", help="write the table of classes there")
     arguments = parser.parse_args(argv)
-    world = detect_world()
-    try:
+
+    def prepare() -> tuple[Subject, ShardIndex]:
+        check_output(arguments.json)
+        check_output(arguments.csv)
         subject = load_subject(arguments.model)
-        root = arguments.data or subject.data.root or os.environ.get(DATA_VARIABLE)
-        if root is None:
-            raise RecipeError(f"no data folder: give --data DIR or export {DATA_VARIABLE}=DIR")
-        index = open_split(location(root), arguments.split, subject.data)
-        if index.num_classes > subject.model.config.num_classes:
-            raise RecipeError(
-                f"{index.place} has {index.num_classes} classes, the model only {subject.model.config.num_classes}"
-            )
-    except (CheckpointError, WeightsError, RecipeError, ShardError) as error:
+        index, known = find_split(arguments, subject, arguments.split), subject.model.config.num_classes
+        if index.num_classes > known:
+            raise CannotMeasure(f"{index.place} has {index.num_classes} classes, the model only {known}")
+        if not index.num_samples:
+            raise CannotMeasure(f"{index.place} has no samples")
+        return subject, index
+
+    def work(prepared: tuple[Subject, ShardIndex], world: World, device: torch.device) -> None:
+        subject, index = prepared
+        model = Frozen.place(subject, arguments, world, device)
+        tally = Tally(index.num_classes, device)
+        dist.barrier()
+        began = time.perf_counter()
+        result = evaluate(model.logits, model.batches(index, arguments.split), device, tally)
+        seconds = time.perf_counter() - began
+        by_class = tally.total()
         if world.is_main:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    device = init_distributed(world)
-    dtype = torch.bfloat16 if (arguments.precision or subject.precision) == "bf16" else torch.float32
-    model = subject.model.to(device, dtype).eval()
-    normalize = Normalize(subject.data, device, dtype)
-    section = subject.data.model_copy(update={"workers": arguments.workers})
-    side = model.config.image_size
-    batches = eval_loader(index, world.rank, world.world_size, section, side, arguments.batch)
-    shown = tqdm(batches, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
-    result = evaluate(lambda images: model(normalize(images)), shown, device)
-    if world.is_main:
-        print(  # noqa: T201
-            f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
-            f"loss {result.loss:.4f}, {result.samples:,} samples"
-            + (f", {result.replaced} replaced" if result.replaced else "")
-        )
-    dist.destroy_process_group()
-    return 0
+            _report(arguments, subject, index, world, result, by_class, seconds)
+
+    return run_on_ranks(prepare, work)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    subject: Subject,
+    index: ShardIndex,
+    world: World,
+    result: Evaluation,
+    by_class: ByClass,
+    seconds: float,
+) -> None:
+    """seconds: of the whole pass, the start of the loader's workers among them."""
+    rate = result.samples / seconds
+    print(  # noqa: T201
+        f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+        f"loss {result.loss:.4f}, {result.samples:,} samples"
+        + (f", {result.replaced} replaced" if result.replaced else "")
+        + f"; {rate:,.0f} images/s"
+        + (f", {rate / world.world_size:,.0f} on each of {world.world_size} ranks" if world.world_size > 1 else "")
+    )
+    records = by_class.records(index.classes, index.class_names)
+    if arguments.per_class or arguments.worst:
+        _print_classes(index, [records[label] for label in by_class.worst_first()[: arguments.worst]])
+        if absent := int((by_class.samples == 0).sum()):
+            print(f"{absent} more classes have no sample in this split")  # noqa: T201
+    if arguments.confusions:
+        _print_confusions(by_class.confusions(index.classes, index.class_names, arguments.confusions))
+    if arguments.csv is not None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        write_whole(arguments.csv, table.getvalue())
+    if arguments.json is not None:
+        whole: dict[str, Any] = {"model": subject.name, "data": str(index.place), **asdict(result)}
+        whole |= {"seconds": seconds, "images_per_s": rate, "ranks": world.world_size}
+        whole |= {"classes": records, "confusions": by_class.confusions(index.classes, index.class_names)}
+        write_whole(arguments.json, json.dumps(whole, indent=1) + "\n")
+
+
+def _print_classes(index: ShardIndex, records: list[dict[str, Any]]) -> None:
+    print("\n   top-1     top-5  samples  class")  # noqa: T201
+    for record in records:
+        text = class_text(index.classes, index.class_names, record["label"])
+        print(f"{record['top1']:6.2f} %  {record['top5']:6.2f} %  {record['samples']:7,}  {text}")  # noqa: T201
+
+
+def _print_confusions(confusions: list[dict[str, Any]]) -> None:
+    print("\n  times  of the class  true -> predicted")  # noqa: T201
+    for item in confusions:
+        print(f"{item['count']:7,}  {item['share']:10.2f} %  {item['true']} -> {item['predicted']}")  # noqa: T201
 
 
 if __name__ == "__main__":

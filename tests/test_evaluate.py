@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +17,12 @@ from crate_dist.config import DataSection, ModelSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader
 from crate_dist.distributed import World
-from crate_dist.evaluate import Evaluation, evaluate
+from crate_dist.evaluate import Evaluation, evaluate, main
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import export_model, export_reference
-from tests.ranks import REPOSITORY, spawn, train_to_the_end
+from tests.conftest import casts, write_split
+from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to_the_end
 
 pytestmark = pytest.mark.spawn
 
@@ -60,6 +64,24 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
+def on_two_ranks(*arguments: object) -> tuple[list[int], list[str], list[str]]:
+    """Exit status, stdout and stderr of each."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "crate_dist.evaluate", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, **rank_environment(rank, 2, port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    return [rank.returncode for rank in ranks], [out for out, _ in said], [err for _, err in said]
+
+
 def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoint(
     cast_shards: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
@@ -78,13 +100,50 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
         done = command(source, *extra)
         assert done.returncode == 0, done.stderr
         assert "37 samples" in done.stdout
-        outputs.append(done.stdout.partition(": ")[2])
+        assert "images/s" in done.stdout
+        outputs.append(done.stdout.partition(": ")[2].partition(";")[0])
     assert len(set(outputs)) == 1, outputs
     done = command(tmp_path / "reference.pth.tar", "--data", cast_shards)
     assert "37 samples" in done.stdout, done.stderr
 
 
-def test_what_cannot_be_evaluated_is_named(cast_shards: Path, tmp_path: Path) -> None:
+def test_ranks_print_and_write_the_classes_and_confusions_that_one_process_does(
+    cast_shards: Path, tmp_path: Path
+) -> None:
+    net = model()
+    export_model(tmp_path / "model.pt", net.config, net.state_dict(), {"eval_crop": 1.0})
+    shown = (tmp_path / "model.pt", "--data", cast_shards, "--worst", 2, "--confusions", 3)
+    alone = command(*shown, "--json", tmp_path / "alone.json", "--csv", tmp_path / "alone.csv")
+    assert alone.returncode == 0, alone.stderr
+    one = json.loads((tmp_path / "alone.json").read_text())
+    status, outputs, _ = on_two_ranks(*shown, "--json", tmp_path / "both.json")
+    assert status == [0, 0]
+    both = json.loads((tmp_path / "both.json").read_text())
+    for name in ("top1", "top5", "samples", "replaced", "classes", "confusions"):
+        assert both[name] == one[name], name
+    assert (one["ranks"], both["ranks"]) == (1, 2)
+    assert "on each of 2 ranks" in outputs[0]
+    assert outputs[1] == ""
+    assert alone.stdout.splitlines()[1:] == outputs[0].splitlines()[1:]
+
+    assert sum(entry["samples"] for entry in one["classes"]) == one["samples"] == 37
+    right = sum(entry["samples"] * entry["top1"] for entry in one["classes"]) / 37
+    assert right == pytest.approx(one["top1"])
+    assert sum(entry["count"] for entry in one["confusions"]) == round(37 * (1 - one["top1"] / 100))
+    table = list(csv.DictReader((tmp_path / "alone.csv").read_text().splitlines()))
+    assert [float(row["top1"]) for row in table] == [entry["top1"] for entry in one["classes"]]
+    lines = alone.stdout.splitlines()
+    classes, confusions = lines.index(""), lines.index("", lines.index("") + 1)
+    assert confusions - classes == 4  # a heading, and the two worst
+    worst = min(one["classes"], key=lambda entry: (entry["top1"], entry["label"]))
+    assert lines[classes + 2].split()[0] == f"{worst['top1']:.2f}"
+    first = one["confusions"][0]
+    assert lines[confusions + 2].endswith(f"{first['true']} -> {first['predicted']}")
+
+
+def test_what_cannot_be_evaluated_is_named(
+    cast_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     net = model()
     export_model(tmp_path / "model.pt", net.config, net.state_dict())
     for arguments, expected in (
@@ -92,8 +151,21 @@ def test_what_cannot_be_evaluated_is_named(cast_shards: Path, tmp_path: Path) ->
         ((tmp_path, "--data", cast_shards), "manifest.json"),
         ((tmp_path / "model.pt", "--data", tmp_path), "no folder"),
         ((tmp_path / "model.pt",), "no data folder"),
+        ((tmp_path / "model.pt", "--data", cast_shards, "--json", tmp_path / "no" / "out"), "no folder to write in"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 1
-        assert expected in done.stderr
-        assert "Traceback" not in done.stderr
+        assert main([str(argument) for argument in arguments]) == 1
+        assert expected in capsys.readouterr().err
+
+
+def test_a_split_that_does_not_decode_on_one_rank_ends_all_with_a_line(tmp_path: Path) -> None:
+    samples = [
+        (key, image if number < 20 else b"no image", label) for number, (key, image, label) in enumerate(casts(40, 1))
+    ]
+    write_split(tmp_path / "val", iter(samples), shard_samples=40, classes=4)
+    net = model()
+    export_model(tmp_path / "model.pt", net.config, net.state_dict(), {"eval_crop": 1.0})
+    status, _, errors = on_two_ranks(tmp_path / "model.pt", "--data", tmp_path)
+    assert status == [1, 1]
+    assert "16 samples in a row do not decode" in errors[1]
+    assert "rank 0 has lost another rank" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]

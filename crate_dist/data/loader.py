@@ -289,7 +289,10 @@ class _Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for item in super().__iter__():
             if isinstance(item, ShardError):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # the error's traceback holds this frame, which would hold the error, and the workers
             yield item
 
 

@@ -1,0 +1,224 @@
+"""How good the features of a frozen model are: nearest neighbours, and a linear classifier on top of them.
+
+    python -m crate_dist.probe knn runs/crate_base --data /data/imagenet-shards
+    python -m crate_dist.probe linear runs/crate_base --data /data/flowers-shards
+
+take whatever `python -m crate_dist.evaluate` takes; the data may have other classes than the model was trained on. Both
+splits are prepared as for evaluation. Under torchrun or srun the ranks share the work and the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from crate_dist import knn, linear_probe
+from crate_dist.data.index import ShardIndex
+from crate_dist.distributed import World
+from crate_dist.features import Features, extract, pooled
+from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
+from crate_dist.models.crate import CrateConfig, Pool
+from crate_dist.run import write_whole
+from crate_dist.subject import Subject, load_subject
+
+KS = (10, 20, 100, 200)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and held against model and data. layer: 1 … depth; pool: what of its tokens is the feature."""
+
+    subject: Subject
+    train: ShardIndex
+    val: ShardIndex
+    layer: int
+    pool: Pool
+
+    def describe(self) -> str:
+        """The feature, in words."""
+        tokens = "mean of the tokens" if self.pool == "mean" else "class token"
+        return f"{tokens} after layer {self.layer} of {self.subject.model.config.depth} and the head's norm"
+
+
+def question(arguments: argparse.Namespace) -> Question:
+    """Opens what the command line names.
+
+    Raises
+    ------
+    CannotMeasure, CheckpointError, WeightsError, RecipeError, ShardError: when it does not fit together
+    """
+    check_output(arguments.json)
+    if arguments.train_split == arguments.split:
+        raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
+    subject = load_subject(arguments.model)
+    train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
+    if list(train.classes) != list(val.classes):
+        raise CannotMeasure(f"{train.place} and {val.place} do not have the same classes in the same order")
+    for split in (train, val):
+        if not split.num_samples:
+            raise CannotMeasure(f"{split.place} has no samples")
+    if arguments.probe == "knn" and max(arguments.k) > train.num_samples:
+        fitting = [str(k) for k in arguments.k if k <= train.num_samples] or [str(train.num_samples)]
+        raise CannotMeasure(
+            f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
+            f"--k {' '.join(fitting)} would do"
+        )
+    return Question(subject, train, val, find_layer(arguments.layer, subject.model.config), _pool(arguments, subject))
+
+
+def find_layer(asked: int | None, config: CrateConfig) -> int:
+    """1 … depth from what was asked for: None is the last, -1 too. Raises CannotMeasure."""
+    layer = config.depth if asked is None else asked + config.depth + 1 if asked < 0 else asked
+    if not 1 <= layer <= config.depth:
+        raise CannotMeasure(f"--layer {asked}: the model has layers 1 to {config.depth}, the last also being -1")
+    return layer
+
+
+def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
+    """Of the training and of the validation split. A collective."""
+
+    def read(images: torch.Tensor) -> torch.Tensor:
+        return pooled(model.model, model.normalize(images), asked.layer, asked.pool)
+
+    width = model.model.config.dim
+    train, val = (
+        extract(read, model.batches(split, name), width, split.num_samples, model.device)
+        for split, name in ((asked.train, "train"), (asked.val, "val"))
+    )
+    return train, val
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: one probe of one model on two splits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crate_dist.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="probe", required=True)
+    near = commands.add_parser("knn", help="weighted nearest neighbours", description=knn.__doc__)
+    linear = commands.add_parser("linear", help="a linear classifier", description=linear_probe.__doc__)
+    for command in (near, linear):
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        add_arguments(command)
+        command.add_argument("--train-split", default="train", metavar="NAME", help="folder in DIR [%(default)s]")
+        command.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
+        command.add_argument("--layer", type=int, metavar="N", help="whose tokens, counted from 1; -1: the last [-1]")
+        command.add_argument("--pool", choices=["cls", "mean"], help="the feature of an image [as the model's head]")
+    near.add_argument("--k", type=positive, nargs="+", default=list(KS), metavar="N", help="neighbours [10 20 100 200]")
+    near.add_argument(
+        "--temperature", type=_above_zero, default=knn.TEMPERATURE, metavar="T", help="of their votes [%(default)s]"
+    )
+    linear.add_argument(
+        "--l2",
+        type=_above_zero,
+        nargs="+",
+        default=list(linear_probe.L2),
+        metavar="X",
+        help="to choose from, on a tenth of the training split [1e-1 1e-2 … 1e-6]",
+    )
+    linear.add_argument("--seed", type=int, default=0, help="of which samples are held out for that [%(default)s]")
+    linear.add_argument(
+        "--max-steps", type=positive, default=linear_probe.MAX_STEPS, metavar="N", help="of each fit [%(default)s]"
+    )
+    arguments = parser.parse_args(argv)
+    measure = _measure_knn if arguments.probe == "knn" else _measure_linear
+
+    def work(asked: Question, world: World, device: torch.device) -> None:
+        model = Frozen.place(asked.subject, arguments, world, device)
+        train, val = features(model, asked)
+        measured = measure(arguments, train, val, asked, model)
+        if world.is_main:
+            _report(arguments.json, asked, train, val, {"probe": arguments.probe, **measured})
+
+    return run_on_ranks(lambda: question(arguments), work)
+
+
+def _measure_knn(
+    arguments: argparse.Namespace, train: Features, val: Features, asked: Question, model: Frozen
+) -> dict[str, Any]:
+    ks = sorted(set(arguments.k))
+    results = knn.classify(train, val, ks, arguments.temperature, _bar("neighbours", model))
+    return {"temperature": arguments.temperature, "results": [asdict(result) for result in results]}
+
+
+def _measure_linear(
+    arguments: argparse.Namespace, train: Features, val: Features, asked: Question, model: Frozen
+) -> dict[str, Any]:
+    result = linear_probe.probe(
+        train, val, asked.train.num_classes, arguments.l2, arguments.seed, arguments.max_steps, _bar("l2", model)
+    )
+    return {"seed": arguments.seed, **asdict(result), "at_the_edge": result.at_the_edge}
+
+
+def _bar(what: str, model: Frozen) -> Callable[[Any], Iterable[Any]]:
+    return lambda items: tqdm(items, desc=what, disable=not model.shows, dynamic_ncols=True)
+
+
+def _report(path: Path | None, asked: Question, train: Features, val: Features, measured: dict[str, Any]) -> None:
+    replaced = train.replaced + val.replaced
+    print(  # noqa: T201
+        f"{asked.subject.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
+        f"from the {train.total:,} samples of {asked.train.place} on the {val.total:,} of {asked.val.place}"
+        + (f", {replaced} replaced" if replaced else "")
+    )
+    for line in _knn_lines(measured) if measured["probe"] == "knn" else _linear_lines(measured):
+        print(line)  # noqa: T201
+    if path is not None:
+        about = {
+            "model": asked.subject.name,
+            "train": str(asked.train.place),
+            "val": str(asked.val.place),
+            "train_samples": train.total,
+            "val_samples": val.total,
+            "replaced": replaced,
+            "layer": asked.layer,
+            "pool": asked.pool,
+        }
+        write_whole(path, json.dumps({**about, **measured}, indent=1) + "\n")
+
+
+def _knn_lines(measured: dict[str, Any]) -> list[str]:
+    return [
+        f"  {result['k']:>4}-NN: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+        for result in measured["results"]
+    ]
+
+
+def _linear_lines(measured: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  l2 {tried['l2']:<7g} held out: top-1 {tried['top1']:.2f} %  ({tried['steps']} steps{_short(tried)})"
+        for tried in measured["sweep"]
+    ]
+    lines.append(
+        f"  linear probe: top-1 {measured['top1']:.2f} %, top-5 {measured['top5']:.2f} %, with l2 {measured['l2']:g} "
+        f"({measured['steps']} steps{_short(measured)})"
+    )
+    if measured["at_the_edge"]:
+        lines.append("  the best l2 is at an end of those tried: one beyond it may be better, see --l2")
+    return lines
+
+
+def _short(fitted: dict[str, Any]) -> str:
+    return "" if fitted["converged"] else ", short of the optimum: --max-steps"
+
+
+def _pool(arguments: argparse.Namespace, subject: Subject) -> Pool:
+    pool: Pool = arguments.pool or subject.model.config.pool
+    return pool
+
+
+def _above_zero(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
