@@ -56,7 +56,7 @@ def labels_of(seed: int, classes: int, images: int = PER_BATCH) -> list[int]:
 class Python2(pickle._Pickler):
     """Writes bytes as Python 2 wrote its strings, which is what the published files hold."""
 
-    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)
 
     def save_string(self, data: bytes) -> None:
         short = len(data) < 256
@@ -339,13 +339,14 @@ class Malicious:
 
 def test_nothing_in_a_pickle_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
-    for function, arguments in [
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
         (os.system, (f"touch {mark}",)),
         (eval, (f"open({str(mark)!r}, 'w')",)),
         (getattr, ("x", "upper")),
         (np.frombuffer, (b"x", "u1")),
         (__import__, ("os",)),
-    ]:
+    ]
+    for function, arguments in calls:
         evil = python2({b"labels": [Malicious(function, *arguments)], b"data": pixels_of(1)})
         source = python_10(tmp_path / "in", {**cifar_10(python2), "data_batch_1": evil})
         assert "has no place in it and is not opened" in refused(source, tmp_path)

@@ -180,12 +180,10 @@ def cifar(place: Place, dataset: str | None, coarse: bool, val_fraction: float, 
     files = place.files(edition.archive, edition.folder)
     assert files is not None
     names = edition.class_names(files)
-    splits = [
-        Split(_lay_out(edition, files, split, given, place.work))
-        for split, given in (("train", edition.train), ("test", edition.test))
-    ]
+    train = Split(_lay_out(edition, files, "train", edition.train, place.work))
+    test = Split(_lay_out(edition, files, "test", edition.test, place.work))
     layout = f"{edition.dataset}, {files.place.name}"
-    return Source(place.source, layout, names, names, named_splits(*splits, val_fraction, seed))
+    return Source(place.source, layout, names, names, named_splits(train, test, val_fraction, seed))
 
 
 def _stands(place: Place, edition: Edition) -> bool:

@@ -212,7 +212,7 @@ def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="crate-dist-") as folder:
             yield Path(folder)
         return
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made = [parent for parent in (out, *out.parents) if not parent.exists()]
     work = out / _WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -231,9 +231,9 @@ def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            for folder in made:
+            for parent in made:
                 with suppress(OSError):  # the shards are in it
-                    folder.rmdir()
+                    parent.rmdir()
     finally:
         os.close(lock)
 
