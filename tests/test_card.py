@@ -23,7 +23,7 @@ SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2,
 
 def index_of(folder: Path, samples: int) -> ShardIndex:
     """An index that stands on disk, of shards that do not."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     shards = [Shard("a.tar", samples, 10240, "0" * 64)]
     names = [f"n{label}" for label in range(7)]
     index = ShardIndex(folder, shards, np.zeros(samples, ROW), names, names, {"layout": "class folders"})
@@ -35,7 +35,7 @@ def index_of(folder: Path, samples: int) -> ShardIndex:
 def meta(tmp_path: Path) -> dict[str, Any]:
     """As a run exports it."""
     recipe = load_recipe("crate_tiny")
-    train, val = index_of(tmp_path / "train", 12345), index_of(tmp_path / "val", 678)
+    train, val = index_of(tmp_path / "shards/train", 12345), index_of(tmp_path / "shards/val", 678)
     return {
         "recipe": "crate_tiny",
         "step": 93750,
@@ -55,11 +55,12 @@ def meta(tmp_path: Path) -> dict[str, Any]:
 
 def test_what_is_known_stands_in_the_card(tmp_path: Path, meta: dict[str, Any]) -> None:
     card = model_card("model-best.pt", SMALL, meta)
+    fingerprint = meta["data"]["train"]["fingerprint"]
     parameters = sum(parameter.numel() for parameter in initialise(SMALL, seed=0).parameters())
     for line in (
         "# crate_tiny",
         f"| parameters | {parameters:,} |",
-        f"| data, train | 12,345 samples, 7 classes, class folders, index {meta['data']['train']['fingerprint']} |",
+        f"| data, train | shards, 12,345 samples, 7 classes, class folders, index {fingerprint} |",
         "| steps | 93750 |",
         "| epochs | 150 |",
         "| validation | top-1 70.12 %, top-5 89.5 %, loss 1.25, after step 93,700 |",

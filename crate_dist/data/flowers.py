@@ -92,7 +92,8 @@ def _integers(mat: bytes, key: str, name: str) -> Int64:
 def _check_apart(ids: dict[str, Int64]) -> None:
     numbers, counts = np.unique(np.concatenate(list(ids.values())), return_counts=True)
     if (counts > 1).any():
-        raise ShardError(f"{SPLITS.name}: {some(map(str, numbers[counts > 1]))} come twice in the splits")
+        twice = some(f"image_{number:05d}" for number in numbers[counts > 1])
+        raise ShardError(f"{SPLITS.name}: more than once in the splits: {twice}")
 
 
 def _samples(files: Files, images: dict[str, Found], labels: Int64, numbers: Int64) -> Samples:

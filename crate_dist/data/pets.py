@@ -46,7 +46,7 @@ def pets(place: Place, reading: Reading, val_fraction: float, seed: int) -> Sour
     lists = {name: _read_list(annotations, name) for name in ("trainval.txt", "test.txt")}
     everything = [line for lines in lists.values() for line in lines]
     if twice := [image for image, times in Counter(line.image for line in everything).items() if times > 1]:
-        raise ShardError(f"{annotations.place}: {some(twice)} come twice in {' and '.join(lists)}")
+        raise ShardError(f"{annotations.place}: more than once in {' and '.join(lists)}: {some(twice)}")
     classes = _class_names(everything, annotations)
     images, ignored, unreadable = files.images(reading)
     train, test = (_samples(files, images, lines, name) for name, lines in lists.items())

@@ -50,9 +50,10 @@ def card_path(weights: Path) -> Path:
 
 
 def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, Any]]:
-    """What `meta` says of the splits: their sizes, classes and origin, and the fingerprints of their indexes."""
+    """What `meta` says of the splits: the name of their folder, not where it lies, and what their indexes say."""
     return {
         name: {
+            "name": Path(str(index.place)).parent.name,
             "samples": index.num_samples,
             "classes": index.num_classes,
             "origin": index.made_by.get("layout"),
@@ -120,7 +121,8 @@ def _origin(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def _data(facts: Mapping[str, Any]) -> str:
-    shown = [f"{facts[key]:,} {key}" for key in ("samples", "classes") if isinstance(facts.get(key), int)]
+    shown = [str(facts["name"])] if facts.get("name") else []
+    shown += [f"{facts[key]:,} {key}" for key in ("samples", "classes") if isinstance(facts.get(key), int)]
     shown += [str(facts["origin"])] if facts.get("origin") else []
     shown += [f"index {facts['fingerprint']}"] if facts.get("fingerprint") else []
     return ", ".join(shown)
