@@ -1,8 +1,8 @@
 """The loaders that benchmarks/data.py compares: each is a function to an iterator of training batches, or missing.
 
-All but ours decode with Pillow and give float32 batches (n, 3, 224, 224), normalised, as torchvision's reference
-training does. A package that cannot be imported raises ImportError (torchvision: RuntimeError) here and is a line
-"not installed" there.
+All but ours and FFCV's decode with Pillow and give float32 batches (n, 3, 224, 224), normalised, as torchvision's
+reference training does. A package that cannot be imported raises ImportError (torchvision: RuntimeError) here and is a
+line "not installed" there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import DataSection
+from crate_dist.data.images import Treatment, treat
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader
 from crate_dist.data.order import Order
@@ -148,6 +149,58 @@ def mosaic_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
     streaming.base.util.clean_stale_shared_memory()
     dataset = Decoded(local=str(folder), shuffle=True, batch_size=batch)
     return _endless(DataLoader(dataset, batch, num_workers=workers, drop_last=True))
+
+
+def ffcv_loader(folder: Path, batch: int, workers: int) -> Iterator[Any]:
+    """FFCV's loader on the machine's page cache: libjpeg-turbo, OpenCV's area resize, uint8; `workers` threads."""
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
+    loader = Loader(
+        str(folder / "train.beton"),
+        batch,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
+    )
+    epoch = iter(loader)
+    try:
+        yield from epoch
+    finally:
+        epoch.close()
+
+
+def write_ffcv(source: Path, out: Path, copies: int, workers: int, treatment: Treatment | None = None) -> None:
+    """The images as JPEGs of quality 90, which it encodes itself, `copies` times; treated by ours before, or not."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    out.mkdir()
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
+    DatasetWriter(str(out / "train.beton"), fields, num_workers=workers).from_indexed_dataset(
+        Decoded(FolderDataset(source).files * copies, treatment)
+    )
+
+
+class Decoded(Dataset[tuple[np.ndarray, int]]):
+    """Files as pixels (height, width, 3), as FFCV's writer takes them."""
+
+    def __init__(self, files: list[tuple[Path, int]], treatment: Treatment | None) -> None:
+        self.files, self.treatment = files, treatment
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        path, label = self.files[number]
+        data = path.read_bytes()
+        if self.treatment:
+            data = treat(data, self.treatment)[0]
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB")), label
 
 
 def write_litdata(source: Path, out: Path, copies: int, workers: int) -> None:

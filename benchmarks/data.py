@@ -86,11 +86,15 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "webdataset, shuffle(1000) + Pillow": (contestants.webdataset, work / "original"),
         "litdata + Pillow": (contestants.litdata_stream, work / "litdata"),
         "mosaicml-streaming + Pillow": (contestants.mosaic_stream, work / "mosaic"),
+        "FFCV, original size": (contestants.ffcv_loader, work / "ffcv"),
+        "FFCV, re-encoded": (contestants.ffcv_loader, work / "ffcv-re-encoded"),
         "crate-dist, original images": (contestants.ours, work / "original"),
         "crate-dist, re-encoded": (contestants.ours, work / "re-encoded"),
     }
-    missing = {"FFCV": importing("ffcv")} if importing("ffcv") else {}
+    missing: dict[str, str] = {}
     for name, write in (
+        ("FFCV, original size", lambda: contestants.write_ffcv(source, work / "ffcv", copies, 1)),
+        ("FFCV, re-encoded", lambda: contestants.write_ffcv(source, work / "ffcv-re-encoded", copies, 1, FOR_SPEED)),
         ("litdata + Pillow", lambda: contestants.write_litdata(source, work / "litdata", copies, 1)),
         ("mosaicml-streaming + Pillow", lambda: contestants.write_mosaic(source, work / "mosaic", copies)),
         ("timm", lambda: next(contestants.timm_folder(source, 2, 0))),
@@ -102,7 +106,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             missing[name] = f"not installed ({type(error).__name__}: {error})"
             del loaders[name]
             continue
-        if "timm" not in name:
+        if name != "timm":
             seconds = time.perf_counter() - start
             conversion.append(writer_row(name, seconds, sum(os.times()[:4]) - before, len(files) * copies, 1))
     torch.multiprocessing.set_start_method("fork", force=True)  # litdata's writer leaves "spawn" behind for all
@@ -243,15 +247,6 @@ def quartiles(values: Sequence[tuple[float, float]]) -> Row:
     clock, cpu = (np.array(column) for column in zip(*values, strict=True))
     low, middle, high = (float(np.percentile(clock, p)) for p in (25, 50, 75))
     return {"ms": middle, "ms_quartiles": [low, high], "ms_best": float(clock.min()), "cpu_ms": float(np.median(cpu))}
-
-
-def importing(name: str) -> str | None:
-    """None when a package imports, else why not."""
-    try:
-        __import__(name)
-    except (ImportError, RuntimeError) as error:
-        return f"not installed ({type(error).__name__}: {error})"
-    return None
 
 
 def machine() -> Row:

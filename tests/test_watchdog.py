@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path: Path) -> None:
     assert "while taking step 2; every thread's stack follows" in waiting
     assert "in barrier" in waiting
     assert "in _asleep" in hanging
+    assert "torchfrtrace --prefix rank_" in waiting
+    barriers = [len(_collectives(tmp_path / "flight-recorder" / f"rank_{rank}")) for rank in range(2)]
+    assert barriers[0] == barriers[1] + 1, "the record shows the one that rank 1 never came to"
+
+
+def _collectives(path: Path) -> list[dict[str, object]]:
+    """What torch wrote on this machine a moment ago."""
+    entries: list[dict[str, object]] = pickle.loads(path.read_bytes())["entries"]
+    return entries
 
 
 def test_a_stopped_rank_0_is_named_though_it_keeps_what_the_others_know(tmp_path: Path) -> None:

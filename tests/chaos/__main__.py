@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="REGEX", default="", help="cases in whose name this is found")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where runs that did not survive are kept")
     arguments = parser.parse_args(argv)
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.folder))
     _say(f"seed {arguments.seed}; what fails is kept in {folder}\n")
     reference, takes_s = undisturbed(folder)

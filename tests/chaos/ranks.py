@@ -95,8 +95,9 @@ class Ranks:
         """kill -9 of all ranks, loader workers included."""
         for process in self.processes:
             assert process.pid is not None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for kill in os.killpg, os.kill:  # one that has just been forked leads no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join()
 
