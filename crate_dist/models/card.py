@@ -154,16 +154,22 @@ with torch.inference_mode():
     logits = model.eval()(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
 ```"""
     if all(isinstance(meta.get(key), (list, tuple)) for key in ("mean", "std")):
-        crop = meta.get("eval_crop")
-        short = f"the short side resized to {round(side / crop)} pixels, " if isinstance(crop, float) and crop else ""
         mean, std = (", ".join(map(str, meta[key])) for key in ("mean", "std"))
         text += (
-            f"\n\nImages are RGB from 0 to 1: {short}the central {side} x {side} cut out, less the mean ({mean}), "
-            f"divided by ({std}). `python -m crate_dist.evaluate {name} --data DIR` does all of it."
+            f"\n\nImages are RGB from 0 to 1: {_fitting(side, meta)}, less the mean ({mean}), divided by ({std}). "
+            f"`python -m crate_dist.evaluate {name} --data DIR` does all of it."
         )
     if meta.get("classes"):
         text += ' `meta["classes"]` names the classes in the order of the logits.'
     return text
+
+
+def _fitting(side: int, meta: Mapping[str, Any]) -> str:
+    if meta.get("eval_fit") == "stretch":
+        return f"both sides resized to {side} pixels"
+    crop = meta.get("eval_crop")
+    resized = f"the short side resized to {round(side / crop)} pixels, " if isinstance(crop, float) and crop > 0 else ""
+    return f"{resized}the central {side} x {side} cut out"
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
