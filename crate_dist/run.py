@@ -10,7 +10,7 @@ ledger.jsonl         where the time went
 run.lock             who works here now
 logs/                one log per rank
 slurm/               what submitit wrote
-model-last.pt        the weights alone; model-best.pt beside it
+model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
+from crate_dist.models.card import facts_of, write_card
 from crate_dist.models.weights import export_model
 from crate_dist.optim import Schedule, learning_rate
-from crate_dist.run import RunFolder
+from crate_dist.run import RunFolder, code_version
 from crate_dist.saving import Saved, Saver, prune
 from crate_dist.watchdog import Watchdog
 
@@ -287,9 +288,9 @@ class Trainer:
                     if saved is None or problem:
                         logger.error("%s is not written: %s", self.folder.model(which), problem)
                     else:
-                        export_model(
-                            self.folder.model(which), self.engine.module.config, saved.weights(), self.about(saved)
-                        )
+                        path, config, about = self.folder.model(which), self.engine.module.config, self.about(saved)
+                        export_model(path, config, saved.weights(), about)
+                        write_card(path, config, about)
         dist.barrier()
 
     def about(self, saved: checkpoint.Checkpoint) -> dict[str, object]:
@@ -299,6 +300,10 @@ class Trainer:
             "step": saved.step,
             "epochs": saved.step / self.schedule.steps_per_epoch,
             "metrics": dict(saved.progress.metrics),
+            "evaluated_at": saved.progress.evaluated_at,
+            "data": facts_of(self.train_index, self.val_index),
+            "recipe_values": self.recipe.mathematics(),
+            "code": code_version(),
             "classes": list(self.train_index.classes),
             "mean": list(self.recipe.data.mean),
             "std": list(self.recipe.data.std),

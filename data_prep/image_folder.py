@@ -7,7 +7,7 @@ import sys
 
 from crate_dist.data.convert import add_conversion_arguments, convert, options_from
 from crate_dist.data.folders import image_folder
-from crate_dist.data.program import run_program
+from crate_dist.data.program import proper_fraction, run_program
 
 EPILOG = """
 the source is one of:
@@ -26,17 +26,6 @@ same bytes, at any number of workers.
 """
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1, neither of them."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1, for instance 0.05")
-    return value
-
-
 def main() -> int:
     """Converts. Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -45,7 +34,7 @@ def main() -> int:
     add_conversion_arguments(parser)
     parser.add_argument(
         "--val-fraction",
-        type=fraction,
+        type=proper_fraction,
         default=0.0,
         metavar="F",
         help="share of every class that is held out for validation, where the source has no validation split",

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return root
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+    """A tar of files by their names; mode: as tarfile.open takes it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
 
 
 def class_tree(root: Path, classes: int = 3, images: int = 8, size: tuple[int, int] = (24, 18)) -> Path:
@@ -85,6 +97,11 @@ def fingerprint(root: Path) -> dict[str, str]:
 def shards_only(files: dict[str, str]) -> dict[str, str]:
     """Those files of a fingerprint that training reads."""
     return {name: digest for name, digest in files.items() if name.endswith((".tar", "index.json", "index.npy"))}
+
+
+def tars_of(out: Path) -> dict[str, str]:
+    """Digest of every tar and of its rows: what sources of different layouts share."""
+    return {name: digest for name, digest in shards_only(fingerprint(out)).items() if not name.endswith("json")}
 
 
 def read_by_webdataset(split: Path) -> list[Sample]:

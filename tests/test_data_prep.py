@@ -374,7 +374,9 @@ def test_a_second_conversion_into_the_same_folder_is_refused_while_the_first_run
     assert "another conversion is writing" in second.stderr
 
 
-@pytest.mark.parametrize("program", ["imagenet.py", FOLDER, "index.py", "verify.py"])
+@pytest.mark.parametrize(
+    "program", ["imagenet.py", FOLDER, "cifar.py", "flowers.py", "pets.py", "index.py", "verify.py"]
+)
 def test_help_shows_an_example_and_imports_no_torch(program: str) -> None:
     path = command(program)[1]
     code = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import scipy.io
 
 from crate_dist.data.index import ShardIndex
-from tests.prep import convert, fingerprint, picture, read_by_webdataset, refuse, shards_only, write_tree
+from tests.prep import convert, fingerprint, picture, read_by_webdataset, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "imagenet.py"
 WNIDS = ["n01440764", "n01443537", "n02105855", "n03788365"]
@@ -23,16 +22,6 @@ TRAIN = {wnid: {f"{wnid}_{i}.JPEG": picture(10 * label + i) for i in range(5)} f
 TRAIN["n02105855"]["n02105855_2933.JPEG"] = picture(99, format="PNG")
 TRAIN["n03788365"]["n03788365_7.JPEG"] = picture(98, mode="CMYK")
 VAL = {f"ILSVRC2012_val_{n:08d}.JPEG": (WNIDS[(3 * n) % 4], picture(1000 + n)) for n in range(1, 10)}
-
-
-def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def devkit() -> bytes:
@@ -93,10 +82,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("expected")
     convert(PROGRAM, class_folders(root / "in"), root / "out", "--shard-samples", 6)
     return tars_of(root / "out")
-
-
-def tars_of(out: Path) -> dict[str, str]:
-    return {name: digest for name, digest in shards_only(fingerprint(out)).items() if not name.endswith("json")}
 
 
 def test_class_folders_become_shards_with_torchvisions_labels(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_a_run_learns_and_leaves_what_it_promises(undisturbed: tuple[list[object
     record = json.loads(folder.record_file.read_text())
     assert len(record["starts"]) == 1
     assert record["code"]["packages"]["torch"]
+    assert "| steps | 25 |" in (run / "model-last.md").read_text()
+    assert "| validation | top-1 " in (run / "model-best.md").read_text()
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list[object], Path]) -> None:

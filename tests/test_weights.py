@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from lion_pytorch import Lion
+from torch import Tensor, nn
 
 from crate_dist.config import ModelSection
 from crate_dist.models.archs import build_model, initialise
@@ -21,6 +25,7 @@ from crate_dist.models.weights import (
     describe,
     export_model,
     export_reference,
+    export_safetensors,
     from_reference,
     infer_config,
     load_model,
@@ -78,6 +83,65 @@ def test_every_layout_of_the_published_code_is_read(
     assert_equal(read_state_dict(tmp_path / "weights.pt"), state)
     model, _ = load_model(tmp_path / "weights.pt", heads=3)
     assert_equal(dict(model.state_dict()), state)
+
+
+class Published(nn.Module):
+    """Parameters that are called as the published code calls them, and a loss that reaches each."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in to_reference(state).items():
+            *folders, last = name.split(".")
+            module: nn.Module = self
+            for folder in folders:
+                if folder not in dict(module.named_children()):
+                    module.add_module(folder, nn.Module())
+                module = module.get_submodule(folder)
+            module.register_parameter(last, nn.Parameter(tensor.clone()))
+
+    def forward(self) -> Tensor:
+        return torch.stack([parameter.square().sum() for parameter in self.parameters()]).sum()
+
+
+@pytest.mark.parametrize("optimizer", ["Lion", "AdamW", "SGD"])
+def test_the_state_of_optimizers_schedulers_and_scalers_beside_the_weights_does_not_hinder(
+    tmp_path: Path, state: dict[str, Tensor], optimizer: str
+) -> None:
+    net = nn.DataParallel(Published(state))
+    steps: dict[str, torch.optim.Optimizer] = {
+        "Lion": Lion(net.parameters(), lr=1e-3),
+        "AdamW": torch.optim.AdamW(net.parameters(), lr=1e-3),
+        "SGD": torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9),
+    }
+    step = steps[optimizer]
+    by_hand = torch.optim.lr_scheduler.LambdaLR(step, lambda epoch: 1 / (1 + epoch))
+    net().backward()
+    step.step()
+    by_hand.step()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(step, 10)
+    trained = net.state_dict()
+    files = {
+        "checkpoint.pth.tar": {
+            "epoch": 2,
+            "arch": "CRATE_tiny",
+            "state_dict": trained,
+            "best_acc1": torch.tensor(1.5),
+            "optimizer": step.state_dict(),
+            "scheduler": by_hand.state_dict(),
+        },
+        "CRATE_tiny-16-ckpt.t7": {
+            "model": trained,
+            "optimizer": step.state_dict(),
+            "scaler": torch.amp.GradScaler("cpu").state_dict(),
+            "scheduler": cosine.state_dict(),
+        },
+        "older.t7": {"net": trained, "acc": 97.5, "epoch": 7},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        weights = read_weights(tmp_path / name)
+        assert_equal(to_reference(weights.state_dict, "module."), dict(trained))
+    assert read_weights(tmp_path / "older.t7").meta == {"acc": 97.5, "epoch": 7}
 
 
 @settings(max_examples=20, deadline=None)
@@ -149,6 +213,60 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         export_model(path, SMALL, {name: tensor for name, tensor in state.items() if name != "cls_token"})
     assert list(tmp_path.iterdir()) == [path]
     assert load_model(path)[1] == {"step": 1}
+
+
+def test_safetensors_carry_the_weights_the_architecture_and_the_meta(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "model.safetensors"
+    meta = {"step": 12, "metrics": {"val/top1": 50.5}, "classes": ["käse", "wurst"]}
+    config = CrateConfig(**{**vars(SMALL), "pool": "mean"})
+    export_safetensors(path, config, {name: tensor.bfloat16() for name, tensor in state.items()}, meta)
+    model, found = load_model(path)  # heads and pool are in the file
+    assert (model.config, found) == (config, meta)
+    for name, tensor in safetensors.torch.load_file(path).items():  # as any other program reads them
+        assert torch.equal(tensor, state[name].bfloat16())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(WeightsError, match="missing 'cls_token'"):
+        export_safetensors(path, SMALL, {name: tensor for name, tensor in state.items() if name != "cls_token"})
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("naming", ["ours", "theirs"])
+def test_safetensors_of_others_are_read_under_either_naming(
+    tmp_path: Path, state: dict[str, Tensor], naming: str, prefix: str
+) -> None:
+    given = state if naming == "ours" else to_reference(state)
+    safetensors.torch.save_file({prefix + name: tensor for name, tensor in given.items()}, tmp_path / "any.bin")
+    assert read_weights(tmp_path / "any.bin").kind == "safetensors"
+    model, meta = load_model(tmp_path / "any.bin", heads=3)
+    assert meta == {}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_safetensors_that_are_damaged_or_say_what_cannot_be_are_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    export_safetensors(path, SMALL, state)
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:9], b"<html>404</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"model\.safetensors is no safetensors file, or truncated or damaged"):
+            read_weights(path)
+    plain = vars(SMALL)
+    for about, message in [
+        ({"crate_dist": "crate-dist/9"}, "reads 'crate-dist/1'"),
+        ({"crate_dist": "crate-dist/1"}, "no whole crate-dist/1 export"),
+        ({"crate_dist": "crate-dist/1", "model": "[]", "meta": "{}"}, "no whole crate-dist/1 export"),
+        ({"crate_dist": "crate-dist/1", "model": '{"dim": 2}', "meta": "{}"}, "no whole crate-dist/1 export"),
+        ({"crate_dist": "crate-dist/1", "model": json.dumps(plain), "meta": "{"}, "no whole crate-dist/1 export"),
+        (
+            {"crate_dist": "crate-dist/1", "model": json.dumps(plain | {"depth": 10**12}), "meta": "{}"},
+            "too few for a CRATE of 1,000,000,000,000 layers",
+        ),
+    ]:
+        safetensors.torch.save_file(state, path, about)
+        with pytest.raises(WeightsError, match=message):
+            load_model(path)
 
 
 def test_weights_that_do_not_fit_are_named(state: dict[str, Tensor]) -> None:
@@ -230,5 +348,14 @@ def test_the_command_describes_and_converts(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="--force replaces it"):
         main(["convert", str(ours), str(theirs), "--to", "reference"])
     main(["convert", str(ours), str(theirs), "--to", "reference", "--force"])
+    tensors = tmp_path / "tensors.safetensors"
+    main(["convert", str(theirs), str(tensors), "--to", "safetensors", "--heads", "4"])
+    assert "kind            safetensors" in capsys.readouterr().out
+    main(["convert", str(tensors), str(theirs), "--to", "reference", "--force"])
+    assert_equal(
+        torch.load(theirs, weights_only=True)["state_dict"], torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    )
+    cards = {path.name for path in tmp_path.glob("*.md")}
+    assert cards == {"ours.md", "theirs.md", "tensors.md"}
     with pytest.raises(SystemExit, match="error: cannot read"):
         main(["describe", str(tmp_path / "nothing.pt")])

@@ -1,4 +1,4 @@
-"""From a source of images to finished splits: what data_prep/imagenet.py and image_folder.py share.
+"""From a source of images to finished splits: what the programs of data_prep that write shards share.
 
 Everything that can be wrong is looked for before anything is written: all splits are listed, their folders and the
 free space are checked, and only then the first shard is begun.
@@ -77,8 +77,11 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
-def options_from(arguments: argparse.Namespace) -> Options:
-    """The options that add_conversion_arguments added. Raises ShardError when the folders cannot be meant."""
+def options_from(arguments: argparse.Namespace, lossless: bool = False) -> Options:
+    """The options that add_conversion_arguments added; lossless: as in Treatment.
+
+    Raises ShardError when the folders cannot be meant.
+    """
     source, out = arguments.source.expanduser().absolute(), arguments.out.expanduser().absolute()
     if not source.is_dir():
         what = "is not a folder" if source.exists() else "does not exist"
@@ -92,7 +95,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         arguments.workers or available_cpus(),
         arguments.seed,
         arguments.shard_samples,
-        Treatment(arguments.short_side, arguments.quality, arguments.verify_images),
+        Treatment(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
         Reading(arguments.follow_links, arguments.skip_bad),
         arguments.dry_run,
     )

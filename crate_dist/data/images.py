@@ -1,9 +1,10 @@
 """What happens to one image on its way into a shard.
 
 A plain JPEG, colour or greyscale, passes byte for byte. Everything else becomes an RGB JPEG (grey stays grey): CMYK
-and YCCK JPEGs, and other formats whatever their file is called (ImageNet has a PNG named .JPEG). EXIF rotation is not
-applied, as users of ImageNet and torchvision expect; such images are counted. Transparency and colour profiles are
-dropped, also as torchvision does; of an animation the first frame is taken. The same bytes give the same bytes.
+and YCCK JPEGs, and other formats whatever their file is called (ImageNet has a PNG named .JPEG); where no pixel may
+change, an RGB PNG. EXIF rotation is not applied, as users of ImageNet and torchvision expect; such images are counted.
+Transparency and colour profiles are dropped, also as torchvision does; of an animation the first frame is taken. The
+same bytes give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ DEFAULT_QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """Pillow would also open EPS and others through external programs."""
 _ORIENTATION = 0x0112
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Treatment:
 
     short_side: larger images are resized to it, in pixels; quality: re-encode all images with this JPEG quality;
     verify: decode also those that pass byte for byte
+    lossless: images that would become JPEGs become PNGs, unless `quality` is set; RGB and grey PNGs pass byte for byte
     """
 
     short_side: int | None = None
     quality: int | None = None
     verify: bool = False
+    lossless: bool = False
 
     @property
     def changes_sizes(self) -> bool:
@@ -42,10 +46,10 @@ class Treatment:
 
 
 def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
-    """The JPEG that goes into the shard, and what is to be counted about it.
+    """The JPEG or PNG that goes into the shard, and what is to be counted about it.
 
     Raises BadImage when the bytes are no image, are cut off, do not decode, or would be a decompression bomb. Of a
-    JPEG that passes byte for byte only headers and end are looked at, unless they look odd or `verify` is set.
+    file that passes byte for byte only headers and end are looked at, unless they look odd or `verify` is set.
     """
     if not data:
         raise BadImage("the file is empty")
@@ -57,6 +61,11 @@ def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
             raise
         except Exception as error:  # Pillow's parsers raise whatever the bytes make them trip over
             raise BadImage(f"does not decode: {_reason(error)}") from error
+
+
+def extension(data: bytes) -> str:
+    """jpg or png, of an image that treat returned."""
+    return "png" if data.startswith(_PNG_START) else "jpg"
 
 
 def check_decodes(data: bytes) -> None:
@@ -75,14 +84,15 @@ def _treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
     counted = _oddities(image)
     is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it
     too_large = treatment.short_side is not None and min(width, height) > treatment.short_side
-    if is_jpeg and image.mode in ("RGB", "L") and treatment.quality is None and not too_large:
-        if treatment.verify or not data.endswith(b"\xff\xd9"):
+    passes = is_jpeg or (treatment.lossless and image.format == "PNG")
+    if passes and image.mode in ("RGB", "L") and treatment.quality is None and not too_large:
+        if treatment.verify or not data.endswith(b"\xff\xd9" if is_jpeg else _PNG_END):
             image.load()
         return data, counted
     if treatment.short_side is not None and too_large:
         image = _resized(image, treatment.short_side)
         counted.append("resized")
-    return _encoded(image, treatment.quality or DEFAULT_QUALITY), [*counted, "re-encoded"]
+    return _encoded(image, treatment), [*counted, "re-encoded"]
 
 
 def _oddities(image: Image.Image) -> list[str]:
@@ -121,9 +131,12 @@ def _rgb_or_grey(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encoded(image: Image.Image, quality: int) -> bytes:
+def _encoded(image: Image.Image, treatment: Treatment) -> bytes:
     out = io.BytesIO()
-    _rgb_or_grey(image).save(out, format="JPEG", quality=quality)
+    if treatment.lossless and treatment.quality is None:
+        _rgb_or_grey(image).save(out, format="PNG")
+    else:
+        _rgb_or_grey(image).save(out, format="JPEG", quality=treatment.quality or DEFAULT_QUALITY)
     return out.getvalue()
 
 

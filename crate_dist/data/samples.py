@@ -49,8 +49,10 @@ class Samples:
     labels: np.ndarray
 
     @classmethod
-    def collect(cls, root: Path, found: Iterable[Found], label: int, archive: Path | None = None) -> Samples:
-        """Images of one class, in their order."""
+    def collect(
+        cls, root: Path, found: Iterable[Found], label: int | Sequence[int], archive: Path | None = None
+    ) -> Samples:
+        """Images in their order, all with the same label or each with its own."""
         entries = list(found)
         names = [os.fsencode(entry.name) for entry in entries]
         return cls(
@@ -60,7 +62,7 @@ class Samples:
             np.cumsum([len(name) for name in names], dtype=np.int64),
             np.array([entry.size for entry in entries], dtype=np.int64),
             np.array([entry.offset for entry in entries], dtype=np.int64),
-            np.full(len(entries), label, dtype=np.int32),
+            np.broadcast_to(np.asarray(label, dtype=np.int32), len(entries)).copy(),
         )
 
     @classmethod

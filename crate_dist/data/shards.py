@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from crate_dist.data.images import BadImage, Treatment, treat
+from crate_dist.data.images import BadImage, Treatment, extension, treat
 from crate_dist.data.index import ROW, Shard, ShardError
 from crate_dist.data.order import Int64, permutation
 from crate_dist.data.pool import advance
@@ -182,7 +182,7 @@ def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list
                 continue
             counted.update(oddities)
             key = f"{task.first + i:08d}-{_ascii_stem(samples.name(i))}"
-            writer.write({"__key__": key, "cls": str(samples.labels[i]).encode(), "jpg": image})
+            writer.write({"__key__": key, "cls": str(samples.labels[i]).encode(), extension(image): image})
             _drain(buffer, file)
     _drain(buffer, file)
 

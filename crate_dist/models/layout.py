@@ -1,18 +1,24 @@
-"""What the weights of a CRATE are called and how they are shaped: here, and in the published code."""
+"""What the weights of a CRATE are called and how they are shaped: here, and in the published code.
+
+And how a file of ours says which architecture they belong to.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crate_dist.models.archs import find_heads
+from crate_dist.models.archs import find_arch, find_heads
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 
+FORMAT = "crate-dist/1"
 StateDict = Mapping[str, Tensor]
 
 # Ours and the published code's names; {} stands for the number of the layer.
@@ -34,6 +40,16 @@ REFERENCE_NAMES = {
 
 class WeightsError(ValueError):
     """Weights that cannot be used; the message names the file or the tensors and what would do."""
+
+
+def plain_config(config: CrateConfig) -> dict[str, Any]:
+    """The architecture as our files say it; `arch` is for people."""
+    return {"arch": find_arch(config), **dataclasses.asdict(config)}
+
+
+def config_from(plain: Mapping[str, Any]) -> CrateConfig:
+    """The other way. Raises TypeError, ValueError or AttributeError for what is no architecture."""
+    return CrateConfig(**{key: value for key, value in plain.items() if key != "arch"})
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
@@ -90,6 +106,8 @@ def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig
 
 def check_fit(state_dict: StateDict, config: CrateConfig) -> None:
     """Raises WeightsError that names each tensor of `state_dict` which is missing, unexpected or of another shape."""
+    if config.depth > len(state_dict):  # a file may say anything; a model so deep is not built to find out
+        raise WeightsError(f"{len(state_dict)} tensors are too few for a CRATE of {config.depth:,} layers")
     with torch.device("meta"):
         expected = CRATE(config).state_dict()
     missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()

@@ -1,0 +1,169 @@
+"""Weights in: our model-only exports, and every checkpoint that the published code writes.
+
+    crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
+    the published training code's      {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
+    a bare state dict, a safetensors file of any origin
+
+each under crate-dist's names or the published code's, with or without the "module." of DataParallel and
+DistributedDataParallel. Files are opened with weights_only=True, so that no code in them runs.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.layout import FORMAT, WeightsError, check_fit, config_from, from_reference, infer_config
+
+_STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
+_KEPT = ("epoch", "arch", "best_acc1", "acc")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one file of weights holds.
+
+    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
+    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
+    config: the architecture, where the file says it; meta: plain values that came along
+    """
+
+    kind: str
+    state_dict: dict[str, Tensor]
+    config: CrateConfig | None
+    meta: dict[str, Any]
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Reads a file of any of the kinds above.
+
+    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no tensors.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
+    if "format" in content:
+        return _read_export(path, content)
+    for key, kind in _STATE_DICTS.items():
+        if isinstance(content.get(key), Mapping):
+            state = _tensors(path, content[key])
+            plain = {name: _plain(content[name]) for name in _KEPT if name in content}
+            return Weights(kind, from_reference(state), None, plain)
+    return Weights("state dict", from_reference(_tensors(path, content)), None, {})
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of any kind, on the CPU, under crate-dist's names. Raises as read_weights does."""
+    return read_weights(path).state_dict
+
+
+def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
+    """(model, meta) from a file of any kind; the model is on the CPU, in training mode, in the dtype of the file.
+
+    heads: for weights of a size that was not published, in files that do not say it
+    Raises WeightsError when the file or its weights cannot be used.
+    """
+    weights = read_weights(path)
+    try:
+        config = weights.config or infer_config(weights.state_dict, heads)
+        check_fit(weights.state_dict, config)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = CRATE(config)
+    model.load_state_dict(weights.state_dict, assign=True)
+    return model, weights.meta
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles
+            if is_zip and (record := zipfile.ZipFile(file).testzip()):  # torch.load looks at no checksum
+                raise WeightsError(f"{path} is damaged: the checksum of {record} in it is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    except zipfile.BadZipFile as error:
+        raise WeightsError(f"{path} is truncated or damaged") from error
+    except Exception as error:  # what a pickle of anything else raises is anyone's guess
+        if "nsupported global" in str(error) or "nsupported class" in str(error):
+            raise WeightsError(
+                f"{path} holds Python objects beside its tensors, which are not opened because they could run code; "
+                "save its state_dict alone"
+            ) from error
+        raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+
+
+def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
+    _check_format(path, content["format"])
+    try:
+        config = config_from(content["model"])
+        state_dict, meta = _tensors(path, content["state_dict"]), dict(content["meta"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
+    return Weights("crate-dist", state_dict, config, meta)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one: the length of a JSON header, and the header."""
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give a file of weights in it")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    return start[8:] == b"{" or path.suffix == ".safetensors"
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about: dict[str, str] = file.metadata() or {}
+            names: list[str] = file.keys()
+            state_dict = from_reference(_tensors(path, {name: file.get_tensor(name) for name in names}))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
+    if "crate_dist" not in about:
+        return Weights("safetensors", state_dict, None, {})
+    _check_format(path, about["crate_dist"])
+    try:
+        return Weights("safetensors", state_dict, config_from(json.loads(about["model"])), json.loads(about["meta"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
+
+
+def _check_format(path: Path, found: Any) -> None:
+    if found != FORMAT:
+        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
+
+
+def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    strange = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if strange or not state_dict:
+        found = f"holds {', '.join(strange[:4])}" if strange else "is empty"
+        raise WeightsError(f"{path}: expected a state dict, names and tensors, but it {found}")
+    return dict(state_dict)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -1,0 +1,106 @@
+"""Weights out, each file whole or not at all: our exports, safetensors, and what the published code reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from crate_dist.models.archs import find_arch
+from crate_dist.models.crate import CrateConfig
+from crate_dist.models.layout import FORMAT, StateDict, check_fit, plain_config, to_reference
+
+
+def export_model(
+    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Writes weights alone, such that load_model and torch.load(weights_only=True) read them.
+
+    state_dict: model.state_dict(), or fp32 master weights under the same names; views are cut from their storage
+    meta: plain values that JSON can say, such as the step and the accuracy
+    Raises WeightsError when the weights do not fit `config`, TypeError when `meta` is not plain, OSError.
+    """
+    check_fit(state_dict, config)
+    content = {
+        "format": FORMAT,
+        "model": plain_config(config),
+        "state_dict": _compact(state_dict),
+        "meta": json.loads(json.dumps(dict(meta or {}))),
+    }
+    _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def export_safetensors(
+    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a safetensors file; architecture and `meta` are JSON in its header. Arguments and errors: export_model."""
+    from safetensors.torch import save
+
+    check_fit(state_dict, config)
+    about = {
+        "format": "pt",  # by which other programs know whose tensors these are
+        "crate_dist": FORMAT,
+        "model": json.dumps(plain_config(config)),
+        "meta": json.dumps(dict(meta or {})),
+    }
+    data = save(_compact(state_dict), about)
+    _save_whole(lambda file: file.write(data), Path(path))
+
+
+def export_reference(
+    path: str | Path,
+    config: CrateConfig,
+    state_dict: StateDict,
+    meta: Mapping[str, Any] | None = None,
+    prefix: str = "module.",
+) -> None:
+    """Writes what the published code's training script writes, without optimizer and scheduler.
+
+    meta: "epoch", "arch" and "best_acc1" are taken from it where they are given, else what our runs say of these
+    prefix: "module." as the published code expects it, whose models are always wrapped; "" for the bare class
+    Raises WeightsError when the weights do not fit `config`, OSError.
+    """
+    check_fit(state_dict, config)
+    meta = meta or {}
+    arch = find_arch(config)
+    accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
+    content = {
+        "epoch": int(meta.get("epoch", meta.get("epochs", 0))),
+        "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
+        "state_dict": to_reference(_compact(state_dict), prefix),
+        "best_acc1": torch.tensor(float(accuracy)),
+    }
+    _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def _compact(state_dict: StateDict) -> dict[str, Tensor]:
+    """On the CPU and each in a storage of its own: torch.save writes the whole buffer that a view looks into."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state_dict.items()
+    }
+
+
+def _save_whole(write: Callable[[BinaryIO], object], path: Path) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk has no name of its own
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a power cut
+    finally:
+        os.close(folder)

@@ -1,0 +1,51 @@
+"""CIFAR-10 or CIFAR-100 -> WebDataset shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crate_dist.data.cifar import cifar
+from crate_dist.data.convert import add_conversion_arguments, convert, options_from
+from crate_dist.data.program import run_program
+from crate_dist.data.published import Place, add_any_digest, add_val_fraction, working_folder
+
+EPILOG = """
+the source is a folder with one of these in it, as https://www.cs.toronto.edu/~kriz/cifar.html has them:
+  cifar-10-python.tar.gz,  or cifar-10-batches-py/       cifar-100-python.tar.gz, or cifar-100-python/
+  cifar-10-binary.tar.gz,  or cifar-10-batches-bin/      cifar-100-binary.tar.gz, or cifar-100-binary/
+
+example:
+  python data_prep/cifar.py --source /data/downloads --out /data/cifar10-shards
+
+  Writes train, 50,000 images, and val, the published 10,000 test images. With --val-fraction 0.1 val is held out of
+  the training images, and the test images are test. Images are PNGs with the published pixels; --quality makes
+  them JPEGs. All four kinds of files are checked by their published digests as far as there are any, and give the
+  same shards. The pickles in the Python editions are read without running anything in them.
+
+An interrupted conversion continues when the same command is given again. The same images, seed and options give the
+same bytes, at any number of workers.
+"""
+
+
+def main() -> int:
+    """Converts. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_conversion_arguments(parser)
+    add_any_digest(parser)
+    add_val_fraction(parser)
+    parser.add_argument("--dataset", choices=("10", "100"), help="where the source holds both")
+    parser.add_argument("--coarse", action="store_true", help="CIFAR-100: its 20 superclasses as classes")
+    arguments = parser.parse_args()
+    options = options_from(arguments, lossless=True)
+    with working_folder(options.out, options.dry_run) as work:
+        place = Place(options.source, (), work, arguments.any_digest)
+        source = cifar(place, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)
+        convert(source, options, "data_prep/cifar.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

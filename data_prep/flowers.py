@@ -1,0 +1,46 @@
+"""Oxford Flowers 102 -> WebDataset shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crate_dist.data.convert import add_conversion_arguments, convert, options_from
+from crate_dist.data.flowers import WITHIN, flowers
+from crate_dist.data.program import run_program
+from crate_dist.data.published import Place, add_any_digest, working_folder
+
+EPILOG = """
+the source is a folder with these in it, as https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ has them:
+  102flowers.tgz, or the folder jpg/ that it unpacks to;  imagelabels.mat;  setid.mat
+
+example:
+  python data_prep/flowers.py --source /data/downloads --out /data/flowers-shards
+
+  Writes the published splits: train and val, 1,020 images each, and test, 6,149. With --join-val, train has the 2,040
+  images of both, and val is the published test split. The files are checked by their published digests; images are
+  copied byte for byte. With --short-side 256 training reads faster, at a small cost in accuracy.
+
+An interrupted conversion continues when the same command is given again. The same images, seed and options give the
+same bytes, at any number of workers.
+"""
+
+
+def main() -> int:
+    """Converts. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_conversion_arguments(parser)
+    add_any_digest(parser)
+    parser.add_argument("--join-val", action="store_true", help="train on train and val; the test images are val then")
+    arguments = parser.parse_args()
+    options = options_from(arguments)
+    with working_folder(options.out, options.dry_run) as work:
+        place = Place(options.source, WITHIN, work, arguments.any_digest)
+        convert(flowers(place, options.reading, arguments.join_val), options, "data_prep/flowers.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

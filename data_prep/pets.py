@@ -1,0 +1,47 @@
+"""Oxford-IIIT Pet -> WebDataset shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crate_dist.data.convert import add_conversion_arguments, convert, options_from
+from crate_dist.data.pets import WITHIN, pets
+from crate_dist.data.program import run_program
+from crate_dist.data.published import Place, add_any_digest, add_val_fraction, working_folder
+
+EPILOG = """
+the source is a folder with these in it, as https://www.robots.ox.ac.uk/~vgg/data/pets/ has them:
+  images.tar.gz, or images/;  annotations.tar.gz, or annotations/
+
+example:
+  python data_prep/pets.py --source /data/downloads --out /data/pet-shards
+
+  Writes train, the 3,680 images of trainval.txt, and val, the 3,669 of test.txt. With --val-fraction 0.1 val is held
+  out of the training images, and the test images are test. Classes are the 37 breeds. The archives are checked by
+  their published digests; plain JPEGs are copied byte for byte, the few images of other formats become JPEGs.
+
+An interrupted conversion continues when the same command is given again. The same images, seed and options give the
+same bytes, at any number of workers.
+"""
+
+
+def main() -> int:
+    """Converts. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_conversion_arguments(parser)
+    add_any_digest(parser)
+    add_val_fraction(parser)
+    arguments = parser.parse_args()
+    options = options_from(arguments)
+    with working_folder(options.out, options.dry_run) as work:
+        place = Place(options.source, WITHIN, work, arguments.any_digest)
+        source = pets(place, options.reading, arguments.val_fraction, options.seed)
+        convert(source, options, "data_prep/pets.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
