@@ -38,6 +38,7 @@ from crate_dist.evaluate import Subject, load_subject
 from crate_dist.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import WeightsError
+from crate_dist.sketches import enlarged, heat, masked
 from crate_dist.whitebox import class_attention_maps, patch_projections, profile
 
 _BATCH = 16
@@ -51,8 +52,8 @@ def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, out: P
     """
     maps = [_on(model, class_attention_maps, picture)[:, 0] for picture in pictures]
     heads = range(maps[0].shape[1])
-    by_head = [[p.pixels, *(plots.heat(m[layer, h]) for h in heads)] for p, m in zip(pictures, maps, strict=True)]
-    by_layer = [[p.pixels, *(plots.heat(m) for m in each.mean(axis=1))] for p, each in zip(pictures, maps, strict=True)]
+    by_head = [[p.pixels, *(heat(m[layer, h]) for h in heads)] for p, m in zip(pictures, maps, strict=True)]
+    by_layer = [[p.pixels, *(heat(m) for m in each.mean(axis=1))] for p, each in zip(pictures, maps, strict=True)]
     written = [
         _draw(
             plots.picture_table(by_head, ["input", *(f"head {h + 1}" for h in heads)], bar=True),
@@ -92,10 +93,10 @@ def draw_pca(
     """Principal components of the patches of all pictures together; see crate_dist.components."""
     features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
     found = picture_components(features, threshold, invert)
-    cells: list[list[Pixels | None]] = []
+    cells: list[list[Pixels]] = []
     for picture, one in zip(pictures, found, strict=True):
         colours = np.where(one.foreground[..., None], 255 * one.colours, 255).round().astype(np.uint8)
-        cells.append([picture.pixels, plots.heat(one.first), plots.masked(picture.pixels, [one.foreground]), colours])
+        cells.append([picture.pixels, heat(one.first), masked(picture.pixels, [one.foreground]), colours])
     figure = plots.picture_table(cells, ["input", "first component", "foreground", "components 1 to 3"])
     numbers = {
         f"{picture.name}/{name}": getattr(one, name)
@@ -122,13 +123,13 @@ def draw_masks(
         by_head = [attention_mask(head, mass) for head in maps]
         looked = attention_mask(maps.mean(axis=0), mass)
         found = mask_cut(_on(model, patch_projections, picture, layer)[0], tau, objects)
-        row = [picture.pixels, plots.heat(maps.mean(axis=0)), plots.masked(picture.pixels, [looked])]
-        row.append(plots.masked(picture.pixels, found))
+        row = [picture.pixels, heat(maps.mean(axis=0)), masked(picture.pixels, [looked])]
+        row.append(masked(picture.pixels, found))
         note = ["", "", "", ""]
         if truths:
             truth = truths[picture.name]
             overlap = _overlaps(truth, looked, by_head, found)
-            row.append(plots.masked(picture.pixels, [truth]))
+            row.append(masked(picture.pixels, [truth]))
             note = ["", "", f"IoU {overlap['attention']:.2f}", f"IoU {overlap['cut']:.2f}", ""]
             overlaps[picture.name] = overlap
         cells.append(row)
@@ -154,10 +155,10 @@ _OVERLAPS = ("attention", "best_head", "cut", "best_object")
 
 def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequence[Mask]) -> dict[str, float]:
     """IoU with the truth, in pixels: of all objects of the cut together, and of the best one; likewise of the heads."""
-    full = [[plots.enlarged(mask, truth.shape) for mask in masks] for masks in (by_head, found)]
+    full = [[enlarged(mask, truth.shape) for mask in masks] for masks in (by_head, found)]
     everything = np.logical_or.reduce(full[1]) if found else np.zeros_like(truth)
     return {
-        "attention": iou(plots.enlarged(looked, truth.shape), truth),
+        "attention": iou(enlarged(looked, truth.shape), truth),
         "best_head": max(iou(mask, truth) for mask in full[0]),
         "cut": iou(everything, truth),
         "best_object": max((iou(mask, truth) for mask in full[1]), default=0.0),

@@ -11,27 +11,23 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
 from crate_dist.data.decode import Pixels
+from crate_dist.sketches import BLUE, HEAT, ORANGE, heat, lit
 
 Float = NDArray[np.floating]
 _Arguments = ParamSpec("_Arguments")
 
 TEXT_WIDTH_IN = 6.3
 DPI = 300
-BLUE, ORANGE = "#1f5a99", "#c8501e"
-OBJECTS = ((232, 92, 48), (44, 142, 178), (238, 184, 44), (106, 76, 147), (84, 160, 86), (160, 160, 160))
-"""Colours of the first, second, … object."""
-HEAT = "inferno"
 _STYLE: dict[str, Any] = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
@@ -50,6 +46,7 @@ _STYLE: dict[str, Any] = {
     "grid.color": "#d8d8d8",
     "axes.axisbelow": True,
 }
+_HEAT_MAP = LinearSegmentedColormap.from_list("heat", [tuple(part / 255 for part in colour) for colour in HEAT])
 _GAP_IN, _LABEL_IN, _TITLE_IN, _BAR_IN = 0.05, 0.22, 0.2, 0.62
 
 
@@ -70,42 +67,30 @@ def save(figure: Figure, path: Path) -> None:
     beside.replace(path)
 
 
-def pixels(figure: Figure, dpi: int = 110) -> Pixels:
-    """The figure as uint8 (height, width, 3)."""
-    figure.set_dpi(dpi)
-    with rc_context(_STYLE):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
 @_styled
-def layer_profile(rate: Float, rate_std: Float, nonzero: Float, nonzero_std: Float, title: str = "") -> Figure:
+def layer_profile(rate: Float, rate_std: Float, nonzero: Float, nonzero_std: Float) -> Figure:
     """Coding rate after MSSA's projection and share of non-zeros after ISTA, over the layers, each (L,) with spread."""
     figure = Figure(figsize=(TEXT_WIDTH_IN, 2.35), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _curve(left, rate, rate_std, BLUE, "o", r"coding rate  $R^c(Z^\ell;\, U^\ell)$  [nats]")
-    _curve(right, 100 * nonzero, 100 * nonzero_std, ORANGE, "s", r"non-zeros  $\|Z^{\ell+1}\|_0\,/\,(d\,n)$  [%]")
+    _curve(left, rate, rate_std, _hex(BLUE), "o", r"coding rate  $R^c(Z^\ell;\, U^\ell)$  [nats]")
+    _curve(right, 100 * nonzero, 100 * nonzero_std, _hex(ORANGE), "s", r"non-zeros  $\|Z^{\ell+1}\|_0\,/\,(d\,n)$  [%]")
     left.set_title("MSSA compresses")
     right.set_title("ISTA sparsifies")
-    if title:
-        figure.suptitle(title, fontsize=9)
     return figure
 
 
 @_styled
 def attention_grid(image: Pixels, maps: Float) -> Figure:
-    """One picture and its attention maps (L, h, rows, cols): a row per layer, a column per head."""
+    """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
     layers, heads = maps.shape[:2]
-    cells = [[heat(maps[layer, head]) for head in range(heads)] for layer in range(layers)]
-    cells = [[image if layer == 0 else None, *row] for layer, row in enumerate(cells)]  # type: ignore[list-item]
-    columns = ["input", *(f"head {head + 1}" for head in range(heads))]
+    cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
+    columns = ["mean, on the input", *(f"head {head + 1}" for head in range(heads))]
     return _table(cells, columns, [f"layer {layer + 1}" for layer in range(layers)], bar=True)
 
 
 @_styled
 def picture_table(
-    cells: Sequence[Sequence[Pixels | None]],
+    cells: Sequence[Sequence[Pixels]],
     columns: Sequence[str],
     rows: Sequence[str] = (),
     notes: Sequence[Sequence[str]] = (),
@@ -115,46 +100,8 @@ def picture_table(
     return _table(cells, columns, rows, notes, bar)
 
 
-def heat(values: Float) -> Pixels:
-    """A map (rows, cols) in colours, from 0 to its largest value: uint8 (rows, cols, 3)."""
-    values = np.asarray(values, dtype=np.float64)
-    top = float(values.max())
-    coloured = colormaps[HEAT](values / top if top > 0 else values)
-    return np.round(255 * coloured[..., :3]).astype(np.uint8)
-
-
-def masked(image: Pixels, masks: Sequence[NDArray[np.bool_]]) -> Pixels:
-    """A picture, grey and dim but for its objects, which have a tint and an edge each; masks of any coarser grid."""
-    grey = image.mean(axis=2, keepdims=True) * 0.35 + 20
-    shown = np.repeat(grey, 3, axis=2)
-    for number, mask in enumerate(masks):
-        tint = np.array(OBJECTS[number % len(OBJECTS)], dtype=np.float64)
-        inside = enlarged(mask, image.shape[:2])
-        shown[inside] = 0.62 * image[inside] + 0.38 * tint
-        edge = inside & ~_eroded(inside, max(1, min(image.shape[:2]) // 112))
-        shown[edge] = tint
-    return shown.clip(0, 255).astype(np.uint8)
-
-
-def enlarged(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Values on a grid of patches (rows, cols, …) for every pixel of (height, width): each patch its own."""
-    rows, cols = (np.arange(size) * count // size for size, count in zip(shape[:2], values.shape[:2], strict=True))
-    return values[rows][:, cols]
-
-
-def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
-    """Square pictures of any sizes side by side on white, each of `side` pixels, without matplotlib: it is quick."""
-    resized = [
-        [np.asarray(Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)) for cell in row]
-        for row in rows
-    ]
-    height, width = (count * (side + gap) - gap for count in (len(rows), max(map(len, rows))))
-    sheet = np.full((height, width, 3), 255, dtype=np.uint8)
-    for down, row in enumerate(resized):
-        for across, cell in enumerate(row):
-            top, left = down * (side + gap), across * (side + gap)
-            sheet[top : top + side, left : left + side] = cell
-    return sheet
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label: str) -> None:
@@ -169,7 +116,7 @@ def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label:
 
 
 def _table(
-    cells: Sequence[Sequence[Pixels | None]],
+    cells: Sequence[Sequence[Pixels]],
     columns: Sequence[str],
     rows: Sequence[str] = (),
     notes: Sequence[Sequence[str]] = (),
@@ -180,7 +127,7 @@ def _table(
     right = _BAR_IN if bar else 0.02
     below = 0.16 if notes else 0.0
     width = min((TEXT_WIDTH_IN - left - right + _GAP_IN) / len(columns) - _GAP_IN, 1.7)
-    shapes = [next(cell for cell in row if cell is not None).shape for row in cells]
+    shapes = [row[0].shape for row in cells]
     heights = [width * shape[0] / shape[1] for shape in shapes]
     total = _TITLE_IN + sum(heights) + (len(cells) - 1) * _GAP_IN + len(cells) * below + 0.02
     figure = Figure(figsize=(left + len(columns) * (width + _GAP_IN) - _GAP_IN + right, total))
@@ -195,8 +142,6 @@ def _table(
                 figure.text(
                     (x + width / 2) / across, 1 - 0.05 / down, columns[column], ha="center", va="top", fontsize=small
                 )
-            if cell is None:
-                continue
             axes = figure.add_axes((x / across, y / down, width / across, heights[number] / down))
             axes.imshow(cell, interpolation="nearest", aspect="auto")
             axes.set_axis_off()
@@ -224,15 +169,7 @@ def _scale(figure: Figure, across: float, down: float, total: float) -> None:
     length = min(1.8, total - _TITLE_IN - 0.1)
     x, y = across - _BAR_IN + 0.12, (total - _TITLE_IN - length) / 2
     axes = figure.add_axes((x / across, y / down, 0.09 / across, length / down))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), HEAT), cax=axes, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=[0, 0.5, 1])
     bar.ax.tick_params(labelsize=7, length=2)
     bar.set_label("attention / largest of its map", fontsize=7)
     bar.outline.set_linewidth(0.5)  # type: ignore[operator]
-
-
-def _eroded(mask: NDArray[np.bool_], pixels_: int) -> NDArray[np.bool_]:
-    inner = mask.copy()
-    for axis in (0, 1):
-        for shift in (pixels_, -pixels_):
-            inner &= np.roll(mask, shift, axis)
-    return inner
