@@ -50,7 +50,8 @@ def affinity(features: NDArray[np.floating], tau: float) -> Float:
     features = np.asarray(features, dtype=np.float64)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
-    return np.where(unit @ unit.T >= tau, 1.0, NO_AFFINITY)
+    alike = (unit @ unit.T >= tau) & (lengths > 0) & (lengths.T > 0)
+    return np.where(alike, 1.0, NO_AFFINITY)
 
 
 def second_eigenvector(weights: Float) -> Float:
