@@ -38,7 +38,7 @@ MEASURES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[str, Path]:
-    """Eight steps on two ranks: without measures, with them, and with them when it was killed after the sixth step."""
+    """Eight steps on two ranks: without measures, with them, and with them when all after the fourth is done again."""
     folder = tmp_path_factory.mktemp("live")
     recipe = folder / "small.toml"
     recipe.write_text(SMALL_RECIPE.replace("every_steps = 5", "every_steps = 4"))
@@ -47,8 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[st
     steps = ("--set", "train.max_steps=8")
     train_to_the_end([*arguments, *steps, "--set", "log.whitebox_every_steps=0", "--run-dir", folder / "off"], 2)
     train_to_the_end([*measured, *steps, "--run-dir", folder / "on"], 2)
-    train_to_the_end([*measured, "--set", "train.max_steps=7", "--run-dir", folder / "killed"], 2)
-    shutil.rmtree(RunFolder(folder / "killed").checkpoints / "step-00000007")
+    shutil.copytree(folder / "on", folder / "killed")
+    shutil.rmtree(RunFolder(folder / "killed").checkpoints / "step-00000008")
     train_to_the_end([*measured, *steps, "--run-dir", folder / "killed"], 2)
     return {name: folder / name for name in ("off", "on", "killed")}
 
@@ -73,6 +73,8 @@ def test_a_run_that_is_measured_ends_with_the_same_weights(runs: dict[str, Path]
     off, on = weights(runs["off"]), weights(runs["on"])
     assert off.keys() == on.keys()
     assert all(torch.equal(off[name], on[name]) for name in off)
+    killed = weights(runs["killed"])
+    assert all(torch.equal(killed[name], on[name]) for name in on)  # dropout, too, is drawn again as it was
     losses = [[line["train/loss"] for line in lines(runs[name]) if "train/loss" in line] for name in ("off", "on")]
     assert losses[0] == losses[1]
     assert not any("whitebox/coding_rate" in line for line in lines(runs["off"]))

@@ -114,7 +114,7 @@ def from_split(index: ShardIndex, framing: Framing, data: DataSection, count: in
             bad = reader.describe(sample, str(error))
             raise GalleryError(f"{bad.key} of {index.place}/{bad.shard} cannot be used: {bad.reason}") from error
         name = Path(reader.describe(sample, "").key).stem
-        pictures.append(Picture(name, pixels, normalize(torch.from_numpy(pixels)[None])[0]))
+        pictures.append(Picture(name, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0]))
     return pictures
 
 
