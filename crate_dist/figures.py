@@ -117,7 +117,10 @@ def draw_masks(
     out: Path,
 ) -> list[Path]:
     """Foreground by attention and by normalised cut (see crate_dist.maskcut), and how much of it lies on the truth."""
-    cells, notes, overlaps, numbers = [], [], {}, {}
+    cells: list[list[Pixels]] = []
+    notes: list[list[str]] = []
+    overlaps: dict[str, dict[str, float]] = {}
+    numbers: dict[str, NDArray[Any]] = {}
     for picture in pictures:
         maps = _on(model, class_attention_maps, picture)[layer, 0]
         by_head = [attention_mask(head, mass) for head in maps]
@@ -178,7 +181,7 @@ def _draw(figure: Figure, path: Path) -> Path:
 
 def _numbers(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
     beside = path.with_name(f".{path.name}.tmp.npz")
-    np.savez_compressed(beside, **arrays)
+    np.savez_compressed(beside, **dict[str, Any](arrays))
     beside.replace(path)
     return path
 

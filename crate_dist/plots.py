@@ -28,7 +28,7 @@ _Arguments = ParamSpec("_Arguments")
 
 TEXT_WIDTH_IN = 6.3
 DPI = 300
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
     "font.size": 9,
@@ -84,7 +84,7 @@ def attention_grid(image: Pixels, maps: Float) -> Figure:
     """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
     layers, heads = maps.shape[:2]
     cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
-    columns = ["mean, on the input", *(f"head {head + 1}" for head in range(heads))]
+    columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
     return _table(cells, columns, [f"layer {layer + 1}" for layer in range(layers)], bar=True)
 
 
@@ -171,5 +171,6 @@ def _scale(figure: Figure, across: float, down: float, total: float) -> None:
     axes = figure.add_axes((x / across, y / down, 0.09 / across, length / down))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=[0, 0.5, 1])
     bar.ax.tick_params(labelsize=7, length=2)
-    bar.set_label("attention / largest of its map", fontsize=7)
-    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    if total > 0.75:
+        bar.set_label("attention / max", fontsize=7)
+    bar.outline.set_linewidth(0.5)

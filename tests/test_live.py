@@ -164,11 +164,12 @@ def test_layers_that_stop_compressing_are_named_once_and_not_before_the_warm_up(
     cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build_model(load_recipe(small_recipe).model, 4, seed=0)
+    of = dict(model.named_parameters())
     with torch.no_grad():
-        for layer in model.layers:
-            layer.mssa.out.weight.copy_(0.2 * layer.mssa.subspaces.weight.T)  # the derivation's, which compresses
-            layer.mssa.out.bias.zero_()
-        model.layers[2].mssa.out.weight.zero_()  # adds nothing: the rate stays as it is
+        for layer in (f"layers.{number}.mssa" for number in range(4)):
+            of[f"{layer}.out.weight"].copy_(0.2 * of[f"{layer}.subspaces.weight"].T)  # the derivation's: it compresses
+            of[f"{layer}.out.bias"].zero_()
+        of["layers.2.mssa.out.weight"].zero_()  # adds nothing: the rate stays as it is
     with caplog.at_level(logging.WARNING):
         notes = live(cast_shards, small_recipe, model, [1])
         assert "compresses" not in caplog.text
@@ -186,7 +187,7 @@ def test_tokens_that_die_are_reported_with_their_layer(
 ) -> None:
     model = build_model(load_recipe(small_recipe).model, 4, seed=0)
     with torch.no_grad():
-        model.layers[3].ista_norm.weight.zero_()
+        dict(model.named_parameters())["layers.3.ista_norm.weight"].zero_()
     with caplog.at_level(logging.WARNING):
         live(cast_shards, small_recipe, model, [1, 10])
     warned = [record.getMessage() for record in caplog.records if "all zero" in record.getMessage()]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_dist.models.archs import initialise
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.crate import CRATE, CrateConfig, CrateLayer
 from crate_dist.models.weights import from_reference, load_weights
 from crate_dist.whitebox import (
     class_attention_maps,
@@ -92,8 +92,10 @@ def test_dead_tokens_are_counted_and_do_not_spoil_the_coding_rate() -> None:
 def test_a_layer_without_its_dictionary_is_seen_to_be_dead() -> None:
     model = initialise(SMALL, seed=0)
     with torch.no_grad():
-        model.layers[1].ista.dictionary.zero_()
-        model.layers[1].ista_norm.weight.zero_()
+        layer = model.layers[1]
+        assert isinstance(layer, CrateLayer)
+        layer.ista.dictionary.zero_()
+        layer.ista_norm.weight.zero_()
     seen = profile(model, [images(16, 16)])
     assert seen.zeros[:, 0].tolist()[1] == 1
     assert seen.dead_tokens.mean(dim=1).tolist()[1] == 1
@@ -115,7 +117,8 @@ def test_gradient_norms_are_those_of_a_backward_pass() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     F.cross_entropy(model.eval()(images(16, 16)), labels, label_smoothing=0.1).backward()
     for layer, norm in zip(model.layers, norms, strict=True):
-        squares = [parameter.grad.double().square().sum() for parameter in layer.parameters()]
+        gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        squares = [gradient.double().square().sum() for gradient in gradients]
         assert norm.item() == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
 
 
