@@ -17,6 +17,7 @@ number or writes to the model: a run ends with the same weights with and without
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import numpy as np
@@ -71,7 +72,8 @@ class Live:
         self._warm_after = recipe.optim.warmup_epochs * schedule.steps_per_epoch
         self._batch: tuple[Pixels, torch.Tensor] | None = None
         self._said: set[tuple[str, int]] = set()
-        self._ends: list[float] = []
+        self._first_end: float | None = None
+        self._spent_s = 0.0
 
     def is_due(self, step: int) -> bool:
         """Whether `measure` is to be called after this step; the same on all ranks."""
@@ -128,15 +130,16 @@ class Live:
                 )
 
     def _say_when_dear(self, began: float, seconds: float) -> None:
-        """From the third time on: the first one reads images and loads libraries, and is close to the second."""
-        self._ends.append(began + seconds)
-        if len(self._ends) < 3:
+        """Looks at all that has passed since the first time, in which images are read and libraries loaded."""
+        if self._first_end is None:
+            self._first_end = began + seconds
             return
-        share = seconds / (self._ends[-1] - self._ends[-2])
+        self._spent_s += seconds
+        share = self._spent_s / (began + seconds - self._first_end)
         if share > _DEAR and self._first_time("dear", 0):
-            enough = int(np.ceil(self._every * share / _DEAR / 100) * 100)
+            enough = math.ceil(self._every * share / _DEAR / 100) * 100
             logger.warning(
-                "the white-box measures take %.1f %% of the time; --set log.whitebox_every_steps=%d makes it 1 %%",
+                "the white-box measures take %.1f %% of the time; --set log.whitebox_every_steps=%d costs 1 %% at most",
                 100 * share,
                 enough,
             )

@@ -51,8 +51,8 @@ class Panel(NamedTuple):
 
 
 def heat(values: Float) -> Pixels:
-    """A map (rows, cols) in colours, from 0 to its largest value: uint8 (rows, cols, 3)."""
-    values = np.asarray(values, dtype=np.float64)
+    """A map (rows, cols) in colours, from 0 to its largest value: uint8 (rows, cols, 3). What is no number is 0."""
+    values = np.nan_to_num(np.asarray(values, dtype=np.float64))
     top = float(values.max())
     places = values / top if top > 0 else values
     known = np.linspace(0, 1, len(HEAT))

@@ -195,6 +195,31 @@ def test_tokens_that_die_are_reported_with_their_layer(
     assert warned[0].startswith("100 % of the tokens are all zero after layer 4 at step 1")
 
 
+def test_measures_that_take_too_much_time_say_how_many_would_not(
+    cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(small_recipe, log__whitebox_every_steps=200)
+    world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
+    one = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24))
+    for began, seconds in ((0, 50), (149, 1), (249, 1)):  # half a per cent beside the first
+        one._say_when_dear(began, seconds)
+    assert not caplog.records
+    for began in (295, 395):
+        one._say_when_dear(began, 5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the white-box measures take 2.8 % of the time; --set log.whitebox_every_steps=600 costs 1 % at most"
+    ]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+def test_a_model_that_has_burst_is_measured_too(cast_shards: Path, small_recipe: Path, broken: float) -> None:
+    model = build_model(load_recipe(small_recipe).model, 4, seed=0).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(broken)
+    assert len(live(cast_shards, small_recipe, model, [1]).layers) == 1
+
+
 def test_bad_images_are_passed_over_and_the_first_good_ones_are_taken(small_recipe: Path, tmp_path: Path) -> None:
     from tests.conftest import casts
 
