@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from crate_dist.data.decode import Pixels
@@ -108,11 +107,19 @@ def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label:
     layers = np.arange(1, len(mean) + 1)
     axes.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     axes.errorbar(
-        layers, mean, yerr=std, color=colour, marker=marker, markersize=4, linewidth=1.3, capsize=2, elinewidth=0.8
+        layers,
+        mean,
+        yerr=std,
+        color=colour,
+        marker=marker,
+        markersize=4 if len(layers) < 16 else 3,
+        linewidth=1.3,
+        capsize=2,
+        elinewidth=0.8,
     )
     axes.set_xlabel(r"layer $\ell$")
     axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.set_xticks(layers[:: -(-len(layers) // 12)])
 
 
 def _table(
@@ -133,15 +140,13 @@ def _table(
     figure = Figure(figsize=(left + len(columns) * (width + _GAP_IN) - _GAP_IN + right, total))
     across, down = figure.get_size_inches()
     y = total - _TITLE_IN
-    small = 8 if width > 0.55 else 6
     for number, row in enumerate(cells):
         y -= heights[number]
         for column, cell in enumerate(row):
             x = left + column * (width + _GAP_IN)
             if number == 0:
-                figure.text(
-                    (x + width / 2) / across, 1 - 0.05 / down, columns[column], ha="center", va="top", fontsize=small
-                )
+                title, size = _label(columns[column], width)
+                figure.text((x + width / 2) / across, 1 - 0.05 / down, title, ha="center", va="top", fontsize=size)
             axes = figure.add_axes((x / across, y / down, width / across, heights[number] / down))
             axes.imshow(cell, interpolation="nearest", aspect="auto")
             axes.set_axis_off()
@@ -149,28 +154,36 @@ def _table(
                 note = notes[number][column]
                 figure.text((x + width / 2) / across, (y - 0.03) / down, note, ha="center", va="top", fontsize=7)
         if rows:
-            middle = (y + heights[number] / 2) / down
-            figure.text(
-                0.1 / across,
-                middle,
-                rows[number],
-                ha="center",
-                va="center",
-                rotation=90,
-                fontsize=8 if heights[number] > 0.55 else 6,
-            )
+            title, size = _label(rows[number], heights[number])
+            x, middle, turn = 0.1 / across, (y + heights[number] / 2) / down, 90 if " " in title else 0
+            figure.text(x, middle, title, ha="center", va="center", rotation=turn, fontsize=size)
         y -= below + _GAP_IN
+    corner: dict[str, Any] = {"va": "top", "fontsize": 6}
+    if rows and " " not in _label(rows[0], heights[0])[0]:  # numbers alone: say of what
+        figure.text(0.1 / across, 1 - 0.05 / down, rows[0].split()[0], ha="center", **corner)
+    if bar and " " not in _label(columns[-1], width)[0]:
+        figure.text(1 - (right - 0.06) / across, 1 - 0.05 / down, columns[-1].split()[0], ha="left", **corner)
     if bar:
         _scale(figure, across, down, total)
     return figure
 
 
+def _label(text: str, room_in: float) -> tuple[str, float]:
+    """What of a title such as "head 12" fits in so many inches, and its size: at worst the number or the first word."""
+    if room_in > 0.4:
+        return text, 8 if room_in > 0.55 else 6
+    first, *_, last = text.split() if " " in text else (text, text)
+    return last if last.isdigit() else first, 6
+
+
 def _scale(figure: Figure, across: float, down: float, total: float) -> None:
     length = min(1.8, total - _TITLE_IN - 0.1)
-    x, y = across - _BAR_IN + 0.12, (total - _TITLE_IN - length) / 2
+    x, y = across - _BAR_IN + 0.1, (total - _TITLE_IN - length) / 2
     axes = figure.add_axes((x / across, y / down, 0.09 / across, length / down))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=[0, 0.5, 1])
-    bar.ax.tick_params(labelsize=7, length=2)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=[0, 0.5, 1] if length > 0.4 else [0, 1]
+    )
+    bar.ax.tick_params(labelsize=7 if length > 0.4 else 5, length=2)
     if total > 0.75:
         bar.set_label("attention / max", fontsize=7)
     bar.outline.set_linewidth(0.5)
