@@ -23,6 +23,7 @@ from crate_dist.data.transforms import EvalTransform
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 """What is taken for an image in a folder, also in capitals."""
+_MOST_LENGTHS = 8
 
 
 class GalleryError(ValueError):
@@ -65,6 +66,8 @@ class Framing:
         if self.square:
             return EvalTransform(self.side, round(self.side / self.eval_crop))(data)
         image = open_image(data)
+        if max(image.size) > _MOST_LENGTHS * min(image.size):
+            raise BadImage(f"{image.width} x {image.height} pixels, more than {_MOST_LENGTHS} times as long as wide")
         return resized_exactly(image, (0, 0, image.width, image.height), self.size(image.width, image.height))
 
     def size(self, width: int, height: int) -> tuple[int, int]:
