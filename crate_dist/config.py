@@ -150,6 +150,10 @@ class LogSection(Section):
 
     every_steps: Positive = 20
     eval_every_epochs: Positive = 1
+    whitebox_every_steps: int = Field(
+        500, ge=0, description="coding rate, sparsity, gradients and attention of every layer; 0: never"
+    )
+    whitebox_images: Positive = Field(8, description="of the validation split, the same ones each time")
 
 
 class ClusterSection(Section):

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
@@ -14,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from crate_dist.appending import AppendedFile
+from crate_dist.data.decode import Pixels
 
 _PREFIX = "events.out.tfevents."
 
@@ -46,6 +48,18 @@ class Curves:
     def text(self, name: str, text: str, step: int) -> None:
         """Markdown."""
         self.add(summary.text(name, text), step)
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """uint8 (height, width, 3)"""
+        self.add(summary.image(name, pixels, dataformats="HWC"), step)
+
+    def charts(self, layout: Mapping[str, Mapping[str, str]], step: int) -> None:
+        """Charts of several curves, for TensorBoard's "Custom Scalars": group -> title -> expression of their names."""
+        groups = {
+            group: {title: ["Multiline", [names]] for title, names in charts.items()}
+            for group, charts in layout.items()
+        }
+        self.add(summary.custom_scalars(groups), step)
 
     def sync(self) -> None:
         """Brings everything to disk."""

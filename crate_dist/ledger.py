@@ -1,9 +1,9 @@
 """Where the time of a run went, over all its restarts: an append-only ledger in the run folder.
 
-One JSON object per line: starts, steps, evaluations, saves; up_s is seconds since the start, by a clock that does not
-jump. Goodput is the share of the wall time since the first
-start that went into steps which count: not into waiting for data, evaluating, standing still for a save, starting,
-being away, or steps that a restart had to make a second time.
+One JSON object per line: starts, steps, evaluations, white-box measures, saves; up_s is seconds since the start, by a
+clock that does not jump. Goodput is the share of the wall time since the first start that went into steps which count:
+not into waiting for data, evaluating, measuring the white box, standing still for a save, starting, being away, or
+steps that a restart had to make a second time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Totals:
     redone_s: float = 0.0
     data_wait_s: float = 0.0
     evaluation_s: float = 0.0
+    whitebox_s: float = 0.0
     save_stall_s: float = 0.0
     restarts: int = -1
     steps_redone: int = 0
@@ -55,6 +56,8 @@ class Totals:
             self._spans.append((event["after"], event["step"], productive))
         elif kind == "evaluation":
             self.evaluation_s += event["seconds"]
+        elif kind == "whitebox":
+            self.whitebox_s += event["seconds"]
         elif kind == "save":
             self.save_stall_s += event["stall_s"]
         self.wall_s += event["up_s"] - self._up_s
@@ -82,6 +85,7 @@ class Totals:
             "goodput/fraction": self.goodput,
             "goodput/data_wait_fraction": self._share(self.data_wait_s),
             "goodput/evaluation_fraction": self._share(self.evaluation_s),
+            "goodput/whitebox_fraction": self._share(self.whitebox_s),
             "goodput/save_stall_fraction": self._share(self.save_stall_s),
             "goodput/restarts": float(self.restarts),
             "goodput/steps_redone": float(self.steps_redone),
@@ -91,6 +95,7 @@ class Totals:
         return (
             f"goodput {self.goodput:.1%} of {datetime.timedelta(seconds=round(self.wall_s))}: "
             f"data wait {self.data_wait_s:.0f} s, evaluation {self.evaluation_s:.0f} s, "
+            f"white-box measures {self.whitebox_s:.1f} s ({self._share(self.whitebox_s):.1%}), "
             f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts, "
             f"{self.steps_redone} steps made twice ({self.redone_s:.0f} s)"
         )

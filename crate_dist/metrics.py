@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from crate_dist.appending import AppendedFile, whole_lines
 from crate_dist.config import Recipe
 from crate_dist.curves import Curves
+from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.ledger import Ledger
@@ -137,6 +138,26 @@ class Monitor:
             text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
             logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
 
+    def white_box(
+        self,
+        step: int,
+        layers: Mapping[str, Sequence[float]],
+        pictures: Mapping[str, Pixels],
+        charts: Mapping[str, Mapping[str, str]],
+        seconds: float,
+    ) -> None:
+        """Writes one measurement of every layer. layers: name -> values, the first layer first; see crate_dist.live."""
+        if not self._curves or not self._ledger:
+            return
+        for name, values in layers.items():
+            for layer, value in enumerate(values, start=1):
+                self._curves.scalar(f"{name}/layer-{layer:02d}", value, step)
+        for name, pixels in pictures.items():
+            self._curves.picture(name, pixels, step)
+        self._curves.charts(charts, step)
+        self._append_line(step, layers)
+        self._ledger.note("whitebox", step=step, seconds=seconds)
+
     def saved(self, saved: Saved | None) -> None:
         """Writes how long a save took, and where the time has gone so far."""
         if saved is None or not self._curves or not self._ledger:
@@ -182,7 +203,10 @@ class Monitor:
             return
         for name, value in {**values, **(curves_only or {})}.items():
             self._curves.scalar(name, value, step)
-        line: dict[str, Any] = {"step": step, **values, "time": round(time.time(), 3)}
+        self._append_line(step, values)
+
+    def _append_line(self, step: int, values: Mapping[str, Any]) -> None:
+        line = {"step": step, **values, "time": round(time.time(), 3)}
         self._lines.append((json.dumps(line) + "\n").encode())
 
     def _say(self, step: int, values: dict[str, float]) -> None:

@@ -23,6 +23,7 @@ from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
 from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt
+from crate_dist.live import Live
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
 from crate_dist.models.card import facts_of, write_card
@@ -82,6 +83,7 @@ class Trainer:
         self.saved_at = self.progress.step
         self.val_batches: DataLoader[Batch] | None = None
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
+        self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:
         """The loop. After an error a save that is under way may end, while the folder is still ours."""
@@ -100,6 +102,8 @@ class Trainer:
             self.take_step(feed)
             if self.reporting_is_due():
                 self.monitor.report(self.progress.step)
+            if self.live.is_due(self.progress.step):
+                self.live.measure(self.engine.module, self.progress.step, self.monitor)
             if self.evaluation_is_due():
                 self.evaluate()
             if self.saving_is_due():

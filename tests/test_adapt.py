@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from crate_dist.config import ModelSection
-from crate_dist.models.adapt import adapt, resize_positions
+from crate_dist.models.adapt import adapt
 from crate_dist.models.archs import build_model, initialise, model_config
 from crate_dist.models.crate import CRATE
 from crate_dist.models.layout import WeightsError
@@ -54,21 +54,6 @@ def test_positions_of_another_grid_are_interpolated_and_the_class_token_s_is_kep
     assert positions.shape == (1, 37, SOURCE.dim)
     assert torch.equal(positions[:, 0], weights["pos_embedding"][:, 0])
     assert torch.equal(weights["pos_embedding"], initialise(SOURCE, seed=5).state_dict()["pos_embedding"])
-
-
-def test_interpolation_keeps_where_things_are() -> None:
-    def ramps(side: int) -> Tensor:
-        """The centre of each patch, from 0 to 1: its row in the first feature, its column in the second."""
-        centres = (torch.arange(side) + 0.5) / side
-        grid = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).flatten(0, 1)
-        return torch.cat((torch.full((1, 2), 7.0), grid))[None]
-
-    for old, new in ((14, 24), (14, 7), (4, 28)):
-        resized, expected = resize_positions(ramps(old), new), ramps(new)
-        inner = (expected[0] > 2 / old).all(dim=1) & (expected[0] < 1 - 2 / old).all(dim=1)  # the rim is repeated
-        inner[0] = True
-        assert torch.allclose(resized[0, inner], expected[0, inner], atol=0.1 / old)
-    assert torch.equal(resize_positions(ramps(14), 14), ramps(14))
 
 
 def test_half_precision_becomes_fp32(weights: dict[str, Tensor]) -> None:

@@ -19,8 +19,8 @@ from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
 from crate_dist.initial import Origin, begin_from, weights_digest
 from crate_dist.launching import preflight
-from crate_dist.models.adapt import resize_positions
 from crate_dist.models.archs import build_model
+from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.weights import export_model, export_reference
 from crate_dist.run import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
@@ -77,7 +77,7 @@ def test_a_run_begins_from_another_s_weights_and_once_it_has_begun_does_without_
     here = torch.load(run / "model-last.pt", weights_only=True)["state_dict"]
     new = build_model(SECTION.model_copy(update={"image_size": 48}), 3, seed=0).state_dict()
     expected = {name: new[name] if name.startswith("head.") else there[name] for name in there}
-    expected["pos_embedding"] = resize_positions(there["pos_embedding"], 6)
+    expected["pos_embedding"] = interpolate_positions(there["pos_embedding"], (6, 6))
     assert here.keys() == expected.keys()
     for name, tensor in here.items():
         assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-20), name

@@ -31,12 +31,15 @@ def test_goodput_is_the_share_of_the_time_that_went_into_steps() -> None:
     totals = replay(
         start(1000),
         steps(1010, 10, 0, 5, busy_s=8, wait_s=2),
+        {"event": "whitebox", "time": 1011, "up_s": 11, "step": 5, "seconds": 0.5},
         {"event": "evaluation", "time": 1015, "up_s": 15, "step": 5, "seconds": 4.0},
         {"event": "save", "time": 1020, "up_s": 20, "step": 5, "stall_s": 0.5, "total_s": 3.0},
     )
     assert totals.wall_s == 20
     assert (totals.productive_s, totals.data_wait_s, totals.evaluation_s, totals.save_stall_s) == (6, 2, 4, 0.5)
     assert totals.goodput == pytest.approx(0.3)
+    assert totals.scalars()["goodput/whitebox_fraction"] == pytest.approx(0.5 / 20)
+    assert "white-box measures 0.5 s (2.5%)" in str(totals)
     assert totals.restarts == 0
 
 

@@ -323,6 +323,7 @@ def _loader(
         prefetch_factor=_PREFETCH if workers else None,
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # it draws seeds for its workers, at the first step, whose dropout is seeded then
     )
 
 

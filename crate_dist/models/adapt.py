@@ -7,7 +7,6 @@ Nothing else can differ; what does is an error that names it.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from torch.nn.functional import interpolate
 from crate_dist.models.archs import find_arch
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 from crate_dist.models.layout import StateDict, WeightsError
+from crate_dist.models.positions import interpolate_positions
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_h
         notes.append(f"patch embedding resized from {source.patch_size} to {target.patch_size} pixels")
     before, now = (config.image_size // config.patch_size for config in (source, target))
     if before != now:
-        taken["pos_embedding"] = resize_positions(taken["pos_embedding"], now)
+        taken["pos_embedding"] = interpolate_positions(taken["pos_embedding"], (now, now))
         notes.append(f"positions interpolated from {before} x {before} to {now} x {now} patches")
     if new_head:
         notes.append(f"head new, {source.num_classes} classes there and {target.num_classes} here")
@@ -60,18 +60,6 @@ def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_h
         if there != here:
             notes.append(f"{name} {there} there and {here} here")
     return Adapted(taken, tuple(notes))
-
-
-def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Positions (1, 1 + old², d) for a grid of side x side patches, (1, 1 + side², d); the class token's is kept.
-
-    Bicubic, as usual since DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4).
-    """
-    token, grid = positions[:, :1], positions[:, 1:]
-    old = math.isqrt(grid.shape[1])
-    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    resized = interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    return torch.cat((token, resized.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
 def resize_patch_embedding(state_dict: StateDict, old: int, new: int) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from crate_dist.models.positions import interpolate_positions
+
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
 
@@ -218,9 +220,25 @@ class CRATE(nn.Module):
         side = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (CHANNELS, side, side):
             raise ValueError(f"expected images of shape (b, {CHANNELS}, {side}, {side}), got {tuple(images.shape)}")
-        patches = self.patch_embed(images)
+        return self._place(self.patch_embed(images), self.pos_embedding)
+
+    def embed_any_size(self, images: Tensor) -> Tensor:
+        """As `embed`, of images (b, 3, height, width) whose sides are whole patches: positions are interpolated.
+
+        Raises ValueError when the sides are no multiples of the patch.
+        """
+        patch = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != CHANNELS or images.shape[2] % patch or images.shape[3] % patch:
+            raise ValueError(
+                f"expected images of shape (b, {CHANNELS}, height, width) with sides that are multiples of {patch}, "
+                f"got {tuple(images.shape)}"
+            )
+        grid = (images.shape[2] // patch, images.shape[3] // patch)
+        return self._place(self.patch_embed(images), interpolate_positions(self.pos_embedding, grid))
+
+    def _place(self, patches: Tensor, positions: Tensor) -> Tensor:
         tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
-        return self.emb_dropout(tokens + self.pos_embedding)
+        return self.emb_dropout(tokens + positions)
 
     def classify(self, z: Tensor) -> Tensor:
         """Tokens after the last layer (b, n, d) to logits (b, classes)."""
@@ -237,12 +255,12 @@ class CRATE(nn.Module):
         return self.classify(z)
 
     def forward_intermediates(self, images: Tensor) -> Intermediates:
-        """The same pass, keeping what white-box measures read.
+        """The same pass, keeping what white-box measures read, for images of any size in whole patches.
 
         Holds two tensors of the size of the tokens per layer; call it on few images, under no_grad to measure.
-        Raises ValueError when the images have another shape.
+        Raises ValueError when the sides are no multiples of the patch.
         """
-        z = self.embed(images)
+        z = self.embed_any_size(images)
         projections, features = [], []
         for layer in self.layers:
             assert isinstance(layer, CrateLayer)
