@@ -22,6 +22,8 @@ CACHE_VARIABLE = "CRATE_CACHE"
 
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 
+Compile = Literal["auto"] | bool
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -119,6 +121,10 @@ class TrainSection(Section):
     max_steps: Positive | None = Field(None, description="stop early, with the schedule as for all epochs")
     seed: int = Field(0, ge=0)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of the products; master weights are fp32")
+    compile: Compile = Field("auto", description="torch.compile; auto: on GPUs that it supports; see compiling.py")
+    recompute: int = Field(
+        0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
+    )
 
 
 class CheckpointSection(Section):
@@ -219,6 +225,8 @@ class Recipe(Section):
             "data.max_bad_fraction",
             "train.micro_batch",
             "train.max_steps",
+            "train.compile",
+            "train.recompute",
         ):
             flat.pop(key, None)
         return flat
