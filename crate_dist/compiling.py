@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -40,6 +41,8 @@ def compile_layers(model: CRATE, device: torch.device, dtype: torch.dtype, micro
     would have their gradients ready in different orders.
     """
     began = time.monotonic()
+    import torch._inductor.config
+
     # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
     torch._inductor.config.compile_threads = 1
     problem = None
@@ -74,3 +77,14 @@ def eagerly() -> contextlib.AbstractContextManager[object]:
     """What is compiled runs as Python inside it: hooks see every module, and no batch size needs a graph."""
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextlib.contextmanager
+def decorators_ignored() -> Iterator[None]:
+    """@torch.compile leaves functions as they are inside it: for modules that are imported for something else."""
+    real = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = real

@@ -36,6 +36,10 @@ from crate_dist.distributed import gather_objects
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
+with compiling.decorators_ignored():
+    # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
+    import deepspeed.runtime.zero.muon.original_muon
+
 logger = logging.getLogger(__name__)
 
 # What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
