@@ -1,10 +1,14 @@
 """The training step: ours and the published code's model and loop, on the same batches, in turns, in one run.
 
-    python benchmarks/step.py --reference PATH [--arch crate_base] [--device cpu|cuda] [--batch 8] [--rounds 10]
+    python benchmarks/step.py --reference PATH [--compile] [--vit] [--device cpu|cuda] [--batch 8] [--rounds 10]
 
---reference is a checkout of the published code, whose model is imported from there; without it ours is measured
-alone. Its loop, as its main.py has it: under autocast and GradScaler on a GPU, plain fp32 on a CPU; zero_grad,
-forward, loss, backward, Lion from lion-pytorch. Ours is crate_dist.engine on one rank, with ZeRO-2 and all.
+--reference is a checkout of the published code, whose model is imported from there. Its loop, as its main.py has it:
+under autocast and GradScaler on a GPU, plain fp32 on a CPU; zero_grad, forward, loss, backward, Lion from lion-pytorch.
+Ours is crate_dist.engine on one rank, with ZeRO-2 and all; --compile adds it with train.compile on. --vit adds, for
+scale, timm's ViT of the same width, depth and heads in the published loop, where timm is installed.
+
+CPU seconds are those of all threads: what a step costs on a machine where other work takes part of the wall clock.
+Peak memory is measured in a process of its own for each, with as little else in it as can be.
 
 FLOPs are counted from shapes, 2 per multiply-add, matrix products alone, in the fewest products that the mathematics
 needs (two for ISTA): a product that is saved is not counted as work done. The backward pass counts twice the forward.
@@ -18,9 +22,10 @@ import importlib
 import json
 import os
 import platform
-import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lion_pytorch import Lion
+from torch import nn
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Batch
@@ -51,33 +57,46 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     init_distributed(world)
     batches = [synthetic(arguments.batch, recipe.model.image_size, seed, device) for seed in range(4)]
-    contestants: dict[str, Step] = {"crate-dist": ours(recipe, device)}
+    entries: dict[str, Callable[[], Step]] = {}
     if arguments.reference:
-        contestants = {"published code": published(recipe, arguments.reference, device), **contestants}
+        entries["published code"] = lambda: published(recipe, reference_model(recipe, arguments.reference), device)
+    entries["crate-dist"] = lambda: ours(recipe, device, compile=False)
+    if arguments.compile:
+        entries["crate-dist, compiled"] = lambda: ours(recipe, device, compile=True)
+    if arguments.vit:
+        entries["ViT of timm"] = lambda: published(recipe, vit(recipe), device)
+    if arguments.memory_of:
+        return report_memory(entries[arguments.memory_of](), batches, device)
     if arguments.only:
-        contestants = {name: step for name, step in contestants.items() if arguments.only in name}
+        entries = {name: make for name, make in entries.items() if arguments.only == name}
+    contestants = {name: make() for name, make in entries.items()}
     flops = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.batch
     rate = matrix_rate(
         device, torch.bfloat16 if arguments.precision == "bf16" and device.type == "cuda" else torch.float32
     )
     times = measure(contestants, batches, arguments.rounds, device)
-    first = statistics.median(next(iter(times.values())))
     print(f"machine: {machine(device)}; {arguments.arch}, batch {arguments.batch}, {arguments.precision}")
-    print(f"matrix product: {rate / 1e12:.3g} TFLOP/s; counted work per step: {flops / 1e9:,.0f} GFLOP\n")
-    print("| | median, s | quartiles | images/s | MFU | ratio |\n|---|---|---|---|---|---|")
-    rows = []
-    for name, seconds in times.items():
-        low, median, high = statistics.quantiles(seconds, n=4)
-        rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "mfu": flops / median / rate})
+    print(f"matrix product: {rate / 1e12:.3g} TFLOP/s; CRATE's counted work: {flops / 1e9:,.0f} GFLOP per step\n")
+    print("| | median, s | quartiles | images/s | MFU | ratio | CPU s | ratio | peak memory, GB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    for name, taken in times.items():
+        low, median, high = statistics.quantiles([wall for wall, _ in taken], n=4)
+        cpu = statistics.median(cpu for _, cpu in taken)
+        if not rows:
+            first, first_cpu = median, cpu
+        peak = memory_of(name)
+        mfu = "" if name.startswith("ViT") else f"{flops / median / rate:.1%}"
+        rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "cpu_s": cpu, "peak": peak})
         print(
-            f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {arguments.batch / median:,.1f} "
-            f"| {flops / median / rate:.1%} | {first / median:.2f} |"
+            f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {arguments.batch / median:,.1f} | {mfu} "
+            f"| {first / median:.2f} | {cpu:.3f} | {first_cpu / cpu:.2f} | {peak / 1e9:.2f} |",
+            flush=True,
         )
-    print(f"\npeak memory of this process: {peak_memory(device) / 1e9:.2f} GB (--only measures one alone)")
     if arguments.profile:
         profile(contestants["crate-dist"], batches[0], device)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows, "peak": peak_memory(device)}))
+        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}))
     leave_distributed()
     return 0
 
@@ -91,8 +110,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="[bf16 on a GPU, fp32 on a CPU]")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images per step [%(default)s]")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="steps of each, after two [%(default)s]")
-    parser.add_argument("--only", metavar="NAME", help="one contestant alone, for its peak memory")
-    parser.add_argument("--profile", action="store_true", help="name the ten most expensive kernels of ours")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
+    parser.add_argument("--vit", action="store_true", help="timm's ViT of the same width and depth as well")
+    parser.add_argument("--only", metavar="NAME", help="one contestant alone, named as in the table")
+    parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="name the fifteen most expensive kernels of ours")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -100,10 +122,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def ours(recipe: Recipe, device: torch.device) -> Step:
+def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
     """One optimizer step of crate_dist.engine."""
     from crate_dist.engine import Engine
 
+    train = recipe.train.model_copy(update={"compile": compile})
+    recipe = recipe.model_copy(update={"train": train})
     engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
 
     def step(batch: Batch) -> None:
@@ -112,12 +136,11 @@ def ours(recipe: Recipe, device: torch.device) -> Step:
     return step
 
 
-def published(recipe: Recipe, path: Path, device: torch.device) -> Step:
-    """One step of the published code's loop on its own model."""
+def reference_model(recipe: Recipe, path: Path) -> nn.Module:
+    """The published code's model."""
     sys.path.insert(0, str(path))
-    module = importlib.import_module("model.crate")
     config = model_config(recipe.model, CLASSES)
-    model = module.CRATE(
+    model: nn.Module = importlib.import_module("model.crate").CRATE(
         image_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=CLASSES,
@@ -125,7 +148,29 @@ def published(recipe: Recipe, path: Path, device: torch.device) -> Step:
         depth=config.depth,
         heads=config.heads,
         dim_head=config.dim // config.heads,
-    ).to(device)
+    )
+    return model
+
+
+def vit(recipe: Recipe) -> nn.Module:
+    """timm's ViT of the same width, depth, heads and patches; its MLP makes it some four times as large as CRATE."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = model_config(recipe.model, CLASSES)
+    model: nn.Module = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=CLASSES,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+    )
+    return model
+
+
+def published(recipe: Recipe, model: nn.Module, device: torch.device) -> Step:
+    """One step of the published code's loop on a model."""
+    model = model.to(device)
     optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
     mean = torch.tensor(recipe.data.mean, device=device).view(3, 1, 1)
     std = torch.tensor(recipe.data.std, device=device).view(3, 1, 1)
@@ -153,18 +198,40 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> Batch:
     return Batch(images.to(device), labels.to(device), [], torch.arange(count))
 
 
-def measure(steps: dict[str, Step], batches: list[Batch], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, the contestants taking turns; the first two rounds do not count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def measure(
+    steps: dict[str, Step], batches: list[Batch], rounds: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall-clock and CPU seconds of each step, the contestants taking turns; the first two rounds do not count."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():
             synchronize(device)
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             step(batches[number % len(batches)])
             synchronize(device)
             if number >= 2:
-                times[name].append(time.perf_counter() - began)
+                times[name].append((time.perf_counter() - began, time.process_time() - cpu))
     return times
+
+
+def memory_of(name: str) -> int:
+    """Peak bytes of a contestant after a few steps, in a process of its own."""
+    with tempfile.NamedTemporaryFile("r") as said:
+        command = [sys.executable, *sys.argv, "--memory-of", name]
+        ours = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process's place is taken
+        env = {key: value for key, value in os.environ.items() if key not in ours} | {"STEP_MEMORY": said.name}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+        return int(said.read())
+
+
+def report_memory(step: Step, batches: list[Batch], device: torch.device) -> int:
+    """Takes three steps and writes the peak memory to the file that `memory_of` reads."""
+    for batch in batches[:3]:
+        step(batch)
+    synchronize(device)
+    Path(os.environ["STEP_MEMORY"]).write_text(str(peak_memory(device)))
+    leave_distributed()
+    return 0
 
 
 def forward_flops(config: CrateConfig) -> int:
@@ -199,18 +266,20 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def profile(step: Step, batch: Batch, device: torch.device) -> None:
-    """Prints the ten most expensive kernels of a step."""
+    """Prints the fifteen most expensive kernels of a step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     key = "self_cpu_time_total"
     if device.type == "cuda":
         activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
     with torch.profiler.profile(activities=activities) as profiler:
         step(batch)
-    print("\n" + profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
+    print("\n" + profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
 
 
 def machine(device: torch.device) -> str:

@@ -22,6 +22,8 @@ CACHE_VARIABLE = "CRATE_CACHE"
 
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 
+Compile = Literal["auto"] | bool
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -129,6 +131,10 @@ class TrainSection(Section):
     init_head: Literal["auto", "new", "keep"] = Field(
         "auto", description='of these weights; "auto": a new one when the classes differ in number or names'
     )
+    compile: Compile = Field("auto", description="torch.compile; auto: on GPUs that it supports; see compiling.py")
+    recompute: int = Field(
+        0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
+    )
 
 
 class CheckpointSection(Section):
@@ -233,6 +239,8 @@ class Recipe(Section):
             "data.max_bad_fraction",
             "train.micro_batch",
             "train.max_steps",
+            "train.compile",
+            "train.recompute",
         ):
             flat.pop(key, None)
         return flat

@@ -1,8 +1,12 @@
 """The training step: DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
 
-Weights and gradients of the products are bf16 (or fp32), master weights, gradient accumulation and optimizer state
-fp32 and partitioned over the ranks. Saving and loading go through crate_dist.checkpoint and not through DeepSpeed,
-whose own checkpoints belong to one world size.
+What is computed in which precision, when the recipe says bf16: the weights that the products see, activations and
+gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
+inside and round once. The loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their
+norm, the master weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
+
+Saving and loading go through crate_dist.checkpoint and not through DeepSpeed, whose own checkpoints belong to one
+world size.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
@@ -22,14 +27,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
 
+from crate_dist import compiling
 from crate_dist.checkpoint import Checkpoint, CheckpointError, Layout, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import gather_objects
+from crate_dist.finite import where_not_finite
+from crate_dist.lion import Lion
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
+
+with compiling.decorators_ignored():
+    # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
+    import deepspeed.runtime.zero.muon.original_muon
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +50,20 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 
 
+RANKS_REDUCED_TO = 32
+"""Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+
+
 class NotFinite(RuntimeError):
     """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
 
     def __init__(self, message: str, samples: list[int]) -> None:
         super().__init__(message)
         self.samples = samples
+
+
+class _GradientsNotFinite(Exception):
+    """Leaves DeepSpeed's step before the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +89,18 @@ class Engine:
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
             __compatible_ops__["deepspeed_shm_comm"] = False
+        model.recompute = recipe.train.recompute
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
         first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        optimizer = build_optimizer(groups, recipe.optim)
+        optimizer.register_step_pre_hook(self._before_step)
+        parameters = sum(p.numel() for p in model.parameters())
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(groups, recipe.optim),
-            config=_deepspeed_config(recipe, micro_batch, accumulation),
+            optimizer=optimizer,
+            config=_deepspeed_config(recipe, micro_batch, accumulation, parameters, device),
             dist_init_required=False,
         )
         self._check_partitions()
@@ -84,6 +108,12 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
+        if compiling.wanted(recipe.train.compile, device):
+            seconds = compiling.compile_layers(self.module, device, self.dtype, micro_batch)
+            if seconds is not None:
+                logger.info("compiled the layers in %.1f s", seconds)
+                if isinstance(optimizer, Lion) and device.type == "cuda":  # on a CPU it goes by what fits the cache
+                    optimizer.compile()
 
     @property
     def module(self) -> CRATE:
@@ -105,14 +135,17 @@ class Engine:
         self._engine.train()
         losses: list[torch.Tensor] = []
         used: list[Batch] = []
-        for _ in range(self.accumulation):
-            batch = next(batches)
-            loss = self._loss(self._engine, batch)
-            self._engine.backward(loss)
-            self._engine.step()
-            losses.append(loss.detach())
-            used.append(batch if self.device.type != "cpu" else batch._replace(images=batch.images.clone()))
-        if self._zero.overflow:  # DeepSpeed has looked at the reduced gradients, and has not taken the step
+        try:
+            for _ in range(self.accumulation):
+                batch = next(batches)
+                used.append(batch if self.device.type != "cpu" else batch._replace(images=batch.images.clone()))
+                loss = self._loss(self._engine, batch)
+                self._engine.backward(loss)
+                self._engine.step()
+                losses.append(loss.detach())
+        except _GradientsNotFinite:
+            raise self._not_finite(used) from None
+        if self._zero.overflow:  # in fp32 DeepSpeed has looked at the norm itself, and has not taken the step
             raise self._not_finite(used)
         norm = self._engine.get_global_grad_norm()
         return StepResult(
@@ -121,6 +154,18 @@ class Engine:
             [item for batch in used for item in batch.bad],
         )
 
+    def _before_step(self, *_: object) -> None:
+        """Clips, and stops a step that must not be taken; DeepSpeed calls it before the optimizer, on every rank.
+
+        This is the one place of a step where the host waits for the device, which is then through with the gradients:
+        whether they are finite must be known before the weights change. DeepSpeed would wait three times, to look at
+        each gradient, at their norm, and at it again while clipping, and go through the gradients once more to clip.
+        """
+        norm, largest = self._zero._global_grad_norm, self.recipe.optim.grad_clip
+        if not bool(torch.isfinite(norm)):
+            raise _GradientsNotFinite
+        self._zero.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0) if largest else None
+
     def _loss(self, model: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
         logits = model(self._normalize(batch.images))
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -128,44 +173,20 @@ class Engine:
 
     def _not_finite(self, used: list[Batch]) -> NotFinite:
         """Looks for the place where it began, on each rank in its own batch. A collective."""
-        mine = next(((place, batch) for batch in used if (place := self._where_not_finite(batch))), None)
+        places_of = ((where_not_finite(self.module, partial(self._loss, self.module, batch)), batch) for batch in used)
+        with compiling.eagerly():
+            mine = next(((place, batch) for place, batch in places_of if place), None)
         places = gather_objects(mine[0] if mine else None)
         found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places) if place)
         message = f"not finite: {found or 'the gradients, though those of each rank are when computed again'}"
         return NotFinite(message, mine[1].samples.tolist() if mine else [])
 
-    def _where_not_finite(self, batch: Batch) -> str | None:
-        """The first layer whose output is not finite, going forward; else the last one whose gradient is not."""
-        first: list[str] = []
-
-        def look(name: str, output: Any) -> None:
-            if not first and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
-                first.append(name)
-
-        hooks = [
-            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-            for name, module in self.module.named_modules()
-            if name and not any(module.children())
-        ]
-        loss = self._loss(self.module, batch)
-        for hook in hooks:
-            hook.remove()
-        if first:
-            return f"the output of {first[0]}"
-        if not bool(torch.isfinite(loss)):
-            return "the loss, though all layers' outputs are finite"
-        named = list(self.module.named_parameters())
-        gradients = torch.autograd.grad(loss, [p for _, p in named])
-        for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
-            if not bool(torch.isfinite(gradient).all()):
-                return f"the gradient of {name}"
-        return None
-
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off."""
+        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
         self.module.eval()
-        logits: torch.Tensor = self.module(self._normalize(images)).float()
+        with compiling.eagerly():
+            logits: torch.Tensor = self.module(self._normalize(images)).float()
         return logits
 
     def state(self) -> RankState:
@@ -216,7 +237,7 @@ class Engine:
             for kind in STATE_KEYS[self.recipe.optim.name]:
                 state[kind] = torch.zeros_like(partition, requires_grad=False)
             if self.recipe.optim.name == "adamw":
-                state["step"] = torch.tensor(float(steps))
+                state["step"] = torch.tensor(float(steps), device=partition.device)
         return state
 
     @torch.no_grad()
@@ -247,16 +268,31 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: Layout, start: int, 
     out[: flat.numel()].copy_(flat)
 
 
-def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int) -> dict[str, Any]:
+def _deepspeed_config(
+    recipe: Recipe, micro_batch: int, accumulation: int, parameters: int, device: torch.device
+) -> dict[str, Any]:
+    # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
+    # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
+    bucket = max(parameters // 8, 1 << 20)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.grad_clip,
+        "gradient_clipping": 0.0,  # _before_step clips
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 2, "round_robin_gradients": False},
+        "zero_optimization": {
+            "stage": 2,
+            "round_robin_gradients": False,
+            "contiguous_gradients": True,
+            "overlap_comm": device.type == "cuda",  # a CPU has no streams to overlap
+            "reduce_bucket_size": bucket,
+            # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
+            # rank, which in a large job would be many small ones.
+            "use_multi_rank_bucket_allreduce": dist.get_world_size() > RANKS_REDUCED_TO,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
         "steps_per_print": 1 << 60,
     }
     if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # _before_step checks
     return config

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from lion_pytorch import Lion
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from crate_dist.config import OptimSection
+from crate_dist.lion import Lion
 
 STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The tensors, as large as the weights, that each optimizer keeps."""
@@ -73,11 +73,14 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, ob
     return [_group(matrices, optim.weight_decay), _group(others, 0.0)]
 
 
-def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) -> torch.optim.Optimizer:
-    """Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101)."""
+def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) -> Optimizer:
+    """Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101).
+
+    Both take one pass over memory, and divide gradients by their attribute `grad_scale`, a 0-d tensor, where it is set.
+    """
     if optim.name == "lion":
-        return Lion(list(groups), lr=optim.lr, betas=optim.betas or (0.9, 0.99))
-    return torch.optim.AdamW(list(groups), lr=optim.lr, betas=optim.betas or (0.9, 0.999), eps=optim.eps)
+        return Lion(list(groups), optim.lr, optim.betas or (0.9, 0.99))
+    return AdamW(list(groups), lr=optim.lr, betas=optim.betas or (0.9, 0.999), eps=optim.eps, fused=True)
 
 
 def _group(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict[str, object]:

@@ -25,6 +25,7 @@ from crate_dist.interrupt import Interrupt
 from crate_dist.lock import RunIsLocked, RunLock
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
+from crate_dist.startup import Startup
 from crate_dist.status import TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
@@ -47,16 +48,20 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     RecipeError, RunIsLocked, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
     """
+    startup = Startup()
+    startup.mark("imports")
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety
     device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
+    startup.mark("process group")
     try:
         with (
             Interrupt() as interrupt,
             _folder_in_hand(folder, recipe, world, start_over) as resolved,
             Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank)) as watchdog,
         ):
-            return Trainer(folder, resolved, world, device, interrupt, watchdog).run()
+            startup.mark("run folder")
+            return Trainer(folder, resolved, world, device, interrupt, watchdog, startup).run()
     finally:
         leave_distributed()
 

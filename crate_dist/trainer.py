@@ -31,9 +31,13 @@ from crate_dist.models.weights import export_model
 from crate_dist.optim import Schedule, learning_rate
 from crate_dist.run import RunFolder, code_version
 from crate_dist.saving import Saved, Saver, prune
+from crate_dist.startup import Startup
 from crate_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+COMPILING = 4.0
+"""What may be compiled, and what libraries do at their first call, may take so many times safety.hang_timeout_s."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class Trainer:
         device: torch.device,
         interrupt: Interrupt,
         watchdog: Watchdog,
+        startup: Startup,
     ) -> None:
         self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
-        self.interrupt, self.watchdog = interrupt, watchdog
+        self.interrupt, self.watchdog, self.startup = interrupt, watchdog, startup
         found = checkpoint.find_newest(folder.checkpoints, world)
         self.progress = found.progress if found else Progress()
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
@@ -69,6 +74,8 @@ class Trainer:
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
+        startup.mark("checkpoint and index")
+        watchdog.beat("building the engine", COMPILING)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
         if recipe.train.init_from and not found:
             origin = begin_from(recipe.train.init_from, model, self.train_index.classes, recipe.train.init_head)
@@ -78,6 +85,7 @@ class Trainer:
         if found:
             self.engine.load(found)
             logger.info("resumed from %s", found.path)
+        startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
         self.saved_at = self.progress.step
@@ -169,7 +177,8 @@ class Trainer:
     def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
         lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
-        self.watchdog.beat(f"taking step {self.progress.step + 1}")
+        first = not self.startup.over
+        self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
         began, waited = time.perf_counter(), feed.wait_s
         try:
             result = self.engine.step(feed, lr, self.progress.step)
@@ -183,6 +192,9 @@ class Trainer:
             wait_s=feed.wait_s - waited,
             step_s=time.perf_counter() - began,
         )
+        if first:
+            self.startup.mark("step", ("batch", feed.wait_s))
+            self.startup.report()
         self.monitor.add_bad(result.bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
 

@@ -28,7 +28,7 @@ _GIVEN_UP = "watchdog/given up"
 
 
 class Watchdog:
-    """Ends this process when `beat` was not called for `timeout_s` seconds.
+    """Ends this process when `beat` was not called for `timeout_s` seconds, or as many times that as `beat` allowed.
 
     Each rank tells the others where it is through the process group's store, so that the log can name the ones that
     are behind, and the first to give up tells the others, so that each leaves its stacks. The store is rank 0's: a
@@ -41,6 +41,7 @@ class Watchdog:
         self._beats = 0
         self._what = "starting"
         self._last = time.monotonic()
+        self._patience = 1.0
         self._given_up_elsewhere = False
         self._end = threading.Event()
         self._store: dist.Store | None = None
@@ -62,14 +63,14 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=2 * _LOOK_EVERY_S)
 
-    def beat(self, what: str) -> None:
-        """Progress was made; `what` this rank does next, for the log."""
+    def beat(self, what: str, patience: float = 1.0) -> None:
+        """Progress was made; `what` this rank does next, for the log, which may take `patience` times as long."""
         self._beats += 1
-        self._what, self._last = what, time.monotonic()
+        self._what, self._last, self._patience = what, time.monotonic(), patience
 
     def _watch(self) -> None:
         while not self._end.wait(_LOOK_EVERY_S):
-            if self._given_up_elsewhere or time.monotonic() - self._last > self._timeout_s:
+            if self._given_up_elsewhere or time.monotonic() - self._last > self._patience * self._timeout_s:
                 self._give_up()
 
     def _connect(self) -> dist.Store:

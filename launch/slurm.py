@@ -27,9 +27,10 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import crate_dist
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
-from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe
+from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.job import TrainJob
 from crate_dist.launching import Preflight, folder_of_weights, preflight
+from crate_dist.memory import advice
 from crate_dist.run import RunFolder
 from crate_dist.status import NEEDS_A_PERSON
 
@@ -69,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs)
         if arguments.dry_run:
             _show(executor, recipes)
+        if arguments.gpu_memory_gb:
+            world_size = recipes[0].cluster.world_size
+            train = recipes[0].train
+            micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
+            print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         if arguments.start_over and not arguments.dry_run:
             for run_dir in run_dirs:
                 RunFolder(run_dir).set_aside()
@@ -191,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="an array of runs that differ in the seed, a folder for each"
+    )
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, show script and recipe, and submit nothing")
     return parser

@@ -48,7 +48,7 @@ def spawn(function: Callable[..., Any], world_size: int, *arguments: Any) -> lis
     """
     # Forked from one clean process that has imported what takes seconds to import.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crate_dist.engine", "crate_dist.checkpoint", "crate_dist.models.archs"])
+    context.set_forkserver_preload(["crate_dist.train", "torch._dynamo"])
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crate_dist.config import ArchName, ModelSection
+from crate_dist.models import products
 from crate_dist.models.archs import ARCHS, build_model, find_arch, find_heads, initialise, model_config
 from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
 from crate_dist.models.weights import export_reference, from_reference, load_weights, to_reference
@@ -288,3 +289,17 @@ def test_what_does_not_fit_is_said() -> None:
         CrateConfig(**{**vars(SMALL), "heads": 5})
     with pytest.raises(ValueError, match="num_classes is 5, but the data has 10"):
         build_model(DEMO.model_copy(update={"num_classes": 5}), 10, seed=0)
+
+
+def test_products_by_onednn_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 197, 384, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(192, 384) / 384**0.5)
+    bias = torch.nn.Parameter(torch.randn(192))
+    upstream = torch.randn(4, 197, 192)
+    results = []
+    for onednn in (True, False):
+        monkeypatch.setattr(products, "ONEDNN", onednn)
+        y = products.linear(x, weight, bias)
+        results.append([y, *torch.autograd.grad(y, [x, weight, bias], upstream)])
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.allclose(ours, torchs, atol=1e-4 * torchs.abs().max().item())

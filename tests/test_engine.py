@@ -177,3 +177,22 @@ def first_weights(world: World, device: torch.device) -> bool:
 
 def test_master_weights_start_unrounded() -> None:
     assert spawn(first_weights, 2) == [True, True]
+
+
+def clipped(world: World, device: torch.device, largest: float) -> tuple[float, float]:
+    """The norm of the first gradient, and that of the momentum after it, over all ranks."""
+    engine = make_engine(world, device, recipe(grad_clip=largest))
+    share = GLOBAL_BATCH // world.world_size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    batch = batch_of(0)
+    result = engine.step(iter([Batch(batch.images[mine], batch.labels[mine], [], NO_IDS)]), 1e-3, 0)
+    squares = engine.state()["exp_avg"][0].square().sum()
+    torch.distributed.all_reduce(squares)
+    return result.grad_norm.item(), squares.sqrt().item()
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.25, 1e6])
+def test_gradients_are_clipped_to_the_largest_norm(largest: float) -> None:
+    for norm, momentum in spawn(clipped, 2, largest):
+        assert norm > 0.5
+        assert momentum == pytest.approx(0.01 * (min(norm, largest) if largest else norm), rel=1e-3)

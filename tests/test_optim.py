@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
+import lion_pytorch
 import pytest
 import torch
 from hypothesis import given
@@ -74,3 +76,39 @@ def test_weight_decay_shrinks_a_parameter_without_gradient(name: str) -> None:
     weight.grad = torch.zeros(3)
     optimizer.step()
     assert torch.allclose(weight, torch.full((3,), 1 - 0.1 * 0.5))
+
+
+def vectors(seed: int) -> list[torch.Tensor]:
+    """Longer than what the fused update takes at a time, and short."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator) for size in (300_001, 7)]
+
+
+def test_the_fused_lion_is_lion_pytorch_bit_for_bit() -> None:
+    ours, theirs = ([torch.nn.Parameter(v.clone()) for v in vectors(0)] for _ in range(2))
+    optim = OptimSection(lr=1e-3, weight_decay=0.3)
+    fused = build_optimizer([{"params": ours, "weight_decay": 0.3}], optim)
+    plain = lion_pytorch.Lion(theirs, lr=1e-3, weight_decay=0.3)
+    for step in range(5):
+        for optimizer, parameters in ((fused, ours), (plain, theirs)):
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            for p, gradient in zip(parameters, vectors(step + 1), strict=True):
+                p.grad = gradient
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(fused.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_a_scale_divides_the_gradients_as_clipping_does(name: Literal["lion", "adamw"]) -> None:
+    optim = OptimSection(name=name, lr=1e-3, weight_decay=0.1)
+    states = []
+    for scale in (None, torch.tensor(4.0)):
+        weight = torch.nn.Parameter(vectors(0)[0])
+        optimizer: Any = build_optimizer([{"params": [weight], "weight_decay": 0.1}], optim)
+        optimizer.grad_scale = scale
+        weight.grad = vectors(1)[0] / (1 if scale is not None else 4)
+        optimizer.step()
+        states.append((weight.detach(), optimizer.state[weight]["exp_avg"]))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))

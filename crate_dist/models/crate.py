@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crate_dist.models.products import Linear, linear
 
 from crate_dist.models.positions import interpolate_positions
 
@@ -98,8 +101,8 @@ class MSSA(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_dropout = dropout
-        self.subspaces = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Identity() if heads == 1 else nn.Linear(dim, dim)
+        self.subspaces = Linear(dim, dim, bias=False)
+        self.out = nn.Identity() if heads == 1 else Linear(dim, dim)
         self.dropout = nn.Dropout(0.0 if heads == 1 else dropout)
 
     def project(self, z: Tensor) -> Tensor:
@@ -133,9 +136,10 @@ class ISTA(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d), no entry below zero"""
-        residual = z - F.linear(z, self.dictionary)
-        gradient = F.linear(residual, self.dictionary.t())
-        return F.relu(z + self.step * (gradient - self.threshold))
+        residual = z - linear(z, self.dictionary)
+        gradient = linear(residual, self.dictionary.t())
+        # In place where nothing needs the value before: one tensor of the tokens' size is made, not four.
+        return torch.add(z, gradient, alpha=self.step).sub_(self.step * self.threshold).relu_()
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -172,7 +176,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.norm_in = nn.LayerNorm(CHANNELS * patch_size**2)
-        self.proj = nn.Linear(CHANNELS * patch_size**2, dim)
+        self.proj = Linear(CHANNELS * patch_size**2, dim)
         self.norm_out = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -200,11 +204,14 @@ class CRATE(nn.Module):
 
     Parameters are created, hence drawn, in the order of the published code: the same state of torch's generator
     gives the same weights. `archs.build_model` seeds it.
+
+    recompute: so many layers, from the first, keep only their input for the backward pass, which computes them again.
     """
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = 0
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
         self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
@@ -250,8 +257,9 @@ class CRATE(nn.Module):
         Raises ValueError when the images have another shape.
         """
         z = self.embed(images)
-        for layer in self.layers:
-            z = layer(z)
+        again = self.recompute if torch.is_grad_enabled() else 0
+        for number, layer in enumerate(self.layers):
+            z = checkpoint(layer, z, use_reentrant=False) if number < again else layer(z)
         return self.classify(z)
 
     def forward_intermediates(self, images: Tensor) -> Intermediates:

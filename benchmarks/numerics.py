@@ -1,0 +1,121 @@
+"""Does the fast step learn what the exact one learns? Losses of bf16, eager and compiled, against fp32 on real images.
+
+    python benchmarks/numerics.py --source DIR_OF_CLASS_FOLDERS [--steps 200] [--batch 16] [--size 64]
+
+The contestants take the same batches from the same weights, by crate_dist.engine on one rank: decoded, resized to
+--size, in an order drawn once, with their classes as labels, at a rate that suits the small batch: where a run is not
+stable, two that differ in one rounding part, and their difference says nothing. Printed is the difference of each
+one's loss to fp32's: its mean and its largest over all steps, and its mean over each quarter, in which a drift would
+be seen to grow. What rounding alone may do is shown by fp32 compiled, which computes in the same precision in another
+order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from crate_dist.config import Recipe, load_recipe
+from crate_dist.data.loader import Batch
+from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+
+BAND = 0.02
+"""The largest mean difference of a quarter that passes."""
+
+
+def main() -> int:
+    """Prints the table; fails where a contestant leaves the band."""
+    arguments = parse()
+    files = sorted(path for path in arguments.source.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
+    folders = sorted({path.parent for path in files})
+    random.Random(0).shuffle(files)
+    images = torch.from_numpy(np.stack([pixels(path, arguments.size) for path in files]))
+    labels = torch.tensor([folders.index(path.parent) for path in files])
+    init_distributed(detect_world())
+    device = torch.device(arguments.device)
+    contestants = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}
+    if arguments.fp32_compiled:
+        contestants["fp32, compiled"] = ("fp32", True)
+    losses: dict[str, list[float]] = {}
+    for name, (precision, compile) in contestants.items():
+        recipe = load_recipe(
+            arguments.arch,
+            [
+                f"train.precision={precision}",
+                f"train.compile={str(compile).lower()}",
+                f"train.global_batch={arguments.batch}",
+                f"model.image_size={arguments.size}",
+                f"optim.lr={arguments.lr}",
+                *arguments.overrides,
+            ],
+        )
+        losses[name] = run(recipe, device, images, labels, len(folders), arguments.steps)
+    leave_distributed()
+    exact = np.array(losses["fp32"])
+    print(f"{arguments.arch}, {arguments.size} pixels, batch {arguments.batch}, {arguments.steps} steps, {len(files)}")
+    print(f"images of {len(folders)} classes; fp32's loss: first {exact[0]:.4f}, last ten {exact[-10:].mean():.4f}\n")
+    print("| against fp32 | mean difference | largest | by quarter | last ten losses |\n|---|---|---|---|---|")
+    inside = True
+    for name, values in list(losses.items())[1:]:
+        off = np.array(values) - exact
+        quarters = [float(part.mean()) for part in np.array_split(off, 4)]
+        inside &= max(map(abs, quarters)) < BAND
+        shown = ", ".join(f"{quarter:+.4f}" for quarter in quarters)
+        last = np.mean(values[-10:])
+        print(f"| {name} | {np.abs(off).mean():.4f} | {np.abs(off).max():.4f} | {shown} | {last:.4f} |")
+    print(f"\nband: every quarter's mean within {BAND}: {'kept' if inside else 'LEFT'}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(losses))
+    return 0 if inside else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="images in folders by class")
+    parser.add_argument("--arch", default="crate_tiny", help="recipe in configs/ [%(default)s]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=200, metavar="N")
+    parser.add_argument("--batch", type=int, default=16, metavar="N")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS")
+    parser.add_argument("--lr", type=float, default=3e-5, help="rate after a rise over the first tenth [%(default)s]")
+    parser.add_argument("--fp32-compiled", action="store_true", help="as well: what rounding alone may do")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all losses")
+    return parser.parse_args()
+
+
+def pixels(path: Path, size: int) -> np.ndarray:
+    """The image, resized to size x size, uint8 (size, size, 3)."""
+    with Image.open(path) as image:
+        image.draft("RGB", (size, size))
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def run(
+    recipe: Recipe, device: torch.device, images: torch.Tensor, labels: torch.Tensor, classes: int, steps: int
+) -> list[float]:
+    """The loss of each step, at the recipe's rate after a rise over the first tenth."""
+    from crate_dist.engine import Engine
+    from crate_dist.models.archs import build_model
+
+    batch = recipe.train.global_batch
+    engine = Engine(build_model(recipe.model, classes, seed=0), recipe, device, batch, 1)
+    losses = []
+    for step in range(steps):
+        chosen = torch.arange(step * batch, (step + 1) * batch) % len(images)
+        given = Batch(images[chosen].to(device), labels[chosen].to(device), [], chosen)
+        rate = recipe.optim.lr * min(1.0, (step + 1) / (steps / 10))
+        losses.append(engine.step(iter([given]), rate, step).loss)
+    return torch.stack(losses).tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

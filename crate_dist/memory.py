@@ -1,0 +1,87 @@
+"""How much of a GPU's memory a training step needs, from shapes. Imports no torch: a login node asks it.
+
+Counted is what autograd keeps of a forward pass (crate.py's layer keeps seven tensors of the tokens' size), what a
+backward pass has in hand at a time, and ZeRO-2's state. A test holds the first against what torch really keeps. Not
+counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for CUDA's own context.
+"""
+
+from __future__ import annotations
+
+from crate_dist.config import OptimSection, Recipe
+from crate_dist.models.sizes import ARCHS
+
+KEPT_PER_LAYER = 7
+"""Input, normalised input, projections, attention's output, its sum with the input, that
+normalised, ISTA's residual."""
+
+IN_HAND = 6
+"""Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
+
+RESERVE = 0.12
+"""Share of a card's memory that is left alone."""
+
+
+def parameters(recipe: Recipe, classes: int = 1000) -> int:
+    """The number of weights of the recipe's model."""
+    dims, patch, tokens = ARCHS[recipe.model.arch], _patch_values(recipe), _tokens(recipe)
+    d = dims.dim
+    layer = 2 * d * d + (d * d + d if dims.heads > 1 else 0) + 4 * d
+    embedding = 2 * patch + patch * d + 3 * d + tokens * d + d
+    return dims.depth * layer + embedding + 2 * d + (d + 1) * (recipe.model.num_classes or classes)
+
+
+def kept_bytes_per_image(recipe: Recipe) -> int:
+    """What autograd keeps of one image from the forward pass to the backward pass."""
+    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
+    whole = KEPT_PER_LAYER * tokens * dims.dim * size + (4 + dims.heads) * tokens * 4
+    again = min(recipe.train.recompute, dims.depth)
+    embedding = (tokens - 1) * (2 * _patch_values(recipe) + dims.dim) * size
+    return (dims.depth - again) * whole + again * tokens * dims.dim * size + embedding
+
+
+def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
+    """The most that a rank of `world_size` needs at a time."""
+    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
+    in_hand = IN_HAND + (KEPT_PER_LAYER if recipe.train.recompute else 0)
+    per_image = kept_bytes_per_image(recipe) + in_hand * tokens * dims.dim * size
+    # Weights, gradients in two buckets of an eighth; of the rank's part the gradients, and in fp32 these again, the
+    # master weights and what the optimizer keeps.
+    part = size + 4 + 4 + 4 * _states(recipe.optim)
+    state = parameters(recipe) * (size + 2 * size / 8 + part / world_size)
+    return round(micro_batch * per_image + state)
+
+
+def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
+    """The largest micro-batch that fits a card and divides a rank's share of the global batch; 0: not one image."""
+    share = recipe.train.global_batch // world_size
+    room = card_bytes * (1 - RESERVE)
+    return next((n for n in range(share, 0, -1) if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
+
+
+def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
+    """One line: what the recipe's micro-batch needs, and what would fit a card of `card_gb` GB."""
+    need = step_bytes(recipe, micro_batch, world_size) / 1e9
+    fits = largest_micro_batch(recipe, world_size, card_gb * 1e9)
+    line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"
+    if need > card_gb * (1 - RESERVE):
+        depth = ARCHS[recipe.model.arch].depth
+        return f"{line}, which is too much; --set train.micro_batch={fits} fits" + (
+            f", or --set train.recompute={depth}" if recipe.train.recompute < depth else ""
+        )
+    return line if fits <= micro_batch else f"{line}; --set train.micro_batch={fits} would fit as well"
+
+
+def _patch_values(recipe: Recipe) -> int:
+    return 3 * recipe.model.patch_size**2
+
+
+def _tokens(recipe: Recipe) -> int:
+    return (recipe.model.image_size // recipe.model.patch_size) ** 2 + 1
+
+
+def _bytes(recipe: Recipe) -> int:
+    return 2 if recipe.train.precision == "bf16" else 4
+
+
+def _states(optim: OptimSection) -> int:
+    return 2 if optim.name == "adamw" else 1
