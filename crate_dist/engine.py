@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
@@ -33,6 +34,8 @@ from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import gather_objects
+from crate_dist.finite import where_not_finite
+from crate_dist.lion import Lion
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
@@ -82,13 +85,12 @@ class Engine:
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        compiled = compiling.wanted(recipe.train.compile, device)
         model.recompute = recipe.train.recompute
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
         first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        optimizer = build_optimizer(groups, recipe.optim, compiled=compiled and device.type == "cuda")
+        optimizer = build_optimizer(groups, recipe.optim)
         optimizer.register_step_pre_hook(self._before_step)
         parameters = sum(p.numel() for p in model.parameters())
         self._engine, self._zero, *_ = deepspeed.initialize(
@@ -102,10 +104,12 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
-        if compiled:
+        if compiling.wanted(recipe.train.compile, device):
             seconds = compiling.compile_layers(self.module, device, self.dtype, micro_batch)
             if seconds is not None:
                 logger.info("compiled the layers in %.1f s", seconds)
+                if isinstance(optimizer, Lion) and device.type == "cuda":  # on a CPU it goes by what fits the cache
+                    optimizer.compile()
 
     @property
     def module(self) -> CRATE:
@@ -165,39 +169,13 @@ class Engine:
 
     def _not_finite(self, used: list[Batch]) -> NotFinite:
         """Looks for the place where it began, on each rank in its own batch. A collective."""
+        places_of = ((where_not_finite(self.module, partial(self._loss, self.module, batch)), batch) for batch in used)
         with compiling.eagerly():
-            mine = next(((place, batch) for batch in used if (place := self._where_not_finite(batch))), None)
+            mine = next(((place, batch) for place, batch in places_of if place), None)
         places = gather_objects(mine[0] if mine else None)
         found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places) if place)
         message = f"not finite: {found or 'the gradients, though those of each rank are when computed again'}"
         return NotFinite(message, mine[1].samples.tolist() if mine else [])
-
-    def _where_not_finite(self, batch: Batch) -> str | None:
-        """The first layer whose output is not finite, going forward; else the last one whose gradient is not."""
-        first: list[str] = []
-
-        def look(name: str, output: Any) -> None:
-            if not first and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
-                first.append(name)
-
-        hooks = [
-            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-            for name, module in self.module.named_modules()
-            if name and not any(module.children())
-        ]
-        loss = self._loss(self.module, batch)
-        for hook in hooks:
-            hook.remove()
-        if first:
-            return f"the output of {first[0]}"
-        if not bool(torch.isfinite(loss)):
-            return "the loss, though all layers' outputs are finite"
-        named = list(self.module.named_parameters())
-        gradients = torch.autograd.grad(loss, [p for _, p in named])
-        for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
-            if not bool(torch.isfinite(gradient).all()):
-                return f"the gradient of {name}"
-        return None
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,6 @@ class Lion(torch.optim.Optimizer):
     one chunk before the next, on a CPU; on a GPU, compiled, they are one kernel.
 
     grad_scale: divides the gradients, which is what clipping does; None: 1. As torch's fused AdamW understands it.
-    compiled: whether the update is compiled by torch.compile
     """
 
     def __init__(
@@ -30,12 +29,15 @@ class Lion(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self.grad_scale: Tensor | None = None
-        self._update: Callable[..., None] = torch.compile(_update, dynamic=False) if compiled else _by_chunks
-        self._compiled = compiled
+        self._update: Callable[..., None] = _by_chunks
+        self._compiled = False
+
+    def compile(self) -> None:
+        """From now on the update is one kernel of torch.compile's, the same up to how it rounds."""
+        self._update, self._compiled = torch.compile(_update, dynamic=False), True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -73,14 +73,13 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, ob
     return [_group(matrices, optim.weight_decay), _group(others, 0.0)]
 
 
-def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection, compiled: bool = False) -> Optimizer:
+def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) -> Optimizer:
     """Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101).
 
     Both take one pass over memory, and divide gradients by their attribute `grad_scale`, a 0-d tensor, where it is set.
-    compiled: Lion's update is compiled; AdamW's kernel is torch's own
     """
     if optim.name == "lion":
-        return Lion(list(groups), optim.lr, optim.betas or (0.9, 0.99), compiled=compiled)
+        return Lion(list(groups), optim.lr, optim.betas or (0.9, 0.99))
     return AdamW(list(groups), lr=optim.lr, betas=optim.betas or (0.9, 0.999), eps=optim.eps, fused=True)
 
 

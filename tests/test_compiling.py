@@ -14,6 +14,7 @@ from crate_dist import checkpoint, compiling, saving
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe
 from crate_dist.distributed import World
+from crate_dist.lion import Lion
 from tests.ranks import spawn
 from tests.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
@@ -146,6 +147,29 @@ def test_compiled_logits_equal_the_published_codes(cache: Path) -> None:
 def test_auto_leaves_a_cpu_alone() -> None:
     cpu = torch.device("cpu")
     assert [compiling.wanted(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]  # type: ignore[arg-type]
+
+
+def compiled_lion(world: World, device: torch.device, cache: Path) -> tuple[float, int]:
+    keep_in(cache)
+    both = []
+    for compiled in (True, False):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5000))
+        optimizer = Lion([weight], lr=1e-3, weight_decay=0.1)
+        optimizer.grad_scale = torch.tensor(3.0)
+        if compiled:
+            optimizer.compile()
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            weight.grad = torch.sin(torch.arange(5000.0) * (step + 1))
+            optimizer.step()
+        both.append(weight.detach())
+    return (both[0] - both[1]).abs().max().item(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_lion_is_lion_and_a_new_rate_compiles_nothing_again(cache: Path) -> None:
+    off, graphs = spawn(compiled_lion, 1, cache)[0]
+    assert off < 1e-6
+    assert graphs == 1
 
 
 def recomputed(world: World, device: torch.device) -> list[bool]:
