@@ -3,9 +3,11 @@
     python benchmarks/numerics.py --source DIR_OF_CLASS_FOLDERS [--steps 200] [--batch 16] [--size 64]
 
 The contestants take the same batches from the same weights, by crate_dist.engine on one rank: decoded, resized to
---size, in an order drawn once, with their classes as labels. Printed is the difference of each one's loss to fp32's:
-its mean and its largest over all steps, and its mean over each quarter, in which a drift would be seen to grow. What
-rounding alone may do is shown by fp32 compiled, which computes in the same precision in another order.
+--size, in an order drawn once, with their classes as labels, at a rate that suits the small batch: where a run is not
+stable, two that differ in one rounding part, and their difference says nothing. Printed is the difference of each
+one's loss to fp32's: its mean and its largest over all steps, and its mean over each quarter, in which a drift would
+be seen to grow. What rounding alone may do is shown by fp32 compiled, which computes in the same precision in another
+order.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main() -> int:
                 f"train.compile={str(compile).lower()}",
                 f"train.global_batch={arguments.batch}",
                 f"model.image_size={arguments.size}",
+                f"optim.lr={arguments.lr}",
                 *arguments.overrides,
             ],
         )
@@ -82,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, metavar="N")
     parser.add_argument("--batch", type=int, default=16, metavar="N")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS")
+    parser.add_argument("--lr", type=float, default=3e-5, help="rate after a rise over the first tenth [%(default)s]")
     parser.add_argument("--fp32-compiled", action="store_true", help="as well: what rounding alone may do")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all losses")

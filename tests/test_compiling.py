@@ -182,3 +182,28 @@ def recomputed(world: World, device: torch.device) -> list[bool]:
 
 def test_layers_that_are_computed_again_give_the_same_weights_bit_for_bit() -> None:
     assert spawn(recomputed, 1) == [[True]]
+
+
+def losses_of(world: World, device: torch.device, cache: Path) -> list[list[float]]:
+    """Of fp32, eager, and of bf16, compiled, on images of four colours."""
+    keep_in(cache)
+    curves = []
+    for train in ({"precision": "fp32"}, {"precision": "bf16", "compile": True}):
+        engine = make_engine(world, device, with_train(**train))
+        losses = []
+        for step in range(40):
+            batch = batch_of(step % 5)
+            labels = torch.arange(GLOBAL_BATCH) % 4
+            images = batch.images // 2
+            images[torch.arange(GLOBAL_BATCH), :, :, labels.clamp(max=2)] += (labels < 3).byte()[:, None, None] * 60
+            losses.append(engine.step(iter([batch._replace(images=images, labels=labels)]), 3e-4, step).loss.item())
+        curves.append(losses)
+    return curves
+
+
+def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) -> None:
+    exact, fast = (torch.tensor(losses) for losses in spawn(losses_of, 1, cache)[0])
+    assert exact[-5:].mean() < exact[:5].mean() - 0.2
+    off = fast - exact
+    assert off.abs().max() < 0.1
+    assert all(abs(quarter.mean()) < 0.05 for quarter in off.chunk(4))

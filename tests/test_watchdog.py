@@ -57,6 +57,8 @@ def stop_rank_0(world: World, device: torch.device, folder: Path) -> None:
 def stay_busy(world: World, device: torch.device, folder: Path) -> None:
     log_to(folder / str(world.rank))
     with Watchdog(world, timeout_s=3, log_file=folder / str(world.rank)) as watchdog:
+        watchdog.beat("compiling", patience=4)
+        time.sleep(4.5)
         for step in range(10):
             watchdog.beat(f"taking step {step}")
             time.sleep(0.5)
