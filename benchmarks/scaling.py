@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     given.add_argument("--between-gb-s", type=float, default=35.0, help="per GPU between nodes [%(default)s]")
     given.add_argument("--latency-us", type=float, default=20.0, help="per message and node [%(default)s]")
     given.add_argument("--hidden", type=float, default=0.8, help="share of a reduction that can hide [%(default)s]")
-    parser.add_argument("--as-rank", choices=["zero-2", "zero-2, reduce", "ddp"], help=argparse.SUPPRESS)
+    parser.add_argument("--as-rank", choices=["zero-2", "zero-2 to all", "ddp"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -90,7 +90,7 @@ def measured(arguments: argparse.Namespace, count: int) -> None:
     """Traffic and weak scaling of local processes."""
     print("| | ranks | collectives per step | bytes per parameter, sent by a rank | step, s | CPU s of a rank |")
     print("|---|---|---|---|---|---|")
-    for kind in ("zero-2", "zero-2, reduce", "ddp"):
+    for kind in ("zero-2", "zero-2 to all", "ddp"):
         for ranks in (1, 2, 4):
             said = start_ranks(arguments, kind, ranks)
             calls = ", ".join(f"{number} {name}" for name, number in said["calls"].items()) or "none"
@@ -139,7 +139,7 @@ def as_rank(arguments: argparse.Namespace) -> int:
     batch = arguments.local_batch
     settings = [f"train.global_batch={batch * world.world_size}", "train.precision=bf16", *arguments.overrides]
     recipe = load_recipe(arguments.arch, settings)
-    step = ddp(recipe) if arguments.as_rank == "ddp" else zero(recipe, device, batch, "reduce" in arguments.as_rank)
+    step = ddp(recipe) if arguments.as_rank == "ddp" else zero(recipe, device, batch, "all" in arguments.as_rank)
     side = recipe.model.image_size
     generator = torch.Generator().manual_seed(world.rank)
     images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
@@ -172,36 +172,30 @@ def listen() -> list[tuple[str, int, int]]:
 
     passed: list[tuple[str, int, int]] = []
 
-    def wrap(name: str, whole: int) -> None:
+    def wrap(name: str, whole: int, keyword: str) -> None:
         function = getattr(dist, name)
 
         def heard(*given: Any, **named: Any) -> Any:
-            tensor = given[whole] if len(given) > whole else named["tensor"]
+            tensor = given[whole] if len(given) > whole else named[keyword]
             passed.append((name, tensor.numel() * tensor.element_size(), dist.get_world_size(named.get("group"))))
             return function(*given, **named)
 
         setattr(dist, name, heard)
 
-    for name in ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor"):
-        wrap(name, 0)
-    wrap("reduce_scatter_tensor", 1)
+    for name in ("all_reduce", "reduce", "broadcast"):
+        wrap(name, 0, "tensor")
+    wrap("all_gather_into_tensor", 0, "output_tensor")
+    wrap("reduce_scatter_tensor", 1, "input")
     return passed
 
 
-def zero(recipe: Recipe, device: Any, batch: int, reduce: bool) -> Any:
-    """One step of crate_dist.engine. reduce: each gradient goes to its owner alone, where DeepSpeed sends it to all."""
+def zero(recipe: Recipe, device: Any, batch: int, to_all: bool) -> Any:
+    """One step of crate_dist.engine. to_all: each gradient goes to all ranks, as by DeepSpeed's default."""
     from crate_dist import engine
     from crate_dist.models.archs import build_model
 
-    if reduce:
-        usual = engine._deepspeed_config
-
-        def config(*given: Any) -> dict[str, Any]:
-            settings = usual(*given)
-            settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
-            return settings
-
-        engine._deepspeed_config = config
+    if to_all:
+        engine.RANKS_REDUCED_TO = 0
     trained = engine.Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
     return lambda given: trained.step(iter([given]), recipe.optim.lr, 0)
 
@@ -234,7 +228,7 @@ def ddp(recipe: Recipe) -> Any:
     return step
 
 
-def _reduce_aloud(state: Any, bucket: Any) -> Any:
+def _reduce_aloud(state, bucket):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
 
     vector = bucket.buffer().div_(dist.get_world_size())
@@ -250,6 +244,7 @@ def model(arguments: argparse.Namespace, recipe: Recipe, count: int) -> None:
     """Weak scaling of nodes of GPUs, ZeRO-2 and DDP."""
     from step import forward_flops
 
+    from crate_dist.engine import RANKS_REDUCED_TO
     from crate_dist.models.archs import model_config
 
     work = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.micro_batch
@@ -266,16 +261,14 @@ def model(arguments: argparse.Namespace, recipe: Recipe, count: int) -> None:
     print("|---|---|---|---|---|---|---|")
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         gpus = nodes * arguments.gpus_per_node
-        share = (gpus - 1) / gpus
-
-        def step_s(
-            reduced: float, gathered: float, nodes: int = nodes, gpus: int = gpus, share: float = share
-        ) -> float:
-            reduction = network.ring_s(reduced * count * share, gpus, nodes, messages=8)
+        whole = count * (gpus - 1) / gpus  # what a ring sends of a vector of one byte per parameter
+        to_owners = gpus <= RANKS_REDUCED_TO
+        seconds = []
+        for reduced, gathered in ((2.0 if to_owners else 4.0, 2.0), (8.0, 0.0)):
+            reduction = network.ring_s(reduced * whole, gpus, nodes, messages=8 + gpus * (to_owners and gathered > 0))
             seen = reduction - min(arguments.hidden * reduction, compute_s * 2 / 3)
-            return compute_s + seen + network.ring_s(gathered * count * share, gpus, nodes, messages=1)
-
-        zero2, ddp_fp32 = step_s(4.0, 2.0), step_s(8.0, 0.0)
+            seconds.append(compute_s + seen + (network.ring_s(gathered * whole, gpus, nodes, 1) if gathered else 0.0))
+        zero2, ddp_fp32 = seconds
         print(
             f"| {nodes} | {gpus} | {1e3 * zero2:.1f} | {gpus * arguments.micro_batch / zero2:,.0f} "
             f"| {compute_s / zero2:.1%} | {1e3 * ddp_fp32:.1f} | {compute_s / ddp_fp32:.1%} |"

@@ -79,7 +79,7 @@ def main() -> int:
     print(f"matrix product: {rate / 1e12:.3g} TFLOP/s; CRATE's counted work: {flops / 1e9:,.0f} GFLOP per step\n")
     print("| | median, s | quartiles | images/s | MFU | ratio | CPU s | ratio | peak memory, GB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, taken in times.items():
         low, median, high = statistics.quantiles([wall for wall, _ in taken], n=4)
         cpu = statistics.median(cpu for _, cpu in taken)

@@ -59,9 +59,10 @@ class Lion(torch.optim.Optimizer):
 def _by_chunks(p: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor | None, *numbers: float) -> None:
     if p.device.type != "cpu" or not (p.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous()):
         return _update(p, grad, exp_avg, scale, *numbers)
-    vectors = (p.view(-1), grad.view(-1), exp_avg.view(-1))
-    for start in range(0, p.numel(), _CHUNK):
-        _update(*(vector[start : start + _CHUNK] for vector in vectors), scale, *numbers)
+    vectors, count = (p.view(-1), grad.view(-1), exp_avg.view(-1)), p.numel()
+    for start in range(0, count, _CHUNK):
+        p, grad, exp_avg = (vector[start : start + _CHUNK] for vector in vectors)
+        _update(p, grad, exp_avg, scale, *numbers)
     return None
 
 

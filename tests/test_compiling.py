@@ -110,7 +110,7 @@ def broken_compiler(world: World, device: torch.device, folder: Path) -> tuple[s
 
     logging.basicConfig(filename=folder / str(world.rank), force=True, level=logging.WARNING)
     if world.rank == 1:  # on one rank alone: both must train without
-        torch._inductor.config.cpp.cxx = ("/nonexistent/g++",)
+        torch._inductor.config.cpp.cxx = ("/nonexistent/g++",)  # type: ignore[assignment]
         keep_in(folder / "empty")
     engine = make_engine(world, device, with_train(compile=True))
     plain = make_engine(world, device, with_train(compile=False))
@@ -146,7 +146,7 @@ def test_compiled_logits_equal_the_published_codes(cache: Path) -> None:
 
 def test_auto_leaves_a_cpu_alone() -> None:
     cpu = torch.device("cpu")
-    assert [compiling.wanted(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]  # type: ignore[arg-type]
+    assert [compiling.wanted(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]
 
 
 def compiled_lion(world: World, device: torch.device, cache: Path) -> tuple[float, int]:
