@@ -62,7 +62,7 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
     """One line: what the recipe's micro-batch needs, and what would fit a card of `card_gb` GB."""
     need = step_bytes(recipe, micro_batch, world_size) / 1e9
     fits = largest_micro_batch(recipe, world_size, card_gb * 1e9)
-    line = f"micro-batch {micro_batch} needs about {need:.0f} GB of {card_gb:g}"
+    line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"
     if need > card_gb * (1 - RESERVE):
         depth = ARCHS[recipe.model.arch].depth
         return f"{line}, which is too much; --set train.micro_batch={fits} fits" + (

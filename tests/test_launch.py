@@ -163,6 +163,12 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(tiny: Arguments, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_says_whether_the_micro_batch_fits_the_card(tiny: Arguments) -> None:
+    cards = {gb: launch("slurm.py", *tiny, "--dry-run", "--gpu-memory-gb", gb).stdout for gb in ("80", "0.1")}
+    assert "micro-batch 8 needs about" in cards["80"]
+    assert "which is too much" in cards["0.1"]
+
+
 def test_a_dry_run_shows_the_recipe_that_the_job_will_read(tiny: Arguments, cast_shards: Path, tmp_path: Path) -> None:
     _, shown = dry_run(*tiny, "--nodes", "3", "--set", "optim.grad_clip=0")
     (tmp_path / "shown.toml").write_text(shown)
