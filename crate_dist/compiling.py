@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def wanted(compile: Compile, device: torch.device) -> bool:
     """What "auto" means: on a GPU, whose step is bound by memory between the products, and which Triton knows.
 
-    On a CPU the products take nine tenths of the step, and a short run would not earn back its compiling.
+    On a CPU products and attention take nine tenths of the step, and compiling the rest of CRATE-B's gained nothing.
     """
     if compile != "auto":
         return compile
