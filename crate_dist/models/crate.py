@@ -137,8 +137,9 @@ class ISTA(nn.Module):
         """(b, n, d) -> (b, n, d), no entry below zero"""
         residual = z - linear(z, self.dictionary)
         gradient = linear(residual, self.dictionary.t())
-        # In place where nothing needs the value before: one tensor of the tokens' size is made, not four.
-        return torch.add(z, gradient, alpha=self.step).sub_(self.step * self.threshold).relu_()
+        # In place where nothing needs the value before: one tensor of the tokens' size is made, not four. The threshold
+        # goes first: ηλ is about one step of bf16 at 1, and taken from the sum it would be rounded to all or nothing.
+        return torch.add(z, gradient.sub_(self.threshold), alpha=self.step).relu_()
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
