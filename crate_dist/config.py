@@ -23,6 +23,7 @@ CACHE_VARIABLE = "CRATE_CACHE"
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 
 Compile = Literal["auto"] | bool
+Precision = Literal["bf16", "autocast", "fp32"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -126,7 +127,9 @@ class TrainSection(Section):
     epochs: Positive
     max_steps: Positive | None = Field(None, description="stop early, with the schedule as for all epochs")
     seed: int = Field(0, ge=0)
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the products; master weights are fp32")
+    precision: Precision = Field(
+        "bf16", description='of the products; master weights are fp32. "autocast": bf16 products, all else fp32'
+    )
     init_from: Path | None = Field(None, description="a run, a checkpoint or a file of weights to begin from")
     init_head: Literal["auto", "new", "keep"] = Field(
         "auto", description='of these weights; "auto": a new one when the classes differ in number or names'

@@ -1,9 +1,13 @@
 """The training step: DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
 
-What is computed in which precision, when the recipe says bf16: the weights that the products see, activations and
+What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
-inside and round once. The loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their
-norm, the master weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
+inside and round once. When it says "autocast": weights, tokens and gradients are fp32, and products and attention read
+them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
+between the master weights and the model, which at small learning rates is felt.
+
+In both the loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their norm, the master
+weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
 
 Saving and loading go through crate_dist.checkpoint and not through DeepSpeed, whose own checkpoints belong to one
 world size.
@@ -89,7 +93,7 @@ class Engine:
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        model.recompute = recipe.train.recompute
+        model.recompute, model.autocast = recipe.train.recompute, recipe.train.precision == "autocast"
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the products [as in training]")
+    parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
 
 
@@ -100,7 +100,9 @@ class Frozen:
     @classmethod
     def place(cls, subject: Subject, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
         """Brings the model to the device in the precision that was asked for."""
-        dtype = torch.bfloat16 if (arguments.precision or subject.precision) == "bf16" else torch.float32
+        precision = arguments.precision or subject.precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        subject.model.autocast = precision == "autocast"
         return cls(
             subject.model.to(device, dtype).eval().requires_grad_(False),
             subject.name,

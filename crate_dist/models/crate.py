@@ -15,6 +15,7 @@ features per subspace.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -205,13 +206,15 @@ class CRATE(nn.Module):
     Parameters are created, hence drawn, in the order of the published code: the same state of torch's generator
     gives the same weights. `archs.build_model` seeds it.
 
-    recompute: so many layers, from the first, keep only their input for the backward pass, which computes them again.
+    recompute: so many layers, from the first, keep only their input for the backward pass, which computes them again
+    autocast: whether `forward` computes products in bf16 though weights and tokens are fp32, as torch.autocast has it
     """
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = 0
+        self.autocast = False
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
         self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
@@ -256,11 +259,17 @@ class CRATE(nn.Module):
 
         Raises ValueError when the images have another shape.
         """
-        z = self.embed(images)
         again = self.recompute if torch.is_grad_enabled() else 0
-        for number, layer in enumerate(self.layers):
-            z = checkpoint(layer, z, use_reentrant=False) if number < again else layer(z)
-        return self.classify(z)
+        with self.bf16_products(images.device) if self.autocast else nullcontext():
+            z = self.embed(images)
+            for number, layer in enumerate(self.layers):
+                z = checkpoint(layer, z, use_reentrant=False) if number < again else layer(z)
+            return self.classify(z)
+
+    @staticmethod
+    def bf16_products(device: torch.device) -> torch.autocast:
+        """What `autocast` means, as a context."""
+        return torch.autocast(device.type, torch.bfloat16)
 
     def forward_intermediates(self, images: Tensor) -> Intermediates:
         """The same pass, keeping what white-box measures read, for images of any size in whole patches.
