@@ -56,7 +56,7 @@ def killed_while_resuming(point: str) -> Disturb:
 
 def stopped(trial: Trial, rank: int, point: str, nth: int) -> None:
     """SIGSTOP: the other rank's log says which one hangs, and the other ends; the launcher ends the stopped one."""
-    timeout = ("--set", "safety.hang_timeout_s=12")
+    timeout = ("--set", "safety.hang_timeout_s=20")
     with trial.start(*timeout, faults={rank: Fault(point, nth)}) as ranks:
         ranks.wait_for_fault(rank)
         began = time.monotonic()
