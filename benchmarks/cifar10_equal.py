@@ -1,0 +1,72 @@
+"""benchmarks/cifar10.py equal: ours and the published code's model and loop take the same steps on the same batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar10_published import Normalise, Published
+from tqdm import tqdm
+
+from crate_dist.config import Recipe
+from crate_dist.data.loader import Share, TrainLoader, eval_loader
+from crate_dist.data.order import Order
+from crate_dist.data.splits import open_splits
+from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.models.archs import build_model
+from crate_dist.optim import Schedule, learning_rate
+
+MARKS = (1, 10, 100)
+"""Steps up to which the largest difference of the losses is told, beside that of all."""
+
+
+def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
+    """The largest differences of logits on the test images before and after, and of losses on the way; on the CPU.
+
+    Ours is the model under crate_dist.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
+    batches are those of our loader. Raises RecipeError as Published does.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from crate_dist.engine import Engine
+
+    device = init_distributed(detect_world())
+    try:
+        train_index, val_index = open_splits(recipe)
+        assert val_index is not None
+        batch, side, data = recipe.train.global_batch, recipe.model.image_size, recipe.data
+        schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
+        order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, data.window)
+        batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), data, side)
+        tests = [found.images for found in eval_loader(val_index, 0, 1, data, side, batch)]
+        published = Published(recipe, train_index.num_classes, reference)
+        engine = Engine(build_model(recipe.model, train_index.num_classes, recipe.train.seed), recipe, device, batch, 1)
+        normalise = Normalise(data)
+
+        def theirs(images: torch.Tensor) -> torch.Tensor:
+            return normalise(images.permute(0, 3, 1, 2).float() / 255)
+
+        def on_tests() -> dict[str, float]:
+            a = torch.cat([engine.predict(images) for images in tests])
+            b = torch.cat([published.logits(theirs(images)) for images in tests])
+            agree = float((a.argmax(1) == b.argmax(1)).double().mean())
+            return {"logits differ by": float((a - b).abs().max()), "same answer, %": 100 * agree}
+
+        result: dict[str, Any] = {"test images": sum(map(len, tests)), "before": on_tests()}
+        losses = []
+        for step in tqdm(range(steps), unit="step"):
+            found = next(batches)
+            images, labels = theirs(found.images), found.labels.clone()
+            lr = learning_rate(step, recipe.optim, schedule)
+            loss = engine.step(iter([found]), lr, step).loss.item()
+            losses.append((loss, published.step(images, labels)))
+            if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
+                published.scheduler.step()
+        apart = [abs(a - b) for a, b in losses]
+        result["losses differ by"] = {f"{n} steps": max(apart[:n]) for n in (*MARKS, steps) if n <= steps}
+        result["last 50 losses, mean"] = [sum(pair) / len(pair) for pair in zip(*losses[-50:], strict=True)]
+        result["after"] = on_tests()
+        return result
+    finally:
+        leave_distributed()
