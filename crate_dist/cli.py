@@ -9,7 +9,7 @@ from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe, l
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --arch/--config, --data, --run-dir, --seed and --set."""
+    """Adds --arch/--config, --data, --run-dir, --init-from, --seed and --set."""
     group = parser.add_argument_group("recipe")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
@@ -22,6 +22,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--start-over", action="store_true", help="set aside what the run folder holds, and begin at step 0"
+    )
+    group.add_argument(
+        "--init-from", metavar="PATH", type=Path, help="fine-tune: begin from a run, a checkpoint or a file of weights"
     )
     group.add_argument("--seed", type=int, help="of the order, the augmentation and the first weights")
     group.add_argument(
@@ -42,9 +45,13 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         arguments.overrides,
         data__root=str(data) if data else None,
         train__seed=arguments.seed,
+        train__init_from=str(arguments.init_from) if arguments.init_from else None,
     )
-    # What the job reads must not depend on the environment of the node that it runs on.
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": recipe.data_root()})})
+    # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
+    data = recipe.data.model_copy(update={"root": recipe.data_root()})
+    init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()
+    train = recipe.train.model_copy(update={"init_from": init_from})
+    return recipe.model_copy(update={"data": data, "train": train})
 
 
 def default_run_dir(recipe: Recipe) -> Path:

@@ -87,6 +87,12 @@ class DataSection(Section):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: Fraction = 0.5
+    randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
+    randaugment_magnitude: int = Field(14, ge=0, le=30, description="how strong they are")
+    erase: Fraction = Field(0.0, description="share of the training images that lose a rectangle")
+    eval_fit: Literal["crop", "stretch"] = Field(
+        "crop", description='"stretch": the whole validation image, resized to the square, whatever eval_crop says'
+    )
     eval_crop: float = Field(0.875, gt=0, le=1, description="central share of a validation image's short side")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -119,6 +125,10 @@ class TrainSection(Section):
     max_steps: Positive | None = Field(None, description="stop early, with the schedule as for all epochs")
     seed: int = Field(0, ge=0)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of the products; master weights are fp32")
+    init_from: Path | None = Field(None, description="a run, a checkpoint or a file of weights to begin from")
+    init_head: Literal["auto", "new", "keep"] = Field(
+        "auto", description='of these weights; "auto": a new one when the classes differ in number or names'
+    )
 
 
 class CheckpointSection(Section):

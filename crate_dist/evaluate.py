@@ -20,16 +20,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
-from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError, location
+from crate_dist.checkpoint import CheckpointError
+from crate_dist.config import DATA_VARIABLE, RecipeError, location
 from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Batch, Normalize, eval_loader
 from crate_dist.data.splits import open_split
 from crate_dist.distributed import detect_world, init_distributed
-from crate_dist.models.archs import build_model
-from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import WeightsError, load_model
-from crate_dist.run import read_recipe
+from crate_dist.models.weights import WeightsError
+from crate_dist.subject import load_subject
 
 
 @dataclass(frozen=True)
@@ -72,44 +70,6 @@ def evaluate(
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, replaced = totals.tolist()
     return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is to be evaluated: an fp32 model, how its run prepared images, as far as that is known, and its name."""
-
-    model: CRATE
-    data: DataSection
-    precision: str
-    name: str
-
-
-def load_subject(source: Path) -> Subject:
-    """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
-
-    Raises
-    ------
-    CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
-    """
-    if not source.is_dir():
-        model, meta = load_model(source)
-        known = {key: meta[key] for key in ("mean", "std", "eval_crop") if key in meta}
-        return Subject(model.float(), DataSection(**known), meta.get("precision", "fp32"), str(source))
-    folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
-    if folder is not None:
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
-            raise CheckpointError(f"the run {source} has no checkpoint yet")
-        saved = checkpoints[-1]
-    else:
-        saved = open_checkpoint(source)
-    if problem := saved.damaged():
-        raise CheckpointError(problem)
-    recipe = read_recipe(saved.path.parents[1])
-    weights = saved.weights()
-    model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
-    model.load_state_dict(weights)
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
-from crate_dist.run import RunFolder
+from crate_dist.run import RunFolder, read_recipe
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         _check_writable(run_dir)
     except RecipeError as error:
         problems.append(str(error))
+    try:
+        if recipe.train.init_from and not any(folder.checkpoints.glob("step-*")):  # else it goes on from its own
+            check_init_from(recipe.train.init_from, recipe)
+    except RecipeError as error:
+        problems.append(str(error))
     if problems:
         raise RecipeError("\n\n".join(problems))
     assert train is not None
@@ -82,6 +87,40 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         micro_batch=micro_batch,
         accumulation=accumulation,
     )
+
+
+def check_init_from(source: Path, recipe: Recipe) -> None:
+    """Looks at --init-from as far as that goes without reading the weights.
+
+    Raises
+    ------
+    RecipeError: there is nothing, nothing that could be weights, or the run of a model of another size
+    """
+    given = f"--init-from {source}"
+    if not source.exists():
+        raise RecipeError(
+            f"{given}: there is nothing; it takes a run folder, a checkpoint in one, or a file of weights"
+        )
+    if not os.access(source, os.R_OK):
+        raise RecipeError(f"{given}: no permission to read it")
+    if source.is_file():
+        return
+    run = source if (source / "recipe.toml").is_file() else source.parent.parent
+    if run == source and not any(source.glob("checkpoints/step-*/manifest.json")):
+        raise RecipeError(f"{given}: this run has no checkpoint yet")
+    if run != source and not (source / "manifest.json").is_file():
+        raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
+    there, here = read_recipe(run).model, recipe.model
+    if there.arch != here.arch:
+        raise RecipeError(
+            f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "
+            f"--set model.arch={there.arch} would fit"
+        )
+
+
+def folder_of_weights(source: Path) -> Path:
+    """What has to be seen for --init-from to be read: of a checkpoint, its whole run."""
+    return source.parent.parent if (source / "manifest.json").is_file() else source.parent
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """The run folder: one run, one folder, one curve. Imports no torch.
 
 recipe.toml          the resolved recipe
-run.json             where the code came from, and each start of the run
+run.json             where the code came from, each start of the run, the weights that it began from if not new ones
 checkpoints/         step-00000500/ …, published whole or not at all
 tensorboard/         event files
 metrics.jsonl        one line per logged step
@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -156,6 +157,11 @@ class RunFolder:
                 write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
         except OSError as error:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+
+    def note_origin(self, origin: Mapping[str, Any]) -> None:
+        """Puts down which weights the run began from."""
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        write_whole(self.record_file, json.dumps({**record, "began_from": origin}, indent=1))
 
     def note_start(self, **facts: Any) -> int:
         """Adds this start (time, host, and `facts`) to the record; returns how many there were before it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, gather_objects
 from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
+from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
@@ -67,6 +68,10 @@ class Trainer:
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
+        if recipe.train.init_from and not found:
+            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, recipe.train.init_head)
+            if world.is_main:
+                folder.note_origin(asdict(origin))
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)
         if found:
             self.engine.load(found)
@@ -247,7 +252,8 @@ class Trainer:
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
         state, about = self.engine.state(), self.recipe.mathematics()
-        self.note_saved(self.saver.save(state, self.progress, recipe=about))
+        classes = list(self.train_index.classes)
+        self.note_saved(self.saver.save(state, self.progress, recipe=about, classes=classes))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:
@@ -297,5 +303,6 @@ class Trainer:
             "mean": list(self.recipe.data.mean),
             "std": list(self.recipe.data.std),
             "precision": self.recipe.train.precision,
+            "eval_fit": self.recipe.data.eval_fit,
             "eval_crop": self.recipe.data.eval_crop,
         }

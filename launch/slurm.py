@@ -29,7 +29,7 @@ import crate_dist
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe
 from crate_dist.job import TrainJob
-from crate_dist.launching import Preflight, preflight
+from crate_dist.launching import Preflight, folder_of_weights, preflight
 from crate_dist.run import RunFolder
 from crate_dist.status import NEEDS_A_PERSON
 
@@ -121,7 +121,13 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        places = [CLONE, recipe.data_root(), *(mount.parent for mount in mounts)]
+        init_from = recipe.train.init_from
+        places = [
+            CLONE,
+            recipe.data_root(),
+            init_from and folder_of_weights(init_from),
+            *(mount.parent for mount in mounts),
+        ]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         srun_args += [
             f"--container-image={cluster.container}",

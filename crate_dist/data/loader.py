@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import DataSection
+from crate_dist.data.augment import augmentations
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
@@ -144,7 +145,7 @@ class TrainLoader(Iterator[Batch]):
     def __init__(
         self, index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int = 0
     ) -> None:
-        transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip)
+        transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data))
         # When a batch is handed over, the loader has just asked for the one _PREFETCH * workers further on.
         batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
         self.slots = batches.slots
@@ -159,7 +160,8 @@ def eval_loader(
     index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int
 ) -> DataLoader[Batch]:
     """This rank's share of a split, once."""
-    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, round(size / data.eval_crop)))
+    short_side = round(size / data.eval_crop) if data.eval_fit == "crop" else None
+    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, short_side))
     return _loader(batches, range(len(batches)), data.workers, pin_memory=torch.cuda.is_available())
 
 

@@ -1,5 +1,7 @@
 """Decode and augment: the bytes of one image become uint8 pixels.
 
+What a recipe adds to crop and flip is in augment.py.
+
 All randomness comes from a generator that is seeded by (seed, epoch, sample), so that a resumed run, another number
 of workers or another cluster sees the same pixels. Crop and flip follow torchvision's RandomResizedCrop and
 RandomHorizontalFlip; EXIF orientation is not applied, as ImageNet's users expect.
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from crate_dist.data.augment import Augmentation
 from crate_dist.data.decode import (
     MAX_PIXELS,
     BadImage,
@@ -40,7 +43,7 @@ _64_BITS = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of random area and aspect, resized to a square, and flipped at random.
+    """A random crop of random area and aspect, resized to a square, flipped at random, and augmented further.
 
     scale: of the crop's area to the image's; ratio: of its width to its height; flip: probability
     """
@@ -49,6 +52,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    augment: tuple[Augmentation, ...] = ()
 
     def __call__(self, data: bytes, rng: random.Random, out: Pixels | None = None) -> Pixels:
         """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
@@ -61,6 +65,8 @@ class TrainTransform:
             out[:] = pixels[:, ::-1] if mirrored else pixels
         else:
             _resize(crop, mirrored, out)
+        for change in self.augment:
+            change(out, rng)
         return out
 
     def draw(self, size: tuple[int, int], rng: random.Random) -> tuple[Box, int, bool]:
@@ -78,16 +84,18 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The short side resized to `short_side`, then the centre square of `size`."""
+    """The short side resized to `short_side`, then the centre square of `size`; None: all of it, stretched to fit."""
 
     size: int
-    short_side: int
+    short_side: int | None
 
     def __call__(self, data: bytes, out: Pixels | None = None) -> Pixels:
         """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
         image = open_image(data)
-        scale = self.short_side / min(image.width, image.height)
-        width, height = max(round(image.width * scale), self.size), max(round(image.height * scale), self.size)
+        width = height = self.size
+        if self.short_side is not None:
+            scale = self.short_side / min(image.width, image.height)
+            width, height = max(round(image.width * scale), width), max(round(image.height * scale), height)
         resized = resized_exactly(image, (0, 0, image.width, image.height), (width, height))
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         centre = resized[top : top + self.size, left : left + self.size]

@@ -1,0 +1,110 @@
+"""The weights of one CRATE as the first weights of another: other classes, another resolution.
+
+Taken as they are: everything that does not depend on these. Interpolated: the positions, from one grid of patches to
+another. Left out, for the new model's own: the head. Nothing else can differ; what does is an error that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from crate_dist.models.archs import find_arch
+from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.layout import StateDict, WeightsError
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """fp32 weights that fit the new model, without a head that is to be new; notes: what was not merely taken."""
+
+    state_dict: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_head: bool) -> Adapted:
+    """Makes the weights of a model `source` fit a model `target`. Changes nothing that it is given.
+
+    new_head: leaves out the head, its normalisation too, as the published fine-tuning code does
+    Raises WeightsError when width, depth, heads or patch size differ, when the head is to be kept for another number
+    of classes, or when a weight is not finite.
+    """
+    _check_size(state_dict, source, target)
+    if source.patch_size != target.patch_size:
+        raise WeightsError(
+            f"the weights read patches of {source.patch_size} x {source.patch_size} pixels, and the recipe's model "
+            f"those of {target.patch_size} x {target.patch_size}; --set model.patch_size={source.patch_size} would fit"
+        )
+    if source.num_classes != target.num_classes and not new_head:
+        raise WeightsError(
+            f"the head has {source.num_classes} classes, and the recipe's model {target.num_classes}; "
+            'train.init_head = "new" makes a new one'
+        )
+    wrong = [name for name, tensor in state_dict.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise WeightsError(f"not finite: {', '.join(wrong)}")
+    taken = {name: t.float() for name, t in state_dict.items() if not (new_head and name.startswith("head."))}
+    notes = []
+    before, now = (config.image_size // config.patch_size for config in (source, target))
+    if before != now:
+        taken["pos_embedding"] = resize_positions(taken["pos_embedding"], now)
+        notes.append(f"positions interpolated from {before} x {before} to {now} x {now} patches")
+    if new_head:
+        notes.append(f"head new, {source.num_classes} classes there and {target.num_classes} here")
+    for name in ("pool", "ista_step", "ista_threshold"):  # no weights, but another function of them
+        there, here = getattr(source, name), getattr(target, name)
+        if there != here:
+            notes.append(f"{name} {there} there and {here} here")
+    return Adapted(taken, tuple(notes))
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Positions (1, 1 + old², d) for a grid of side x side patches, (1, 1 + side², d); the class token's is kept.
+
+    Bicubic, as usual since DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4).
+    """
+    token, grid = positions[:, :1], positions[:, 1:]
+    old = math.isqrt(grid.shape[1])
+    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized = interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    return torch.cat((token, resized.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def _check_size(state_dict: StateDict, source: CrateConfig, target: CrateConfig) -> None:
+    """Raises WeightsError that names every tensor which has another shape for its width, depth or heads."""
+    if (source.dim, source.depth, source.heads) == (target.dim, target.depth, target.heads):
+        return
+    like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in CRATE(replace(target, **like_source)).state_dict().items()}
+    given = {name: t.shape for name, t in state_dict.items()}
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in [*given, *(name for name in expected if name not in given)]:
+        if given.get(name) != expected.get(name):
+            there, here = (str(tuple(shapes[name])) if name in shapes else "none" for shapes in (given, expected))
+            number = re.match(r"layers\.(\d+)\.", name)
+            pattern = name.replace(f"layers.{number[1]}.", "layers.{}.", 1) if number else name
+            layers.setdefault((pattern, f"{there} there, {here} here"), []).append(int(number[1]) if number else 0)
+    lines = [
+        f"  {pattern.format(f'{numbers[0]}-{numbers[-1]}' if len(numbers) > 1 else numbers[0])}: {shapes}"
+        for (pattern, shapes), numbers in layers.items()
+    ]
+    arch = find_arch(source)
+    advice = f"--set model.arch={arch} would fit" if arch else "no recipe's model has this size"
+    raise WeightsError(
+        "\n".join(
+            [f"the weights are those of {_size(source)}, the recipe's model is {_size(target)}; {advice}", *lines]
+        )
+    )
+
+
+def _size(config: CrateConfig) -> str:
+    return (
+        f"{find_arch(config) or 'a model of its own size'} "
+        f"(width {config.dim}, {config.depth} layers, {config.heads} heads)"
+    )

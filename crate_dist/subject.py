@@ -1,0 +1,54 @@
+"""Opens what was trained, wherever it lies: a run, one of its checkpoints, or a file of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
+from crate_dist.config import DataSection
+from crate_dist.models.archs import build_model
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights import load_model
+from crate_dist.run import read_recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
+
+    model: CRATE
+    data: DataSection
+    precision: str
+    name: str
+    classes: tuple[str, ...] | None = None
+
+
+def load_subject(source: Path) -> Subject:
+    """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
+
+    Raises
+    ------
+    CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
+    """
+    if not source.is_dir():
+        model, meta = load_model(source)
+        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop") if key in meta}
+        precision, classes = meta.get("precision", "fp32"), meta.get("classes")
+        return Subject(model.float(), DataSection(**known), precision, str(source), classes and tuple(classes))
+    folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
+    if folder is not None:
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            raise CheckpointError(f"the run {source} has no checkpoint yet")
+        saved = checkpoints[-1]
+    else:
+        saved = open_checkpoint(source)
+    if problem := saved.damaged():
+        raise CheckpointError(problem)
+    recipe = read_recipe(saved.path.parents[1])
+    weights = saved.weights()
+    model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
+    model.load_state_dict(weights)
+    classes = saved.manifest.get("classes")
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), classes and tuple(classes))
