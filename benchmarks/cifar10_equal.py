@@ -56,7 +56,7 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
             changed = torch.cat([control.logits(theirs(images)) for images in tests])
             return {name: apart(logits, base) for name, logits in (("ours", mine), ("control", changed))}
 
-        result: dict[str, Any] = {"test images": sum(map(len, tests)), "before": on_tests()}
+        result: dict[str, Any] = {"images": sum(map(len, tests)), "steps": steps, "before": on_tests()}
         losses = []
         for step in tqdm(range(steps), unit="step"):
             found = next(batches)
@@ -67,11 +67,10 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
             if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
                 published.scheduler.step()
                 control.scheduler.step()
-        for place, name in ((0, "ours"), (2, "control")):
-            largest = {
-                str(n): max(abs(row[place] - row[1]) for row in losses[:n]) for n in (*MARKS, steps) if n <= steps
-            }
-            result[f"losses of {name} differ by, up to step"] = largest
+        result["losses"] = {
+            name: {str(n): max(abs(row[place] - row[1]) for row in losses[:n]) for n in (*MARKS, steps) if n <= steps}
+            for place, name in ((0, "ours"), (2, "control"))
+        }
         result["after"] = on_tests()
         return result
     finally:
@@ -84,10 +83,10 @@ def perturb(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         ulp = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
-        weight += ulp * torch.randint(-1, 2, weight.shape, generator=generator)
+        weight.add_(ulp * torch.randint(-1, 2, weight.shape, generator=generator))
 
 
 def apart(logits: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
     """How far two outcomes for the same images are from each other."""
     agree = (logits.argmax(1) == base.argmax(1)).double().mean()
-    return {"logits differ by": float((logits - base).abs().max()), "same answer, %": 100 * float(agree)}
+    return {"logits": float((logits - base).abs().max()), "same_percent": 100 * float(agree)}

@@ -106,8 +106,21 @@ def tables(result: dict[str, Any]) -> str:
             f"standard error {found['standard_error']:.2f}, 95 % interval {found['low']:+.2f} to {found['high']:+.2f}"
         )
     if result["equal"]:
-        lines += ["", f"same weights and batches: {json.dumps(result['equal'])}"]
+        lines += ["", *equal_table(result["equal"])]
     return "\n".join(lines)
+
+
+def equal_table(found: dict[str, Any]) -> list[str]:
+    """The largest differences from the published code on the same batches, as the lines of a Markdown table."""
+    marks = list(found["losses"]["ours"])
+    head = [f"loss, to step {mark}" for mark in marks]
+    head += ["logits before", f"after {found['steps']} steps", f"same answer for {found['images']:,} images then, %"]
+    lines = [f"| difference from the published code | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name, label in (("ours", "crate-dist"), ("control", "itself, weights changed in the last bit")):
+        cells = [f"{found['losses'][name][mark]:.1g}" for mark in marks]
+        cells += [f"{found[when][name]['logits']:.1g}" for when in ("before", "after")]
+        lines.append(f"| {label} | {' | '.join([*cells, format(found['after'][name]['same_percent'], '.1f')])} |")
+    return lines
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
