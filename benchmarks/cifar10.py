@@ -33,7 +33,7 @@ from crate_dist.config import Recipe, RecipeError, load_recipe
 REPO = Path(__file__).resolve().parents[1]
 HALVES = {"first": slice(0, 5), "last": slice(5, 10)}
 """Class folders in sorted order: disjoint classes, hence disjoint images."""
-SHORT = ["train.epochs=4", "optim.warmup_epochs=1"]
+SHORT = ["train.epochs=2", "optim.warmup_epochs=1"]
 """The small budget that both contestants of `finetune` have."""
 
 

@@ -44,6 +44,10 @@ class Published:
                 "weights and computes in fp32 on a CPU; give a recipe with optim.schedule=reference, "
                 "optim.grad_clip=0, optim.decay_all=true and train.precision=fp32"
             )
+        if not (reference / "model" / "crate.py").is_file():
+            raise RecipeError(
+                f"--reference {reference}: no model/crate.py there; give a checkout of the published code"
+            )
         random.seed(recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
         config = model_config(recipe.model, classes)

@@ -132,7 +132,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     panels = [
         ("CIFAR-10 from scratch", ("published-bilinear", "ours")),
-        ("five classes, four epochs", ("scratch", "tuned")),
+        ("five other classes, two epochs", ("scratch", "tuned")),
     ]
     panels = [(title, names) for title, names in panels if any(name in result for name in names)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False)
