@@ -174,9 +174,12 @@ def train(
     overrides: Sequence[str] = (),
     options: Sequence[object] = (),
 ) -> None:
-    """One run of ours in WORK/name."""
-    settings = [part for text in [*overrides, *arguments.overrides] for part in ("--set", text)]
+    """One run of ours in WORK/name, unless it is complete."""
     data, folder = arguments.work / "shards" / shards, arguments.work / name
+    if (folder / "model-last.pt").exists():
+        print(f"{folder} is complete")
+        return
+    settings = [part for text in [*overrides, *arguments.overrides] for part in ("--set", text)]
     where = ["--data", data, "--run-dir", folder, "--seed", seed, "--ranks", 1]
     run("launch/local.py", "--arch", arguments.arch, *where, *options, *settings)
 

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +20,53 @@ NAMES = {
     "tuned": "fine-tuned",
     "scratch": "from scratch",
 }
-PAIRS = [("ours", "published-bilinear"), ("ours", "published-bicubic"), ("tuned", "scratch")]
-Curves = dict[str, list[float]]
+GROUPS = {
+    "CIFAR-10 from scratch": ("ours", "published-bilinear", "published-bicubic"),
+    "five other classes": ("tuned", "scratch"),
+}
+"""In each, the first is compared with each of the others."""
+Runs = dict[str, dict[int, float]]
+"""Top-1 by seed and step."""
 
 
 def collect(work: Path) -> dict[str, Any]:
-    """Top-1 after each epoch of every run in the folder, by contestant and seed, and the last epochs' training loss.
+    """Top-1 after each epoch of every run in the folder, finished or not, by contestant and seed; and what it means.
 
-    Reads WORK/<contestant>-seed<N>/metrics.jsonl; a run that is not at the last evaluation of the others is left out.
+    Reads WORK/<contestant>-seed<N>/metrics.jsonl. Differences are taken at each step that two seeds or more of both
+    contestants have reached, over the seeds that have.
     """
-    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    found: dict[str, Runs] = defaultdict(dict)
     for path in sorted(work.glob("*-seed*/metrics.jsonl")):
         match = re.fullmatch(r"(.+)-seed(\d+)", path.parent.name)
-        if not match or match[1] not in NAMES:
-            continue
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        evaluated = [line for line in lines if "val/top1" in line]
-        if not evaluated:
-            continue
-        previous = evaluated[-2]["step"] if len(evaluated) > 1 else 0
-        losses = [line["train/loss"] for line in lines if "train/loss" in line and line["step"] > previous]
-        found[match[1]][match[2]] = {
-            "steps": [line["step"] for line in evaluated],
-            "top1": [line["val/top1"] for line in evaluated],
-            "val_loss": evaluated[-1]["val/loss"],
-            "train_loss": statistics.mean(losses),
-        }
-    result: dict[str, Any] = {}
-    for name in NAMES:
-        longest = max((run["steps"][-1] for run in found[name].values()), default=0)
-        whole = {seed: run for seed, run in found[name].items() if run["steps"][-1] == longest}
-        if whole:
-            result[name] = whole
-    result["compared"] = {
-        f"{a} - {b}": difference(finals(result[a]), finals(result[b]))
-        for a, b in PAIRS
-        if a in result and b in result and min(len(result[a]), len(result[b])) > 1
-    }
+        if match and match[1] in NAMES:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            top1 = {line["step"]: line["val/top1"] for line in lines if "val/top1" in line}
+            if top1:
+                found[match[1]][match[2]] = top1
+    differences = {}
+    for first, *others in GROUPS.values():
+        for other in others:
+            pair = [found.get(name, {}) for name in (first, other)]
+            at = {step: [values(runs, step) for runs in pair] for step in steps_of(pair)}
+            at = {step: (a, b) for step, (a, b) in at.items() if min(len(a), len(b)) > 1}
+            if at:
+                differences[f"{first} - {other}"] = {step: difference(a, b) for step, (a, b) in at.items()}
     equal = work / "equal.json"
-    result["equal"] = json.loads(equal.read_text(encoding="utf-8")) if equal.exists() else None
-    return result
+    return {
+        "runs": dict(found),
+        "differences": differences,
+        "equal": json.loads(equal.read_text(encoding="utf-8")) if equal.exists() else None,
+    }
 
 
-def finals(runs: dict[str, Any]) -> list[float]:
-    """Top-1 after the last epoch, one per seed."""
-    return [run["top1"][-1] for run in runs.values()]
+def steps_of(contestants: Iterable[Runs]) -> list[int]:
+    """Every step at which one of their runs was evaluated."""
+    return sorted({step for runs in contestants for run in runs.values() for step in run})
+
+
+def values(runs: Runs, step: int) -> list[float]:
+    """Top-1 of the seeds that have reached a step."""
+    return [run[step] for run in runs.values() if step in run]
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
@@ -79,35 +81,39 @@ def difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 def tables(result: dict[str, Any]) -> str:
     """As Markdown."""
+    lines: list[str] = []
+    for title, names in GROUPS.items():
+        there = {name: result["runs"][name] for name in names if name in result["runs"]}
+        if there:
+            steps = steps_of(there.values())
+            lines += [f"| {title}: top-1, % | {' | '.join(f'step {step}' for step in steps)} |"]
+            lines += ["|---" * (len(steps) + 1) + "|", *rows(there, steps)]
+            for pair, found in result["differences"].items():
+                first, _, other = pair.partition(" - ")
+                if first == names[0]:
+                    cells = [shown(found[step]) if step in found else "" for step in steps]
+                    lines.append(f"| {NAMES[first]} - {NAMES[other]} | {' | '.join(cells)} |")
+            lines += [""]
+    return "\n".join([*lines, *(equal_table(result["equal"]) if result["equal"] else [])])
+
+
+def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[str]:
+    """One for each run, then the mean and the standard deviation over the seeds of each contestant."""
     lines = []
-    for group in (("ours", "published-bilinear", "published-bicubic"), ("tuned", "scratch")):
-        there = [name for name in group if name in result]
-        if not there:
-            continue
-        steps = next(iter(result[there[0]].values()))["steps"]
-        lines += [f"| top-1, % | seeds | {' | '.join(f'step {step}' for step in steps)} | spread | each |"]
-        lines += ["|---" * (len(steps) + 4) + "|"]
-        for name in there:
-            columns = list(zip(*(run["top1"] for run in result[name].values()), strict=True))
-            means = " | ".join(f"{statistics.mean(column):.2f}" for column in columns)
-            each = ", ".join(f"{value:.2f}" for value in finals(result[name]))
-            spread = f"{statistics.stdev(columns[-1]):.2f}" if len(columns[-1]) > 1 else ""
-            lines.append(f"| {NAMES[name]} | {len(result[name])} | {means} | {spread} | {each} |")
-        lines += [""]
-        for name in there:
-            runs = result[name].values()
-            both = [statistics.mean(run[key] for run in runs) for key in ("train_loss", "val_loss")]
-            lines.append(f"{NAMES[name]}: training loss of the last epoch {both[0]:.4f}, test loss {both[1]:.4f}")
-        lines += [""]
-    for pair, found in result["compared"].items():
-        a, _, b = pair.partition(" - ")
-        lines.append(
-            f"{NAMES[a]} - {NAMES[b]}: {found['difference']:+.2f} points, "
-            f"standard error {found['standard_error']:.2f}, 95 % interval {found['low']:+.2f} to {found['high']:+.2f}"
-        )
-    if result["equal"]:
-        lines += ["", *equal_table(result["equal"])]
-    return "\n".join(lines)
+    for name, runs in contestants.items():
+        for seed, run in runs.items():
+            cells = [f"{run[step]:.2f}" if step in run else "" for step in steps]
+            lines.append(f"| {NAMES[name]}, seed {seed} | {' | '.join(cells)} |")
+    for name, runs in contestants.items():
+        columns = [values(runs, step) for step in steps]
+        cells = [f"{statistics.mean(c):.2f} ({statistics.stdev(c):.2f})" if len(c) > 1 else "" for c in columns]
+        lines.append(f"| {NAMES[name]}, mean (standard deviation) | {' | '.join(cells)} |")
+    return lines
+
+
+def shown(found: dict[str, float]) -> str:
+    """A difference of means with its standard error and its interval."""
+    return f"{found['difference']:+.2f} ± {found['standard_error']:.2f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
 def equal_table(found: dict[str, Any]) -> list[str]:
@@ -124,30 +130,25 @@ def equal_table(found: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The curves side by side: the mean over seeds as a line, each seed as a thin one."""
+    """The curves side by side: a line for each seed, a thick one for their mean."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = [
-        ("CIFAR-10 from scratch", ("published-bilinear", "ours")),
-        ("five other classes, two epochs", ("scratch", "tuned")),
-    ]
-    panels = [(title, names) for title, names in panels if any(name in result for name in names)]
+    colours = ("tab:blue", "tab:orange", "tab:green")
+    panels = {title: [name for name in names if name in result["runs"]] for title, names in GROUPS.items()}
+    panels = {title: names for title, names in panels.items() if names}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False)
-    for axis, (title, names) in zip(axes[0], panels, strict=True):
-        for name, colour, style in zip(names, ("tab:orange", "tab:blue"), ("-", "--"), strict=True):
-            if name not in result:
-                continue
-            runs = list(result[name].values())
-            for run in runs:
-                axis.plot(run["steps"], run["top1"], color=colour, linewidth=0.6, alpha=0.5)
-            means = [statistics.mean(column) for column in zip(*(run["top1"] for run in runs), strict=True)]
-            label = f"{NAMES[name]}, {len(runs)} seeds: {means[-1]:.1f} %"
-            axis.plot(
-                runs[0]["steps"], means, style, color=colour, linewidth=1.8, marker="o", markersize=3, label=label
-            )
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name, colour in zip(names, colours, strict=False):
+            runs: Runs = result["runs"][name]
+            for run in runs.values():
+                axis.plot(run.keys(), run.values(), color=colour, linewidth=0.6, alpha=0.6)
+            steps = [step for step in steps_of([runs]) if len(values(runs, step)) == len(runs)]
+            means = [statistics.mean(values(runs, step)) for step in steps]
+            style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "color": colour}
+            axis.plot(steps, means, label=f"{NAMES[name]} ({len(runs)} seeds)", **style)
         axis.set(title=title, xlabel="step", ylabel="top-1 on the test images, %")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=8)
