@@ -47,10 +47,10 @@ def collect(work: Path) -> dict[str, Any]:
     for first, *others in GROUPS.values():
         for other in others:
             pair = [found.get(name, {}) for name in (first, other)]
-            at = {step: [values(runs, step) for runs in pair] for step in steps_of(pair)}
-            at = {step: (a, b) for step, (a, b) in at.items() if min(len(a), len(b)) > 1}
+            at = {step: (values(pair[0], step), values(pair[1], step)) for step in steps_of(pair)}
+            at = {step: both for step, both in at.items() if min(map(len, both)) > 1}
             if at:
-                differences[f"{first} - {other}"] = {step: difference(a, b) for step, (a, b) in at.items()}
+                differences[f"{first} - {other}"] = {step: difference(*both) for step, both in at.items()}
     equal = work / "equal.json"
     return {
         "runs": dict(found),
