@@ -136,18 +136,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    colours = ("tab:blue", "tab:orange", "tab:green")
+    looks = (("tab:blue", "-"), ("tab:orange", "-"), ("tab:green", "--"))
     panels = {title: [name for name in names if name in result["runs"]] for title, names in GROUPS.items()}
     panels = {title: names for title, names in panels.items() if names}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
-        for name, colour in zip(names, colours, strict=False):
+        for name, (colour, line) in zip(names, looks, strict=False):
             runs: Runs = result["runs"][name]
             for run in runs.values():
                 axis.plot(run.keys(), run.values(), color=colour, linewidth=0.6, alpha=0.6)
             steps = [step for step in steps_of([runs]) if len(values(runs, step)) == len(runs)]
             means = [statistics.mean(values(runs, step)) for step in steps]
-            style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "color": colour}
+            style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "color": colour, "linestyle": line}
             axis.plot(steps, means, label=f"{NAMES[name]} ({len(runs)} seeds)", **style)
         axis.set(title=title, xlabel="step", ylabel="top-1 on the test images, %")
         axis.grid(alpha=0.3)
