@@ -21,15 +21,14 @@ from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, gather_objects
 from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
+from crate_dist.exporting import export
 from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt
 from crate_dist.live import Live
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
-from crate_dist.models.card import facts_of, write_card
-from crate_dist.models.weights import export_model
 from crate_dist.optim import Schedule, learning_rate
-from crate_dist.run import RunFolder, code_version
+from crate_dist.run import RunFolder
 from crate_dist.saving import Saved, Saver, prune
 from crate_dist.startup import Startup
 from crate_dist.watchdog import Watchdog
@@ -145,7 +144,10 @@ class Trainer:
         self.finish_saving()
         if self.world.is_main:
             prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress)
-        self.export()
+        if self.world.is_main:
+            config, indexes = self.engine.module.config, (self.train_index, self.val_index)
+            export(self.folder, self.recipe, config, self.progress, self.schedule, *indexes)
+        dist.barrier()
         self.monitor.close()
         best = self.progress
         accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
@@ -292,38 +294,3 @@ class Trainer:
                 notice_s,
                 int(4 * saved.total_s),
             )
-
-    def export(self) -> None:
-        """Writes the weights alone of the last and of the best checkpoint."""
-        if self.world.is_main:
-            there = {saved.step: saved for saved in checkpoint.list_checkpoints(self.folder.checkpoints)}
-            for which, step in (("last", self.progress.step), ("best", self.progress.best_step)):
-                if step >= 0:
-                    saved = there.get(step)
-                    problem = saved.damaged() if saved else f"step {step} could not be saved"
-                    if saved is None or problem:
-                        logger.error("%s is not written: %s", self.folder.model(which), problem)
-                    else:
-                        path, config, about = self.folder.model(which), self.engine.module.config, self.about(saved)
-                        export_model(path, config, saved.weights(), about)
-                        write_card(path, config, about)
-        dist.barrier()
-
-    def about(self, saved: checkpoint.Checkpoint) -> dict[str, object]:
-        """What an exported model says of itself."""
-        return {
-            "recipe": self.recipe.name,
-            "step": saved.step,
-            "epochs": saved.step / self.schedule.steps_per_epoch,
-            "metrics": dict(saved.progress.metrics),
-            "evaluated_at": saved.progress.evaluated_at,
-            "data": facts_of(self.train_index, self.val_index),
-            "recipe_values": self.recipe.mathematics(),
-            "code": code_version(),
-            "classes": list(self.train_index.classes),
-            "mean": list(self.recipe.data.mean),
-            "std": list(self.recipe.data.std),
-            "precision": self.recipe.train.precision,
-            "eval_fit": self.recipe.data.eval_fit,
-            "eval_crop": self.recipe.data.eval_crop,
-        }

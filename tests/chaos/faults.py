@@ -76,7 +76,7 @@ POINTS = {
     "noting an evaluation": Point("crate_dist.metrics", "Monitor.evaluation"),
     "beginning to save": Point("crate_dist.saving", "Saver.save"),
     # the end
-    "exporting the weights": Point("crate_dist.trainer", "export_model"),
+    "exporting the weights": Point("crate_dist.exporting", "export_model"),
     "syncing the weights": Point("os", "fsync", lambda number: "model-" in _file(number).name),
     "noting the end": Point("crate_dist.metrics", "Monitor.close"),
 }

@@ -1,0 +1,58 @@
+"""What a complete run leaves: the weights alone of its last and of its best checkpoint, each with a model card."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from crate_dist.checkpoint import Checkpoint, Progress, list_checkpoints
+from crate_dist.config import Recipe
+from crate_dist.data.index import ShardIndex
+from crate_dist.models.card import facts_of, write_card
+from crate_dist.models.crate import CrateConfig
+from crate_dist.models.weights import export_model
+from crate_dist.optim import Schedule
+from crate_dist.run import RunFolder, code_version
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    folder: RunFolder,
+    recipe: Recipe,
+    config: CrateConfig,
+    progress: Progress,
+    schedule: Schedule,
+    train: ShardIndex,
+    val: ShardIndex | None,
+) -> None:
+    """Writes model-last.pt and model-best.pt; one whose checkpoint is damaged is not written, and the log says so."""
+    there = {saved.step: saved for saved in list_checkpoints(folder.checkpoints)}
+    for which, step in (("last", progress.step), ("best", progress.best_step)):
+        if step < 0:
+            continue
+        saved, path = there.get(step), folder.model(which)
+        problem = saved.damaged() if saved else f"step {step} could not be saved"
+        if saved is None or problem:
+            logger.error("%s is not written: %s", path, problem)
+            continue
+        about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, schedule)}
+        export_model(path, config, saved.weights(), about)
+        write_card(path, config, about)
+
+
+def _about(saved: Checkpoint, recipe: Recipe, schedule: Schedule) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "step": saved.step,
+        "epochs": saved.step / schedule.steps_per_epoch,
+        "metrics": dict(saved.progress.metrics),
+        "evaluated_at": saved.progress.evaluated_at,
+        "recipe_values": recipe.mathematics(),
+        "code": code_version(),
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "precision": recipe.train.precision,
+        "eval_fit": recipe.data.eval_fit,
+        "eval_crop": recipe.data.eval_crop,
+    }
