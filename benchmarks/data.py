@@ -119,6 +119,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     for number in range(arguments.rounds):
         for step, run in steps.items():
+            torch.set_num_threads(1)  # FFCV leaves its own number behind
             start, cpu = time.perf_counter(), time.process_time()
             count = run()
             inside.setdefault(step, []).append(
