@@ -7,11 +7,11 @@ In TensorBoard, under "whitebox" and as charts of all layers each under "Custom 
     gradient_norm       ‖∂ loss / ∂ θ_ℓ‖₂ on these images         dead_features  share that no token of any image uses
     coherence           of the dictionary, see whitebox.py
 
-and as pictures the profile over the layers and where the class token looks. Rank 0 measures, in the precision and with
-the weights of training, while the others wait; under ZeRO-2 these are whole on every rank, and so this takes no
-collective. Gradients are those of a backward pass of its own over these images: ZeRO has dealt out the step's own by
-then, and these can be compared from one time to the next, as the batch does not change. Nothing here draws a random
-number or writes to the model: a run ends with the same weights with and without.
+and as pictures the profile over the layers and where the class token looks. Rank 0 measures, with the weights that the
+model sees in training and in their precision, while the others wait; under ZeRO-2 these are whole on every rank, and
+so this takes no collective. Gradients are those of a backward pass of its own over these images: ZeRO has dealt out
+the step's own by then, and these can be compared from one time to the next, as the batch does not change. Nothing here
+draws a random number or writes to the model: a run ends with the same weights with and without.
 """
 
 from __future__ import annotations
