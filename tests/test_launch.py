@@ -273,6 +273,7 @@ def test_no_sbatch(tiny: Arguments, tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["--data", "/nowhere"], "no folder /nowhere/train: data_prep/imagenet.py or data_prep/image_folder.py writes"),
+        (["--set", "data.val_split=none"], "none to evaluate on; --set data.val_split= trains without evaluation"),
         (["--set", "train.global_batch=65"], "a global batch of 65 does not divide over"),
         (["--set", "train.global_batch=6400"], "200 samples, fewer than one global batch of 6400; --set train.global_"),
         (["--set", "model.num_classes=2"], "4 classes, more than model.num_classes = 2; leave it out, or give 4"),

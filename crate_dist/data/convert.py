@@ -126,8 +126,9 @@ def convert(source: Source, options: Options, program: str) -> None:
         if job not in unfinished:
             tell(f"{job.folder.path} is complete already: {_size_of(index)}")
     tell("")
-    tell(f"next: python launch/slurm.py --arch crate_large --nodes 4 --data {options.out}")
-    tell(f"  or: python launch/local.py --arch crate_tiny --ranks 2 --data {options.out}")
+    more = "" if "val" in source.splits else " --set data.val_split="
+    tell(f"next: python launch/slurm.py --arch crate_large --nodes 4 --data {options.out}{more}")
+    tell(f"  or: python launch/local.py --arch crate_tiny --ranks 2 --data {options.out}{more}")
     tell(f"check at any time: python data_prep/verify.py {options.out}")
 
 
