@@ -15,6 +15,7 @@ world size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -43,7 +44,7 @@ from crate_dist.lion import Lion
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
 
-with compiling.decorators_ignored():
+with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
     # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
     import deepspeed.runtime.zero.muon.original_muon
 

@@ -211,5 +211,5 @@ def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) ->
     for losses in fast:
         off = losses - exact
         assert off.abs().max() < 0.1
-        assert off.abs().max() > 0, "no product was bf16"
+        assert off[0].abs() > 1e-5, "no product was bf16: fp32, compiled, is some 1e-6 off at the first step"
         assert all(abs(quarter.mean()) < 0.05 for quarter in off.chunk(4))
