@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
     config, data = subject.model.config, subject.data
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", data.eval_crop)
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", data)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
         pictures = from_paths(options.images, framing, data, count)

@@ -27,9 +27,8 @@ import torch.distributed as dist
 from crate_dist.config import Recipe
 from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.loader import Normalize
+from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.transforms import EvalTransform
 from crate_dist.distributed import World
 from crate_dist.metrics import Monitor
 from crate_dist.models.crate import CRATE
@@ -158,7 +157,7 @@ def first_images(index: ShardIndex, recipe: Recipe) -> tuple[Pixels, torch.Tenso
     ShardError: none decodes, or a shard cannot be read
     """
     size, reader = recipe.model.image_size, ShardReader(index)
-    transform = EvalTransform(size, round(size / recipe.data.eval_crop))
+    transform = eval_transform(recipe.data, size)
     pixels: list[Pixels] = []
     labels: list[int] = []
     for sample in range(index.num_samples):

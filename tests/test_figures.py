@@ -173,7 +173,7 @@ def test_models_that_cannot_be_used_are_named(photos: Path, tmp_path: Path, caps
 
 
 def test_a_tensor_file_is_read_as_the_model_does_and_shown_as_it_was(golden_files: tuple[Path, Path]) -> None:
-    framing = Framing(32, 8, square=True, eval_crop=1.0)
+    framing = Framing(32, 8, square=True, prepared=DataSection(eval_crop=1.0))
     pictures = from_paths([golden_files[1]], framing, DataSection(), count=2)
     stored = torch.load(golden_files[1], weights_only=True)["imgs"]
     assert len(pictures) == 2

@@ -16,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
+from crate_dist.data.loader import eval_loader
 from crate_dist.distributed import World
 from crate_dist.live import Live, first_images
 from crate_dist.models.archs import build_model
@@ -233,3 +234,13 @@ def test_bad_images_are_passed_over_and_the_first_good_ones_are_taken(small_reci
     assert labels.tolist() == [1, 2, 0, 1]  # samples 1, 2, 4 and 5
     assert pixels.shape == (4, 32, 32, 3)
     assert np.array_equal(first_images(index, recipe)[0], pixels)
+
+
+def test_the_images_are_those_of_evaluation_prepared_as_for_it(small_recipe: Path, cast_shards: Path) -> None:
+    index = ShardIndex.load(cast_shards / "val")
+    for fit in ("crop", "stretch"):
+        recipe = load_recipe(small_recipe, data__eval_fit=fit, data__eval_crop=0.5, data__workers=0)
+        pixels, labels = first_images(index, recipe)
+        batch = next(iter(eval_loader(index, 0, 1, recipe.data, recipe.model.image_size, len(pixels))))
+        assert torch.equal(torch.from_numpy(pixels), batch.images), fit
+        assert torch.equal(labels, batch.labels)

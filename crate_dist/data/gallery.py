@@ -17,9 +17,8 @@ from torch import Tensor
 from crate_dist.config import DataSection
 from crate_dist.data.decode import BadImage, Pixels, open_image, resized_exactly
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Normalize
+from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.transforms import EvalTransform
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 """What is taken for an image in a folder, also in capitals."""
@@ -43,7 +42,7 @@ class Picture:
 class Framing:
     """How an image becomes pixels whose sides are whole patches.
 
-    side: pixels, a multiple of `patch`. square: the centre that evaluation sees; otherwise the whole image with its
+    side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image with its
     short side as long, its proportions kept up to half a patch.
     Raises GalleryError when `side` is no multiple.
     """
@@ -51,7 +50,7 @@ class Framing:
     side: int
     patch: int
     square: bool
-    eval_crop: float
+    prepared: DataSection
 
     def __post_init__(self) -> None:
         if self.side % self.patch or self.side < self.patch:
@@ -64,7 +63,7 @@ class Framing:
     def __call__(self, data: bytes) -> Pixels:
         """The image as uint8 (height, width, 3). Raises BadImage."""
         if self.square:
-            return EvalTransform(self.side, round(self.side / self.eval_crop))(data)
+            return eval_transform(self.prepared, self.side)(data)
         image = open_image(data)
         if max(image.size) > _MOST_LENGTHS * min(image.size):
             raise BadImage(f"{image.width} x {image.height} pixels, more than {_MOST_LENGTHS} times as long as wide")

@@ -156,12 +156,16 @@ class TrainLoader(Iterator[Batch]):
         return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
+def eval_transform(data: DataSection, size: int) -> EvalTransform:
+    """How a recipe prepares an image of `size` pixels to be evaluated."""
+    return EvalTransform(size, round(size / data.eval_crop) if data.eval_fit == "crop" else None)
+
+
 def eval_loader(
     index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int
 ) -> DataLoader[Batch]:
     """This rank's share of a split, once."""
-    short_side = round(size / data.eval_crop) if data.eval_fit == "crop" else None
-    batches = EvalBatches(index, rank, world_size, batch, EvalTransform(size, short_side))
+    batches = EvalBatches(index, rank, world_size, batch, eval_transform(data, size))
     return _loader(batches, range(len(batches)), data.workers, pin_memory=torch.cuda.is_available())
 
 

@@ -25,9 +25,10 @@ def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
     """
     root = recipe.data_root()
     train = open_split(root, recipe.data.train_split, recipe.data)
-    if isinstance(root, Path) and recipe.data.val_split and not (root / recipe.data.val_split).is_dir():
+    wanted = root / recipe.data.val_split if isinstance(root, Path) and recipe.data.val_split else None
+    if wanted and not wanted.is_dir():
         raise ShardError(
-            f"no folder {root / recipe.data.val_split} to evaluate on; --set data.val_split= trains without evaluation; "
+            f"no folder {wanted} to evaluate on; --set data.val_split= trains without evaluation; "
             "data_prep/image_folder.py --val-fraction 0.05 would hold images out for one"
         )
     val = open_split(root, recipe.data.val_split, recipe.data) if recipe.data.val_split else None
