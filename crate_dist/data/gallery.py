@@ -42,7 +42,7 @@ class Picture:
 class Framing:
     """How an image becomes pixels whose sides are whole patches.
 
-    side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image with
+    side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image,
     its short side as long, its proportions kept up to half a patch.
     Raises GalleryError when `side` is no multiple.
     """
