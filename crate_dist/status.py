@@ -5,6 +5,10 @@ they have lost it (TRY_AGAIN), or were killed by a signal (128 and its number).
 """
 
 TRY_AGAIN = 75
-"""EX_TEMPFAIL: the run is not complete, and nobody need do anything but start it again."""
+"""EX_TEMPFAIL: a fault that may pass ended the run before it was complete; it goes on when it is started again."""
+STOPPED = 76
+"""The run was told to stop, has saved, and goes on when it is started again. Nothing has failed."""
 NEEDS_A_PERSON = 200
 """Started again, it would fail again."""
+LOST_THE_RUN = 201
+"""The run folder belongs to another job now. Never started again: the other one goes on with the run."""
