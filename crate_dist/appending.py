@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from crate_dist.lock import ALONE
 
 logger = logging.getLogger(__name__)
 
@@ -14,10 +17,12 @@ class AppendedFile:
 
     A disk that is full for a while is no reason to end a training: it is said once, and nothing is lost but by a
     crash meanwhile.
+
+    check: raises LostTheRun when the file is another job's now, OSError when that cannot be seen; see lock.Tenure
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, check: Callable[[], None] = ALONE.check) -> None:
+        self._path, self._check = path, check
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._waiting = b""
         self._failing = False
@@ -26,11 +31,12 @@ class AppendedFile:
         """At the end of the file, behind what is still waiting."""
         self._waiting += record
         try:
+            self._check()
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
         except OSError as error:
             if not self._failing:
-                logger.error("cannot write %s: %s; what belongs there is kept until it can", self._path, error.strerror)
+                logger.error("cannot write %s: %s; what belongs there is kept until it can", self._path, error)
             self._failing = True
         else:
             self._failing = False

@@ -15,19 +15,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from crate_dist.distributed import World, gather_objects
+from crate_dist.run import checkpoint_names, write_whole
 
 MANIFEST = "manifest.json"
+PUBLISHED = "published.json"
 FORMAT_VERSION = 1
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
+
+_PAUSES_S = (0.5, 2.0)
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +96,11 @@ class Checkpoint:
         return Progress(**self.manifest["progress"])
 
     @property
+    def tenure(self) -> int:
+        """Which holder of the run folder saved it; 0 for those of before that was written down. See lock.py."""
+        return int(self.manifest.get("tenure", 0))
+
+    @property
     def world_size(self) -> int:
         """Ranks that saved it."""
         return int(self.manifest["world_size"])
@@ -105,9 +116,10 @@ class Checkpoint:
             expected = self.manifest["files"][name]
             path = self.path / name
             try:
-                if path.stat().st_size != expected["bytes"]:
-                    return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
-                if _digest(path) != expected["sha256"]:
+                size = patiently(path.stat).st_size
+                if size != expected["bytes"]:
+                    return f"{path} has {size} bytes, not {expected['bytes']}"
+                if patiently(lambda path=path: _digest(path)) != expected["sha256"]:  # type: ignore[misc]
                     return f"{path} does not have the digest in its manifest"
             except OSError as error:
                 return f"{path}: {error.strerror}"
@@ -163,6 +175,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
+def step_name(step: int, replacement: int = 0) -> str:
+    """The name of a checkpoint's folder; `replacement` counts those of the same step."""
+    return f"{PREFIX}{step:08d}" + (f".{replacement}" if replacement else "")
+
+
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all that a manifest says but this."""
     said = {key: value for key, value in manifest.items() if key != "digest"}
@@ -176,10 +193,12 @@ def find_newest(folder: Path, world: World) -> Checkpoint | None:
 
     Raises
     ------
-    CheckpointError: there are checkpoints, and none of them is whole
+    CheckpointError: there are checkpoints, and none of them is whole; or there were, and they cannot be seen
     """
-    names = gather_objects(sorted((p.name for p in folder.glob(f"{PREFIX}*")), reverse=True))[0]
-    for name in names:
+    names, problem, number = gather_objects(_names_or_why_not(folder) if world.is_main else ([], "", None))[0]
+    if problem:
+        raise CheckpointError(problem) from (OSError(number, problem) if number else None)
+    for name in reversed(names):
         checkpoint, problem = _open_or_why_not(folder / name)
         if checkpoint is not None:
             files = sorted(checkpoint.manifest["files"])
@@ -195,6 +214,52 @@ def find_newest(folder: Path, world: World) -> Checkpoint | None:
     return None
 
 
+def note_published(folder: Path, step: int) -> None:
+    """Puts down, outside the folder of the checkpoints, that there is one."""
+    write_whole(folder.with_name(PUBLISHED), json.dumps({"step": step}) + "\n")
+
+
+def _names_or_why_not(folder: Path) -> tuple[list[str], str, int | None]:
+    """Names of the checkpoints, oldest first; or a problem, and the number of the error that is its cause."""
+    noted = folder.with_name(PUBLISHED)
+    try:
+        names = patiently(lambda: checkpoint_names(folder))
+        try:
+            step = int(json.loads(patiently(lambda: noted.read_text(encoding="utf-8")))["step"])
+        except FileNotFoundError:
+            return names, "", None
+    except OSError as error:
+        return [], f"cannot see which checkpoints there are in {folder}: {error.strerror}", error.errno
+    except (ValueError, KeyError, TypeError) as error:
+        return names, "" if names else f"there is no checkpoint in {folder}, and {noted} is damaged ({error})", None
+    if not names:
+        return (
+            [],
+            (
+                f"there is no checkpoint in {folder}, but {noted} says that this run has published one of step {step}: "
+                "is something not mounted, or was the folder emptied? Nothing was started, since it would start at "
+                "step 0. Bring the checkpoints back, or give --start-over, which sets what is left of the run aside"
+            ),
+            None,
+        )
+    if names[-1] < step_name(step):
+        logger.warning("%s says step %d, but the newest checkpoint there is %s", noted, step, names[-1])
+    return names, "", None
+
+
+def patiently(look: Callable[[], T]) -> T:
+    """What `look` gives, tried again for a few seconds while that raises OSError: what cannot be seen is not gone."""
+    for pause_s in _PAUSES_S:
+        try:
+            return look()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            logger.warning("%s; trying again in %g s", error, pause_s)
+            time.sleep(pause_s)
+    return look()
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint folder's manifest. Raises CheckpointError when it is none."""
     checkpoint, problem = _open_or_why_not(Path(path))
@@ -204,14 +269,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The published checkpoints in a folder, oldest first; those whose manifest cannot be read are left out."""
-    opened = (_open_or_why_not(path)[0] for path in sorted(folder.glob(f"{PREFIX}*")))
-    return [checkpoint for checkpoint in opened if checkpoint is not None]
+    """The published checkpoints in a folder, oldest first; those that cannot be opened are named in the log.
+
+    Raises CheckpointError when the folder cannot be listed.
+    """
+    try:
+        names = patiently(lambda: checkpoint_names(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot see which checkpoints there are in {folder}: {error.strerror}") from error
+    opened = []
+    for name in names:
+        checkpoint, problem = _open_or_why_not(folder / name)
+        if checkpoint is None:
+            logger.warning("left alone: %s", problem)
+        else:
+            opened.append(checkpoint)
+    return opened
 
 
 def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(patiently(lambda: (path / MANIFEST).read_text(encoding="utf-8")))
         if manifest["version"] != FORMAT_VERSION:
             return None, f"{path} has format {manifest['version']}, this program reads {FORMAT_VERSION}"
         if manifest["digest"] != manifest_digest(manifest):

@@ -152,6 +152,9 @@ class SafetySection(Section):
     """When to give up on a rank that does not answer."""
 
     hang_timeout_s: Positive = Field(900, description="without progress for so long, a rank ends the job")
+    lease_s: Positive = Field(
+        30, description="of the run folder's lock; a start elsewhere waits twice as long for a job that gives no sign"
+    )
 
 
 class LogSection(Section):

@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
@@ -16,6 +16,7 @@ from torch.utils.tensorboard import summary
 
 from crate_dist.appending import AppendedFile
 from crate_dist.data.decode import Pixels
+from crate_dist.lock import ALONE
 
 _PREFIX = "events.out.tfevents."
 
@@ -29,10 +30,10 @@ class Curves:
     purge_step: what the files before say of this step and of later ones is not shown any more; None: all is
     """
 
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
+    def __init__(self, folder: Path, purge_step: int | None, check: Callable[[], None] = ALONE.check) -> None:
         stamps = [int(path.name.split(".")[3]) for path in folder.glob(f"{_PREFIX}[0-9]*.*")]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
-        self._file = AppendedFile(folder / f"{_PREFIX}{stamp:010d}.{platform.node()}.{os.getpid()}")
+        self._file = AppendedFile(folder / f"{_PREFIX}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
         self._append(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="crate-dist")))
         if purge_step is not None:
             self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))

@@ -8,6 +8,7 @@ from typing import Any
 from crate_dist.checkpoint import Checkpoint, Progress, list_checkpoints
 from crate_dist.config import Recipe
 from crate_dist.data.index import ShardIndex
+from crate_dist.lock import Tenure
 from crate_dist.models.card import facts_of, write_card
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights import export_model
@@ -25,6 +26,7 @@ def export(
     schedule: Schedule,
     train: ShardIndex,
     val: ShardIndex | None,
+    tenure: Tenure,
 ) -> None:
     """Writes model-last.pt and model-best.pt; one whose checkpoint is damaged is not written, and the log says so."""
     there = {saved.step: saved for saved in list_checkpoints(folder.checkpoints)}
@@ -37,7 +39,9 @@ def export(
             logger.error("%s is not written: %s", path, problem)
             continue
         about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, schedule)}
+        tenure.check()
         export_model(path, config, saved.weights(), about)
+        tenure.check()
         write_card(path, config, about)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
-from crate_dist.run import RunFolder, read_recipe
+from crate_dist.lock import RunIsLocked, RunLock
+from crate_dist.run import RunFolder, checkpoint_names, read_recipe
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,10 @@ class Preflight:
         return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 
-def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
+def preflight(recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False) -> Preflight:
     """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
+
+    start_over: what the folder holds will be set aside
 
     Raises
     ------
@@ -67,12 +75,13 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
     except (RecipeError, ShardError) as error:
         problems.append(str(error))
     try:
-        folder.check(recipe)
+        if not start_over:
+            folder.check(recipe)
         _check_writable(run_dir)
     except RecipeError as error:
         problems.append(str(error))
     try:
-        if recipe.train.init_from and not any(folder.checkpoints.glob("step-*")):  # else it goes on from its own
+        if recipe.train.init_from and (start_over or not folder.has_begun()):  # else it goes on from its own
             check_init_from(recipe.train.init_from, recipe)
     except RecipeError as error:
         problems.append(str(error))
@@ -81,7 +90,7 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
     assert train is not None
     return Preflight(
         folder=folder,
-        resumes=folder.recipe_file.is_file(),
+        resumes=not start_over and folder.has_begun(),
         data_root=recipe.data_root(),
         train_images=train.num_samples,
         val_images=val.num_samples if val else 0,
@@ -91,6 +100,53 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         accumulation=accumulation,
         init_from=recipe.train.init_from,
     )
+
+
+@contextmanager
+def opened(folder: RunFolder, recipe: Recipe, start_over: bool, brief: bool) -> Iterator[RunLock]:
+    """Holds the lock of a run folder that this launcher has opened with a recipe, so that no other start changes it.
+
+    brief: the lock is held for seconds alone; else until the ranks, which its environment is given to, have it
+
+    Raises
+    ------
+    RecipeError: another job works there, or waits in SLURM's queue to do so; or as RunFolder.open says
+    """
+    folder.make()
+    try:
+        with RunLock(folder.lock, recipe.safety.lease_s, brief, lost=lambda why: None) as lock:
+            _check_that_no_job_waits(folder)
+            if start_over:
+                folder.set_aside()
+            folder.open(recipe)
+            yield lock
+    except RunIsLocked as error:
+        raise RecipeError(str(error)) from error
+    except OSError as error:
+        raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
+
+
+def _check_that_no_job_waits(folder: RunFolder) -> None:
+    """What the folder's jobs are doing is asked of SLURM, where there is one."""
+    try:
+        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
+    except FileNotFoundError:
+        return
+    mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
+    if not jobs or not shutil.which("squeue"):
+        return
+    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    for line in done.stdout.splitlines():
+        number, name, state, *why = line.split()
+        if jobs & {number, name} and not mine & {number, name.partition("_")[0]}:
+            raise RecipeError(
+                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
+                f"wait for it, scancel {name}, or give another --run-dir"
+            )
 
 
 def check_init_from(source: Path, recipe: Recipe) -> None:
@@ -110,7 +166,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     if source.is_file():
         return
     run = source if (source / "recipe.toml").is_file() else source.parent.parent
-    if run == source and not any(source.glob("checkpoints/step-*/manifest.json")):
+    if run == source and not checkpoint_names(RunFolder(run).checkpoints):
         raise RecipeError(f"{given}: this run has no checkpoint yet")
     if run != source and not (source / "manifest.json").is_file():
         raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")

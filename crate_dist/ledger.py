@@ -11,11 +11,13 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crate_dist.appending import AppendedFile, whole_lines
+from crate_dist.lock import ALONE
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Totals:
 class Ledger:
     """Written by rank 0."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[], None] = ALONE.check) -> None:
         self.totals = Totals()
         self._began = time.monotonic()
         for text in whole_lines(path):
@@ -112,7 +114,7 @@ class Ledger:
                 self.totals.add(json.loads(text))
             except (ValueError, KeyError):  # of a file system that was repaired, or of an older version
                 continue
-        self._file = AppendedFile(path)
+        self._file = AppendedFile(path, check)
 
     def note(self, event: str, **facts: Any) -> None:
         """Appends one line, at once."""

@@ -60,8 +60,10 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
-def run_ranks(command: Sequence[str], ranks: int, folder: RunFolder) -> None:
-    """Runs `command` as every rank and returns when all have ended well.
+def run_ranks(
+    command: Sequence[str], ranks: int, folder: RunFolder, environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs `command` as every rank, with more variables in its environment, and returns when all have ended well.
 
     Rank 0 speaks to the terminal; what the others print goes to their logs. Ctrl-C, SIGTERM and SIGHUP reach the
     ranks as SIGTERM. No rank outlives this process, not even when it is killed.
@@ -76,7 +78,8 @@ def run_ranks(command: Sequence[str], ranks: int, folder: RunFolder) -> None:
     with _signals() as caught:
         try:
             for rank in range(ranks):
-                processes.append(_start(command, rank, rank_environment(rank, ranks, port), folder.log_file(rank)))
+                variables = {**rank_environment(rank, ranks, port), **(environment or {})}
+                processes.append(_start(command, rank, variables, folder.log_file(rank)))
             failed = _wait(processes, caught)
         finally:
             _kill(processes)

@@ -24,8 +24,9 @@ from crate_dist.config import Recipe
 from crate_dist.curves import Curves
 from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
-from crate_dist.distributed import World
+from crate_dist.distributed import World, gather_objects
 from crate_dist.ledger import Ledger
+from crate_dist.lock import Tenure
 from crate_dist.optim import Schedule
 from crate_dist.run import RunFolder, write_whole
 from crate_dist.saving import Saved
@@ -43,14 +44,23 @@ class Monitor:
     """Collects what every step yields and reports it every few steps; rank 0 writes."""
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, world: World, device: torch.device, schedule: Schedule, step: int
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        world: World,
+        device: torch.device,
+        schedule: Schedule,
+        step: int,
+        tenure: Tenure,
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
-        self._device = device
+        self._device, self._tenure = device, tenure
         self._bad_images = self._images = self._reports = 0
         self._warned = False
         self._reset()
         self._reported = step
+        self._bad: list[BadSample] = []
+        self._bad_reported = 0.0
         self._bad_file: AppendedFile | None = None
         self._curves: Curves | None = None
         self._ledger: Ledger | None = None
@@ -77,25 +87,17 @@ class Monitor:
         self._bar.update()
 
     def add_bad(self, bad: Sequence[BadSample]) -> None:
-        """Records replaced samples by name. Raises TooManyBadSamples when they become too many."""
-        if not bad:
-            return
+        """Takes up replaced samples; the next report writes them down."""
+        self._bad += bad
         self._bad_images += len(bad)
-        self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples)
-        lines = (json.dumps({"rank": self._world.rank, **item._asdict()}) + "\n" for item in bad)
-        self._bad_file.append("".join(lines).encode())
         for item in bad:
             logger.warning("replaced %s of %s: %s", item.key, item.shard, item.reason)
-        # The first few of a run say nothing yet about the share of them.
-        if self._bad_images > max(8, self._recipe.data.max_bad_fraction * self._images):
-            raise TooManyBadSamples(
-                f"{self._bad_images} of the first {self._images} samples of this rank do not decode, more than "
-                f"data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; they are listed in "
-                f"{self._folder.bad_samples}"
-            )
 
     def report(self, step: int) -> None:
-        """Reduces what was collected since the last report and writes it. A collective, and a synchronisation."""
+        """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
+
+        Raises TooManyBadSamples on all ranks when one of them had too many.
+        """
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
@@ -127,7 +129,33 @@ class Monitor:
                 "steps", after=self._reported, step=step, busy_s=float(busy.max()), wait_s=float(wait.max())
             )
         self._reported = step
+        if bad.sum() > self._bad_reported:
+            self._bad_reported = float(bad.sum())
+            self._report_bad()
         self._reset()
+
+    def _report_bad(self) -> None:
+        """Rank 0 alone writes down what all ranks have replaced. A collective."""
+        # The first few of a run say nothing yet about the share of them.
+        too_many = self._bad_images > max(8, self._recipe.data.max_bad_fraction * self._images)
+        said = (
+            f"{self._bad_images} of the first {self._images} samples of rank {self._world.rank} do not decode, more "
+            f"than data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; they are listed in "
+            f"{self._folder.bad_samples}"
+        )
+        every = gather_objects((self._bad, said if too_many else ""))
+        self._bad = []
+        if self._world.is_main:
+            self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples, self._tenure.check)
+            lines = (
+                json.dumps({"rank": rank, **item._asdict()}) + "\n"
+                for rank, (bad, _) in enumerate(every)
+                for item in bad
+            )
+            self._bad_file.append("".join(lines).encode())
+        for _, problem in every:
+            if problem:
+                raise TooManyBadSamples(problem)
 
     def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
         """Writes the outcome of an evaluation: names such as "val/top1"."""
@@ -184,12 +212,14 @@ class Monitor:
             self._lines.close()
 
     def _open_files(self, step: int) -> None:
-        self._ledger = Ledger(self._folder.ledger)
+        self._tenure.check()
+        self._ledger = Ledger(self._folder.ledger, self._tenure.check)
         self._ledger.note("start", step=step, world_size=self._world.world_size)
         restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step)
-        self._lines = AppendedFile(self._folder.metrics)
-        self._curves = Curves(self._folder.tensorboard, purge_step=step + 1 if restarts else None)
+        self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
+        purge_step = step + 1 if restarts else None
+        self._curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
         if not restarts:
             self._curves.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
         else:

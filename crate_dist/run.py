@@ -3,11 +3,13 @@
 recipe.toml          the resolved recipe
 run.json             where the code came from, each start of the run, the weights that it began from if not new ones
 checkpoints/         step-00000500/ …, published whole or not at all
+published.json       the newest step that was ever among them
 tensorboard/         event files
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that did not decode and were replaced, by name
 ledger.jsonl         where the time went
-run.lock             who works here now
+lock/                who works here now
+failed-start-…/      what starts that never made a step have left to a start with another recipe
 logs/                one log per rank
 slurm/               what submitit wrote
 model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
@@ -19,7 +21,9 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,7 +32,8 @@ from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 
-_BEFORE_A_RUN = ("slurm", "logs", "run.lock")
+_BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
+_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
 
@@ -74,9 +79,14 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def published(self) -> Path:
+        """The newest step that was ever published."""
+        return self.path / "published.json"
+
+    @property
     def lock(self) -> Path:
-        """Names the job that works in the folder."""
-        return self.path / "run.lock"
+        """Names the job that works in the folder; see lock.py."""
+        return self.path / "lock"
 
     @property
     def logs(self) -> Path:
@@ -110,30 +120,39 @@ class RunFolder:
                     "give --run-dir a new or empty folder"
                 )
             return
-        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            listing = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed)
+        changed = self._changed(recipe)
+        if changed and self.has_begun():
+            listing = "\n".join(f"  {line}" for line in changed)
             raise RecipeError(
                 f"{self.path} holds a run of another recipe:\n{listing}\n"
-                "to continue that run, give the same values; to start a new one, another --run-dir"
+                "to continue that run, give the same values; to start a new one, another --run-dir, or --start-over, "
+                "which sets that one aside"
             )
+
+    def has_begun(self) -> bool:
+        """Whether the run has made steps that somebody may want.
+
+        Raises RecipeError when that cannot be seen.
+        """
+        try:
+            return bool(_size(self.metrics) or _size(self.published) or checkpoint_names(self.checkpoints))
+        except OSError as error:
+            raise RecipeError(f"cannot see whether {self.path} holds a run: {error}") from error
 
     def set_aside(self) -> None:
-        """Renames the folder to PATH.before-TIME, where nothing is lost, unless there is none or it is empty.
+        """Moves all that the run has left to PATH.before-TIME, where nothing is lost. The caller holds the lock.
 
-        Raises RecipeError when somebody may be working in it, or it is no run.
+        Raises RecipeError when it is no run.
         """
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        there = {path.name for path in self.path.iterdir() if path.name[0] != "."} - {self.lock.name}
+        if not there:
             return
-        if self.lock.exists():
-            raise RecipeError(
-                f"{self.path} is in use, or its job died: {self.lock.read_text()}; remove {self.lock} first"
-            )
-        if not self.recipe_file.is_file():
+        if not self.recipe_file.is_file() and not there <= set(_BEFORE_A_RUN):
             raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path.rename(self.path.with_name(f"{self.path.name}.before-{stamp}"))
+        aside = self.path.with_name(f"{self.path.name}.before-{_stamp()}")
+        aside.mkdir()
+        for name in sorted(there, key=lambda name: name == self.recipe_file.name):  # what makes it a run comes last
+            (self.path / name).rename(aside / name)
 
     def make(self) -> None:
         """Creates the folder. Raises RecipeError when that cannot be."""
@@ -145,11 +164,15 @@ class RunFolder:
     def open(self, recipe: Recipe) -> None:
         """Creates the folder, or checks an existing one; then writes the recipe and the record.
 
+        The caller holds the lock. What starts with another recipe have left that came to nothing is put aside.
+
         Raises RecipeError as `check` does, or when the folder cannot be written.
         """
         self.check(recipe)
         self.make()
         try:
+            if self.recipe_file.is_file() and self._changed(recipe):
+                self._put_failed_starts_aside()
             write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
             for folder in (self.checkpoints, self.tensorboard, self.logs):
                 folder.mkdir(exist_ok=True)
@@ -157,6 +180,18 @@ class RunFolder:
                 write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
         except OSError as error:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+
+    def _changed(self, recipe: Recipe) -> list[str]:
+        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+
+    def _put_failed_starts_aside(self) -> None:
+        aside = self.path / f"failed-start-{_stamp()}"
+        aside.mkdir()
+        for path in (self.record_file, self.tensorboard, self.metrics, self.ledger, self.recipe_file):
+            if path.exists():
+                path.rename(aside / path.name)
 
     def note_origin(self, origin: Mapping[str, Any]) -> None:
         """Puts down which weights the run began from."""
@@ -180,9 +215,23 @@ def read_recipe(run_dir: Path) -> Recipe:
     return load_recipe(folder.recipe_file)
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest last; none where there is no folder.
+
+    One that replaces another of the same step has a number behind it: step-00000015.1 is newer than step-00000015.
+
+    Raises OSError when the folder cannot be listed.
+    """
+    try:
+        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
+    except FileNotFoundError:
+        return []
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -191,6 +240,18 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes; 0 when there is no such file. Raises OSError when that cannot be seen, as Path.exists does not."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _stamp() -> str:
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def code_version() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,7 +21,6 @@ import torch.distributed as dist
 from crate_dist.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
-    PREFIX,
     UNFINISHED,
     Checkpoint,
     CheckpointError,
@@ -29,10 +29,13 @@ from crate_dist.checkpoint import (
     RankState,
     list_checkpoints,
     manifest_digest,
+    note_published,
     rank_file,
+    step_name,
 )
 from crate_dist.distributed import World, gather_objects
-from crate_dist.run import write_whole
+from crate_dist.lock import ALONE, Tenure
+from crate_dist.run import checkpoint_names, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +60,23 @@ class Saver:
     keep: newest checkpoints that are kept, beside the best one
     max_failures: saves that may fail in a row, each with a loud warning, before the run stops
     failures: saves that have failed in a row, up to the last one that was waited for
+    tenure: of rank 0 in the run folder; the others write nothing under a final name
     """
 
-    def __init__(self, folder: Path, layouts: Sequence[Layout], world: World, keep: int, max_failures: int) -> None:
-        self._folder, self._layouts, self._world = folder, layouts, world
+    def __init__(
+        self,
+        folder: Path,
+        layouts: Sequence[Layout],
+        world: World,
+        keep: int,
+        max_failures: int,
+        tenure: Tenure = ALONE,
+    ) -> None:
+        self._folder, self._layouts, self._world, self._tenure = folder, layouts, world, tenure
         self._keep, self._max_failures = keep, max_failures
         self._group = dist.new_group(backend="gloo")
         if world.is_main:
-            _sweep(folder)
+            _sweep(folder, tenure)
         self._host: RankState = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -131,9 +143,10 @@ class Saver:
     def _write(self, progress: Progress, about: dict[str, Any], began: float, stall_s: float) -> None:
         self._error = None
         try:
-            saved = publish(self._folder, self._host, self._layouts, progress, self._world, self._group, **about)
+            to = self._folder, self._host, self._layouts, progress, self._world, self._group, self._tenure
+            saved = publish(*to, **about)
             if self._world.is_main:
-                prune(self._folder, self._keep, progress)
+                prune(self._folder, self._keep, progress, self._tenure)
             self._saved = Saved(progress.step, stall_s, time.perf_counter() - began)
             logger.info("saved %s in %.1f s, %.2f s of them standing still", saved.path, self._saved.total_s, stall_s)
         except BaseException as error:  # told to the training at the next save
@@ -147,26 +160,29 @@ def publish(
     progress: Progress,
     world: World,
     group: dist.ProcessGroup | None = None,
+    tenure: Tenure = ALONE,
     **about: Any,
 ) -> Checkpoint:
     """Writes a checkpoint and makes it visible by one rename, after every rank has agreed. A collective of `group`.
 
-    state: partitions on the CPU; about: what else the manifest shall say
+    state: partitions on the CPU; tenure: rank 0's; about: what else the manifest shall say
 
     Raises
     ------
     CheckpointError: on every rank, when any of them could not write; nothing is left under a final name
+    LostTheRun: on rank 0, when another holder of the run folder has taken over
     """
-    final = folder / f"{PREFIX}{progress.step:08d}"
-    beside = folder / f"{UNFINISHED}{progress.step:08d}"
-    no_folder = ""
+    final, beside, no_folder = folder, _unfinished(folder, tenure, f"{progress.step:08d}"), ""
     if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
         try:
+            tenure.check()
+            final = folder / _free_name(folder, progress.step)
+            shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         except OSError as error:
             no_folder = f"rank 0: {error}"
-    no_folder = gather_objects(no_folder, group)[0]  # nobody writes before the folder is fresh
+    # Nobody writes before the folder is fresh; its name and the final one are rank 0's.
+    final, beside, no_folder, number = gather_objects((final, beside, no_folder, tenure.number), group)[0]
     if no_folder:
         raise CheckpointError(f"checkpoint of step {progress.step} was not saved: {no_folder}")
     outcomes = gather_objects(_write_rank_file(beside / rank_file(world.rank), state), group)
@@ -174,6 +190,7 @@ def publish(
     manifest = {
         "version": FORMAT_VERSION,
         "world_size": world.world_size,
+        "tenure": number,
         "progress": asdict(progress),
         "groups": [asdict(layout) for layout in layouts],
         "partitions": [part.numel() for part in state["fp32"]],
@@ -186,9 +203,10 @@ def publish(
         try:
             write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
             _sync(beside)
-            _set_aside(final)  # a damaged one of this step, which loading has passed over, or one without evaluation
-            beside.replace(final)
+            tenure.check()
+            beside.replace(final)  # of the same step there may be another, which goes when this one stands
             _sync(folder)
+            note_published(folder, progress.step)
         except OSError as error:
             failures = [f"rank 0: {error}"]
     failures = gather_objects(failures, group)[0]
@@ -199,35 +217,57 @@ def publish(
     return Checkpoint(final, manifest)
 
 
-def prune(folder: Path, keep: int, progress: Progress) -> None:
+def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE) -> None:
     """Removes all but the newest `keep` up to this step, and the best one. On one rank.
 
-    What claims a later step was damaged when the run resumed: it must not push out those which are whole.
+    Only what it has opened is removed: not what cannot be read, at the moment or at all, nor what a later version has
+    written; nor what is of a later step, or of a later holder of the folder.
+
+    Raises LostTheRun when there is one.
     """
-    checkpoints = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step <= progress.step]
-    kept = {checkpoint.path for checkpoint in checkpoints[-keep:]}
-    kept |= {checkpoint.path for checkpoint in checkpoints if checkpoint.step == progress.best_step}
     try:
-        for path in folder.glob(f"{PREFIX}*"):
-            if path not in kept:
-                _set_aside(path)
-    except OSError as error:
+        there = [saved for saved in list_checkpoints(folder) if saved.step <= progress.step]
+        newest = {saved.step: saved for saved in there}  # the last of those with the same step
+        kept = {*sorted(newest)[-keep:], progress.best_step}
+        for saved in there:
+            if (saved.step not in kept or saved is not newest[saved.step]) and saved.tenure <= tenure.number:
+                tenure.check()
+                _remove(saved.path, tenure)
+    except (OSError, CheckpointError) as error:
         logger.warning("cannot remove a checkpoint that is not needed any more: %s", error)
-    _sweep(folder)
+    _sweep(folder, tenure)
 
 
-def _set_aside(path: Path) -> None:
+def _unfinished(folder: Path, tenure: Tenure, name: str) -> Path:
+    return folder / f"{UNFINISHED}{tenure.number}-{tenure.token}-{name}"
+
+
+def _free_name(folder: Path, step: int) -> str:
+    """Of a checkpoint of this step. There may be a damaged one, which loading has passed over, or one of before an
+    evaluation: it is not touched before the new one stands, so that there is a whole one at every moment."""
+    there = set(checkpoint_names(folder))
+    return next(name for count in itertools.count() if (name := step_name(step, count)) not in there)
+
+
+def _remove(path: Path, tenure: Tenure) -> None:
     """Renames a checkpoint first: a removal that is interrupted leaves nothing that looks like one."""
-    if path.exists():
-        doomed = path.with_name(f"{UNFINISHED}{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.replace(doomed)
+    doomed = _unfinished(path.parent, tenure, path.name)
+    path.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what interrupted saves and removals have left."""
-    for leftover in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _sweep(folder: Path, tenure: Tenure) -> None:
+    """Removes what interrupted saves and removals have left: ours, and that of holders before us."""
+    try:
+        leftovers = [name for name in os.listdir(folder) if name.startswith(UNFINISHED)]
+    except OSError:
+        return
+    for name in leftovers:
+        number, token, _ = ([*name.removeprefix(UNFINISHED).split("-", 2), "", ""])[:3]
+        older = not token or not number.isdecimal() or int(number) < tenure.number
+        if older or token == tenure.token:
+            tenure.check()
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class _Digesting:

@@ -22,11 +22,11 @@ from crate_dist.data.index import ShardError
 from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
 from crate_dist.interrupt import Interrupt
-from crate_dist.lock import RunIsLocked, RunLock
+from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
 from crate_dist.startup import Startup
-from crate_dist.status import TRY_AGAIN
+from crate_dist.status import LOST_THE_RUN, TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
 
@@ -47,6 +47,7 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     ------
     RecipeError, RunIsLocked, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
+    LostTheRun: in the middle, when another job has taken over the run folder
     """
     startup = Startup()
     startup.mark("imports")
@@ -57,18 +58,20 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     try:
         with (
             Interrupt() as interrupt,
-            _folder_in_hand(folder, recipe, world, start_over) as resolved,
+            _folder_in_hand(folder, recipe, world, start_over) as (resolved, tenure),
             Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank)) as watchdog,
         ):
             startup.mark("run folder")
-            return Trainer(folder, resolved, world, device, interrupt, watchdog, startup).run()
+            return Trainer(folder, resolved, world, device, interrupt, watchdog, startup, tenure).run()
     finally:
         leave_distributed()
 
 
 @contextmanager
-def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool) -> Iterator[Recipe]:
-    """Rank 0 opens the run folder and locks it, the others learn how that went. Gives the folder's recipe.
+def _folder_in_hand(
+    folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool
+) -> Iterator[tuple[Recipe, Tenure]]:
+    """Rank 0 locks the run folder and opens it, the others learn how that went. Gives the folder's recipe.
 
     Raises
     ------
@@ -76,23 +79,29 @@ def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World, star
     """
     with ExitStack() as stack:
         problem: Exception | None = None
+        tenure = Tenure()
         if world.is_main:
             try:
-                if start_over and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-                    folder.set_aside()
+                starts_over = start_over and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
                 if recipe is not None:
-                    folder.check(recipe)
+                    if not starts_over:
+                        folder.check(recipe)
                     folder.make()
-                stack.enter_context(RunLock(folder.lock))
+                lock = RunLock(folder.lock, (recipe or read_recipe(folder.path)).safety.lease_s)
+                tenure = stack.enter_context(lock).tenure
+                if starts_over:
+                    folder.set_aside()
                 if recipe is not None:
                     folder.open(recipe)
             except (RecipeError, RunIsLocked) as error:
                 problem = error
+            except OSError as error:
+                problem = RecipeError(f"cannot lock the run folder {folder.path}: {error}")
         problem = gather_objects(problem)[0]
         if problem is not None:
             raise problem
         start_logging(folder, world)
-        yield read_recipe(folder.path)
+        yield read_recipe(folder.path), tenure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except LostTheRun as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return LOST_THE_RUN
     except PortIsTaken as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN

@@ -25,6 +25,7 @@ from crate_dist.exporting import export
 from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt
 from crate_dist.live import Live
+from crate_dist.lock import Tenure
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
 from crate_dist.optim import Schedule, learning_rate
@@ -61,9 +62,10 @@ class Trainer:
         interrupt: Interrupt,
         watchdog: Watchdog,
         startup: Startup,
+        tenure: Tenure,
     ) -> None:
         self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
-        self.interrupt, self.watchdog, self.startup = interrupt, watchdog, startup
+        self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
         found = checkpoint.find_newest(folder.checkpoints, world)
         self.progress = found.progress if found else Progress()
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
@@ -79,6 +81,7 @@ class Trainer:
         if recipe.train.init_from and not found:
             origin = begin_from(recipe.train.init_from, model, self.train_index.classes, recipe.train.init_head)
             if world.is_main:
+                tenure.check()
                 folder.note_origin(asdict(origin))
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)
         if found:
@@ -86,10 +89,10 @@ class Trainer:
             logger.info("resumed from %s", found.path)
         startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
-        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
+        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure)
         self.saved_at = self.progress.step
         self.val_batches: DataLoader[Batch] | None = None
-        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step, tenure)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:
@@ -143,10 +146,10 @@ class Trainer:
         """Exports the weights and says what has come of it."""
         self.finish_saving()
         if self.world.is_main:
-            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress)
+            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure)
         if self.world.is_main:
             config, indexes = self.engine.module.config, (self.train_index, self.val_index)
-            export(self.folder, self.recipe, config, self.progress, self.schedule, *indexes)
+            export(self.folder, self.recipe, config, self.progress, self.schedule, *indexes, self.tenure)
         dist.barrier()
         self.monitor.close()
         best = self.progress

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
-from crate_dist.launching import preflight
+from crate_dist.launching import opened, preflight
 from crate_dist.local_ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
-from crate_dist.run import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,15 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         command = _command(run_dir)
         if arguments.dry_run:
             _show(recipe, ranks, command)
-        if arguments.start_over and not arguments.dry_run:
-            RunFolder(run_dir).set_aside()
-        found = preflight(recipe, ranks, run_dir)
+        found = preflight(recipe, ranks, run_dir, arguments.start_over)
         print(found, flush=True)
         if arguments.dry_run:
             return 0
-        found.folder.open(recipe)
-        print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
-        run_ranks(command, ranks, found.folder)
+        with opened(found.folder, recipe, arguments.start_over, brief=False) as lock:
+            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
+            run_ranks(command, ranks, found.folder, lock.environment())
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ import crate_dist
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.job import TrainJob
-from crate_dist.launching import Preflight, folder_of_weights, preflight
+from crate_dist.launching import Preflight, folder_of_weights, opened, preflight
 from crate_dist.memory import advice
-from crate_dist.run import RunFolder
 from crate_dist.status import NEEDS_A_PERSON
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
@@ -75,15 +75,12 @@ def main(argv: list[str] | None = None) -> int:
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
-        if arguments.start_over and not arguments.dry_run:
-            for run_dir in run_dirs:
-                RunFolder(run_dir).set_aside()
         found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir)
+            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over)
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
         ]
         if not arguments.dry_run:
-            _submit(executor, recipes, found)
+            _submit(executor, recipes, found, arguments.start_over)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -263,25 +260,27 @@ def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
         print(recipe.to_toml(), flush=True)
 
 
-def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Preflight]) -> None:
+def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Preflight], start_over: bool) -> None:
     if not shutil.which("sbatch"):
         raise RecipeError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
-    for recipe, run in zip(recipes, found, strict=True):
-        run.folder.open(recipe)
-    _leave_other_jobs()
-    try:
-        jobs = executor.submit_array([TrainJob(run.folder.path) for run in found])
-    except FailedJobError as error:
-        raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
-    except FailedSubmissionError as error:
-        raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
+    with ExitStack() as locks:
+        for recipe, run in zip(recipes, found, strict=True):
+            locks.enter_context(opened(run.folder, recipe, start_over, brief=True))
+        _leave_other_jobs()
+        try:
+            jobs = executor.submit_array([TrainJob(run.folder.path) for run in found])
+        except FailedJobError as error:
+            raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
+        except FailedSubmissionError as error:
+            raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
+        for job, run in zip(jobs, found, strict=True):
+            if len(jobs) > 1:
+                run.folder.slurm.mkdir(exist_ok=True)
+                (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
     for job, run in zip(jobs, found, strict=True):
-        if len(jobs) > 1:
-            run.folder.slurm.mkdir(exist_ok=True)
-            (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
         print(f"{'job':<14}{job.job_id}\n{run}")
     job_id = jobs[0].job_id.partition("_")[0]
     print(f"{'to watch':<14}squeue --job {job_id}")

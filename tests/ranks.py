@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,15 @@ from typing import Any
 import torch
 
 from crate_dist.distributed import World, init_distributed
+from crate_dist.run import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def lock_is_free(folder: RunFolder) -> bool:
+    """Whether the last holder of a run folder has left in order."""
+    newest = max(name for name in os.listdir(folder.lock) if name.isdecimal())
+    return bool(json.loads((folder.lock / newest).read_text())["free"])
 
 
 def free_port() -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +18,9 @@ import torch
 from crate_dist import checkpoint, saving
 from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
 from crate_dist.distributed import World
+from crate_dist.lock import ALONE, LostTheRun, Tenure
+from crate_dist.run import checkpoint_names
+from tests.chaos.ranks import spawn_statuses
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.spawn
@@ -40,10 +48,10 @@ def partitioned(step: int, rank: int, world_size: int) -> dict[str, list[torch.T
     return share
 
 
-def save(world: World, device: torch.device, folder: Path, steps: list[int]) -> None:
+def save(world: World, device: torch.device, folder: Path, steps: list[int], tenure: Tenure = ALONE) -> None:
     for step in steps:
         state = partitioned(step, world.rank, world.world_size)
-        saving.publish(folder, state, LAYOUTS, Progress(step=step), world)
+        saving.publish(folder, state, LAYOUTS, Progress(step=step), world, tenure=tenure)
 
 
 def find(world: World, device: torch.device, folder: Path) -> int | str | None:
@@ -52,6 +60,48 @@ def find(world: World, device: torch.device, folder: Path) -> int | str | None:
     except CheckpointError as error:
         return str(error)
     return found.step if found else None
+
+
+def save_and_say_why_not(world: World, device: torch.device, folder: Path, number: int) -> str:
+    """As a holder that has lost the folder."""
+
+    def lost() -> None:
+        raise LostTheRun("another job works there")
+
+    try:
+        save(world, device, folder, [40], Tenure(number, "lost", lost))
+    except LostTheRun as error:
+        return str(error)
+    return "saved"
+
+
+def find_where_nothing_can_be_listed(world: World, device: torch.device, folder: Path, number: int) -> list[object]:
+    def failing(path: object) -> list[str]:
+        raise OSError(number, os.strerror(number))
+
+    checkpoint._PAUSES_S = ()
+    os.listdir = failing  # type: ignore[assignment]
+    try:
+        checkpoint.find_newest(folder, world)
+    except CheckpointError as error:
+        return [error.__cause__.errno if isinstance(error.__cause__, OSError) else None, str(error)]
+    return ["found something"]
+
+
+def replace_and_stand_still(world: World, device: torch.device, folder: Path, point: str) -> None:
+    """Saves step 30 once more with keep=1, and is killed at a point."""
+
+    def killed(path: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it lives")
+
+    replace = Path.replace
+    removes = point == "setting a checkpoint aside"
+    Path.replace = lambda path, target: (  # type: ignore[method-assign, assignment]
+        killed if path.name.startswith("step-") == removes and path.is_dir() else replace
+    )(path, target)
+    save(world, device, folder, [30])
+    saving.prune(folder, keep=1, progress=Progress(step=30))
 
 
 def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: Path) -> str:
@@ -198,11 +248,110 @@ def test_pruning_keeps_the_newest_and_the_best(folder: Path) -> None:
     assert [c.step for c in checkpoint.list_checkpoints(folder)] == [10, 30]
 
 
-def test_a_later_one_that_is_damaged_does_not_push_out_one_that_is_whole(folder: Path) -> None:
+def test_a_later_one_is_neither_removed_nor_does_it_push_out_one_that_is_whole(folder: Path) -> None:
     (folder / "step-00000030" / "rank-00001.pt").unlink()
-    (folder / "step-00000030").rename(folder / "step-00000040")
     saving.prune(folder, keep=1, progress=Progress(step=20))
-    assert [p.name for p in folder.iterdir()] == ["step-00000020"]
+    assert sorted(os.listdir(folder)) == ["step-00000020", "step-00000030"]
+
+
+def test_one_that_a_later_version_has_written_is_left_alone(folder: Path) -> None:
+    manifest = folder / "step-00000010" / "manifest.json"
+    said = {**json.loads(manifest.read_text()), "version": checkpoint.FORMAT_VERSION + 1}
+    manifest.write_text(json.dumps({**said, "digest": checkpoint.manifest_digest(said)}))
+    saving.prune(folder, keep=1, progress=Progress(step=30))
+    assert sorted(os.listdir(folder)) == ["step-00000010", "step-00000030"]
+
+
+@pytest.mark.parametrize("hidden", ["step-00000010", "step-00000030"])
+def test_what_cannot_be_read_at_the_moment_is_not_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    """The best one, or the newest."""
+    monkeypatch.setattr(checkpoint, "_PAUSES_S", ())
+    read = Path.read_text
+
+    def failing(path: Path, *arguments: Any, **keywords: Any) -> str:
+        if path.parent.name == hidden:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *arguments, **keywords)
+
+    with monkeypatch.context() as momentary:
+        momentary.setattr(Path, "read_text", failing)
+        saving.prune(folder, keep=1, progress=Progress(step=30, best_step=10))
+    there = [saved.step for saved in checkpoint.list_checkpoints(folder)]
+    assert {10, 30} <= set(there)
+
+
+def test_what_another_job_has_saved_is_not_removed_by_one_that_lost_the_run(folder: Path) -> None:
+    """Between its last look at the lock and the removal, it was stopped for hours."""
+    spawn(save, 1, folder, [5, 6], Tenure(7, "of the one that came later"))
+    saving.prune(folder, keep=1, progress=Progress(step=30), tenure=Tenure(6, "of the one that was stopped"))
+    assert [saved.step for saved in checkpoint.list_checkpoints(folder)] == [5, 6, 30]
+    unfinished = saving._unfinished(folder, Tenure(7, "of the one that came later"), "00000040")
+    unfinished.mkdir()
+    saving._sweep(folder, Tenure(6, "of the one that was stopped"))
+    assert unfinished.exists()
+    saving._sweep(folder, Tenure(8, "of one that comes after both"))
+    assert not unfinished.exists()
+
+
+def test_one_that_lost_the_run_publishes_and_removes_nothing(folder: Path) -> None:
+    def lost() -> None:
+        raise LostTheRun("another job works there")
+
+    tenure = Tenure(6, "of the one that was stopped", lost)
+    with pytest.raises(LostTheRun):
+        saving.prune(folder, keep=1, progress=Progress(step=30), tenure=tenure)
+    assert spawn(save_and_say_why_not, 1, folder, tenure.number) == ["another job works there"]
+    assert sorted(os.listdir(folder)) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_listing_that_fails_does_not_start_the_run_at_step_0(folder: Path, error: int) -> None:
+    for said in spawn(find_where_nothing_can_be_listed, 2, folder, error):
+        assert said == [error, f"cannot see which checkpoints there are in {folder}: {os.strerror(error)}"]
+
+
+@pytest.mark.parametrize("gone", ["folder", "checkpoints"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_at_step_0(folder: Path, gone: str) -> None:
+    shutil.rmtree(folder)
+    if gone == "checkpoints":
+        folder.mkdir()
+    checkpoint.note_published(folder, 30)
+    for said in spawn(find, 2, folder):
+        assert "this run has published one of step 30" in said
+        assert "--start-over" in said
+
+
+def test_a_run_that_publishes_puts_it_down_outside_the_folder(folder: Path) -> None:
+    assert spawn(find, 1, folder) == [30]  # of before that was put down
+    spawn(save, 1, folder, [40])
+    shutil.rmtree(folder)
+    assert "has published one of step 40" in spawn(find, 1, folder)[0]
+
+
+def test_a_listing_does_not_swallow_errors_and_knows_replacements(tmp_path: Path) -> None:
+    for name in "step-00000015.10", "step-00000015", "step-00000015.2", "step-100000000", "step-5", ".unfinished-1":
+        (tmp_path / name).mkdir()
+    listed = checkpoint_names(tmp_path)
+    assert listed == ["step-00000015", "step-00000015.2", "step-00000015.10", "step-100000000"]
+    assert checkpoint_names(tmp_path / "nothing") == []
+    with pytest.raises(NotADirectoryError):
+        checkpoint_names(Path(__file__))
+
+
+@pytest.mark.parametrize("point", ["renaming the folder of a save", "setting a checkpoint aside"])
+def test_killed_twice_while_the_only_checkpoint_is_replaced_there_is_always_a_whole_one(
+    folder: Path, point: str
+) -> None:
+    for old in "step-00000010", "step-00000020":
+        shutil.rmtree(folder / old)
+    for _ in range(2):
+        assert spawn_statuses(partial(replace_and_stand_still, point=point), 1, folder) == [-signal.SIGKILL]
+        assert spawn(find, 1, folder) == [30]
+    spawn(save, 1, folder, [30])
+    saving.prune(folder, keep=1, progress=Progress(step=30))
+    assert [saved.world_size for saved in checkpoint.list_checkpoints(folder)] == [1]
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
@@ -211,7 +360,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(saving, "_set_aside", read_only)
+    monkeypatch.setattr(saving, "_remove", read_only)
     saving.prune(folder, keep=1, progress=Progress(step=30))
     assert "Read-only file system" in caplog.text
     assert len(list(folder.iterdir())) == 3

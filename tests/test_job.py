@@ -13,7 +13,7 @@ import pytest
 from crate_dist.config import load_recipe
 from crate_dist.run import RunFolder
 from crate_dist.status import NEEDS_A_PERSON, TRY_AGAIN
-from tests.ranks import REPOSITORY, free_port, rank_environment
+from tests.ranks import REPOSITORY, free_port, lock_is_free, rank_environment
 
 pytestmark = pytest.mark.spawn
 
@@ -48,7 +48,7 @@ def test_a_rank_that_loses_another_one_asks_to_be_started_again(
     _, said = first.communicate(timeout=60)
     assert first.returncode == TRY_AGAIN, said
     assert "this rank has lost another one" in said
-    assert not folder.lock.exists()
+    assert lock_is_free(folder)
 
 
 def test_a_rank_that_cannot_work_asks_for_a_person(tmp_path: Path) -> None:

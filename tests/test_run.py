@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist.config import RecipeError, load_recipe
+from crate_dist.lock import RunLock
 from crate_dist.run import RunFolder, read_recipe, write_whole
 
 
@@ -34,9 +35,41 @@ def test_a_run_is_opened_again_with_other_means_to_the_same_end(tmp_path: Path) 
 def test_a_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open(load_recipe("demo"))
+    folder.metrics.write_text('{"step": 1}\n')
     with pytest.raises(RecipeError, match=r"train.seed: 0 there, 1 now(.|\n)*another --run-dir"):
         folder.open(load_recipe("demo", ["train.seed=1"]))
     assert read_recipe(folder.path).train.seed == 0
+
+
+def test_a_folder_in_which_no_step_was_ever_made_takes_another_recipe_and_loses_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_recipe("demo"))
+    folder.note_start(step=0)
+    folder.open(load_recipe("demo", ["train.seed=1"]))
+    assert read_recipe(folder.path).train.seed == 1
+    assert json.loads(folder.record_file.read_text())["starts"] == []
+    (before,) = folder.path.glob("failed-start-*")
+    assert len(json.loads((before / "run.json").read_text())["starts"]) == 1
+    folder.published.write_text('{"step": 5}\n')
+    with pytest.raises(RecipeError, match="train.seed: 1 there, 2 now"):
+        folder.open(load_recipe("demo", ["train.seed=2"]))
+
+
+def test_a_run_is_set_aside_whole_and_its_lock_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_recipe("demo"))
+    (folder.checkpoints / "step-00000005").mkdir()
+    with RunLock(folder.lock) as lock:
+        folder.set_aside()
+        lock.check()
+        assert [path.name for path in folder.path.iterdir()] == ["lock"]
+        folder.set_aside()
+    (before,) = tmp_path.glob("run.before-*")
+    assert read_recipe(before) == load_recipe("demo")
+    assert (before / "checkpoints" / "step-00000005").is_dir()
+    (folder.path / "thesis.tex").write_text("")
+    with pytest.raises(RecipeError, match="sets only runs aside"):
+        folder.set_aside()
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _is_rank_file(name: object) -> bool:
 POINTS = {
     # the first initialisation
     "joining the other ranks": Point("crate_dist.train", "init_distributed"),
-    "locking the run folder": Point("os", "link", lambda _, new: str(new).endswith("run.lock")),
+    "locking the run folder": Point("os", "link", lambda _, new: Path(new).parent.name == "lock"),
     "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
     "writing the recipe": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "recipe.toml"),
     "noting the start": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "run.json"),

@@ -129,6 +129,7 @@ def damaged(trial: Trial, what: str, damage: Callable[[Path], None]) -> None:
     trial.kill_all(0, Fault("taking a step", nth=14))
     newest = list_checkpoints(trial.run.checkpoints)[-1]
     damage(newest.path / what)
+    trial.unreadable += [newest.path.name] if what == "manifest.json" else []
     said = trial.finish()
     assert f"damaged checkpoint passed over: {newest.path}" in said
     assert trial.restarts()[-1] < newest.step

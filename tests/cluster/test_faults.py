@@ -28,7 +28,7 @@ from tests.cluster.runs import (
 )
 from tests.cluster.testbed import Cluster, Job, wait_until
 from tests.conftest import SMALL_RECIPE
-from tests.ranks import train_to_the_end
+from tests.ranks import lock_is_free, train_to_the_end
 
 pytestmark = pytest.mark.slurm
 
@@ -234,7 +234,7 @@ def test_a_cancelled_run_stays_so_until_it_is_submitted_again_on_half_the_nodes(
     folder = RunFolder(run_dir)
     last = max(steps(run_dir))
     assert [c.step for c in list_checkpoints(folder.checkpoints)][-1] == last
-    assert not folder.lock.exists()
+    assert lock_is_free(folder)
 
     again = start(cluster, recipe, run_dir)
     job = finish(cluster, again, restarts=0)
