@@ -51,7 +51,7 @@ def test_a_folder_in_which_no_step_was_ever_made_takes_another_recipe_and_loses_
     (before,) = folder.path.glob("failed-start-*")
     assert len(json.loads((before / "run.json").read_text())["starts"]) == 1
     folder.published.write_text('{"step": 5}\n')
-    with pytest.raises(RecipeError, match="train.seed: 1 there, 2 now"):
+    with pytest.raises(RecipeError, match=r"train.seed: 1 there, 2 now"):
         folder.open(load_recipe("demo", ["train.seed=2"]))
 
 
