@@ -41,6 +41,7 @@ HANDED_OVER = "CRATE_RUN_LOCK"
 _BEATS = 6  # numbers that a holder makes per lease
 _PATIENCE = 2.0  # leases without a new number after which a holder is believed to be gone
 _KEPT = 64  # numbers that stay, so that a start that sees a listing of minutes ago meets the one it would make
+_GLANCE_S = 0.1  # for which a look is good: of hundreds of curves one point each is appended at a time
 _ASKING_S = 90.0  # for a holder that will leave by itself: our former self, a launcher
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _OLD_LOCK, _OLD_LEASE_S = "run.lock", 30.0  # until 2026: a file whose modification time was the sign of life
@@ -149,7 +150,7 @@ class RunLock:
         self._me = replace(_myself(), lease_s=lease_s, brief=brief)
         self._tell = lost or _end_at_once
         self._number = self._tenure = 0
-        self._made_at = 0.0
+        self._made_at = self._looked_at = 0.0
         self._lost = ""
         self._mutex = threading.RLock()
         self._end = threading.Event()
@@ -201,8 +202,10 @@ class RunLock:
             if _now() - self._made_at > self._lease_s:
                 self._renew()
                 return
-            with contextlib.suppress(OSError):  # within the lease nobody else can have become it
-                self._lose_unless_ours()
+            if _now() - self._looked_at > _GLANCE_S:
+                with contextlib.suppress(OSError):  # within the lease nobody else can have become it
+                    self._lose_unless_ours()
+                self._looked_at = _now()
 
     def _wait_for_a_free_number(self, asked: Path) -> tuple[int, float]:
         """The number that comes next, once nobody holds the one before, and when it was looked."""
