@@ -24,6 +24,8 @@ Box = tuple[int, int, int, int]
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded: no photograph, but perhaps a decompression bomb."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Larger files are refused before they are read: what so many pixels have uncompressed."""
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """What Pillow may open; it would also run external programs for EPS."""
 
