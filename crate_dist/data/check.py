@@ -229,4 +229,5 @@ def _present_index(folder: Path) -> dict[str, Any] | None:
     except ShardError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is not an index of this project ({error}); move it away, its name is needed") from None
+        what = f"{path} is not an index of this project ({error})"
+        raise ShardError(f"{what}; move it away, its name is needed") from None

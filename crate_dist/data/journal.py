@@ -198,7 +198,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         raise ShardError(f"{path} is damaged ({error}); remove {folder} to convert anew") from error
     counts = [found.get(key) for key in ("samples", "shard_samples")] if isinstance(found, dict) else []
     if not counts or any(type(count) is not int or not 0 < count <= _MOST_SAMPLES for count in counts):
-        raise ShardError(f"{path} is damaged: its samples and shard_samples are no counts; remove {folder} to convert anew")
+        raise ShardError(f"{path} is damaged, its counts of samples cannot be; remove {folder} to convert anew")
     return found
 
 

@@ -51,7 +51,7 @@ class ShardReader:
         offset, size, label, *expected = self.index.rows[sample].item()
         if offset < TAR_BLOCK or size < 0 or not 0 <= label < self.index.num_classes:
             raise self.index.bad_row(sample)
-        if size > MAX_BYTES:
+        if size > MAX_BYTES and offset + size <= self.index.shards[self._shard(sample)].bytes:
             raise BadImage(f"{size:,} bytes, more than the {MAX_BYTES:,} that an image may have")
         data = self._pread(sample, size, offset)
         if expected and checksum(data) != expected[0]:

@@ -104,7 +104,7 @@ def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
 
 
 def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | None = None) -> ShardScan:
-    """Reads a shard once for its digest, and again, now from memory as a rule, for its headers and its images' checksums.
+    """Reads a shard for its digest, and again, now from memory as a rule, for its headers and the images' checksums.
 
     Samples are files that share their name up to the first dot of the last component and follow each other. Raises
     ShardError that names the shard and the sample: no image or several, no label, a label that is no integer or not
