@@ -36,6 +36,8 @@ def verify(folder: Path, decode: bool, workers: int) -> bool:
     state = f"{damaged:,} of them damaged" if damaged else "all sound"
     shards, samples = counted(len(index.shards), "shard"), counted(index.num_samples, "sample")
     tell(f"{folder}: {shards}, {samples}: {state}; {human_time(time.monotonic() - started)}")
+    if not index.has_checksums:
+        tell(f"{folder}: no checksums of single images, so reads are not checked; data_prep/index.py adds them")
     return not damaged
 
 

@@ -46,7 +46,9 @@ class CachedShards:
     def __init__(self, index: ShardIndex, plan: Plan | None) -> None:
         assert index.remote is not None
         self._held: OrderedDict[int, int] = OrderedDict()
-        self._shards, self._cache, self._plan = index.shards, ShardCache(index.remote), plan
+        self._shards, self._plan = index.shards, plan
+        self._cache = ShardCache(index.remote, check=not index.has_checksums)
+        self._sound: set[int] = set()
         self._ends = np.cumsum(index.shard_sizes)
         self._last_need: dict[int, int] = {}
         self._awaited: list[int] = []
@@ -96,6 +98,16 @@ class CachedShards:
                 if len(self._held) >= (_MOST_HELD if self._plan else _MOST_HELD_UNPLANNED):
                     close(self._held.popitem(last=False)[1])
             self._keep(shard, descriptor)
+
+    def renewed(self, shard: int) -> bool:
+        """Whether a shard was found damaged in the cache, so that its next descriptor is of another file."""
+        if shard in self._sound or self._cache.is_sound(self.descriptor(shard), self._shards[shard]):
+            self._sound.add(shard)
+            return False
+        with self._lock:
+            if shard in self._held:
+                close(self._held.pop(shard))
+        return True
 
     def fetch_next(self) -> float:
         """Takes one step ahead of the reader. Returns how many seconds to pause before the next one."""

@@ -2,6 +2,7 @@
 
     shards/<sha256>.tar     a whole shard; it got its name after its digest was checked, and by rename
     shards/<sha256>.part    one that is being fetched, as large as it will be
+    shards/<sha256>.sound   when its digest was last looked at, where the index has no checksums to tell by
 
 Who fetches a shard holds an exclusive lock on its .part file, so that no two processes fetch the same one; who reads a
 shard, or will soon, holds a shared lock on it. What nobody holds may be evicted, the least recently used first. Locks
@@ -14,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ from crate_dist.data.remote import Damaged, fetch, file_url
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05
 _NO_ROOM_HOLDS_S = 1.0
+_CHUNK = 2**20
+_STARTED = time.time()
+
+logger = logging.getLogger(__name__)
 
 
 class NoRoom(ShardError):
@@ -33,10 +39,13 @@ class NoRoom(ShardError):
 
 
 class ShardCache:
-    """Opens shards from the cache, fetching those that are not there."""
+    """Opens shards from the cache, fetching those that are not there.
 
-    def __init__(self, remote: Remote) -> None:
-        self._url, self._limit = remote.url, remote.cache_bytes
+    check: look at the digest of a shard that another run left there, once per node and start
+    """
+
+    def __init__(self, remote: Remote, check: bool = False) -> None:
+        self._url, self._limit, self._check = remote.url, remote.cache_bytes, check
         self._folder = remote.cache / "shards"
         make_folder(self._folder)
         self._room, self._full = remote.cache / "room.lock", remote.cache / "half-in-use"
@@ -56,8 +65,10 @@ class ShardCache:
         try:
             while True:
                 if (descriptor := _open_whole(final, shard.bytes)) is not None:
-                    return descriptor
-                if (descriptor := _lock_new(part)) is not None:
+                    if not self._check or self._was_sound(descriptor, shard):
+                        return descriptor
+                    close(descriptor)
+                elif (descriptor := _lock_new(part)) is not None:
                     if (fetched := self._fetched(descriptor, shard, part, final, ahead)) is not None:
                         return fetched
                 elif ahead:
@@ -66,6 +77,29 @@ class ShardCache:
                     time.sleep(_POLL_S)
         except OSError as error:
             raise unwritable(self._folder, error) from error
+
+    def is_sound(self, descriptor: int, shard: Shard) -> bool:
+        """Whether an open shard still has its digest. One that has not is no longer in the cache then."""
+        digest, place = hashlib.sha256(), 0
+        while chunk := os.pread(descriptor, _CHUNK, place):
+            digest.update(chunk)
+            place += len(chunk)
+        if digest.hexdigest() == shard.sha256:
+            return True
+        logger.warning("%s was damaged in the cache %s; it is fetched again", shard.name, self._folder)
+        if _is_at(descriptor, final := self._folder / f"{shard.sha256}.tar"):
+            final.unlink(missing_ok=True)
+        return False
+
+    def _was_sound(self, descriptor: int, shard: Shard) -> bool:
+        """is_sound, where no process of this node has looked since this one was started."""
+        mark = self._folder / f"{shard.sha256}.sound"
+        with locked(mark):
+            if (found := _stat(mark)) is not None and found.st_size and found.st_mtime >= _STARTED:
+                return True
+            sound = self.is_sound(descriptor, shard)
+            mark.write_text("sound\n" if sound else "")
+            return sound
 
     def _fetched(self, descriptor: int, shard: Shard, part: Path, final: Path, ahead: bool) -> int | None:
         """Fills and publishes the locked part; None when another process did just before."""

@@ -14,7 +14,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from crate_dist.data.images import BadImage, check_decodes
-from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
+from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
 from crate_dist.data.journal import missing_shards, read_identity
 from crate_dist.data.pool import advance, run_parallel
 from crate_dist.data.program import progress_bar
@@ -146,7 +146,10 @@ def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | 
 
 def verify_split(index: ShardIndex, decode: bool, workers: int) -> Iterator[tuple[str, str]]:
     """(shard, what is wrong with it) for each shard that is not what the index says, as they are found."""
-    rule = LabelRule.parse(index.made_by.get("label", "cls"))
+    try:
+        rule = LabelRule.parse(index.made_by.get("label", "cls"))
+    except ValueError as error:
+        raise ShardError(f"{index.root / INDEX_JSON} has a made_by.label that cannot be: {error}") from None
     ends = np.cumsum(index.shard_sizes)
     tasks = (
         _VerifyTask(
@@ -183,10 +186,16 @@ def _problem(task: _VerifyTask) -> str | None:
         return "missing"
     except (OSError, ShardError) as error:
         return str(error)
+    names = task.rows.dtype.names or ()  # without checksums in an index that was built before there were any
+    differ = {name for name in names if not np.array_equal(scan.rows[name], task.rows[name])}
     if scan.shard.sha256 != task.shard.sha256:
-        return "its sha256 is not the one in the index: some of its bytes have changed"
-    if not np.array_equal(scan.rows, task.rows):
-        return "the offsets, sizes or labels in index.npy are not those in the shard"
+        if differ != {"checksum"} or len(scan.rows) != len(task.rows):
+            return "its sha256 is not the one in the index: some of its bytes have changed"
+        changed = np.flatnonzero(scan.rows["checksum"] != task.rows["checksum"])
+        where = f"the first is number {changed[0]}, at byte {task.rows['offset'][changed[0]]}"
+        return f"its sha256 is not the one in the index: the bytes of {len(changed)} images have changed, {where}"
+    if differ:
+        return f"index.npy has another {', another '.join(sorted(differ))} for some image than the shard"
     return _undecodable(task) if task.decode else None
 
 
@@ -214,9 +223,11 @@ def _present_index(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_meta(path)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None  # damaged, and about to be replaced
-    if not isinstance(meta, dict) or not {"version", "shards", "classes", "class_names", "made_by"} <= meta.keys():
-        raise ShardError(f"{path} is not an index of this project; move it away, its name is needed")
-    return meta
+    except ShardError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = f"{path} is not an index of this project ({error})"
+        raise ShardError(f"{what}; move it away, its name is needed") from None

@@ -24,17 +24,47 @@ Box = tuple[int, int, int, int]
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded: no photograph, but perhaps a decompression bomb."""
+MAX_SIDE = 65_500
+"""What libjpeg takes. A strip that is longer costs more in memory per row than in pixels."""
+MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
+"""Pixels times scans of a JPEG: the usual ten scans of a progressive one, at every size. A file may have thousands."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Larger files are refused before they are read: what so many pixels have uncompressed."""
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """What Pillow may open; it would also run external programs for EPS."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
-_END_OF_IMAGE = b"\xff\xd9"
+_START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
+_MAX_SEGMENTS = 4096  # before the picture; 255 of them may hold a colour profile
+_MAX_READS = 10_000
+_BYTES_PER_READ = 64  # of the picture itself, at the least; a PNG has them in chunks of 8 kB as a rule
+_LEAST_SCAN = 2**16  # the pixels that the tables of a scan cost
 _UNWRITTEN = np.array([1, 254, 77], dtype=np.uint8)
 _UPSAMPLING_ROWS = 4  # chroma upsampling looks one chroma row, two pixels, past the last row
 
 
 class BadImage(ValueError):
     """Bytes that do not decode to a picture."""
+
+
+class _File(io.BytesIO):
+    """A file in memory for Pillow, whose parsers in Python would follow a million empty chunks, or tags that overlap.
+
+    Raises BadImage when the header takes more reads or bytes than one may.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads_left, self.bytes_left = _MAX_READS, 2 * len(data) + _MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As BytesIO's."""
+        data = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(data)
+        if self.reads_left < 0 or self.bytes_left < 0:
+            raise BadImage("refused as a bomb: it is in far more pieces than an image has")
+        return data
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -51,7 +81,7 @@ def decode_crop(data: bytes, size: tuple[int, int], box: Box, shrink: int = 1) -
     """The crop `box` of a JPEG, uint8 of shape (height / shrink, width / shrink, 3); None where Pillow is to decide.
 
     size: what jpeg_size returned; shrink: 1, 2, 4 or 8, pixels of the image per pixel of the result, averaged in the
-    DCT domain. The sides of the box must be multiples of it.
+    DCT domain. The sides of the box must be multiples of it. Raises BadImage for too many scans.
 
     The rows below the crop are left out by lowering the height in the frame header. libjpeg-turbo then warns of the
     scan's unread rest, so that its warnings say nothing any more; they do not need to, as Pillow, which would be asked
@@ -60,7 +90,11 @@ def decode_crop(data: bytes, size: tuple[int, int], box: Box, shrink: int = 1) -
     left, top, right, bottom = box
     width, height = size
     rows = min(height, bottom + _UPSAMPLING_ROWS * shrink)
-    frame = _single_scan_frame(data) if rows < height and data.endswith(_END_OF_IMAGE) else 0
+    frame = _single_scan_frame(data)
+    if not frame:
+        _refuse_scans(data, size)
+    elif rows == height or not data.endswith(_END_OF_IMAGE):
+        frame = 0
     if frame:
         data = b"".join((data[: frame + 5], rows.to_bytes(2, "big"), data[frame + 7 :]))
     else:
@@ -78,18 +112,30 @@ def decode_crop(data: bytes, size: tuple[int, int], box: Box, shrink: int = 1) -
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Opens with Pillow, without decoding. Raises BadImage for no image, an unknown format, too many pixels."""
+    """Opens with Pillow, without decoding.
+
+    Raises BadImage for no image, an unknown format, too many bytes, pixels or scans.
+    """
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"{len(data):,} bytes, more than the {MAX_BYTES:,} that an image may have")
+    several = data.startswith(_START_OF_IMAGE) and not _single_scan_frame(data)
+    file = _File(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(file, formats=FORMATS)
+    except BadImage:
+        raise
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image of a known format; it starts with {data[:8]!r}") from None
     except Image.DecompressionBombError as error:
-        raise BadImage(f"refused as a decompression bomb: {_reason(error)}") from error
+        raise BadImage(f"refused as a decompression bomb: {reason(error)}") from error
     except Exception as error:  # Pillow's parsers raise whatever the bytes make them trip over
-        raise BadImage(f"not an image: {_reason(error)}") from error
+        raise BadImage(f"not an image: {reason(error)}") from error
     refuse_bomb(image.width, image.height)
+    if several:
+        _refuse_scans(data, image.size)
+    file.reads_left, file.bytes_left = _MAX_READS + len(data) // _BYTES_PER_READ, MAX_BYTES
     return image
 
 
@@ -101,15 +147,36 @@ def resized_exactly(image: Image.Image, box: Box, size: tuple[int, int]) -> Pixe
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(_rgb(image).crop(box).resize(size, Image.Resampling.BICUBIC))
+            whole = _rgb(image)
+            part = whole if box == (0, 0, *whole.size) else whole.crop(box)
+            return np.asarray(part.resize(size, Image.Resampling.BICUBIC))
     except Exception as error:
-        raise BadImage(f"does not decode: {_reason(error)}") from error
+        raise BadImage(f"does not decode: {reason(error)}") from error
+
+
+def resized_part(image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
+    """What lies in `box` when the whole image is resized, and only that: uint8 of shape (height, width, 3).
+
+    As resized_exactly of all of it to the bit but for rounding: the filter sees what is beside the box, whose edges
+    may lie between pixels. Raises BadImage when the image does not decode.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(_rgb(image).resize(size, Image.Resampling.BICUBIC, box))
+    except Exception as error:
+        raise BadImage(f"does not decode: {reason(error)}") from error
 
 
 def refuse_bomb(width: int, height: int) -> None:
-    """Raises BadImage for more pixels than MAX_PIXELS."""
-    if width * height > MAX_PIXELS:
+    """Raises BadImage for more pixels than MAX_PIXELS, or a side longer than MAX_SIDE."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise BadImage(f"{width} x {height} pixels are refused as a decompression bomb")
+
+
+def reason(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -124,7 +191,9 @@ def _single_scan_frame(data: bytes) -> int:
     Only there do rows stand in the file in their order.
     """
     frame, place = 0, 2
-    while place + 10 <= len(data) and data[place] == 0xFF:
+    for _ in range(_MAX_SEGMENTS):
+        if place + 10 > len(data) or data[place] != 0xFF:
+            return 0
         marker = data[place + 1]
         if marker < _START_OF_FRAME or marker == 0xFF:  # legal padding, too rare to follow
             return 0
@@ -136,5 +205,11 @@ def _single_scan_frame(data: bytes) -> int:
     return 0
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _refuse_scans(data: bytes, size: tuple[int, int]) -> None:
+    """Raises BadImage for a JPEG whose scans would take far more than its pixels. Each begins with a marker.
+
+    That of scans which stand elsewhere, in a thumbnail or in pictures behind, is counted too: too few to matter.
+    """
+    scans, (width, height) = data.count(b"\xff\xda"), size
+    if scans * max(width * height, _LEAST_SCAN) > MAX_SCANNED_PIXELS:
+        raise BadImage(f"{scans} scans of {width} x {height} pixels are refused as a decompression bomb")

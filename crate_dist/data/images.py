@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from crate_dist.data.decode import MAX_PIXELS, BadImage
+from crate_dist.data.decode import BadImage, open_image, reason
 
 DEFAULT_QUALITY = 95
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-"""Pillow would also open EPS and others through external programs."""
 _ORIENTATION = 0x0112
+_MAX_EXIF = 2**16  # what a JPEG has room for; the tags of a larger block may take a million times its size
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -60,7 +59,7 @@ def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
         except BadImage:
             raise
         except Exception as error:  # Pillow's parsers raise whatever the bytes make them trip over
-            raise BadImage(f"does not decode: {_reason(error)}") from error
+            raise BadImage(f"does not decode: {reason(error)}") from error
 
 
 def extension(data: bytes) -> str:
@@ -74,13 +73,8 @@ def check_decodes(data: bytes) -> None:
 
 
 def _treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image of a known format; it starts with {data[:8]!r}") from None
+    image = open_image(data)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels are refused as a decompression bomb")
     counted = _oddities(image)
     is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it
     too_large = treatment.short_side is not None and min(width, height) > treatment.short_side
@@ -103,7 +97,7 @@ def _oddities(image: Image.Image) -> list[str]:
         counted.append("CMYK")
     if image.mode in ("1", "L", "LA"):
         counted.append("greyscale")
-    if "exif" in image.info and _orientation(image) in range(2, 9):
+    if 0 < len(image.info.get("exif", b"")) <= _MAX_EXIF and _orientation(image) in range(2, 9):
         counted.append("EXIF rotation (not applied)")
     return counted
 
@@ -138,7 +132,3 @@ def _encoded(image: Image.Image, treatment: Treatment) -> bytes:
     else:
         _rgb_or_grey(image).save(out, format="JPEG", quality=treatment.quality or DEFAULT_QUALITY)
     return out.getvalue()
-
-
-def _reason(error: Exception) -> str:
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]

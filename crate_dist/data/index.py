@@ -3,9 +3,10 @@
 A split is a folder of plain WebDataset tars with two files beside them:
 
     index.json   shards (name, samples, bytes, sha256), classes, and how the split was made
-    index.npy    one row per sample, in the order of the shards: offset and size of the image, label
+    index.npy    one row per sample, in the order of the shards: offset and size of the image, label, checksum
 
 The rows are memory-mapped, so that a rank pays for the samples that it reads and all ranks of a node share them.
+Version 1 had no checksums; such an index is read as it is, and written again as it is.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 INDEX_JSON = "index.json"
 INDEX_ROWS = "index.npy"
-FORMAT_VERSION = 1
 TAR_BLOCK = 512
 """Every file in a tar has a header of so many bytes before it."""
 _SHARDS_AT_ONCE = 1024
-ROW = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
-"""offset: of the image's first byte in its tar; size: bytes; label: class number from 0."""
+ROW_WITHOUT_CHECKSUM = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
+ROW = np.dtype([*ROW_WITHOUT_CHECKSUM.descr, ("checksum", "<u8")])
+"""offset: of the image's first byte in its tar; size: bytes; label: class number from 0; checksum: of the image."""
+FORMATS = {1: ROW_WITHOUT_CHECKSUM, 2: ROW}
+"""By the version in index.json. A program that knows version 1 alone refuses the other, and reads no wrong rows."""
+_MOST = 2**63 - 1
 
 
 class ShardError(ValueError):
     """Shards or an index that cannot be used; the message names the file and what would do."""
+
+
+def checksum(image: bytes) -> int:
+    """XXH3, 64 bits, of the bytes of an image: against what happens to them by chance, some 20 GB a second."""
+    return xxh3_64_intdigest(image)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,21 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+
+    @classmethod
+    def read(cls, entry: Any, what: str = "shard") -> Shard:
+        """A shard as JSON has it. Raises ValueError that names the field, `what` in front, for one that cannot be."""
+        if not isinstance(entry, dict) or entry.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError(f"{what} is {_shown(entry)}, expected {', '.join(cls.__dataclass_fields__)}")
+        shard = cls(**entry)
+        for field_name, number in (("samples", shard.samples), ("bytes", shard.bytes)):
+            if type(number) is not int or not 0 <= number <= _MOST:
+                raise ValueError(f"{what}.{field_name} is {_shown(number)}, expected a whole number from 0 to 2^63 - 1")
+        if not isinstance(shard.name, str) or shard.name in ("", ".", "..") or re.search(r"[/\0]", shard.name):
+            raise ValueError(f"{what}.name is {_shown(shard.name)}, which is no name of a shard in the same folder")
+        if not isinstance(shard.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"{what}.sha256 is {_shown(shard.sha256)}, expected 64 hexadecimal digits")
+        return shard
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,11 @@ class ShardIndex:
         return hashlib.sha256((self.root / INDEX_JSON).read_bytes()).hexdigest()
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether rows have a checksum of their image."""
+        return "checksum" in (self.rows.dtype.names or ())
+
+    @property
     def num_samples(self) -> int:
         """Samples in the whole split."""
         return len(self.rows)
@@ -119,28 +149,23 @@ class ShardIndex:
                 else "there are no shards here: data_prep/imagenet.py or image_folder.py writes them"
             )
             raise ShardError(f"no {INDEX_JSON} in {root}; {remedy}")
-        rebuild = f"`python data_prep/index.py {remote.url if remote else root}` rebuilds it"
+        rebuild = f"`python data_prep/index.py {remote.url if remote else root}` rebuilds"
         try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            if meta["version"] != FORMAT_VERSION:
-                raise ShardError(f"{path} has version {meta['version']}, this program reads {FORMAT_VERSION}")
-            shards = [_shard(entry) for entry in meta["shards"]]
+            meta = read_meta(path)
+            shards, row = [Shard(**entry) for entry in meta["shards"]], FORMATS[meta["version"]]
             rows = np.load(root / INDEX_ROWS, mmap_mode="r", allow_pickle=False)
-            index = cls(root, shards, rows, meta["classes"], meta["class_names"], meta["made_by"], remote)
-            well_formed = all(isinstance(names, list) for names in (index.classes, index.class_names))
-            if not well_formed or not isinstance(index.made_by, dict):
-                raise ValueError("its classes are no list")
         except ShardError:
             raise
         except Exception as error:  # numpy's parser of headers raises whatever the bytes make it trip over
-            raise ShardError(f"{path} is damaged ({type(error).__name__}: {error}); {rebuild}") from error
+            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            raise ShardError(f"{path} is damaged ({reason}); {rebuild} it") from error
         expected = sum(shard.samples for shard in shards)
-        if rows.dtype != ROW or rows.shape != (expected,) or len(index.class_names) != len(index.classes):
+        if rows.dtype != row or rows.shape != (expected,):
             raise ShardError(
                 f"{root / INDEX_ROWS} has {len(rows) if rows.ndim else 0} rows of {rows.dtype}, {INDEX_JSON} promises "
-                f"{expected} of {ROW}; `python data_prep/index.py {index.place}` rebuilds both"
+                f"{expected} of {row}; {rebuild} both"
             )
-        return index
+        return cls(root, shards, rows, meta["classes"], meta["class_names"], meta["made_by"], remote)
 
     def check_rows(self) -> None:
         """Looks at every row. Raises ShardError for one that points out of its shard or has a label of no class.
@@ -153,8 +178,8 @@ class ShardIndex:
             some = slice(first, first + _SHARDS_AT_ONCE)
             start = int(ends[first] - sizes[first])
             rows = self.rows[start : start + int(sizes[some].sum())]
-            stops = rows["offset"] + rows["size"]
-            good = (rows["offset"] >= TAR_BLOCK) & (rows["size"] >= 0) & (stops <= np.repeat(limits[some], sizes[some]))
+            last = np.repeat(limits[some], sizes[some]) - rows["size"]  # the sum of both may be past 2^63
+            good = (rows["offset"] >= TAR_BLOCK) & (rows["size"] >= 0) & (rows["offset"] <= last)
             good &= (rows["label"] >= 0) & (rows["label"] < self.num_classes)
             if not good.all():
                 raise self.bad_row(start + int(np.argmin(good)))
@@ -170,9 +195,10 @@ class ShardIndex:
     def save(self) -> None:
         """Writes both files beside the shards, each whole or not at all; index.json, the one looked for, last."""
         buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(self.rows, dtype=ROW), allow_pickle=False)
+        version = 2 if self.has_checksums else 1
+        np.save(buffer, np.ascontiguousarray(self.rows, dtype=FORMATS[version]), allow_pickle=False)
         meta = {
-            "version": FORMAT_VERSION,
+            "version": version,
             "samples": self.num_samples,
             "rows_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
             "shards": [asdict(shard) for shard in self.shards],
@@ -198,13 +224,40 @@ class ShardIndex:
             text.unlink(missing_ok=True)
 
 
-def _shard(entry: Mapping[str, Any]) -> Shard:
-    """Raises ValueError or TypeError for what is no shard, or would lead out of the folder."""
-    shard = Shard(**entry)
-    if not all(type(value) is int and value >= 0 for value in (shard.samples, shard.bytes)):
-        raise ValueError(f"shard {shard.name!r} has {shard.samples!r} samples in {shard.bytes!r} bytes")
-    if not isinstance(shard.name, str) or shard.name in ("", ".", "..") or re.search(r"[/\0]", shard.name):
-        raise ValueError(f"{shard.name!r} is no name of a shard in the same folder")
-    if not isinstance(shard.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"shard {shard.name!r} has {shard.sha256!r} in place of a sha256")
-    return shard
+def read_meta(path: Path) -> dict[str, Any]:
+    """What an index.json says, looked at field by field.
+
+    Raises ShardError for another version, ValueError that names the field for what no index says; OSError, and
+    RecursionError for JSON that is nested without end.
+    """
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"it is {_shown(meta)}")
+    if missing := [key for key in ("version", "shards", "classes", "class_names", "made_by") if key not in meta]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if type(meta["version"]) is not int or meta["version"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise ShardError(f"{path} has version {_shown(meta['version'])}, this program reads {known}")
+    for key in ("shards", "classes", "class_names"):
+        if not isinstance(meta[key], list):
+            raise ValueError(f"{key} is {_shown(meta[key])}, expected a list")
+    shards = [Shard.read(entry, f"shards[{number}]") for number, entry in enumerate(meta["shards"])]
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("two of its shards have the same name")
+    samples = sum(shard.samples for shard in shards)
+    if type(meta.get("samples", samples)) is not int or meta.get("samples", samples) != samples:
+        raise ValueError(f"samples is {_shown(meta['samples'])}, and its shards have {samples}")
+    for key in ("classes", "class_names"):
+        if wrong := [name for name in meta[key] if not isinstance(name, str)]:
+            raise ValueError(f"{key} has {_shown(wrong[0])}, expected text")
+    if len(meta["classes"]) != len(meta["class_names"]):
+        raise ValueError(f"it has {len(meta['classes'])} classes and {len(meta['class_names'])} class_names")
+    if not isinstance(meta["made_by"], dict) or not isinstance(meta["made_by"].get("label", ""), str):
+        raise ValueError(f"made_by is {_shown(meta['made_by'])}, expected a table whose label is text")
+    return meta
+
+
+def _shown(value: Any) -> str:
+    """A value of a file for a message, in one line and not at any length."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -26,6 +26,7 @@ from crate_dist.data.shards import Finished, ShardPlan, is_temporary, shard_name
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
 _FORMAT_VERSION = 1
+_MOST_SAMPLES = 10**9
 _OPTIONS = {
     "seed": "--seed",
     "shard_samples": "--shard-samples",
@@ -193,10 +194,11 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShardError(f"{path} is damaged ({error}); remove {folder} to convert anew") from error
-    if not isinstance(found, dict):
-        raise ShardError(f"{path} is damaged; remove {folder} to convert anew")
+    counts = [found.get(key) for key in ("samples", "shard_samples")] if isinstance(found, dict) else []
+    if not counts or any(type(count) is not int or not 0 < count <= _MOST_SAMPLES for count in counts):
+        raise ShardError(f"{path} is damaged, its counts of samples cannot be; remove {folder} to convert anew")
     return found
 
 
@@ -210,8 +212,9 @@ def read_journal(folder: Path) -> dict[str, Finished]:
     for line in lines:
         try:
             entry = json.loads(line)
-            shard = Shard(**entry["shard"])
-            found[shard.name] = Finished(shard, entry["counted"], entry["skipped"])
+            shard = Shard.read(entry["shard"])
+            if isinstance(entry["counted"], dict) and isinstance(entry["skipped"], list):
+                found[shard.name] = Finished(shard, entry["counted"], entry["skipped"])
         except (ValueError, KeyError, TypeError):  # a line that a crash cut short: its shard is made again
             continue
     return found

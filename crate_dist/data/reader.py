@@ -1,7 +1,8 @@
-"""Reads single samples out of tar shards by their offsets."""
+"""Reads single samples out of tar shards by their offsets, and holds each against its checksum in the index."""
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
 from collections import OrderedDict
@@ -10,13 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from crate_dist.data.ahead import CachedShards, Plan
-from crate_dist.data.index import TAR_BLOCK, ShardError, ShardIndex
+from crate_dist.data.decode import MAX_BYTES, BadImage
+from crate_dist.data.index import TAR_BLOCK, ShardError, ShardIndex, checksum
 
 _OPEN_SHARDS = 64
 
+logger = logging.getLogger(__name__)
+
 
 class BadSample(NamedTuple):
-    """A sample that did not decode: where it stands, and why it was replaced."""
+    """A sample that did not decode, or is not what was indexed: where it stands, and why it was replaced."""
 
     shard: str
     key: str
@@ -41,12 +45,18 @@ class ShardReader:
     def read(self, sample: int) -> bytes:
         """The image of a sample, whose label is a class.
 
-        Raises ShardError when its row cannot be right, and when its shard is gone or not as long as the index says.
+        Raises BadImage for more bytes than an image may have and for others than were indexed; ShardError when its row
+        cannot be right, and when its shard is gone or not as long as the index says.
         """
-        offset, size, label = self.index.rows[sample].item()
+        offset, size, label, *expected = self.index.rows[sample].item()
         if offset < TAR_BLOCK or size < 0 or not 0 <= label < self.index.num_classes:
             raise self.index.bad_row(sample)
-        return self._pread(sample, size, offset)
+        if size > MAX_BYTES and offset + size <= self.index.shards[self._shard(sample)].bytes:
+            raise BadImage(f"{size:,} bytes, more than the {MAX_BYTES:,} that an image may have")
+        data = self._pread(sample, size, offset)
+        if expected and checksum(data) != expected[0]:
+            return self._read_again(sample, size, offset, expected[0])
+        return data
 
     def describe(self, sample: int, reason: str) -> BadSample:
         """Names a sample that does not decode by its shard and by the key in the tar header before it.
@@ -54,7 +64,7 @@ class ShardReader:
         Without a header of a file of that size there, what was read was no image to begin with: the index belongs to
         other shards, or the shard is damaged. The reason then names the remedy.
         """
-        offset, size, _ = self.index.rows[sample].item()
+        offset, size, *_ = self.index.rows[sample].item()
         shard = self.index.shards[self._shard(sample)].name
         try:
             header = tarfile.TarInfo.frombuf(self._pread(sample, TAR_BLOCK, offset - TAR_BLOCK), "utf-8", "replace")
@@ -64,6 +74,20 @@ class ShardReader:
             pass
         reason += f"; no tar header of a file of {size} bytes stands before it, so index and shard differ"
         return BadSample(shard, f"sample {sample} at byte {offset}", f"{reason}; {self._verify()}")
+
+    def _read_again(self, sample: int, size: int, offset: int, expected: int) -> bytes:
+        """What came wrong over a network or out of the page cache once comes right from where it lies.
+
+        A shard in the node's cache may be damaged there alone: then it is fetched again.
+        """
+        shard = self._shard(sample)
+        os.posix_fadvise(self._shards.descriptor(shard), offset, size, os.POSIX_FADV_DONTNEED)
+        if checksum(data := self._pread(sample, size, offset)) == expected:
+            logger.warning("sample %d of %s was read wrong, and right when read again", sample, self._name(shard))
+            return data
+        if self._shards.renewed(shard) and checksum(data := self._pread(sample, size, offset)) == expected:
+            return data
+        raise BadImage(f"does not have the checksum in its index: its bytes have changed since; {self._verify()}")
 
     def _shard(self, sample: int) -> int:
         return int(np.searchsorted(self._ends, sample, side="right"))
@@ -94,6 +118,10 @@ class LocalShards:
 
     def at(self, number: int) -> None:
         """Nothing needs to be fetched ahead."""
+
+    def renewed(self, shard: int) -> bool:
+        """There is nowhere else to read them from."""
+        return False
 
     def descriptor(self, shard: int) -> int:
         """Of a shard by its number. Raises OSError, and ShardError when it is not as long as the index says."""

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from crate_dist.data.index import ROW, Shard, ShardError
+from crate_dist.data.index import ROW, Shard, ShardError, checksum
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp", "gif", "tif", "tiff")
@@ -104,7 +104,7 @@ def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
 
 
 def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | None = None) -> ShardScan:
-    """Reads a shard once for its digest and walks its headers.
+    """Reads a shard for its digest, and again, now from memory as a rule, for its headers and the images' checksums.
 
     Samples are files that share their name up to the first dot of the last component and follow each other. Raises
     ShardError that names the shard and the sample: no image or several, no label, a label that is no integer or not
@@ -112,7 +112,7 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
     """
     label = label or LabelRule()
     limit = num_classes if num_classes is not None else MAX_CLASSES
-    rows: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int, int]] = []
     seen: set[str] = set()
     try:
         with path.open("rb") as file:
@@ -126,7 +126,8 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
                 number = _label(file, files, label, path, key)
                 if not 0 <= number < limit:
                     raise ShardError(f"{path}: sample {key} has label {number}, expected 0 to {limit - 1}")
-                rows.append((image.offset, image.size, number))
+                data = os.pread(file.fileno(), image.size, image.offset)
+                rows.append((image.offset, image.size, number, checksum(data)))
     except OSError as error:
         raise ShardError(f"cannot read {path}: {error.strerror or error}") from error
     return ShardScan(Shard(path.name, len(rows), size, digest), np.array(rows, dtype=ROW))

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from crate_dist.data.images import BadImage, Treatment, extension, treat
-from crate_dist.data.index import ROW, Shard, ShardError
+from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
 from crate_dist.data.pool import advance
 from crate_dist.data.samples import Samples
@@ -124,12 +124,13 @@ def make_shard(task: ShardTask) -> ShardResult:
     try:
         with _full_disk_explained(path):
             with temporary.open("wb") as file:
-                _write(file, task, counted, skipped)
+                written = _write(file, task, counted, skipped)
                 file.flush()
                 os.fsync(file.fileno())
             scan = scan_shard(temporary)
             shard = Shard(task.name, scan.shard.samples, scan.shard.bytes, scan.shard.sha256)
-            assert shard.samples == len(task.samples) - len(skipped)
+            if scan.rows["checksum"].tolist() != written:
+                raise ShardError(f"{temporary} does not read back as it was written: memory or disk are at fault")
             if shard.samples:
                 temporary.replace(path)
                 _sync_folder(task.folder)
@@ -160,12 +161,13 @@ def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
     return scan.rows if scan.shard == finished.shard else None
 
 
-def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list[str]) -> None:
+def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list[str]) -> list[int]:
+    """Returns the checksums of the images, in their order."""
     from webdataset.writer import TarWriter  # here, because the program itself need not import it
 
     # The tar is made in memory, sample by sample, so that a full disk is met by our own write() below.
     buffer = io.BytesIO()
-    samples = task.samples
+    samples, checksums = task.samples, []
     with TarWriter(buffer, encoder=False, mtime=0, user="crate", group="crate", mode=0o644) as writer:
         for i in range(len(samples)):
             if i % _PROGRESS_EVERY == 0:
@@ -183,8 +185,10 @@ def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list
             counted.update(oddities)
             key = f"{task.first + i:08d}-{_ascii_stem(samples.name(i))}"
             writer.write({"__key__": key, "cls": str(samples.labels[i]).encode(), extension(image): image})
+            checksums.append(checksum(image))
             _drain(buffer, file)
     _drain(buffer, file)
+    return checksums
 
 
 def _drain(buffer: io.BytesIO, file: BinaryIO) -> None:

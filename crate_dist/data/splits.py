@@ -86,7 +86,7 @@ def _fetched_index(remote: Remote) -> Path:
         raise ShardError(f"{error}; {remedy}") from error
     try:
         digest = json.loads(text).get("rows_sha256")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ShardError(f"{url} is no index: it begins with {text[:40]!r}") from None
     folder = remote.cache / "indexes" / hashlib.sha256(remote.url.encode() + b"\0" + text).hexdigest()[:32]
     make_folder(folder)

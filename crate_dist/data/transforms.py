@@ -31,6 +31,7 @@ from crate_dist.data.decode import (
     jpeg_size,
     open_image,
     resized_exactly,
+    resized_part,
 )
 
 __all__ = ["MAX_PIXELS", "BadImage", "Box", "EvalTransform", "Pixels", "TrainTransform", "random_crop", "sample_rng"]
@@ -38,6 +39,8 @@ __all__ = ["MAX_PIXELS", "BadImage", "Box", "EvalTransform", "Pixels", "TrainTra
 _CROP_TRIES = 10
 _SHRINK_REST = 1.5
 """What the DCT leaves to the bicubic filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
+_MOST_LENGTHS = 32
+"""A picture that is so many times as long as wide is no photograph; of a longer one only the crop is resized."""
 _64_BITS = (1 << 64) - 1
 
 
@@ -96,9 +99,14 @@ class EvalTransform:
         if self.short_side is not None:
             scale = self.short_side / min(image.width, image.height)
             width, height = max(round(image.width * scale), width), max(round(image.height * scale), height)
-        resized = resized_exactly(image, (0, 0, image.width, image.height), (width, height))
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        centre = resized[top : top + self.size, left : left + self.size]
+        if max(width, height) > _MOST_LENGTHS * min(width, height):
+            x, y = image.width / width, image.height / height
+            box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
+            centre = resized_part(image, box, (self.size, self.size))
+        else:
+            resized = resized_exactly(image, (0, 0, image.width, image.height), (width, height))
+            centre = resized[top : top + self.size, left : left + self.size]
         if out is None:
             return centre
         out[:] = centre
