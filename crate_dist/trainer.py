@@ -89,7 +89,7 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
         self.saved_at = self.progress.step
         self.val_batches: DataLoader[Batch] | None = None
-        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step, self.last_step)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:

@@ -18,6 +18,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from crate_dist.config import ResizeFilter
+
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, the last two outside"""
@@ -93,15 +95,17 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def resized_exactly(image: Image.Image, box: Box, size: tuple[int, int]) -> Pixels:
-    """The crop `box` resized to `size` (width, height) by Pillow's antialiased bicubic, uint8 (height, width, 3).
+def resized_exactly(
+    image: Image.Image, box: Box, size: tuple[int, int], resize_filter: ResizeFilter = "bicubic"
+) -> Pixels:
+    """The crop `box` resized to `size` (width, height) by Pillow's antialiased filter, uint8 (height, width, 3).
 
     Transparency is dropped and 16 bits become their upper 8. Raises BadImage when the image does not decode.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(_rgb(image).crop(box).resize(size, Image.Resampling.BICUBIC))
+            return np.asarray(_rgb(image).crop(box).resize(size, Image.Resampling[resize_filter.upper()]))
     except Exception as error:
         raise BadImage(f"does not decode: {_reason(error)}") from error
 
