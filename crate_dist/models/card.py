@@ -168,8 +168,9 @@ def _fitting(side: int, meta: Mapping[str, Any]) -> str:
     if meta.get("eval_fit") == "stretch":
         return f"both sides resized to {side} pixels{_filter(meta)}"
     crop = meta.get("eval_crop")
-    known = isinstance(crop, float) and crop > 0
-    resized = f"the short side resized to {round(side / crop)} pixels{_filter(meta)}, " if known else ""
+    resized = ""
+    if isinstance(crop, float) and crop > 0:
+        resized = f"the short side resized to {round(side / crop)} pixels{_filter(meta)}, "
     return f"{resized}the central {side} x {side} cut out"
 
 
