@@ -34,5 +34,5 @@ lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-clean:  ## remove .venv and the demo's output
-	rm -rf $(VENV) demo
+clean:  ## remove what the demo wrote: runs/demo, its images and its shards
+	rm -rf runs/demo runs/demo-images runs/demo-shards

@@ -185,10 +185,16 @@ class Centre:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, size, size), normalised."""
-        scale = self.short_side / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), self.filter)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        return self.normalise(_to_tensor(image.crop((left, top, left + self.size, top + self.size))))
+        return self.normalise(_to_tensor(centre(image, self.short_side, self.size, self.filter)))
+
+
+def centre(image: Image.Image, short_side: int, size: int, resampling: Image.Resampling) -> Image.Image:
+    """torchvision's Resize(short_side) and CenterCrop(size): the long side rounds down, the offsets to even."""
+    long_side = int(short_side * max(image.size) / min(image.size))
+    wide = image.width > image.height
+    image = image.resize((long_side, short_side) if wide else (short_side, long_side), resampling)
+    left, top = (round((length - size) / 2) for length in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 class Normalise:

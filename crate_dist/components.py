@@ -2,7 +2,8 @@
 
 As the published code's pca_visualization does (arXiv 2308.16271, and Amir et al., arXiv 2112.05814): the components
 are those of the patches of all pictures together; the first, scaled to 0 … 1 in each picture and cut at a threshold,
-is the foreground, with its holes filled; three components of the foreground's patches alone are red, green and blue.
+is the foreground, with its holes filled; three components of the foreground's patches alone are red, green and blue,
+again scaled in each picture. Which side is the foreground is chosen there by hand.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Components:
 
     first: the first component, scaled to 0 … 1, high in the foreground, (rows, cols)
     foreground: bool (rows, cols)
-    colours: three components of the foreground over all pictures, scaled to 0 … 1, (rows, cols, 3); 0 elsewhere
+    colours: three components of the foreground over all pictures, scaled to 0 … 1 in this one, (rows, cols, 3); 0
+    elsewhere
     """
 
     first: Float
@@ -52,11 +54,11 @@ def picture_components(
     firsts = sides[1 if invert else 0]
     masks = [ndimage.binary_fill_holes(first > threshold) for first in firsts]
     everything = np.concatenate([mask.ravel() for mask in masks])
-    colours = np.zeros((len(everything), 3))
-    colours[everything] = _scaled(principal_components(_flat(features)[everything], 3), axis=0)
+    scores = np.zeros((len(everything), 3))
+    scores[everything] = principal_components(_flat(features)[everything], 3)
     return [
-        Components(first, mask, part.reshape(*first.shape, 3))
-        for first, mask, part in zip(firsts, masks, _split(colours, grids), strict=True)
+        Components(first, mask, _coloured(part, mask))
+        for first, mask, part in zip(firsts, masks, _split(scores, grids), strict=True)
     ]
 
 
@@ -85,9 +87,18 @@ def _split(values: Float, grids: Sequence[tuple[int, ...]]) -> list[Float]:
     return [part.reshape(*grid, *part.shape[1:]) for part, grid in zip(parts, grids, strict=True)]
 
 
-def _scaled(values: Float, axis: int | None = None) -> Float:
+def _scaled(values: Float, axis: tuple[int, ...] | None = None) -> Float:
     low, high = values.min(axis=axis, keepdims=True), values.max(axis=axis, keepdims=True)
     return np.divide(values - low, high - low, out=np.zeros_like(values), where=high > low)
+
+
+def _coloured(scores: Float, mask: NDArray[np.bool_]) -> Float:
+    """Scores (rows, cols, 3), 0 outside `mask`, scaled as the published code does.
+
+    The ground is given a score of one below the smallest in the picture, which sets the 0 of each component.
+    """
+    lowered = np.where(mask[..., None], scores, scores.min() - 1)
+    return _scaled(lowered, axis=(0, 1))
 
 
 def _on_border(mask: NDArray[np.bool_]) -> float:

@@ -24,6 +24,7 @@ ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "cra
 
 Compile = Literal["auto"] | bool
 Precision = Literal["bf16", "autocast", "fp32"]
+ResizeFilter = Literal["bicubic", "bilinear"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -97,6 +98,9 @@ class DataSection(Section):
         "crop", description='"stretch": the whole validation image, resized to the square, whatever eval_crop says'
     )
     eval_crop: float = Field(0.875, gt=0, le=1, description="central share of a validation image's short side")
+    resize_filter: ResizeFilter = Field(
+        "bicubic", description="of training's and evaluation's antialiased resize; torchvision's default is bilinear"
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = Field(0.001, description="more undecodable samples than this stop the run")

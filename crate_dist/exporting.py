@@ -59,4 +59,5 @@ def _about(saved: Checkpoint, recipe: Recipe, schedule: Schedule) -> dict[str, A
         "precision": recipe.train.precision,
         "eval_fit": recipe.data.eval_fit,
         "eval_crop": recipe.data.eval_crop,
+        "resize_filter": recipe.data.resize_filter,
     }

@@ -90,7 +90,7 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
 def draw_pca(
     model: CRATE, pictures: Sequence[Picture], layer: int, threshold: float, invert: bool, out: Path
 ) -> list[Path]:
-    """Principal components of the patches of all pictures together; see crate_dist.components."""
+    """Principal components of the patches of all pictures together, scaled in each; see crate_dist.components."""
     features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
     found = picture_components(features, threshold, invert)
     cells: list[list[Pixels]] = []

@@ -43,14 +43,14 @@ def attention_mask(attention: NDArray[np.floating], mass: float = 0.6) -> Mask:
 
 
 def affinity(features: NDArray[np.floating], tau: float) -> Float:
-    """1 where two patches' features (patches, d) have a cosine of τ or more, next to 0 elsewhere: (patches, patches).
+    """1 where two patches' features (patches, d) have a cosine above τ, next to 0 elsewhere: (patches, patches).
 
     A patch without features, one that an earlier object has taken, is like no other.
     """
     features = np.asarray(features, dtype=np.float64)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
-    alike = (unit @ unit.T >= tau) & (lengths > 0) & (lengths.T > 0)
+    alike = (unit @ unit.T > tau) & (lengths > 0) & (lengths.T > 0)
     return np.where(alike, 1.0, NO_AFFINITY)
 
 
@@ -73,7 +73,9 @@ def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3
     Each is cut out of the graph of what the ones before have left: of the two sides of the cut at the eigenvector's
     mean, the one with its largest entry, unless that has three of the picture's corners; and of that side, what
     hangs together with the entry. The search ends early at one that shares more than half with what was found
-    before. Specks below 1 % of the picture are taken out and do not count.
+    before. Specks, what adds no more than 1 % of the picture, are taken out and do not count.
+
+    It departs from CutLER's code: see docs/published-code.md.
 
     Raises
     ------
@@ -88,8 +90,9 @@ def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3
     for mask in islice(cuts, objects + _MOST_SPECKS):
         if iou(mask, taken) > _SAME_OBJECT or len(found) == objects:
             break
-        if mask.mean() >= _SPECK:
-            found.append(mask & ~taken)
+        new = mask & ~taken  # a patch without features may hang together with others
+        if new.mean() > _SPECK:
+            found.append(new)
         taken |= mask
     return found
 

@@ -51,10 +51,11 @@ class Monitor:
         device: torch.device,
         schedule: Schedule,
         step: int,
+        last_step: int,
         tenure: Tenure,
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
-        self._device, self._tenure = device, tenure
+        self._device, self._last_step, self._tenure = device, last_step, tenure
         self._bad_images = self._images = self._reports = 0
         self._warned = False
         self._reset()
@@ -67,7 +68,7 @@ class Monitor:
         if world.is_main:
             self._open_files(step)
         self._bar = tqdm(
-            total=schedule.total_steps,
+            total=last_step,
             initial=step,
             unit="step",
             disable=not (world.is_main and sys.stderr.isatty()),
@@ -247,12 +248,12 @@ class Monitor:
             f"{values['speed/images_per_s']:,.0f} images/s  data wait {values['speed/data_wait_fraction']:.0%}"
         )
         self._bar.set_postfix_str(facts)
-        left_images = (self._schedule.total_steps - step) * self._recipe.train.global_batch
+        left_images = (self._last_step - step) * self._recipe.train.global_batch
         left_s = left_images / max(values["speed/images_per_s"], 1e-9)
         logger.info(
             "step %d/%d  epoch %.2f/%d  %s  %s left",
             step,
-            self._schedule.total_steps,
+            self._last_step,
             values["train/epoch"],
             self._schedule.epochs,
             facts,

@@ -34,7 +34,7 @@ def load_subject(source: Path) -> Subject:
     """
     if not source.is_dir():
         model, meta = load_model(source)
-        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop") if key in meta}
+        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
         return Subject(model.float(), DataSection(**known), precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None

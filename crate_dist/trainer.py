@@ -92,7 +92,8 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure)
         self.saved_at = self.progress.step
         self.val_batches: DataLoader[Batch] | None = None
-        self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step, tenure)
+        steps = self.progress.step, self.last_step
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:

@@ -50,6 +50,7 @@ def meta(tmp_path: Path) -> dict[str, Any]:
         "std": [0.2, 0.2, 0.1],
         "precision": "bf16",
         "eval_crop": 0.875,
+        "resize_filter": "bilinear",
     }
 
 
@@ -68,11 +69,11 @@ def test_what_is_known_stands_in_the_card(tmp_path: Path, meta: dict[str, Any]) 
         "| licence | *to be named by whoever shares these weights* |",
         "arXiv:2306.01129",
         "arXiv:2311.13110",
-        "the short side resized to 18 pixels, the central 16 x 16 cut out, less the mean (0.5, 0.4, 0.3)",
+        "the short side resized to 18 pixels (bilinear), the central 16 x 16 cut out, less the mean (0.5, 0.4, 0.3)",
     ):
         assert line in card
     stretched = model_card("model-best.pt", SMALL, {**meta, "eval_fit": "stretch"})
-    assert "from 0 to 1: both sides resized to 16 pixels, less the mean" in stretched
+    assert "from 0 to 1: both sides resized to 16 pixels (bilinear), less the mean" in stretched
     assert meta["code"]["commit"] is None or meta["code"]["commit"] in card
     assert f"torch {meta['code']['packages']['torch']}" in card
     assert str(tmp_path) not in card  # where the data lay is nobody else's business

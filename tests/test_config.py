@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,27 @@ def test_the_paper_s_and_the_published_code_s_values_are_there() -> None:
     assert (published.train.global_batch, published.train.epochs, published.optim.lr) == (512, 200, 2e-4)
     assert published.optim.weight_decay == 0.05
     assert published.optim.grad_clip == 0
+    assert (paper.data.resize_filter, published.data.resize_filter) == ("bicubic", "bilinear")
     assert {f"crate_{size}{kind}" for size in ("tiny", "small", "base", "large") for kind in ("", "_reference")} < set(
         RECIPES
     )
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_a_recipe_says_itself_whether_gradients_are_clipped(size: str) -> None:
+    paper, published = (
+        tomllib.loads((CONFIG_DIR / f"crate_{size}{kind}.toml").read_text())["optim"] for kind in ("", "_reference")
+    )
+    assert (paper["grad_clip"], published["grad_clip"]) == (1.0, 0)
+
+
+def test_a_run_from_before_a_key_had_a_name_goes_on(tmp_path: Path) -> None:
+    recipe = load_recipe("crate_base")
+    lines = recipe.to_toml().splitlines()
+    older = tmp_path / "recipe.toml"
+    older.write_text("\n".join(line for line in lines if not line.startswith("resize_filter")))
+    assert load_recipe(older).mathematics() == recipe.mathematics()
+    assert load_recipe(older, ["data.resize_filter=bilinear"]).mathematics() != recipe.mathematics()
 
 
 def test_the_command_line_wins_over_the_file() -> None:

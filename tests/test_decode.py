@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from crate_dist.config import ResizeFilter
 from crate_dist.data import decode
 from crate_dist.data.decode import BadImage, Box, Pixels, decode_crop, jpeg_size, open_image, resized_exactly
 from crate_dist.data.transforms import EvalTransform, TrainTransform, random_crop, sample_rng
@@ -72,14 +73,15 @@ def test_rows_below_the_crop_are_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
     assert heights == [54, 160]
 
 
-def test_training_crops_agree_with_pillows_bicubic() -> None:
+@pytest.mark.parametrize("resize_filter", ["bicubic", "bilinear"])
+def test_training_crops_agree_with_pillows(resize_filter: ResizeFilter) -> None:
     """At least 40 dB is the promise; the same weights rounded in another place give more."""
-    transform, values = TrainTransform(224, flip=0.0), []
+    transform, values = TrainTransform(224, flip=0.0, resize_filter=resize_filter), []
     for pixels in photographs():
         data, size = encode(pixels, quality=92), (pixels.shape[1], pixels.shape[0])
         for number in range(8):
             box = random_crop(*size, transform.scale, transform.ratio, random.Random(number))
-            exact = resized_exactly(open_image(data), box, (224, 224))
+            exact = resized_exactly(open_image(data), box, (224, 224), resize_filter)
             values.append(psnr_db(transform(data, random.Random(number)), exact))
     assert statistics.median(values) > 50
     assert min(values) > 40

@@ -21,6 +21,7 @@ from crate_dist.evaluate import Evaluation, evaluate, main
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import export_model, export_reference
+from crate_dist.subject import load_subject
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to_the_end
 
@@ -86,8 +87,10 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
     cast_shards: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train_to_the_end(["--config", small_recipe, "--data", cast_shards, "--run-dir", run], world_size=1)
+    settings = ("--set", "data.resize_filter=bilinear")
+    train_to_the_end(["--config", small_recipe, "--data", cast_shards, "--run-dir", run, *settings], world_size=1)
     exported = torch.load(run / "model-last.pt", weights_only=True)
+    assert {load_subject(source).data.resize_filter for source in (run, run / "model-last.pt")} == {"bilinear"}
     net = model()
     net.load_state_dict(exported["state_dict"])
     export_reference(tmp_path / "reference.pth.tar", net.config, net.state_dict())

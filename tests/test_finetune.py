@@ -229,3 +229,4 @@ def test_the_recipes_have_the_published_fine_tuning_code_s_values(data: str) -> 
     assert (train.global_batch, train.epochs, recipe.model.image_size) == (256, 200, 224)
     assert augmentations(recipe.data) == (RandAugment(ops=2, magnitude=14),)
     assert (recipe.data.eval_fit, recipe.data.crop_scale, recipe.data.flip) == ("stretch", (0.08, 1.0), 0.5)
+    assert recipe.data.resize_filter == "bilinear"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def test_the_published_splits_come_byte_for_byte_with_their_labels_and_names(tmp
     index = ShardIndex.load(tmp_path / "out/train")
     assert len(index.classes) == len(set(index.class_names)) == 102
     assert (index.class_names[0], index.class_names[76]) == ("pink primrose", "passion flower")
+    assert index.class_names[15] == "globe-flower"
+    assert all(re.fullmatch(r"[a-z']+([ -][a-z']+)*", name) for name in index.class_names)
     assert index.class_names[101] == CLASS_NAMES[-1] == "blackberry lily"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train", "val"]
 

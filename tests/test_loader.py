@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,16 @@ from crate_dist.config import DataSection
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Normalize, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
+from crate_dist.data.reader import ShardReader
+from crate_dist.data.transforms import TrainTransform, sample_rng
 from tests.conftest import casts, write_split
 
 SIZE = 24
 
 
-def batches(index: ShardIndex, share: Share, workers: int, step: int = 0) -> Iterator[Batch]:
+def batches(index: ShardIndex, share: Share, workers: int, step: int = 0, **data: Any) -> Iterator[Batch]:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
-    return TrainLoader(index, order, share, DataSection(workers=workers), SIZE, step)
+    return TrainLoader(index, order, share, DataSection(workers=workers, **data), SIZE, step)
 
 
 def take(index: ShardIndex, share: Share, workers: int, count: int, step: int = 0) -> list[Batch]:
@@ -63,6 +66,16 @@ def test_a_resume_at_any_step_sees_the_same_pixels(cast_shards: Path) -> None:
         for a, b in zip(whole[2 * step :], resumed, strict=False):
             assert torch.equal(a.images, b.images)
             assert torch.equal(a.labels, b.labels)
+
+
+def test_the_resize_is_the_recipe_s_in_training_too(cast_shards: Path) -> None:
+    index, share = ShardIndex.load(cast_shards / "train"), Share(0, 1, 20, 10)
+    reader = ShardReader(index)
+    batch = next(batches(index, share, 0, resize_filter="bilinear"))
+    transform = TrainTransform(SIZE, resize_filter="bilinear")
+    for sample, pixels in zip(batch.samples.tolist(), batch.images.numpy(), strict=True):
+        assert np.array_equal(pixels, transform(reader.read(sample), sample_rng(3, 0, sample)))
+    assert not torch.equal(batch.images, next(batches(index, share, 0)).images)
 
 
 def test_epochs_differ_in_their_pixels_and_not_in_their_samples(cast_shards: Path) -> None:

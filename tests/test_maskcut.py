@@ -10,9 +10,9 @@ from crate_dist.components import picture_components, principal_components
 from crate_dist.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
 
 
-def planted(grid: tuple[int, int], *boxes: tuple[slice, slice], noise: float = 0.05) -> np.ndarray:
+def planted(grid: tuple[int, int], *boxes: tuple[slice, slice], noise: float = 0.05, seed: int = 0) -> np.ndarray:
     """Features (rows, cols, 8): each box points in a direction of its own, and so does the ground."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     features = rng.normal(0, noise, (*grid, 8))
     features[..., 0] += 1
     for number, box in enumerate(boxes, start=1):
@@ -68,6 +68,16 @@ def test_what_has_three_corners_is_the_ground() -> None:
     assert mask.sum() == 64
 
 
+def test_no_object_is_empty_or_a_speck() -> None:
+    counts = []
+    for seed in range(20):
+        features = planted((10, 16), (slice(2, 8), slice(2, 7)), (slice(5, 9), slice(10, 14)), noise=0.3, seed=seed)
+        masks = mask_cut(features, objects=4)
+        counts.append(len(masks))
+        assert all(mask.sum() > 0.01 * mask.size for mask in masks)
+    assert max(counts) > 1
+
+
 def test_no_more_objects_are_named_than_there_are() -> None:
     masks = mask_cut(planted((10, 16), (slice(2, 8), slice(2, 7))), objects=5)
     assert 1 <= len(masks) <= 5
@@ -104,10 +114,25 @@ def test_the_first_component_tells_the_foreground_over_pictures_of_any_shape() -
         assert one.first.min() == 0
         assert one.first.max() == 1
         assert (one.colours[~truth] == 0).all()
-    assert {0.0, 1.0} <= set(np.concatenate([one.colours[one.foreground] for one in found])[:, 0])
+        assert one.colours[truth].max(axis=0).tolist() == [1, 1, 1]
     (other,) = picture_components([planted((9, 9), (slice(2, 7), slice(0, 4)))], invert=True)
     assert not other.foreground[2:7, 0:4].any()
     assert other.foreground.sum() == 81 - 20
+
+
+def test_colours_are_those_of_the_published_figure() -> None:
+    """Scikit-learn's PCA, and its scaling in each picture: the ground has a score of one below the smallest."""
+    PCA = pytest.importorskip("sklearn.decomposition").PCA
+    rng = np.random.default_rng(3)
+    features = [planted((9, 9), (slice(2, 7), slice(3, 6))), planted((6, 12), (slice(1, 4), slice(4, 10)))]
+    features = [one + rng.normal(0, 0.3, one.shape) * [0, 1, 0, 2, 0, 3, 0, 0] for one in features]
+    found = picture_components(features)
+    kept = PCA(3).fit_transform(np.concatenate([f[one.foreground] for f, one in zip(features, found, strict=True)]))
+    for one, scores in zip(found, np.split(kept, [found[0].foreground.sum()]), strict=True):
+        least = min(0.0, scores.min()) - 1
+        expected = (scores - least) / (scores.max(axis=0) - least)
+        assert np.allclose(one.colours[one.foreground], expected)
+        assert not one.colours[~one.foreground].any()
 
 
 def test_holes_in_the_foreground_are_filled() -> None:

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from crate_dist.config import DataSection, ResizeFilter
+from crate_dist.data.loader import eval_transform
 from crate_dist.data.order import hash64
 from crate_dist.data.transforms import BadImage, EvalTransform, TrainTransform, random_crop, sample_rng
 from tests.conftest import png
@@ -91,6 +93,30 @@ def test_evaluation_sees_the_centre(width: int, height: int) -> None:
     assert abs(pixels[..., 1].mean() - 127.5) < 2
     seen = 224 / 256 * min(width, height) / width  # the share of the width that is left
     assert np.ptp(pixels[..., 0].astype(int)) == pytest.approx(255 * seen, abs=4)
+
+
+def torchvision_s(image: Image.Image, short_side: int, size: int, resize_filter: str) -> np.ndarray:
+    """Resize(short_side) and CenterCrop(size), as torchvision computes them for images of Pillow."""
+    long_side = int(short_side * max(image.size) / min(image.size))
+    width, height = (long_side, short_side) if image.width > image.height else (short_side, long_side)
+    image = image.resize((width, height), Image.Resampling[resize_filter.upper()])
+    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))  # noqa: RUF046
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize("resize_filter", ["bicubic", "bilinear"])
+def test_evaluation_sees_torchvision_s_pixels_at_every_size(resize_filter: ResizeFilter) -> None:
+    rng = np.random.default_rng(1)
+    noise, shifted = Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)), 0
+    transform = eval_transform(DataSection(resize_filter=resize_filter), 56)
+    for width, height in [(64, 64), (56, 56), (64, 99), (500, 375), *rng.integers(20, 300, (250, 2)).tolist()]:
+        image = noise.resize((width, height))
+        data = encode(image, "PPM")
+        assert np.array_equal(transform(data), torchvision_s(image, 64, 56, resize_filter)), (width, height)
+        shifted += round(64 * max(width, height) / min(width, height)) != 64 * max(width, height) // min(width, height)
+    assert shifted > 50  # what rounding to the nearest would have moved
+    stretched = eval_transform(DataSection(resize_filter=resize_filter, eval_fit="stretch"), 56)(data)
+    assert np.array_equal(stretched, np.asarray(image.resize((56, 56), Image.Resampling[resize_filter.upper()])))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])

@@ -54,12 +54,11 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_a_published_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     original = torch.load(CHECKPOINT, weights_only=True)
     model, meta = load_model(CHECKPOINT, heads=4)
-    assert meta == {"epoch": 3, "arch": "CRATE_tiny", "best_acc1": 12.5}
+    assert meta == {"epoch": 3, "arch": "CRATE_tiny", "best_acc1": 12.5, "resize_filter": "bilinear"}
     export_model(tmp_path / "ours.pt", model.config, model.state_dict(), meta)
     again, meta = load_model(tmp_path / "ours.pt")  # our export knows its heads
     export_reference(tmp_path / "back.pth.tar", again.config, again.state_dict(), meta)
     back = torch.load(tmp_path / "back.pth.tar", weights_only=True)
-    assert set(back) == {"epoch", "arch", "state_dict", "best_acc1"}
     assert (back["epoch"], back["arch"], back["best_acc1"]) == (3, "CRATE_tiny", original["best_acc1"])
     assert_equal(back["state_dict"], original["state_dict"])
 
@@ -141,7 +140,38 @@ def test_the_state_of_optimizers_schedulers_and_scalers_beside_the_weights_does_
         torch.save(content, tmp_path / name)
         weights = read_weights(tmp_path / name)
         assert_equal(to_reference(weights.state_dict, "module."), dict(trained))
-    assert read_weights(tmp_path / "older.t7").meta == {"acc": 97.5, "epoch": 7}
+    prepared = {"eval_fit": "stretch", "resize_filter": "bilinear"}
+    assert read_weights(tmp_path / "older.t7").meta == {"acc": 97.5, "epoch": 7, **prepared}
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion"])
+def test_the_published_training_code_resumes_from_what_is_written(
+    tmp_path: Path, state: dict[str, Tensor], optimizer: str
+) -> None:
+    """What its --resume does with a file: the epoch, the accuracy, and the states of model, optimizer and scheduler."""
+    values = {"optim.name": optimizer.lower(), "optim.lr": 3e-4, "optim.weight_decay": 0.3, "optim.betas": None}
+    meta = {"epochs": 7.0, "metrics": {"val/top1": 61.5}, "resize_filter": "bicubic", "recipe_values": values}
+    export_reference(tmp_path / "ours.pth.tar", SMALL, state, meta)
+    assert read_weights(tmp_path / "ours.pth.tar").meta["resize_filter"] == "bicubic"  # and not the published code's
+
+    net = nn.DataParallel(Published({name: torch.zeros_like(tensor) for name, tensor in state.items()}))
+    kind = {"AdamW": torch.optim.AdamW, "Lion": Lion}[optimizer]
+    step = kind(net.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(step, lambda epoch: 1 / (1 + epoch))
+    checkpoint = torch.load(tmp_path / "ours.pth.tar", weights_only=True)
+    net.load_state_dict(checkpoint["state_dict"])
+    step.load_state_dict(checkpoint["optimizer"])
+    schedule.load_state_dict(checkpoint["scheduler"])
+    assert (checkpoint["epoch"], checkpoint["best_acc1"].to("cpu").item()) == (7, 61.5)
+    assert_equal(dict(net.module.state_dict()), to_reference(state))
+
+    net().backward()
+    step.step()  # and training can go on
+    schedule.step()
+    (group,) = step.param_groups
+    assert group["lr"] == pytest.approx(3e-4 / 9)
+    assert (group["weight_decay"], group["betas"][1]) == (0.3, 0.99 if optimizer == "Lion" else 0.999)
+    assert not torch.equal(net.module.state_dict()["mlp_head.1.weight"], state["head.linear.weight"])
 
 
 @settings(max_examples=20, deadline=None)

@@ -18,6 +18,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from crate_dist.config import ResizeFilter
+
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, the last two outside"""
@@ -139,8 +141,10 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def resized_exactly(image: Image.Image, box: Box, size: tuple[int, int]) -> Pixels:
-    """The crop `box` resized to `size` (width, height) by Pillow's antialiased bicubic, uint8 (height, width, 3).
+def resized_exactly(
+    image: Image.Image, box: Box, size: tuple[int, int], resize_filter: ResizeFilter = "bicubic"
+) -> Pixels:
+    """The crop `box` resized to `size` (width, height) by Pillow's antialiased filter, uint8 (height, width, 3).
 
     Transparency is dropped and 16 bits become their upper 8. Raises BadImage when the image does not decode.
     """
@@ -149,12 +153,17 @@ def resized_exactly(image: Image.Image, box: Box, size: tuple[int, int]) -> Pixe
             warnings.simplefilter("ignore")
             whole = _rgb(image)
             part = whole if box == (0, 0, *whole.size) else whole.crop(box)
-            return np.asarray(part.resize(size, Image.Resampling.BICUBIC))
+            return np.asarray(part.resize(size, Image.Resampling[resize_filter.upper()]))
     except Exception as error:
         raise BadImage(f"does not decode: {reason(error)}") from error
 
 
-def resized_part(image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
+def resized_part(
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    resize_filter: ResizeFilter = "bicubic",
+) -> Pixels:
     """What lies in `box` when the whole image is resized, and only that: uint8 of shape (height, width, 3).
 
     As resized_exactly of all of it to the bit but for rounding: the filter sees what is beside the box, whose edges
@@ -163,7 +172,7 @@ def resized_part(image: Image.Image, box: tuple[float, float, float, float], siz
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(_rgb(image).resize(size, Image.Resampling.BICUBIC, box))
+            return np.asarray(_rgb(image).resize(size, Image.Resampling[resize_filter.upper()], box))
     except Exception as error:
         raise BadImage(f"does not decode: {reason(error)}") from error
 

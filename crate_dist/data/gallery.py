@@ -67,7 +67,8 @@ class Framing:
         image = open_image(data)
         if max(image.size) > _MOST_LENGTHS * min(image.size):
             raise BadImage(f"{image.width} x {image.height} pixels, more than {_MOST_LENGTHS} times as long as wide")
-        return resized_exactly(image, (0, 0, image.width, image.height), self.size(image.width, image.height))
+        whole = (0, 0, image.width, image.height)
+        return resized_exactly(image, whole, self.size(*image.size), self.prepared.resize_filter)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of the whole image in whole patches."""

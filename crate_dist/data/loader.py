@@ -145,7 +145,9 @@ class TrainLoader(Iterator[Batch]):
     def __init__(
         self, index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int = 0
     ) -> None:
-        transform = TrainTransform(size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data))
+        transform = TrainTransform(
+            size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data), data.resize_filter
+        )
         # When a batch is handed over, the loader has just asked for the one _PREFETCH * workers further on.
         batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
         self.slots = batches.slots
@@ -158,7 +160,8 @@ class TrainLoader(Iterator[Batch]):
 
 def eval_transform(data: DataSection, size: int) -> EvalTransform:
     """How a recipe prepares an image of `size` pixels to be evaluated."""
-    return EvalTransform(size, round(size / data.eval_crop) if data.eval_fit == "crop" else None)
+    short_side = round(size / data.eval_crop) if data.eval_fit == "crop" else None
+    return EvalTransform(size, short_side, data.resize_filter)
 
 
 def eval_loader(

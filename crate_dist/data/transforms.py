@@ -6,8 +6,9 @@ All randomness comes from a generator that is seeded by (seed, epoch, sample), s
 of workers or another cluster sees the same pixels. Crop and flip follow torchvision's RandomResizedCrop and
 RandomHorizontalFlip; EXIF orientation is not applied, as ImageNet's users expect.
 
-Training takes the fast path: libjpeg-turbo for the crop, torch's antialiased bicubic on uint8, which computes what
-Pillow does with the same fixed-point weights. Evaluation takes Pillow's. Pixels may differ by a step of 1 in 255
+Training takes the fast path: libjpeg-turbo for the crop, torch's antialiased resize on uint8, which computes what
+Pillow does with the same fixed-point weights. Evaluation takes Pillow's, at the sizes of torchvision's Resize and
+CenterCrop. Pixels may differ by a step of 1 in 255
 between versions of these libraries and kinds of CPU, and not within one installation.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from crate_dist.config import ResizeFilter
 from crate_dist.data.augment import Augmentation
 from crate_dist.data.decode import (
     MAX_PIXELS,
@@ -38,7 +40,7 @@ __all__ = ["MAX_PIXELS", "BadImage", "Box", "EvalTransform", "Pixels", "TrainTra
 
 _CROP_TRIES = 10
 _SHRINK_REST = 1.5
-"""What the DCT leaves to the bicubic filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
+"""What the DCT leaves to the filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
 _MOST_LENGTHS = 32
 """A picture that is so many times as long as wide is no photograph; of a longer one only the crop is resized."""
 _64_BITS = (1 << 64) - 1
@@ -56,6 +58,7 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     augment: tuple[Augmentation, ...] = ()
+    resize_filter: ResizeFilter = "bicubic"
 
     def __call__(self, data: bytes, rng: random.Random, out: Pixels | None = None) -> Pixels:
         """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
@@ -64,10 +67,10 @@ class TrainTransform:
         box, shrink, mirrored = self.draw(jpeg or open_image(data).size, rng)
         crop = decode_crop(data, jpeg, box, shrink) if jpeg else None
         if crop is None:
-            pixels = resized_exactly(open_image(data), box, (self.size, self.size))
+            pixels = resized_exactly(open_image(data), box, (self.size, self.size), self.resize_filter)
             out[:] = pixels[:, ::-1] if mirrored else pixels
         else:
-            _resize(crop, mirrored, out)
+            _resize(crop, mirrored, out, self.resize_filter)
         for change in self.augment:
             change(out, rng)
         return out
@@ -91,21 +94,22 @@ class EvalTransform:
 
     size: int
     short_side: int | None
+    resize_filter: ResizeFilter = "bicubic"
 
     def __call__(self, data: bytes, out: Pixels | None = None) -> Pixels:
         """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
         image = open_image(data)
         width = height = self.size
         if self.short_side is not None:
-            scale = self.short_side / min(image.width, image.height)
-            width, height = max(round(image.width * scale), width), max(round(image.height * scale), height)
+            # torchvision's Resize rounds the long side down.
+            width, height = (self.short_side * side // min(image.size) for side in image.size)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         if max(width, height) > _MOST_LENGTHS * min(width, height):
             x, y = image.width / width, image.height / height
             box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
-            centre = resized_part(image, box, (self.size, self.size))
+            centre = resized_part(image, box, (self.size, self.size), self.resize_filter)
         else:
-            resized = resized_exactly(image, (0, 0, image.width, image.height), (width, height))
+            resized = resized_exactly(image, (0, 0, image.width, image.height), (width, height), self.resize_filter)
             centre = resized[top : top + self.size, left : left + self.size]
         if out is None:
             return centre
@@ -143,10 +147,10 @@ def random_crop(
     return left, top, left + crop_width, top + crop_height
 
 
-def _resize(crop: Pixels, mirrored: bool, out: Pixels) -> None:
-    """Antialiased bicubic, mirrored or not, uint8 (height, width, 3) -> `out`, uint8 (size, size, 3)."""
+def _resize(crop: Pixels, mirrored: bool, out: Pixels, resize_filter: ResizeFilter) -> None:
+    """Antialiased, mirrored or not, uint8 (height, width, 3) -> `out`, uint8 (size, size, 3)."""
     source = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = interpolate(source, out.shape[:2], mode="bicubic", antialias=True)
+    resized = interpolate(source, out.shape[:2], mode=resize_filter, antialias=True)
     if mirrored:
         resized = resized.flip(3)
     torch.from_numpy(out).copy_(resized[0].permute(1, 2, 0))

@@ -166,10 +166,16 @@ with torch.inference_mode():
 
 def _fitting(side: int, meta: Mapping[str, Any]) -> str:
     if meta.get("eval_fit") == "stretch":
-        return f"both sides resized to {side} pixels"
+        return f"both sides resized to {side} pixels{_filter(meta)}"
     crop = meta.get("eval_crop")
-    resized = f"the short side resized to {round(side / crop)} pixels, " if isinstance(crop, float) and crop > 0 else ""
+    resized = ""
+    if isinstance(crop, float) and crop > 0:
+        resized = f"the short side resized to {round(side / crop)} pixels{_filter(meta)}, "
     return f"{resized}the central {side} x {side} cut out"
+
+
+def _filter(meta: Mapping[str, Any]) -> str:
+    return f" ({meta['resize_filter']})" if meta.get("resize_filter") else ""
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:

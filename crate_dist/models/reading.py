@@ -25,7 +25,12 @@ from crate_dist.models.crate import CRATE, CrateConfig
 from crate_dist.models.layout import FORMAT, WeightsError, check_fit, config_from, from_reference, infer_config
 
 _STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
-_KEPT = ("epoch", "arch", "best_acc1", "acc")
+_KEPT = ("epoch", "arch", "best_acc1", "acc", "eval_fit", "eval_crop", "resize_filter")
+_PREPARED = {
+    "reference": {"resize_filter": "bilinear"},
+    "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
+}
+"""How the published code prepares images to be evaluated, where it is not as our recipes do by default."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def read_weights(path: str | Path) -> Weights:
     for key, kind in _STATE_DICTS.items():
         if isinstance(content.get(key), Mapping):
             state = _tensors(path, content[key])
-            plain = {name: _plain(content[name]) for name in _KEPT if name in content}
+            plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
             return Weights(kind, from_reference(state), None, plain)
     return Weights("state dict", from_reference(_tensors(path, content)), None, {})
 

@@ -59,7 +59,10 @@ def export_reference(
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
 ) -> None:
-    """Writes what the published code's training script writes, without optimizer and scheduler.
+    """Writes what the published code's training script writes and reads back with --resume.
+
+    Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e, and training goes
+    on with new moments.
 
     meta: "epoch", "arch" and "best_acc1" are taken from it where they are given, else what our runs say of these
     prefix: "module." as the published code expects it, whose models are always wrapped; "" for the bare class
@@ -69,13 +72,38 @@ def export_reference(
     meta = meta or {}
     arch = find_arch(config)
     accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
+    epoch = int(meta.get("epoch", meta.get("epochs", 0)))
+    recipe = meta.get("recipe_values")
     content = {
-        "epoch": int(meta.get("epoch", meta.get("epochs", 0))),
+        "epoch": epoch,
         "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
+        **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **{key: meta[key] for key in ("eval_fit", "eval_crop", "resize_filter") if key in meta},
     }
     _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """States of torch's AdamW or of Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
+
+    parameters: how many; recipe: flat keys of the run, the published code's defaults where it says nothing
+    """
+    rate, lion = recipe.get("optim.lr", 4e-4), recipe.get("optim.name") == "lion"
+    group = {
+        "lr": rate,
+        "initial_lr": rate,
+        "weight_decay": recipe.get("optim.weight_decay", 0.1),
+        "betas": tuple(recipe.get("optim.betas") or ((0.9, 0.99) if lion else (0.9, 0.999))),
+        "eps": recipe.get("optim.eps", 1e-8),
+        "params": list(range(parameters)),
+    }
+    schedule = {"base_lrs": [rate], "last_epoch": epoch, "_step_count": epoch + 1, "_last_lr": [rate]}
+    return {
+        "optimizer": {"state": {}, "param_groups": [group]},
+        "scheduler": {**schedule, "lr_lambdas": [None]},
+    }
 
 
 def _compact(state_dict: StateDict) -> dict[str, Tensor]:
