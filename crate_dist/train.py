@@ -19,6 +19,7 @@ from crate_dist.checkpoint import CheckpointError
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
+from crate_dist.data.workers import open_server
 from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
 from crate_dist.interrupt import Interrupt
@@ -49,6 +50,7 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
     """
     startup = Startup()
+    open_server()
     startup.mark("imports")
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from crate_dist import checkpoint
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Batch, Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
@@ -88,7 +87,6 @@ class Trainer:
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures)
         self.saved_at = self.progress.step
-        self.val_batches: DataLoader[Batch] | None = None
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, self.progress.step)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
@@ -117,8 +115,7 @@ class Trainer:
                 self.save()
             if self.interrupt.agreed():
                 break
-        self.val_batches = None
-        del feed  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
+        del feed  # ends its workers: their cores and memory are free for what is left to do
         return self.complete() if self.progress.step == self.last_step else self.stop_early()
 
     def greet(self) -> None:
@@ -241,7 +238,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Exact accuracy over the whole validation split."""
         assert self.val_index is not None
-        self.val_batches = self.val_batches or eval_loader(
+        batches = eval_loader(
             self.val_index,
             self.world.rank,
             self.world.world_size,
@@ -255,7 +252,7 @@ class Trainer:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
-        result = evaluate(predict, self.val_batches, self.device)
+        result = evaluate(predict, batches, self.device)
         self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
         best = result.top1 > self.progress.best_top1
         self.progress = replace(

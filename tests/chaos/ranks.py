@@ -148,7 +148,6 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     from crate_dist import train
     from tests.chaos.faults import note_samples
 
-    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a process of its own
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the tests
     os.setsid()
     with _output(notes, rank).open("a") as file:
