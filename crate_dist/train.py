@@ -27,7 +27,7 @@ from crate_dist.lock import RunIsLocked, RunLock
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
 from crate_dist.startup import Startup
-from crate_dist.status import TRY_AGAIN
+from crate_dist.status import STOPPED, TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
 
@@ -48,6 +48,7 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     ------
     RecipeError, RunIsLocked, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
+    ToldToStop: a signal came before the first step, and there was nothing to save
     """
     startup = Startup()
     open_server()
@@ -60,7 +61,7 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
         with (
             Interrupt() as interrupt,
             _folder_in_hand(folder, recipe, world, start_over) as resolved,
-            Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank)) as watchdog,
+            Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog,
         ):
             startup.mark("run folder")
             return Trainer(folder, resolved, world, device, interrupt, watchdog, startup).run()
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     except PortIsTaken as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN
-    return 0 if result.finished else TRY_AGAIN
+    return 0 if result.finished else STOPPED
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     import torch
 
     from crate_dist import train
+    from crate_dist.interrupt import ToldToStop
     from tests.chaos.faults import note_samples
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the tests
@@ -161,6 +162,8 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     status = 1
     try:
         status = train.main(arguments)
+    except ToldToStop as told:
+        status = told.code
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
