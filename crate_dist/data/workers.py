@@ -207,7 +207,7 @@ def _work(descriptors: Sequence[int]) -> NoReturn:
         torch.set_num_threads(1)  # there are as many workers as cores are meant for them
         records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
         root = logging.getLogger()
-        root.handlers = [logging.handlers.QueueHandler(records)]  # type: ignore[arg-type]  # whose put_nowait it calls
+        root.handlers = [logging.handlers.QueueHandler(records)]
         root.setLevel(logging.INFO)
         _make(Connection(descriptors[0]), descriptors[1:], records)
         status = 0
