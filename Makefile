@@ -26,8 +26,9 @@ demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 
 test: setup  ## every test; those that need SLURM skip where it is not installed
 	$(PY) -m pytest
 
-chaos: setup  ## kill, stop, starve and damage real runs, at named points and 50 random moments (half an hour)
+chaos: setup  ## kill, stop, starve and damage real runs, and start 2,000 loaders under load (half an hour)
 	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))
+	$(PY) -m tests.chaos.starts
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

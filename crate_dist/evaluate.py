@@ -29,6 +29,7 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import World
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
+from crate_dist.interrupt import Left
 from crate_dist.run import write_whole
 from crate_dist.subject import Subject, load_subject
 
@@ -54,14 +55,23 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device,
     tally: Tally | None = None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
 
     predict: uint8 images (n, height, width, 3) -> logits (n, classes)
     tally: takes up what was predicted of every class, where somebody wants to know
+    leave: asked before every batch, whether to make no more of them
+
+    Raises
+    ------
+    Left: on all ranks, when one of them has left
     """
-    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    totals = torch.zeros(6, dtype=torch.float64, device=device)
     for batch in batches:
+        if leave():
+            totals[5] = 1
+            break
         logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
@@ -73,12 +83,15 @@ def evaluate(
                 loss.double(),
                 torch.tensor(len(labels), dtype=torch.float64, device=device),
                 torch.tensor(len(batch.bad), dtype=torch.float64, device=device),
+                torch.zeros((), dtype=torch.float64, device=device),
             ]
         )
         if tally is not None:
             tally.add(labels, ranked)
     dist.all_reduce(totals)
-    top1, top5, loss_sum, samples, replaced = totals.tolist()
+    top1, top5, loss_sum, samples, replaced, left = totals.tolist()
+    if left:
+        raise Left
     return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
 
 

@@ -22,6 +22,7 @@ from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError, location
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader
 from crate_dist.data.splits import open_split
+from crate_dist.data.workers import open_server
 from crate_dist.distributed import (
     PortIsTaken,
     World,
@@ -135,6 +136,7 @@ def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.devic
 
     What a user can mend becomes a line on stderr: rank 0's, as long as all ranks have the same error.
     """
+    open_server()
     world = detect_world()
     try:
         prepared = prepare()
@@ -150,7 +152,6 @@ def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.devic
             leave_distributed()
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        error.__traceback__ = None  # it holds the loader, whose workers are to end before this process does
         return 1
     except RuntimeError as error:
         if not lost_a_rank(error):

@@ -1,8 +1,9 @@
-"""A signal sets a flag, and only that; the ranks agree on it at a step boundary."""
+"""A signal sets a flag, on which the ranks agree at a step boundary; it ends a rank where that loses nothing."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from types import FrameType, TracebackType
@@ -10,21 +11,43 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from crate_dist.status import STOPPED
+
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """SIGUSR2: SLURM's warning as submitit asks for it; SIGTERM: preemption, time limit, Ctrl-C of a local launcher."""
+
+_AGAIN_S = 1.0
+"""From one Ctrl-C to the next at least: torchrun passes on one that its ranks have had from the terminal too."""
+
+
+class ToldToStop(SystemExit):
+    """Raised by a signal where nothing would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+class Left(Exception):
+    """What was under way was left because the run is told to stop; the next start makes it."""
 
 
 class Interrupt:
-    """Whether any rank has been told to stop.
+    """Whether any rank has been told to stop. A second Ctrl-C ends the process as if there were none of this.
 
     `agreed` is a collective on a gloo group of its own, so that it neither waits for the device nor meets the
     collectives of the step. Each call starts a reduction and takes the result of the one before: no rank waits.
+
+    received_at: when this rank was told, by time.monotonic()
+    elsewhere: whether another rank was, as far as this one has heard; what can be left before its end goes by `heard`,
+        which is not the same on all ranks
     """
 
     def __init__(self) -> None:
         self.received_at: float | None = None
+        self.elsewhere = False
+        self._at_once = False
         self._group = dist.new_group(backend="gloo")
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
@@ -38,6 +61,26 @@ class Interrupt:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def heard(self) -> bool:
+        """Whether this rank knows that one of them was told to stop."""
+        return self.elsewhere or self.received_at is not None
+
+    def end_at_once(self) -> None:
+        """From now on a signal raises ToldToStop, as does one that has come: until `hold` there is nothing to save."""
+        self._at_once = True
+        if self.received_at is not None:
+            self._stop()
+
+    def go_on(self) -> None:
+        """Raises Left when this rank knows that one of them was told to stop."""
+        if self.heard:
+            raise Left
+
+    def hold(self) -> None:
+        """From now on a signal sets the flag alone."""
+        self._at_once = False
 
     def agreed(self) -> bool:
         """Whether all ranks know by now that one of them was told to stop; the same answer on every rank."""
@@ -56,5 +99,15 @@ class Interrupt:
         return stop
 
     def _set(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received_at is not None and now - self.received_at > _AGAIN_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if self.received_at is None:
-            self.received_at = time.monotonic()
+            self.received_at = now
+        if self._at_once:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.hold()
+        raise ToldToStop

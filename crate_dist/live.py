@@ -19,17 +19,18 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from crate_dist.config import Recipe
 from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
-from crate_dist.distributed import World
+from crate_dist.distributed import World, gather_objects
+from crate_dist.interrupt import Interrupt, Left
 from crate_dist.metrics import Monitor
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import Schedule
@@ -78,30 +79,50 @@ class Live:
         """Whether `measure` is to be called after this step; the same on all ranks."""
         return self._every > 0 and (step == 1 or step % self._every == 0)
 
-    def measure(self, model: CRATE, step: int, monitor: Monitor) -> None:
+    def measure(
+        self, model: CRATE, step: int, monitor: Monitor, interrupt: Interrupt, unless_known: bool = False
+    ) -> bool:
         """Measures and writes on rank 0. All ranks call it: those that wait must not take it for a slow step.
+
+        unless_known: not when that was written by an earlier start, which may also have left it
+
+        Returns
+        -------
+        False, on all ranks, when rank 0 has left it because the run is told to stop
 
         Raises
         ------
         ShardError: the images cannot be read
         """
-        if self._world.is_main:
+        left = False
+        if self._world.is_main and not (unless_known and monitor.knows(step, "whitebox/zeros")):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # what is still under way belongs to the step
             began = time.perf_counter()
-            layers, pictures = self._measured(model, step)
-            seconds = time.perf_counter() - began
-            monitor.white_box(step, layers, pictures, CHARTS, seconds)
-            self._say_when_dear(began, seconds)
-        dist.barrier()
+            try:
+                layers, pictures = self._measured(model, step, interrupt)
+            except Left:
+                left = True
+                logger.info("the white-box measures of step %d are left, and made by the next start", step)
+            else:
+                seconds = time.perf_counter() - began
+                interrupt.hold()
+                monitor.white_box(step, layers, pictures, CHARTS, seconds)
+                self._say_when_dear(began, seconds)
+        return not gather_objects(left)[0]
 
-    def _measured(self, model: CRATE, step: int) -> tuple[dict[str, list[float]], dict[str, Pixels]]:
-        self._batch = self._batch or first_images(self._index, self._recipe)
+    def _measured(
+        self, model: CRATE, step: int, interrupt: Interrupt
+    ) -> tuple[dict[str, list[float]], dict[str, Pixels]]:
+        self._batch = self._batch or first_images(self._index, self._recipe, interrupt.go_on)
         pixels, labels = self._batch
         normalize = Normalize(self._recipe.data, self._device, next(model.parameters()).dtype)
         images = normalize(torch.from_numpy(pixels))
+        interrupt.go_on()
         seen = profile(model, [images])
+        interrupt.go_on()
         norms = gradient_norms(model, images, labels.to(self._device), self._recipe.optim.label_smoothing)
+        interrupt.go_on()
         maps = class_attention_maps(model, images[:_SHOWN]).cpu().numpy()
         self._warn(step, seen)
         layers = {f"whitebox/{name}": values for name, values in seen.means().items()}
@@ -149,8 +170,12 @@ class Live:
         return not known
 
 
-def first_images(index: ShardIndex, recipe: Recipe) -> tuple[Pixels, torch.Tensor]:
+def first_images(
+    index: ShardIndex, recipe: Recipe, go_on: Callable[[], None] = lambda: None
+) -> tuple[Pixels, torch.Tensor]:
     """The first log.whitebox_images of a split that decode: uint8 (b, image_size, image_size, 3) and int64 labels (b,).
+
+    go_on: called before each of them; what it raises is raised here
 
     Raises
     ------
@@ -163,6 +188,7 @@ def first_images(index: ShardIndex, recipe: Recipe) -> tuple[Pixels, torch.Tenso
     for sample in range(index.num_samples):
         if len(pixels) == recipe.log.whitebox_images:
             break
+        go_on()
         try:
             pixels.append(transform(reader.read(sample)))
         except BadImage:  # named and counted when the loader comes by

@@ -187,6 +187,11 @@ class Monitor:
         self._append_line(step, layers)
         self._ledger.note("whitebox", step=step, seconds=seconds)
 
+    def knows(self, step: int, name: str) -> bool:
+        """Whether a value of this name was written for this step, by whatever start. On rank 0."""
+        lines = map(json.loads, whole_lines(self._folder.metrics))
+        return any(line["step"] == step and name in line for line in lines)
+
     def saved(self, saved: Saved | None) -> None:
         """Writes how long a save took, and where the time has gone so far."""
         if saved is None or not self._curves or not self._ledger:

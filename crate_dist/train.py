@@ -19,6 +19,7 @@ from crate_dist.checkpoint import CheckpointError
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
+from crate_dist.data.workers import open_server
 from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
 from crate_dist.interrupt import Interrupt
@@ -26,7 +27,7 @@ from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
 from crate_dist.startup import Startup
-from crate_dist.status import LOST_THE_RUN, TRY_AGAIN
+from crate_dist.status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
 
@@ -48,8 +49,10 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
     RecipeError, RunIsLocked, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
     LostTheRun: in the middle, when another job has taken over the run folder
+    ToldToStop: a signal came before the first step, and there was nothing to save
     """
     startup = Startup()
+    open_server()
     startup.mark("imports")
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety
@@ -59,7 +62,7 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
         with (
             Interrupt() as interrupt,
             _folder_in_hand(folder, recipe, world, start_over) as (resolved, tenure),
-            Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank)) as watchdog,
+            Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog,
         ):
             startup.mark("run folder")
             return Trainer(folder, resolved, world, device, interrupt, watchdog, startup, tenure).run()
@@ -122,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     except PortIsTaken as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN
-    return 0 if result.finished else TRY_AGAIN
+    return 0 if result.finished else STOPPED
 
 
 if __name__ == "__main__":

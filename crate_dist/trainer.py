@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from crate_dist import checkpoint
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Batch, Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
@@ -23,7 +22,7 @@ from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
 from crate_dist.exporting import export
 from crate_dist.initial import begin_from
-from crate_dist.interrupt import Interrupt
+from crate_dist.interrupt import Interrupt, Left
 from crate_dist.live import Live
 from crate_dist.lock import Tenure
 from crate_dist.metrics import Monitor
@@ -66,6 +65,7 @@ class Trainer:
     ) -> None:
         self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
         self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
+        interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
         found = checkpoint.find_newest(folder.checkpoints, world)
         self.progress = found.progress if found else Progress()
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
@@ -91,7 +91,6 @@ class Trainer:
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure)
         self.saved_at = self.progress.step
-        self.val_batches: DataLoader[Batch] | None = None
         steps = self.progress.step, self.last_step
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
@@ -107,23 +106,22 @@ class Trainer:
     def loop(self) -> TrainResult:
         """Steps, and what is due after each."""
         self.greet()
-        self.catch_up_on_evaluation()
-        feed = self.feed()
-        while self.progress.step < self.last_step:
+        if not self.catch_up():
+            return self.stop_early()
+        feed, told_to_stop = self.feed(), False
+        while self.progress.step < self.last_step and not told_to_stop:
             self.take_step(feed)
             if self.reporting_is_due():
                 self.monitor.report(self.progress.step)
-            if self.live.is_due(self.progress.step):
-                self.live.measure(self.engine.module, self.progress.step, self.monitor)
-            if self.evaluation_is_due():
-                self.evaluate()
+            # What is left here is made by the next start, from the checkpoint of this step.
+            if not self.measure() or not self.evaluate():
+                told_to_stop = True
+                break
             if self.saving_is_due():
                 self.save()
-            if self.interrupt.agreed():
-                break
-        self.val_batches = None
-        del feed  # ends the loader's processes now and not at the exit of the interpreter, which would wait for them
-        return self.complete() if self.progress.step == self.last_step else self.stop_early()
+            told_to_stop = self.interrupt.agreed() and self.progress.step < self.last_step
+        del feed  # ends its workers: their cores and memory are free for what is left to do
+        return self.stop_early() if told_to_stop else self.complete()
 
     def greet(self) -> None:
         """Says what is about to happen."""
@@ -201,6 +199,7 @@ class Trainer:
         if first:
             self.startup.mark("step", ("batch", feed.wait_s))
             self.startup.report()
+        self.interrupt.hold()
         self.monitor.add_bad(result.bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
 
@@ -236,16 +235,29 @@ class Trainer:
         periodic = step % self.recipe.checkpoint.every_steps == 0
         return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
 
-    def catch_up_on_evaluation(self) -> None:
-        """A run may have been ended between a save and the evaluation of the same step."""
+    def catch_up(self) -> bool:
+        """A run may have ended between a save and what was due at the same step. Returns False when it is left."""
+        if not self.measure(unless_known=True):
+            return False
         if self.evaluation_is_due():
-            self.evaluate()
+            if not self.evaluate():
+                return False
             self.save()
+        return True
 
-    def evaluate(self) -> None:
-        """Exact accuracy over the whole validation split."""
+    def measure(self, unless_known: bool = False) -> bool:
+        """The white box, when it is due; False, on all ranks, when that was left because of a signal."""
+        step = self.progress.step
+        if step == 0 or not self.live.is_due(step):
+            return True
+        return self.live.measure(self.engine.module, step, self.monitor, self.interrupt, unless_known)
+
+    def evaluate(self) -> bool:
+        """Exact accuracy over the whole validation split, when it is due; False as for `measure`."""
+        if not self.evaluation_is_due():
+            return True
         assert self.val_index is not None
-        self.val_batches = self.val_batches or eval_loader(
+        batches = eval_loader(
             self.val_index,
             self.world.rank,
             self.world.world_size,
@@ -259,7 +271,12 @@ class Trainer:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
-        result = evaluate(predict, self.val_batches, self.device)
+        try:
+            result = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
+        except Left:
+            logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
+            return False
+        self.interrupt.hold()
         self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
         best = result.top1 > self.progress.best_top1
         self.progress = replace(
@@ -269,6 +286,7 @@ class Trainer:
             best_step=self.progress.step if best else self.progress.best_step,
             metrics=result.scalars(),
         )
+        return True
 
     def save(self) -> None:
         """Begins to save this step; its writing goes on beside the training."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.distributed import World
+from crate_dist.interrupt import Interrupt
 from crate_dist.status import TRY_AGAIN
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _ANSWER_S = 8.0
 _GIVEN_UP = "watchdog/given up"
+_TOLD = "watchdog/told to stop"
 
 
 class Watchdog:
@@ -33,11 +35,11 @@ class Watchdog:
     Each rank tells the others where it is through the process group's store, so that the log can name the ones that
     are behind, and the first to give up tells the others, so that each leaves its stacks. The store is rank 0's: a
     thread of its own asks it, since it may never answer. A process that is stopped altogether cannot end itself; the
-    others end, and the launcher ends it.
+    others end, and the launcher ends it. The thread also carries the news that a rank was told to stop.
     """
 
-    def __init__(self, world: World, timeout_s: float, log_file: Path) -> None:
-        self._world, self._timeout_s, self._log_file = world, timeout_s, log_file
+    def __init__(self, world: World, timeout_s: float, log_file: Path, interrupt: Interrupt | None = None) -> None:
+        self._world, self._timeout_s, self._log_file, self._interrupt = world, timeout_s, log_file, interrupt
         self._beats = 0
         self._what = "starting"
         self._last = time.monotonic()
@@ -85,6 +87,10 @@ class Watchdog:
                 signs_of_life += 1
                 self._store.set(f"watchdog/{self._world.rank}", f"{self._beats} {signs_of_life} {self._what}")
                 self._given_up_elsewhere = self._store.check([_GIVEN_UP])
+                if self._interrupt is not None:
+                    if self._interrupt.received_at is not None:
+                        self._store.set(_TOLD, "")
+                    self._interrupt.elsewhere = self._store.check([_TOLD])
 
     def _give_up(self) -> None:
         # A store whose rank is stopped would keep us: this thread must end the process in any case.

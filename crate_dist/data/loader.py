@@ -8,20 +8,15 @@ pages are made for them, which would cost a third of decoding small JPEGs.
 
 from __future__ import annotations
 
-import atexit
+import itertools
 import logging
-import math
-import mmap
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import DataSection
 from crate_dist.data.augment import augmentations
@@ -29,6 +24,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
 from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
+from crate_dist.data.workers import SharedArray, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -80,17 +76,15 @@ class _Filled(NamedTuple):
     samples: Int64
 
 
-class TrainBatches(Dataset[_Filled]):
+class TrainBatches:
     """Item n is this rank's micro-batch n, counted from the start of the run.
 
     slots: uint8 (slots, micro_batch, size, size, 3), the memory of that many batches; item n fills number n % slots.
-    An anonymous map, shared by fork: /dev/shm may be small in a container.
     """
 
     def __init__(self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform, slots: int) -> None:
         self.index, self.order, self.share, self.transform = index, order, share, transform
-        shape = (slots, share.micro_batch, transform.size, transform.size, 3)
-        self.slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+        self.slots = SharedArray((slots, share.micro_batch, transform.size, transform.size, 3))
         self._reader: ShardReader | None = None
 
     def samples(self, number: int) -> Int64:
@@ -106,16 +100,22 @@ class TrainBatches(Dataset[_Filled]):
         def decode(data: bytes, place: int, out: Pixels) -> None:
             self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
-        slot = number % len(self.slots)
-        return _Filled(slot, *_assemble(self._reader, samples, self.slots[slot].numpy(), decode), samples)
+        slot = number % len(self.slots.array)
+        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode), samples)
 
 
-class EvalBatches(Dataset[Batch]):
-    """This rank's contiguous share of a split, in batches; every sample is in exactly one batch of one rank."""
+class EvalBatches:
+    """This rank's contiguous share of a split, in batches; every sample is in exactly one batch of one rank.
 
-    def __init__(self, index: ShardIndex, rank: int, world_size: int, batch: int, transform: EvalTransform) -> None:
+    slots: as in TrainBatches
+    """
+
+    def __init__(
+        self, index: ShardIndex, rank: int, world_size: int, batch: int, transform: EvalTransform, slots: int
+    ) -> None:
         self.index, self.batch, self.transform = index, batch, transform
         self.first, self.stop = (index.num_samples * r // world_size for r in (rank, rank + 1))
+        self.slots = SharedArray((slots, batch, transform.size, transform.size, 3))
         self._reader: ShardReader | None = None
 
     def __len__(self) -> int:
@@ -126,14 +126,15 @@ class EvalBatches(Dataset[Batch]):
         first = self.first + number * self.batch
         return np.arange(first, min(first + self.batch, self.stop), dtype=np.int64) if first < self.stop else None
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> _Filled:
         self._reader = self._reader or ShardReader(self.index, self.samples)
         self._reader.at(number)
-        samples = self.samples(number)
+        samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
-        images = np.empty((len(samples), self.transform.size, self.transform.size, 3), dtype=np.uint8)
-        labels, bad = _assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out))
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, torch.from_numpy(samples))
+        images = self.slots.array[slot]
+        return _Filled(
+            slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)), samples
+        )
 
 
 class TrainLoader(Iterator[Batch]):
@@ -148,14 +149,42 @@ class TrainLoader(Iterator[Batch]):
         transform = TrainTransform(
             size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data), data.resize_filter
         )
-        # When a batch is handed over, the loader has just asked for the one _PREFETCH * workers further on.
+        # When a batch is handed over, its worker has just been asked for the one _PREFETCH * workers further on.
         batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
-        self.slots = batches.slots
-        self._filled = iter(_loader(batches, _Counting(step * share.accumulation), data.workers, pin_memory=False))
+        self.slots = torch.from_numpy(batches.slots.array)
+        first = step * share.accumulation
+        self._filled: Iterator[_Filled] = (
+            Workers(batches, data.workers, _PREFETCH, first)
+            if data.workers
+            else map(batches.__getitem__, itertools.count(first))
+        )
 
     def __next__(self) -> Batch:
         slot, labels, bad, samples = next(self._filled)
         return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples))
+
+
+class EvalLoader:
+    """This rank's share of a split, once in every iteration; its workers end with that. Batches are the caller's."""
+
+    def __init__(self, batches: EvalBatches, workers: int) -> None:
+        self._batches, self._workers = batches, workers
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count, slots = len(self), torch.from_numpy(self._batches.slots.array)
+        filled: Iterator[_Filled] = (
+            Workers(self._batches, self._workers, _PREFETCH, stop=count)
+            if self._workers
+            else map(self._batches.__getitem__, range(count))
+        )
+        pinned = torch.cuda.is_available()
+        for slot, labels, bad, samples in filled:
+            images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
+            images.copy_(slots[slot, : len(labels)])
+            yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples))
 
 
 def eval_transform(data: DataSection, size: int) -> EvalTransform:
@@ -164,12 +193,10 @@ def eval_transform(data: DataSection, size: int) -> EvalTransform:
     return EvalTransform(size, short_side, data.resize_filter)
 
 
-def eval_loader(
-    index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int
-) -> DataLoader[Batch]:
-    """This rank's share of a split, once."""
-    batches = EvalBatches(index, rank, world_size, batch, eval_transform(data, size))
-    return _loader(batches, range(len(batches)), data.workers, pin_memory=torch.cuda.is_available())
+def eval_loader(index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int) -> EvalLoader:
+    """This rank's share of a split."""
+    slots = _PREFETCH * data.workers + 1
+    return EvalLoader(EvalBatches(index, rank, world_size, batch, eval_transform(data, size), slots), data.workers)
 
 
 class Feed(Iterator[Batch]):
@@ -209,7 +236,7 @@ class Feed(Iterator[Batch]):
         return batch._replace(images=images, labels=labels)
 
     def _pin(self) -> None:
-        """Locks the loader's memory, so that copies from it run beside the step. After the workers were forked."""
+        """Locks the loader's memory, so that copies from it run beside the step."""
         slots = self._batches.slots
         status = torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.numel(), 0)
         if int(status) != 0:
@@ -237,19 +264,6 @@ class Normalize:
         return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
 
 
-class _Counting:
-    """Sampler that counts on for ever."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.first
-        while True:
-            yield number
-            number += 1
-
-
 def _assemble(
     reader: ShardReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
 ) -> tuple[Int64, list[BadSample]]:
@@ -275,66 +289,3 @@ def _assemble(
                 f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
             )
     return labels, bad
-
-
-class _Telling(Dataset[Any]):
-    """Gives errors as items: raised in a worker, they would reach the user with its traceback around them."""
-
-    def __init__(self, batches: Dataset[Any]) -> None:
-        self._batches = batches
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self._batches[number]
-        except ShardError as error:
-            return error
-
-
-class _Loader(DataLoader[Any]):
-    """Raises the errors of _Telling, and ends its workers with its iterator."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for item in super().__iter__():
-            if isinstance(item, ShardError):
-                try:
-                    raise item
-                finally:
-                    del item  # the error's traceback holds this frame, which would hold the error, and the workers
-            yield item
-
-
-@atexit.register
-def _end_workers() -> None:
-    """multiprocessing would send those that are left the signal that they ignore, and wait for them for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _as_it_is(item: Any) -> Any:
-    """Instead of DataLoader's conversion of arrays to tensors, each of which would travel as a file descriptor."""
-    return item
-
-
-def _loader(
-    batches: Dataset[Any], numbers: Sequence[int] | _Counting, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
-    return _Loader(
-        _Telling(batches),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
-        prefetch_factor=_PREFETCH if workers else None,
-        persistent_workers=workers > 0,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # it draws seeds for its workers, at the first step, whose dropout is seeded then
-    )
-
-
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole process group is for the ranks to answer; their workers go on until the rank ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from crate_dist.checkpoint import PREFIX, UNFINISHED, manifest_digest
 from crate_dist.data.loader import Batch
 
-Action = Literal["stand still", "disk full", "clock"]
+Action = Literal["stand still", "slow", "disk full", "clock"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ POINTS = {
     "removing a checkpoint's folder": Point("os", "rmdir", lambda path, **_: Path(path).name.startswith(UNFINISHED)),
     # an evaluation
     "evaluating": Point("crate_dist.engine", "Engine.predict"),
+    "measuring the white box": Point("crate_dist.live", "profile"),
     "noting an evaluation": Point("crate_dist.metrics", "Monitor.evaluation"),
     "beginning to save": Point("crate_dist.saving", "Saver.save"),
     # the end
@@ -87,6 +88,7 @@ class Fault:
     """What happens at the `nth` call of a point.
 
     "stand still": the process is stopped before the call, for the test to kill or to leave
+    "slow": this call takes `seconds` longer, and `times - 1` after it
     "disk full": this call fails, and `times - 1` after it; "clock": the time jumps by `seconds` and goes on from there
     """
 
@@ -127,6 +129,8 @@ class Fault:
         os.rename(beside, mark)
         if self.action == "stand still":
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, before its next instruction
+        elif self.action == "slow":
+            time.sleep(self.seconds)
         elif self.action == "disk full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:

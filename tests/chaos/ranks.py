@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.chaos.faults import Fault
+from tests.chaos.stacks import answer_with_stacks, leave_stacks
 from tests.ranks import free_port, rank_environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the fork server, which reads it once
@@ -25,12 +26,17 @@ PATIENCE_S = 180.0
 """Far more than anything here takes, also on a machine that others use."""
 
 
+_running: list[Ranks] = []
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
-    """Polls. Raises TimeoutError that says `what` did not happen."""
+    """Polls. Raises TimeoutError that says `what` did not happen, and where the stacks of all ranks are."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no {what} within {timeout_s:.0f} s")
+            pids = [process.pid or 0 for ranks in _running for process in ranks.processes]
+            left = f"; stacks in {leave_stacks(pids, _running[-1].notes)}" if _running else ""
+            raise TimeoutError(f"no {what} within {timeout_s:.0f} s{left}")
         time.sleep(0.02)
 
 
@@ -61,6 +67,7 @@ class Ranks:
         ]
         for process in self.processes:
             process.start()
+        _running.append(self)
 
     def __enter__(self) -> Ranks:
         return self
@@ -93,6 +100,8 @@ class Ranks:
 
     def end(self) -> None:
         """kill -9 of all ranks, loader workers included."""
+        if self in _running:
+            _running.remove(self)
         for process in self.processes:
             assert process.pid is not None
             for kill in os.killpg, os.kill:  # one that has just been forked leads no group yet
@@ -146,14 +155,16 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     import torch
 
     from crate_dist import train
+    from crate_dist.interrupt import ToldToStop
+    from crate_dist.status import STOPPED
     from tests.chaos.faults import note_samples
 
-    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a process of its own
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the tests
     os.setsid()
     with _output(notes, rank).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    answer_with_stacks(notes / f"stacks-{rank}")
     os.environ.update(rank_environment(rank, world_size, port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     note_samples(notes / f"samples-{rank}")
@@ -162,6 +173,8 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     status = 1
     try:
         status = train.main(arguments)
+    except ToldToStop:
+        status = STOPPED
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
