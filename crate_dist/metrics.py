@@ -29,6 +29,7 @@ from crate_dist.ledger import Ledger
 from crate_dist.optim import Schedule
 from crate_dist.run import RunFolder, write_whole
 from crate_dist.saving import Saved
+from crate_dist.startup import up_s
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Monitor:
             self._lines.close()
 
     def _open_files(self, step: int) -> None:
-        self._ledger = Ledger(self._folder.ledger)
+        self._ledger = Ledger(self._folder.ledger, up_s())
         self._ledger.note("start", step=step, world_size=self._world.world_size)
         restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step)

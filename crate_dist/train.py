@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,12 +22,13 @@ from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
+from crate_dist.faults import judged, may_pass
 from crate_dist.interrupt import Interrupt
 from crate_dist.lock import RunIsLocked, RunLock
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
 from crate_dist.startup import Startup
-from crate_dist.status import TRY_AGAIN
+from crate_dist.status import STOPPED, TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
 
@@ -87,7 +89,7 @@ def _folder_in_hand(folder: RunFolder, recipe: Recipe | None, world: World, star
                 if recipe is not None:
                     folder.open(recipe)
             except (RecipeError, RunIsLocked) as error:
-                problem = error
+                problem = judged(error)
         problem = gather_objects(problem)[0]
         if problem is not None:
             raise problem
@@ -106,11 +108,16 @@ def main(argv: list[str] | None = None) -> int:
         result = train(arguments.run_dir or default_run_dir(recipe), recipe, arguments.start_over)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return TRY_AGAIN if may_pass(error) else 1
     except PortIsTaken as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN
-    return 0 if result.finished else TRY_AGAIN
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        traceback.print_exc()
+        return TRY_AGAIN
+    return 0 if result.finished else STOPPED
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from crate_dist.status import TRY_AGAIN
+from crate_dist.status import STOPPED
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks, wait_until
 from tests.chaos.trial import Trial
@@ -33,7 +33,7 @@ def interrupted(trial: Trial, signum: int, ranks_told: list[int], workers_too: b
                 os.killpg(ranks.processes[rank].pid or 0, signum)
             else:
                 tell(ranks, rank, signum)
-        assert ranks.wait() == [TRY_AGAIN, TRY_AGAIN], ranks.output(0)
+        assert ranks.wait() == [STOPPED, STOPPED], ranks.output(0)
         said = ranks.output(0)
     step = max(step for step, _ in trial.samples()) + 1
     assert f"stopped at step {step} of 25" in said
@@ -70,7 +70,7 @@ def test_a_signal_in_the_first_initialisation_loses_nothing(trial: Trial, point:
         began = time.monotonic()
         statuses = ranks.wait()
         assert time.monotonic() - began < 60
-    assert set(statuses) <= {TRY_AGAIN, -signal.SIGTERM}
+    assert set(statuses) <= {STOPPED, -signal.SIGTERM}
     trial.finish()
     assert max(trial.restarts()) <= 2  # it is agreed on beside the steps
     trial.check_samples()

@@ -29,6 +29,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
 from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
+from crate_dist.faults import judged
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class _Telling(Dataset[Any]):
         try:
             return self._batches[number]
         except ShardError as error:
-            return error
+            return judged(error)
 
 
 class _Loader(DataLoader[Any]):
