@@ -21,6 +21,7 @@ srun() {
         crate_start=$((crate_start + 1))
         # For the lock of the run folder: which of this script's sruns this is, and how many of them have ended.
         export CRATE_START=$crate_start CRATE_ENDED_STEPS=$SLURM_JOB_ID.$crate_restart.$((crate_start - 1))
+        echo "crate-dist start $crate_restart.$crate_start: on $SLURM_JOB_NODELIST"
         command srun "$@"
         status=$?
         [ "$status" -eq 0 ] && return 0
@@ -44,17 +45,9 @@ crate_is_worth_it() {
     fi
     if [ "$1" -ne "$crate_stopped" ] && [ "$crate_stuck" -ge 3 ]; then
         echo "crate-dist: GIVEN UP: three starts in a row ended no further than one before them," \
-            "at step $crate_furthest. The last fault: ${crate_fault:-$(crate_meaning "$1")}." \
+            "at step $crate_furthest. The last fault: ${crate_fault:-status $1}." \
             "The logs: $crate_logs and $crate_run_dir/logs. Once it is mended, the same command goes on."
         return 1
-    fi
-}
-
-crate_meaning() {
-    if [ "$1" -gt 128 ]; then
-        echo "a rank was killed by signal $(($1 - 128)) ($(kill -l $(($1 - 128))))"
-    else
-        echo "a rank ended with status $1"
     fi
 }
 
@@ -91,14 +84,16 @@ crate_look_at_logs() {
     local faults node
     faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" awk '
         FNR == 1 { mine = 0 }
-        /^crate-dist start / { mine = ($3 == ENVIRON["start"]); if (mine) rank = $5; node = $8; next }
+        /^crate-dist start / { mine = ($3 == ENVIRON["start"]); rank = $5; node = $8; next }
         !mine || FILENAME in broken { next }
         $0 ~ ENVIRON["device"] { broken[FILENAME] = node "\tbroken\trank " rank " on node " node ": " $0 }
         /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
         /^[-0-9]+ [0-9:]+ C / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" $0 }
+        /^srun: error: [^:]+: tasks? [-0-9,]+: / && !/Exited with/ && killed == "" { killed = "\tother\t" substr($0, 14) }
         END {
             for (file in broken) print broken[file]
             for (file in other) if (!(file in broken)) print other[file]
+            print killed
         }' "$crate_logs"/*_log.out 2>/dev/null)
     crate_fault=$(echo "$faults" | head -n 1 | cut -f 3 | cut -c 1-1000)
     crate_broken=

@@ -23,6 +23,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"source {REPOSITORY}/launch/batch.sh",
+        "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
         *commands,
     ]
@@ -72,6 +73,14 @@ def test_the_node_of_a_broken_device_is_found_in_the_logs_of_this_start_alone(tm
         "crate-dist: node n2 shows a broken device: rank 1 on node n2: what():  CUDA"
     )
     assert said.splitlines()[1:] == ["broken: n2"]
+
+
+def test_a_rank_that_was_killed_is_named_where_no_rank_says_a_fault(tmp_path: Path) -> None:
+    logs = tmp_path / "logs" / "7"
+    logs.mkdir(parents=True)
+    killed = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 75\n"
+    (logs / "7_0_log.out").write_text("crate-dist start 2.1: on n[1-2]\n" + killed)
+    assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault"') == "n2: task 1: Killed"
 
 
 def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_path: Path) -> None:
