@@ -16,9 +16,9 @@ from typing import TypeVar
 E = TypeVar("E", bound=BaseException)
 
 DEVICE_FAULT = (
-    "uncorrectable ECC error|uncorrectable NVLink error|Uncorrectable NVLink|hardware stack error|"
-    "unspecified launch failure|unknown error.*CUDA|CUDA error: unknown error|devices? (is|are) busy or unavailable|"
-    "GPU has fallen off the bus|NVRM: Xid|Unable to determine the device handle for GPU"
+    "uncorrectable ECC error|uncorrectable NVLink error|hardware stack error|unspecified launch failure|"
+    "over nvlink or a hardware error|CUDA error: unknown error|device.s. is/are busy or unavailable|"
+    "no CUDA-capable device is detected|GPU has fallen off the bus|NVRM: Xid"
 )
 """By what the log of a rank shows that its GPU is broken rather than the program: a regular expression, also of awk.
 

@@ -38,23 +38,31 @@ srun() {
     done
 }
 
-# Whether to try again at all. A status below 64 is of what never came to train.
+# Whether to try again at all. A status below 64 is of what never came to train; in a later start than a job's first
+# it is srun that could not start the ranks.
 crate_is_worth_it() {
-    if [ "$1" -lt 64 ] || [ "$1" -eq "$crate_needs_a_person" ] || [ "$1" -eq "$crate_lost_the_run" ]; then
-        return 1
-    fi
-    if [ "$1" -ne "$crate_stopped" ] && [ "$crate_stuck" -ge 3 ]; then
+    local where="at step $crate_furthest"
+    [ "$crate_furthest" -ge 0 ] || where="before the first checkpoint"
+    [ "$1" -ge 64 ] || [ "$crate_is_first" = no ] || return 1
+    [ "$1" -ne "$crate_needs_a_person" ] && [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    if [ "$crate_stuck" -ge 3 ]; then
         echo "crate-dist: GIVEN UP: three starts in a row ended no further than one before them," \
-            "at step $crate_furthest. The last fault: ${crate_fault:-status $1}." \
+            "$where. The last fault: ${crate_fault:-status $1}." \
             "The logs: $crate_logs and $crate_run_dir/logs. Once it is mended, the same command goes on."
         return 1
     fi
+}
+
+# Whether a start ended because it was told to, which says nothing about what it can do.
+crate_was_stopped() {
+    [ "$1" -eq "$crate_stopped" ] || [ "$crate_told_to_stop" = yes ]
 }
 
 # Sets crate_furthest, the furthest checkpoint at which a start of this job ended, and crate_stuck, how many starts in
 # a row have ended no further; kept in a file, which the next start of a job that was requeued reads.
 crate_note_progress() {
     local file=$crate_logs/progress step=-1 folder
+    crate_is_first=no
     for folder in "$crate_run_dir"/checkpoints/step-*/; do
         folder=${folder%/}
         folder=${folder##*/step-}
@@ -65,11 +73,11 @@ crate_note_progress() {
         read -r crate_furthest crate_stuck <"$file"
     fi 2>/dev/null
     case $crate_furthest:$crate_stuck in
-        *[!0-9:-]* | :* | *:) crate_furthest=$step crate_stuck=0 ;;
+        *[!0-9:-]* | :* | *:) crate_furthest=$step crate_stuck=0 crate_is_first=yes ;;
         *)
             if [ "$step" -gt "$crate_furthest" ]; then
                 crate_furthest=$step crate_stuck=0
-            elif [ "$1" -ne "$crate_stopped" ]; then
+            elif ! crate_was_stopped "$1"; then
                 crate_stuck=$((crate_stuck + 1))
             fi
             ;;
@@ -97,7 +105,7 @@ crate_look_at_logs() {
         }' "$crate_logs"/*_log.out 2>/dev/null)
     crate_fault=$(echo "$faults" | head -n 1 | cut -f 3 | cut -c 1-1000)
     crate_broken=
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    for node in $(crate_nodes); do
         if echo "$faults" | grep -q "^$node	broken	"; then
             crate_broken=${crate_broken:+$crate_broken,}$node
             echo "crate-dist: node $node shows a broken device:" \
@@ -106,18 +114,22 @@ crate_look_at_logs() {
     done
 }
 
+crate_nodes() {
+    scontrol show hostnames "$SLURM_JOB_NODELIST"
+}
+
 # Whether to start the ranks again in this allocation, because a queue can take hours. Not when that has just brought
 # nothing: other nodes may.
 crate_can_start_here() {
     local facts end
-    [ "$crate_start" -le "$crate_restarts_in_place" ] && [ "$1" -ne "$crate_stopped" ] || return 1
-    [ "$crate_told_to_stop" = no ] && [ "$crate_stuck" -eq 0 ] && [ -z "$crate_broken" ] || return 1
+    [ "$crate_start" -le "$crate_restarts_in_place" ] && ! crate_was_stopped "$1" || return 1
+    [ "$crate_stuck" -eq 0 ] && [ -z "$crate_broken" ] || return 1
     facts=$(scontrol --oneliner show job "$crate_job") && crate_is_running "$facts" || return 1
     end=$(echo "$facts" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
     if end=$(date -d "$end" +%s 2>/dev/null); then # else there is no limit
         [ $((end - $(date +%s))) -gt $((crate_signal_delay_s + 120)) ] || return 1
     fi
-    crate_ranks_are_gone && crate_nodes_answer && [ "$crate_told_to_stop" = no ]
+    crate_ranks_are_gone && crate_nodes_answer && ! crate_was_stopped "$1"
 }
 
 # srun may have ended before its ranks, which would meet those of the next.
@@ -164,6 +176,10 @@ crate_requeue() {
 # SLURM takes a list of nodes for a job that is not running, and takes it for the whole list.
 crate_exclude() {
     local before all left pause
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$crate_broken" = "$(crate_nodes | paste -sd ,)" ]; then
+        echo "crate-dist: no node is excluded: all of them show a broken device, so it may be the program"
+        return
+    fi
     before=$(echo "$1" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
     [ "$before" = "(null)" ] && before=
     all=${before:+$before,}$crate_broken

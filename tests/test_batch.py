@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist.faults import DEVICE_FAULT
-from crate_dist.status import STOPPED, TRY_AGAIN
+from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 from tests.ranks import REPOSITORY
 
 START = "crate-dist start 2.1: rank {rank} on node {node}\n"
@@ -21,6 +21,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
     """What `commands` print after launch/batch.sh has been read, as in a job that was requeued twice."""
     lines = [
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
+        f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"source {REPOSITORY}/launch/batch.sh",
         "crate_start=1",
@@ -58,6 +59,35 @@ def test_starts_that_get_no_further_are_counted_over_requeues(
             (tmp_path / "one" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         said = batch(tmp_path, f"crate_note_progress {status}; echo $crate_stuck")
     assert said == str(stuck)
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "expected"),
+    [
+        ("", 1, "over"),  # it never came to train
+        ("", TRY_AGAIN, "again"),
+        ("-1 1", 1, "again"),  # it did before, so srun could not start the ranks
+        ("-1 2", TRY_AGAIN, "GIVEN UP: three starts in a row ended no further than one before them, before the first"),
+        ("100 2", STOPPED, "again"),
+        ("100 2", NEEDS_A_PERSON, "over"),
+        ("100 0", LOST_THE_RUN, "over"),
+        ("100 x", TRY_AGAIN, "again"),
+    ],
+)
+def test_whether_another_start_is_worth_it(before: str, status: int, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text(before)
+    (tmp_path / "one" / "checkpoints" / "step-00000100").mkdir(parents=True)
+    if before.startswith("-1"):
+        shutil.rmtree(tmp_path / "one")
+    said = batch(tmp_path, f"crate_note_progress {status}", f"crate_is_worth_it {status} && echo again || echo over")
+    assert expected in said
+
+
+def test_the_end_of_a_start_that_was_told_to_stop_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text("100 1")
+    assert batch(tmp_path, "kill -TERM $$", "crate_note_progress 143; echo $crate_stuck") == "1"
 
 
 def test_the_node_of_a_broken_device_is_found_in_the_logs_of_this_start_alone(tmp_path: Path) -> None:
