@@ -70,9 +70,8 @@ class TrainJob:
 
 def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
     """At once: an interpreter that ends in order waits for its loader, and nccl for ranks that are gone."""
-    if is_the_cause:
-        first = next(iter(str(error).splitlines()), "")
-        _say(f"fault: rank {_rank()} on node {_node()}: {type(error).__name__}: {first}")
+    text = " ".join(str(error).split())[:1000]
+    _say(f"{'fault' if is_the_cause else 'lost'}: rank {_rank()} on node {_node()}: {type(error).__name__}: {text}")
     logging.shutdown()
     os._exit(TRY_AGAIN if may_pass(error) else NEEDS_A_PERSON)
 

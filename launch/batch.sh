@@ -96,14 +96,16 @@ crate_look_at_logs() {
         !mine || FILENAME in broken { next }
         $0 ~ ENVIRON["device"] { broken[FILENAME] = node "\tbroken\trank " rank " on node " node ": " $0 }
         /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
+        /^crate-dist lost: / && lost == "" { lost = "\tother\t" substr($0, 18) }
         /^[-0-9]+ [0-9:]+ C / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" $0 }
         /^srun: error: [^:]+: tasks? [-0-9,]+: / && !/Exited with/ && killed == "" { killed = "\tother\t" substr($0, 14) }
         END {
             for (file in broken) print broken[file]
             for (file in other) if (!(file in broken)) print other[file]
             print killed
+            print lost
         }' "$crate_logs"/*_log.out 2>/dev/null)
-    crate_fault=$(echo "$faults" | head -n 1 | cut -f 3 | cut -c 1-1000)
+    crate_fault=$(echo "$faults" | grep -m 1 . | cut -f 3 | cut -c 1-1000)
     crate_broken=
     for node in $(crate_nodes); do
         if echo "$faults" | grep -q "^$node	broken	"; then

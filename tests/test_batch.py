@@ -117,6 +117,8 @@ def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_pa
     logs = tmp_path / "logs" / "7"
     logs.mkdir(parents=True)
     fault = "rank 1 on node n2: ShardError: cannot read /data/x.tar: Input/output error"
-    (logs / "7_0_log.out").write_text(START.format(rank=0, node="n1") + "this rank has lost another one\n")
+    (logs / "7_0_log.out").write_text(
+        START.format(rank=0, node="n1") + "crate-dist lost: rank 0 on node n1: DistBackendError: …\n"
+    )
     (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + f"crate-dist fault: {fault}\n")
     assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault/$crate_broken"') == f"{fault}/"
