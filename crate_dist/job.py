@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +55,10 @@ class TrainJob:
             logger.exception("this rank has lost another one" if lost else "unexpected")
             _end(error, is_the_cause=not lost)
         if not result.finished:
-            sys.exit(STOPPED)
+            # At once: srun sends SIGTERM to ranks that end a little later than the first, and while an interpreter ends
+            # in order nothing answers it any more; a rank that a signal has killed would look like a fault.
+            logging.shutdown()
+            os._exit(STOPPED)
         return dataclasses.asdict(result)
 
     def checkpoint(self) -> DelayedSubmission:
