@@ -183,6 +183,7 @@ class ClusterSection(Section):
     time_min: Positive = Field(24 * 60, description="time limit; the job is requeued until the run is complete")
     signal_delay_s: Positive = Field(120, description="warning before the time limit")
     requeues: Positive = Field(100, description="times that the job may be put back into the queue")
+    restarts_in_place: int = Field(3, ge=0, description="times that ranks which died start again on the same nodes")
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import platform
 import signal
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
 
-from crate_dist.status import NEEDS_A_PERSON, TRY_AGAIN
+from crate_dist.faults import may_pass
+from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +32,38 @@ class TrainJob:
     def __call__(self) -> dict[str, Any]:
         """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
 
-        Otherwise it ends the process with a status by which the batch script knows whether to requeue the job.
+        Otherwise it ends the process with a status by which the batch script knows whether to start the job again.
         """
         for number in (signal.SIGUSR2, signal.SIGTERM):
             # Until the training takes over the signals there is nothing to save, and imports and rendezvous may last
             # longer than the notice.
-            signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
-        from crate_dist.distributed import lost_a_rank
-        from crate_dist.train import EXPECTED_ERRORS, train
-
+            signal.signal(number, lambda *_: os._exit(STOPPED))
+        _say(f"start {_start()}: rank {_rank()} on node {_node()}")
+        try:
+            from crate_dist.distributed import lost_a_rank
+            from crate_dist.lock import LostTheRun
+            from crate_dist.train import EXPECTED_ERRORS, train
+        except Exception as error:
+            logger.exception("while importing")
+            _end(error)
         try:
             result = train(self.run_dir)
         except EXPECTED_ERRORS as error:
             logger.error("%s", error)
-            _end(NEEDS_A_PERSON)
+            _end(error)
+        except LostTheRun as error:
+            logger.critical("%s", error)
+            logging.shutdown()
+            os._exit(LOST_THE_RUN)
         except Exception as error:
-            logger.exception("this rank has lost another one" if lost_a_rank(error) else "unexpected")
-            _end(TRY_AGAIN if lost_a_rank(error) else NEEDS_A_PERSON)
+            lost = lost_a_rank(error)
+            logger.exception("this rank has lost another one" if lost else "unexpected")
+            _end(error, is_the_cause=not lost)
         if not result.finished:
-            sys.exit(TRY_AGAIN)
+            # At once: srun sends SIGTERM to ranks that end a little later than the first, and while an interpreter ends
+            # in order nothing answers it any more; a rank that a signal has killed would look like a fault.
+            logging.shutdown()
+            os._exit(STOPPED)
         return dataclasses.asdict(result)
 
     def checkpoint(self) -> DelayedSubmission:
@@ -61,7 +75,27 @@ class TrainJob:
         return DelayedSubmission(self)
 
 
-def _end(status: int) -> NoReturn:
+def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
     """At once: an interpreter that ends in order waits for its loader, and nccl for ranks that are gone."""
+    text = " ".join(str(error).split())[:1000]
+    _say(f"{'fault' if is_the_cause else 'lost'}: rank {_rank()} on node {_node()}: {type(error).__name__}: {text}")
     logging.shutdown()
-    os._exit(status)
+    os._exit(TRY_AGAIN if may_pass(error) else NEEDS_A_PERSON)
+
+
+def _say(what: str) -> None:
+    """In the form that launch/batch.sh looks for in the logs of the ranks."""
+    print(f"crate-dist {what}", flush=True)  # noqa: T201
+
+
+def _start() -> str:
+    """Which start of the job this is: how often it was requeued, and which srun of its batch script this one is."""
+    return f"{os.environ.get('SLURM_RESTART_COUNT', '0')}.{os.environ.get('CRATE_START', '1')}"
+
+
+def _rank() -> str:
+    return os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME", platform.node())

@@ -1,9 +1,10 @@
 """Where the time of a run went, over all its restarts: an append-only ledger in the run folder.
 
-One JSON object per line: starts, steps, evaluations, white-box measures, saves; up_s is seconds since the start, by a
-clock that does not jump. Goodput is the share of the wall time since the first start that went into steps which count:
-not into waiting for data, evaluating, measuring the white box, standing still for a save, starting, being away, or
-steps that a restart had to make a second time.
+One JSON object per line: starts, steps, evaluations, white-box measures, saves; up_s is seconds since the start of the
+process, by a clock that does not jump. Goodput is the share of the wall time in which the run was up that went into
+steps which count: not into waiting for data, evaluating, measuring the white box, standing still for a save, starting,
+or steps that a restart had to make a second time. The pauses between an end and the next start, in a queue or over a
+weekend, are a figure of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Totals:
     """Seconds, and counts; see the module."""
 
     wall_s: float = 0.0
+    away_s: float = 0.0
     productive_s: float = 0.0
     redone_s: float = 0.0
     data_wait_s: float = 0.0
@@ -49,7 +51,7 @@ class Totals:
             self.restarts += 1
             self._forget_after(event["step"])
             # The clock is asked only how long the run was away; it may be another machine's, or be set meanwhile.
-            self.wall_s += max(event["time"] - self._time, 0.0) if self._time else 0.0
+            self.away_s += max(event["time"] - event["up_s"] - self._time, 0.0) if self._time else 0.0
             self._up_s = 0.0
         elif kind == "steps":
             self.data_wait_s += event["wait_s"]
@@ -89,6 +91,7 @@ class Totals:
             "goodput/evaluation_fraction": self._share(self.evaluation_s),
             "goodput/whitebox_fraction": self._share(self.whitebox_s),
             "goodput/save_stall_fraction": self._share(self.save_stall_s),
+            "goodput/away_s": self.away_s,
             "goodput/restarts": float(self.restarts),
             "goodput/steps_redone": float(self.steps_redone),
         }
@@ -98,17 +101,18 @@ class Totals:
             f"goodput {self.goodput:.1%} of {datetime.timedelta(seconds=round(self.wall_s))}: "
             f"data wait {self.data_wait_s:.0f} s, evaluation {self.evaluation_s:.0f} s, "
             f"white-box measures {self.whitebox_s:.1f} s ({self._share(self.whitebox_s):.1%}), "
-            f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts, "
+            f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts "
+            f"({datetime.timedelta(seconds=round(self.away_s))} between them), "
             f"{self.steps_redone} steps made twice ({self.redone_s:.0f} s)"
         )
 
 
 class Ledger:
-    """Written by rank 0."""
+    """Written by rank 0. up_s: seconds since the process began, until now."""
 
-    def __init__(self, path: Path, check: Callable[[], None] = ALONE.check) -> None:
+    def __init__(self, path: Path, up_s: float = 0.0, check: Callable[[], None] = ALONE.check) -> None:
         self.totals = Totals()
-        self._began = time.monotonic()
+        self._began = time.monotonic() - up_s
         for text in whole_lines(path):
             try:
                 self.totals.add(json.loads(text))

@@ -30,6 +30,7 @@ from crate_dist.lock import Tenure
 from crate_dist.optim import Schedule
 from crate_dist.run import RunFolder, write_whole
 from crate_dist.saving import Saved
+from crate_dist.startup import up_s
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class Monitor:
 
     def _open_files(self, step: int) -> None:
         self._tenure.check()
-        self._ledger = Ledger(self._folder.ledger, self._tenure.check)
+        self._ledger = Ledger(self._folder.ledger, up_s(), self._tenure.check)
         self._ledger.note("start", step=step, world_size=self._world.world_size)
         restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step)

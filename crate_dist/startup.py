@@ -37,6 +37,11 @@ class Startup:
             logger.info("first step %.1f s after the start of the process: %s", self._last - self._began, parts)
 
 
+def up_s() -> float:
+    """Seconds since this process began."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _process_began()
+
+
 def _process_began() -> float:
     """Seconds on the clock since boot, from /proc (field 22 of stat, in ticks)."""
     try:

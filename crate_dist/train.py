@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
 from crate_dist.engine import NotFinite
+from crate_dist.faults import judged, may_pass
 from crate_dist.interrupt import Interrupt
 from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
@@ -97,9 +99,11 @@ def _folder_in_hand(
                 if recipe is not None:
                     folder.open(recipe)
             except (RecipeError, RunIsLocked) as error:
-                problem = error
+                problem = judged(error)
             except OSError as error:
                 problem = RecipeError(f"cannot lock the run folder {folder.path}: {error}")
+                problem.__cause__ = error
+                judged(problem)
         problem = gather_objects(problem)[0]
         if problem is not None:
             raise problem
@@ -118,12 +122,17 @@ def main(argv: list[str] | None = None) -> int:
         result = train(arguments.run_dir or default_run_dir(recipe), recipe, arguments.start_over)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return TRY_AGAIN if may_pass(error) else 1
     except LostTheRun as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return LOST_THE_RUN
     except PortIsTaken as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return TRY_AGAIN
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        traceback.print_exc()
         return TRY_AGAIN
     return 0 if result.finished else STOPPED
 

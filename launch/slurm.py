@@ -29,36 +29,17 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import crate_dist
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
+from crate_dist.faults import DEVICE_FAULT
 from crate_dist.job import TrainJob
 from crate_dist.launching import Preflight, folder_of_weights, opened, preflight
 from crate_dist.memory import advice
-from crate_dist.status import NEEDS_A_PERSON
+from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
 
-# A signal, a hang or the death of a rank end the step with a status of 64 or more: the job is then put back into the
-# queue, and goes on from its newest checkpoint. Not so what needs a person, which has a status of its own, nor what
-# never came to train, which has a small one. A job that was cancelled is not running any more when it gets here; one
-# that SLURM has started elsewhere, while this node was out of reach, has another count of restarts.
-# The shell itself must live to see it: with a trap for TERM, even an empty one, it goes on waiting for srun.
-REQUEUE = """\
-requeue_unless_done() {{
-    status=$?
-    restarts=${{SLURM_RESTART_COUNT:-0}}
-    if [ "$status" -ge 64 ] && [ "$status" -ne {needs_a_person} ] && [ "$restarts" -lt {limit} ]; then
-        for pause in 0 2 6 18; do  # a scheduler that is busy answers a little later
-            sleep $pause
-            job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || continue
-            echo "$job" | grep -q "JobState=RUNNING .*Restarts=$restarts " || return
-            echo "ended with status $status: requeueing"
-            scontrol requeue "$SLURM_JOB_ID" && return
-        done
-        echo "SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
-    fi
-}}
-trap requeue_unless_done EXIT
-trap : TERM"""
+BATCH = Path(__file__).with_name("batch.sh")
+"""What the batch script does when its ranks end."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,13 +97,13 @@ class Executor(SlurmExecutor):
         return array.script(1)
 
 
-def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Executor:
+def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Executor:
     """What asks SLURM for the recipe's cluster; writes nothing.
 
     Parameters
     ----------
     folder: where submitit writes, %j in it standing for the job id
-    mounts: folders that a container sees, beside the data and this clone
+    run_dirs: one for each task of an array; a container sees them beside the data and this clone
     """
     cluster = recipe.cluster
     # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
@@ -134,7 +115,7 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
             CLONE,
             recipe.data_root(),
             init_from and folder_of_weights(init_from),
-            *(mount.parent for mount in mounts),
+            *(run_dir.parent for run_dir in run_dirs),
         ]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         srun_args += [
@@ -156,11 +137,17 @@ def make_executor(recipe: Recipe, folder: Path, mounts: Sequence[Path]) -> Execu
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": [*cluster.setup, REQUEUE.format(limit=cluster.requeues, needs_a_person=NEEDS_A_PERSON)],
+        "setup": [*cluster.setup, *_settings(cluster, folder, run_dirs), BATCH.read_text(encoding="utf-8").strip()],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},
     }
+    if "%" in str(folder.parent):
+        # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
+        log = str(folder.parent).replace("%", "%%") + "/%j/%j_%t_log.out"
+        log = log if len(run_dirs) == 1 else log.replace("%j", "%A_%a")
+        wanted["additional_parameters"]["output"] = log.replace("%t", "0")
+        srun_args.append(f"--output={log}")
     executor = Executor(folder, max_num_timeout=cluster.requeues, python=python)
     given = {key: value for key, value in wanted.items() if value is not None}
     # submitit's own wckey would be refused where accounting knows no such key.
@@ -249,8 +236,33 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[
 
 
 def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """submitit has one folder for all jobs of an array: it lies beside their run folders."""
-    return (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm" / "%j"
+    """submitit has one folder for all jobs of an array: it lies beside their run folders.
+
+    Raises RecipeError for a path that submitit would misread.
+    """
+    folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
+    misread = re.search("%[jtAa]", str(folder))
+    if misread:
+        raise RecipeError(
+            f"submitit would read {misread[0]} in {folder} as the number of a job or a task; give another --run-dir"
+        )
+    return folder / "%j"
+
+
+def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
+    """The shell lines that launch/batch.sh expects before it."""
+    values: dict[str, object] = {
+        "requeues": cluster.requeues,
+        "restarts_in_place": cluster.restarts_in_place,
+        "signal_delay_s": cluster.signal_delay_s,
+        "submissions": folder.parent,
+        "device_fault": DEVICE_FAULT,
+        "stopped": STOPPED,
+        "needs_a_person": NEEDS_A_PERSON,
+        "lost_the_run": LOST_THE_RUN,
+    }
+    lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
+    return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]
 
 
 def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:

@@ -55,7 +55,16 @@ def test_steps_that_a_restart_makes_again_are_counted_once() -> None:
     assert totals.steps_redone == 5
     assert totals.redone_s == pytest.approx(5)
     assert totals.productive_s == pytest.approx(20)
-    assert totals.wall_s == 60
+    assert totals.wall_s == 30
+
+
+def test_a_weekend_in_the_queue_is_told_apart_from_the_time_that_the_run_was_up() -> None:
+    start_up = {"event": "start", "time": 201_010.0, "up_s": 10.0, "step": 10}  # 10 s of imports and loading
+    totals = replay(start(1000), steps(1010, 10, 0, 10, busy_s=8), start_up, steps(201_020, 20, 10, 20, busy_s=8))
+    assert totals.wall_s == 30
+    assert totals.away_s == totals.scalars()["goodput/away_s"] == 199_990
+    assert totals.goodput == pytest.approx(16 / 30)
+    assert "1 restarts (2 days, 7:33:10 between them)" in str(totals)
 
 
 def test_a_run_that_is_killed_twice_between_two_saves_loses_each_time_what_it_did() -> None:

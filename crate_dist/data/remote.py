@@ -97,13 +97,15 @@ def fetch(url: str, take: Callable[[Iterator[bytes]], T]) -> T:
         except _Refused as error:
             raise ShardError(f"cannot fetch {url}: {error}") from error
         except (OSError, http.client.HTTPException, Damaged) as error:
-            failure = _reason(error)
+            failure, cause = _reason(error), error
         if attempt < patience.attempts:
             pause_s = patience.delay_s(attempt)
             logger.warning("fetching %s: %s; attempt %d follows in %.1f s", url, failure, attempt + 1, pause_s)
             time.sleep(pause_s)
     seconds = time.monotonic() - began
-    raise ShardError(f"cannot fetch {url}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}")
+    raise ShardError(
+        f"cannot fetch {url}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}"
+    ) from cause
 
 
 def _chunks(url: str, silence_s: float) -> Generator[bytes, None, None]:

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 
+from crate_dist.faults import judged
+
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """To the whole process group they are for the ranks to answer; the workers go on until their rank ends them."""
 _MOST_DESCRIPTORS = 64
@@ -232,7 +234,7 @@ def _make(rank: Connection, descriptors: Sequence[int], records: queue.SimpleQue
         try:
             item = source[number]
         except Exception as raised:
-            error = _portable(raised)
+            error = _portable(judged(raised))
         rank.send(_Sent(item, error, [records.get() for _ in range(records.qsize())]))
 
 

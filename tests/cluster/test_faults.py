@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -60,10 +61,27 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def start(cluster: Cluster, recipe: Arguments, run_dir: Path, *more: str) -> str:
+def start(cluster: Cluster, recipe: Arguments, run_dir: Path, *more: str | Path) -> str:
     """Submits the run, on two nodes unless `more` says otherwise; gives the job id."""
     shape = ["--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
     return submit(cluster, [*recipe, "--run-dir", run_dir, *TWO_NODES, *shape, *more], cwd=run_dir.parent)[0]
+
+
+def in_each_rank(run_dir: Path, variable: str, value: str, code: str) -> Arguments:
+    """Flags by which each rank whose environment has `value` runs `code` first; wait() waits for RUN/break to be there,
+    and removes it."""
+    folder = run_dir.parent / "first"
+    folder.mkdir()
+    lines = [
+        "import os, pathlib, threading, time",
+        "def wait():",
+        f"    file = pathlib.Path({str(run_dir / 'break')!r})",
+        "    while not file.exists(): time.sleep(0.1)",
+        "    file.unlink()",
+        f"if os.environ.get({variable!r}) == {value!r} and 'SLURM_PROCID' in os.environ: {code}",
+    ]
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return ["--setup", f"export PYTHONPATH={folder}"]
 
 
 def wait_for_start(run_dir: Path, restarts: int) -> None:
@@ -199,7 +217,7 @@ def test_a_job_goes_on_while_its_node_is_drained_and_elsewhere_when_told_to_leav
     check_as_if_nothing_had_been(run_dir, undisturbed, starts=2)
 
 
-def test_the_death_of_one_rank_is_noticed_at_once(
+def test_ranks_start_again_at_once_on_the_same_nodes_when_one_of_them_dies(
     cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
 ) -> None:
     job_id = start(cluster, recipe, run_dir)
@@ -208,11 +226,52 @@ def test_the_death_of_one_rank_is_noticed_at_once(
         wait_for_step(run_dir, starts(run_dir)[-1]["step"] + 50)
         os.kill(rank_process(job_id, rank), signal.SIGKILL)
         killed = time.monotonic()
-        cluster.wait_for(job_id, "PENDING", "RUNNING", restarts=rank + 1)
+        wait_for_start(run_dir, rank + 1)
         assert time.monotonic() - killed < 60
-    finish(cluster, job_id, restarts=2)
+    job = finish(cluster, job_id, restarts=0)
+    said = job.log.read_text()
+    assert said.count("starting the ranks again on the same nodes") == 2
+    assert "starting the ranks again on the same nodes (2 of at most 3 times)" in said
     check_as_if_nothing_had_been(run_dir, undisturbed, starts=3)
     check_at_most_the_last_interval_was_made_twice(run_dir)
+
+
+def test_three_starts_without_progress_end_the_job_and_say_why(
+    cluster: Cluster, recipe: Arguments, run_dir: Path
+) -> None:
+    job_id = start(cluster, recipe, run_dir, *in_each_rank(run_dir, "SLURM_PROCID", "1", "os.kill(os.getpid(), 9)"))
+    wait_until(lambda: cluster.job(job_id).state == "FAILED", "end of the job")
+    job = cluster.job(job_id)
+    assert job.restarts == 2  # the first two starts were on the same nodes
+    said = job.log.read_text()
+    assert "GIVEN UP: three starts in a row ended no further than one before them" in said
+    assert re.search(r"The last fault: n\d: task 1: Killed\.", said)
+    assert f"The logs: {run_dir}/slurm/{job_id} and {run_dir}/logs." in said
+    assert len(re.findall(r"^crate-dist start .*: on n", said, re.MULTILINE)) == 4
+
+
+def test_nodes_with_broken_devices_are_excluded_one_after_the_other(
+    cluster: Cluster, recipe: Arguments, undisturbed: Path, run_dir: Path
+) -> None:
+    said_by_cuda = r'os.write(2, b"  what():  CUDA error: uncorrectable ECC error encountered\n")'
+    late = f"threading.Thread(target=lambda: (wait(), {said_by_cuda}, os.abort()), daemon=True).start()"
+    job_id = start(cluster, recipe, run_dir, *in_each_rank(run_dir, "SLURM_PROCID", "1", late))
+    broken: list[str] = []
+    for count in range(2):
+        wait_for_start(run_dir, count)
+        wait_for_step(run_dir, starts(run_dir)[-1]["step"] + 50)
+        broken.append(nodes(cluster.job(job_id))[1])
+        (run_dir / "break").touch()
+        cluster.wait_for(job_id, "PENDING", "RUNNING", restarts=count + 1)
+    job = finish(cluster, job_id, restarts=2)
+    assert len(set(broken)) == 2
+    assert cluster.excluded(job_id) == set(broken)
+    assert not set(broken) & set(nodes(job))
+    said = job.log.read_text()
+    for node in broken:
+        assert f"node {node} shows a broken device: rank 1 on node {node}:   what():  CUDA error: uncorr" in said
+    assert "starting the ranks again" not in said
+    check_as_if_nothing_had_been(run_dir, undisturbed, starts=3)
 
 
 def test_an_error_that_needs_a_person_ends_the_job_for_good(cluster: Cluster, recipe: Arguments, run_dir: Path) -> None:

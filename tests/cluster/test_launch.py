@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from crate_dist.run import read_recipe
-from tests.cluster.runs import ONE_THREAD, Arguments, check_finished, submit, wait_for_step
-from tests.cluster.testbed import Cluster
+from tests.cluster.runs import ONE_THREAD, Arguments, check_finished, starts, submit, wait_for_step
+from tests.cluster.testbed import Cluster, wait_until
 from tests.ranks import REPOSITORY
 
 pytestmark = pytest.mark.slurm
@@ -49,29 +49,60 @@ def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
     check_finished(run_dir, ranks=2, launcher="slurm", last_step=100, starts=2)
 
 
-def test_an_array_of_seeds_is_one_job_and_a_run_folder_each(
+def test_tasks_of_an_array_have_nothing_to_do_with_each_other(
     cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
+    """The last task is the one whose SLURM_JOB_ID is the whole array's; the path is no pattern of SLURM's."""
+    runs = tmp_path / "50%off"
     arguments: Arguments = [
         "--config",
         small_recipe,
         "--data",
         cast_shards,
         "--run-dir",
-        tmp_path / "runs",
+        runs,
         "--seeds",
         "3",
         "4",
+        "5",
     ]
+    arguments += ["--set", "train.epochs=40", "--set", "log.eval_every_epochs=40", "--set", "train.max_steps=300"]
     shape = ["--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
     job_id, _ = submit(cluster, [*arguments, *shape], cwd=tmp_path)
-    for number, seed in enumerate((3, 4)):
-        name = f"{job_id.partition('_')[0]}_{number}"
-        run_dir = tmp_path / "runs" / f"seed{seed}"
-        cluster.wait_for(name, "COMPLETED", timeout_s=240)
-        check_finished(run_dir, ranks=1, launcher="slurm", last_step=LAST_STEP)
+    array = job_id.partition("_")[0]
+    run_dirs = [runs / f"seed{seed}" for seed in (3, 4, 5)]
+    for run_dir in run_dirs:
+        wait_for_step(run_dir, 10)
+
+    cluster.run(["scancel", "--signal=TERM", f"{array}_2"])
+    cluster.wait_for(f"{array}_2", "RUNNING", restarts=1)
+    wait_until(lambda: len(starts(run_dirs[2])) == 2, "second start")
+    assert [cluster.job(f"{array}_{task}").restarts for task in (0, 1)] == [0, 0]
+    cluster.run(["scancel", f"{array}_2"])
+
+    for task, seed in enumerate((3, 4)):
+        name, run_dir = f"{array}_{task}", run_dirs[task]
+        assert cluster.wait_for(name, "COMPLETED", timeout_s=240).restarts == 0
+        check_finished(run_dir, ranks=1, launcher="slurm", last_step=300)
         assert read_recipe(run_dir).train.seed == seed
-        assert f"step {LAST_STEP}/{LAST_STEP}" in (run_dir / "slurm" / name / f"{name}_0_log.out").read_text()
+        assert "step 300/" in (run_dir / "slurm" / name / f"{name}_0_log.out").read_text()
+    cancelled = cluster.job(f"{array}_2")
+    assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 1)
+
+
+def test_a_path_with_percent_signs_is_no_pattern(
+    cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "100% of %it%%" / "50%"
+    run_dir.parent.mkdir()
+    arguments: Arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", run_dir]
+    shape = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
+    job_id, _ = submit(cluster, [*arguments, *shape], cwd=run_dir.parent)
+    cluster.wait_for(job_id, "COMPLETED", timeout_s=240)
+    check_finished(run_dir, ranks=2, launcher="slurm", last_step=LAST_STEP)
+    logs = sorted(path.name for path in (run_dir / "slurm" / job_id).glob("*.out"))
+    assert logs == [f"{job_id}_{rank}_log.out" for rank in (0, 1)]
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["50%"]
 
 
 def test_plain_srun_starts_the_same_run(

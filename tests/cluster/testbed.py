@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from crate_dist.distributed import expand_nodelist
 from tests.cluster import places
 from tests.cluster.daemons import Daemons, missing_programs, tail
 from tests.cluster.slurm_conf import plan
@@ -148,6 +149,12 @@ class Cluster:
             reason=facts["Reason"],
             log=Path(facts.get("StdOut", "/dev/null")),
         )
+
+    def excluded(self, job_id: str) -> set[str]:
+        """The nodes that the job may not run on."""
+        text = self.run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
+        listed = re.search(r" ExcNodeList=(\S+)", text)
+        return set(expand_nodelist(listed[1])) if listed and listed[1] != "(null)" else set()
 
     def wait_for(self, job_id: str, *states: str, restarts: int = 0, timeout_s: float = 120) -> Job:
         """Waits until the job is in one of `states`, restarted at least so many times.

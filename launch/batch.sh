@@ -1,0 +1,203 @@
+# What a job's batch script does when its ranks end: start them again at once, put the job back into the queue, or stop.
+#
+# launch/slurm.py puts this before submitit's srun, which then is the function below, and before this the settings:
+# crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
+# crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
+# crate_needs_a_person, crate_lost_the_run.
+
+# SLURM_JOB_ID of one task of an array is the whole array's: a requeue of it would be one of all tasks.
+crate_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+crate_run_dir=${crate_run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
+crate_logs=$crate_submissions/$crate_job
+crate_restart=${SLURM_RESTART_COUNT:-0}
+crate_told_to_stop=no
+# The shell must live to see how srun ends: with a trap for TERM it goes on waiting for it.
+trap 'crate_told_to_stop=yes' TERM
+
+srun() {
+    set +eu # of a set-up line
+    local status crate_start=0
+    while true; do
+        crate_start=$((crate_start + 1))
+        # For the lock of the run folder: which of this script's sruns this is, and how many of them have ended.
+        export CRATE_START=$crate_start CRATE_ENDED_STEPS=$SLURM_JOB_ID.$crate_restart.$((crate_start - 1))
+        echo "crate-dist start $crate_restart.$crate_start: on $SLURM_JOB_NODELIST"
+        command srun "$@"
+        status=$?
+        [ "$status" -eq 0 ] && return 0
+        crate_look_at_logs
+        crate_note_progress "$status"
+        crate_is_worth_it "$status" || return "$status"
+        if crate_can_start_here "$status"; then
+            echo "crate-dist: ended with status $status: starting the ranks again on the same nodes" \
+                "($crate_start of at most $crate_restarts_in_place times)"
+        else
+            crate_requeue "$status"
+            return "$status"
+        fi
+    done
+}
+
+# Whether to try again at all. A status below 64 is of what never came to train; in a later start than a job's first
+# it is srun that could not start the ranks.
+crate_is_worth_it() {
+    local where="at step $crate_furthest"
+    [ "$crate_furthest" -ge 0 ] || where="before the first checkpoint"
+    [ "$1" -ge 64 ] || [ "$crate_is_first" = no ] || return 1
+    [ "$1" -ne "$crate_needs_a_person" ] && [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    if [ "$crate_stuck" -ge 3 ]; then
+        echo "crate-dist: GIVEN UP: three starts in a row ended no further than one before them," \
+            "$where. The last fault: ${crate_fault:-status $1}." \
+            "The logs: $crate_logs and $crate_run_dir/logs. Once it is mended, the same command goes on."
+        return 1
+    fi
+}
+
+# Whether a start ended because it was told to, which says nothing about what it can do.
+crate_was_stopped() {
+    [ "$1" -eq "$crate_stopped" ] || [ "$crate_told_to_stop" = yes ]
+}
+
+# Sets crate_furthest, the furthest checkpoint at which a start of this job ended, and crate_stuck, how many starts in
+# a row have ended no further; kept in a file, which the next start of a job that was requeued reads.
+crate_note_progress() {
+    local file=$crate_logs/progress step=-1 folder
+    crate_is_first=no
+    for folder in "$crate_run_dir"/checkpoints/step-*/; do
+        folder=${folder%/}
+        folder=${folder##*/step-}
+        folder=${folder%%.*} # one that has replaced another of the same step has a number behind it
+        case $folder in '' | *[!0-9]*) continue ;; esac
+        [ $((10#$folder)) -gt "$step" ] && step=$((10#$folder))
+    done
+    if [ -z "${crate_furthest:-}" ]; then
+        read -r crate_furthest crate_stuck <"$file"
+    fi 2>/dev/null
+    case $crate_furthest:$crate_stuck in
+        *[!0-9:-]* | :* | *:) crate_furthest=$step crate_stuck=0 crate_is_first=yes ;;
+        *)
+            if [ "$step" -gt "$crate_furthest" ]; then
+                crate_furthest=$step crate_stuck=0
+            elif ! crate_was_stopped "$1"; then
+                crate_stuck=$((crate_stuck + 1))
+            fi
+            ;;
+    esac
+    mkdir -p "$crate_logs"
+    echo "$crate_furthest $crate_stuck" >"$file.new" && mv "$file.new" "$file"
+}
+
+# Sets crate_fault, what the ranks of this start say of why they ended, and crate_broken, the nodes of those that
+# show a broken device. Only names that SLURM has for this job's nodes are believed.
+crate_look_at_logs() {
+    local faults node
+    faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" awk '
+        FNR == 1 { mine = 0 }
+        /^crate-dist start / { mine = ($3 == ENVIRON["start"]); rank = $5; node = $8; next }
+        !mine || FILENAME in broken { next }
+        $0 ~ ENVIRON["device"] { broken[FILENAME] = node "\tbroken\trank " rank " on node " node ": " $0 }
+        /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
+        /^crate-dist lost: / && lost == "" { lost = "\tother\t" substr($0, 18) }
+        /^[-0-9]+ [0-9:]+ C / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" $0 }
+        /^srun: error: [^:]+: tasks? [-0-9,]+: / && !/Exited with/ && killed == "" { killed = "\tother\t" substr($0, 14) }
+        END {
+            for (file in broken) print broken[file]
+            for (file in other) if (!(file in broken)) print other[file]
+            print killed
+            print lost
+        }' "$crate_logs"/*_log.out 2>/dev/null)
+    crate_fault=$(echo "$faults" | grep -m 1 . | cut -f 3 | cut -c 1-1000)
+    crate_broken=
+    for node in $(crate_nodes); do
+        if echo "$faults" | grep -q "^$node	broken	"; then
+            crate_broken=${crate_broken:+$crate_broken,}$node
+            echo "crate-dist: node $node shows a broken device:" \
+                "$(echo "$faults" | grep "^$node	broken	" | head -n 1 | cut -f 3 | cut -c 1-1000)"
+        fi
+    done
+}
+
+crate_nodes() {
+    scontrol show hostnames "$SLURM_JOB_NODELIST"
+}
+
+# Whether to start the ranks again in this allocation, because a queue can take hours. Not when that has just brought
+# nothing: other nodes may.
+crate_can_start_here() {
+    local facts end
+    [ "$crate_start" -le "$crate_restarts_in_place" ] && ! crate_was_stopped "$1" || return 1
+    [ "$crate_stuck" -eq 0 ] && [ -z "$crate_broken" ] || return 1
+    facts=$(scontrol --oneliner show job "$crate_job") && crate_is_running "$facts" || return 1
+    end=$(echo "$facts" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+    if end=$(date -d "$end" +%s 2>/dev/null); then # else there is no limit
+        [ $((end - $(date +%s))) -gt $((crate_signal_delay_s + 120)) ] || return 1
+    fi
+    crate_ranks_are_gone && crate_nodes_answer && ! crate_was_stopped "$1"
+}
+
+# srun may have ended before its ranks, which would meet those of the next.
+crate_ranks_are_gone() {
+    local second steps
+    for second in {1..30}; do
+        steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i) &&
+            ! echo "$steps" | grep -q "^$crate_job\.[0-9]" && return
+        sleep 1
+    done
+    return 1
+}
+
+crate_nodes_answer() {
+    timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --cpus-per-task=1 --output=/dev/null true
+}
+
+# Not one that was cancelled, nor one that SLURM has started elsewhere while this node was out of reach.
+crate_is_running() {
+    echo "$1" | grep -q "JobState=RUNNING .*Restarts=$crate_restart "
+}
+
+crate_requeue() {
+    local pause facts
+    trap '' TERM # SLURM sends it to this script, and to what it is running, as soon as the job is requeued
+    if [ "$crate_restart" -ge "$crate_requeues" ]; then
+        echo "crate-dist: ended with status $1, and not requeued: it was $crate_restart times already, and" \
+            "cluster.requeues is $crate_requeues; the same command goes on from the newest checkpoint"
+        return
+    fi
+    for pause in 0 2 6 18; do # a scheduler that is busy answers a little later
+        sleep "$pause"
+        facts=$(scontrol --oneliner show job "$crate_job") || continue
+        crate_is_running "$facts" || return
+        echo "crate-dist: ended with status $1: requeueing"
+        scontrol requeue "$crate_job" || continue
+        [ -n "$crate_broken" ] && crate_exclude "$facts"
+        return
+    done
+    echo "SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
+}
+
+# SLURM takes a list of nodes for a job that is not running, and takes it for the whole list.
+crate_exclude() {
+    local before all left pause
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$crate_broken" = "$(crate_nodes | paste -sd ,)" ]; then
+        echo "crate-dist: no node is excluded: all of them show a broken device, so it may be the program"
+        return
+    fi
+    before=$(echo "$1" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [ "$before" = "(null)" ] && before=
+    all=${before:+$before,}$crate_broken
+    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N \
+        --states=idle,allocated,mixed,completing | grep -cvxF "$(scontrol show hostnames "$all")")
+    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        echo "crate-dist: node $crate_broken is not excluded: without $all there are too few in this partition"
+        return
+    fi
+    for pause in 0 2 6; do
+        sleep "$pause"
+        if scontrol update JobId="$crate_job" ExcNodeList="$all"; then
+            echo "crate-dist: node $crate_broken is excluded from now on (in all: $all)"
+            return
+        fi
+    done
+    echo "crate-dist: SLURM did not exclude node $crate_broken"
+}
