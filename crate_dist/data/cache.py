@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crate_dist.data.index import Remote, Shard, ShardError
-from crate_dist.data.remote import Damaged, fetch, file_url
+from crate_dist.data.remote import Damaged, fetch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05
@@ -72,7 +72,7 @@ class ShardCache:
         try:
             if not final.exists():
                 self._allocate(descriptor, shard, ahead)
-                fetch(file_url(self._url, shard.name), lambda chunks: self._take(chunks, descriptor, shard))
+                fetch(self._url, shard.name, lambda chunks: self._take(chunks, descriptor, shard))
                 os.fsync(descriptor)
                 part.rename(final)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -12,7 +12,8 @@ from pathlib import Path
 from crate_dist.config import CACHE_VARIABLE, DataSection, Recipe, RecipeError
 from crate_dist.data.cache import locked, make_folder, unwritable
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
-from crate_dist.data.remote import Damaged, below, fetch, file_url
+from crate_dist.data.remote import Damaged, below, fetch
+from crate_dist.locations import redacted
 
 
 def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
@@ -78,21 +79,20 @@ def cache_folder(data: DataSection) -> Path:
 
 def _fetched_index(remote: Remote) -> Path:
     """The folder in the cache that holds index.json as it is there now, and the rows that belong to it."""
-    url = file_url(remote.url, INDEX_JSON)
     try:
-        text = fetch(url, b"".join)
+        text = fetch(remote.url, INDEX_JSON, b"".join)
     except ShardError as error:
         remedy = "`python data_prep/index.py DIR` writes the index, which is to lie beside the shards"
         raise ShardError(f"{error}; {remedy}") from error
     try:
         digest = json.loads(text).get("rows_sha256")
     except (ValueError, AttributeError):
-        raise ShardError(f"{url} is no index: it begins with {text[:40]!r}") from None
+        raise ShardError(f"{INDEX_JSON} of {redacted(remote.url)} is no index: it begins with {text[:40]!r}") from None
     folder = remote.cache / "indexes" / hashlib.sha256(remote.url.encode() + b"\0" + text).hexdigest()[:32]
     make_folder(folder)
     with locked(folder / "lock"):
         if not (folder / INDEX_JSON).is_file():
-            fetch(file_url(remote.url, INDEX_ROWS), lambda chunks: _take_rows(chunks, folder, digest))
+            fetch(remote.url, INDEX_ROWS, lambda chunks: _take_rows(chunks, folder, digest))
             _write(folder / INDEX_JSON, iter([text]))
     return folder
 
