@@ -246,7 +246,9 @@ class Recipe(Section):
         notes = []
         if self.data.root is not None and is_private(self.data.root):
             del table["data"]["root"]
-            notes.append(f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start.")
+            notes.append(
+                f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
+            )
         for key in _USERS["cluster"]:
             if table["cluster"].pop(key, None):
                 notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")

@@ -36,8 +36,8 @@ class Preflight:
             *begins,
             (
                 "data",
-                f"{redacted(self.data_root)}: {self.train_images:,} images to train on and {self.val_images:,} to validate on, "
-                f"{self.classes:,} classes",
+                f"{redacted(self.data_root)}: {self.train_images:,} images to train on and {self.val_images:,} to "
+                f"validate on, {self.classes:,} classes",
             ),
             (
                 "global batch",
