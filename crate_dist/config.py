@@ -200,7 +200,7 @@ class ClusterSection(Section):
     account: OneWord | None = None
     qos: OneWord | None = None
     constraint: OneWord | None = None
-    setup: tuple[str, ...] = Field((), description="shell lines before the job, such as `module load cuda`")
+    setup: tuple[str, ...] = Field((), description="shell lines before the job; not from any file: see --setup")
     container: str | None = Field(None, description="image for srun --container-image (pyxis)")
 
     @property
@@ -305,7 +305,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
-        _assign(raw, key.strip(), _parse_value(value.strip()), origin=f"--set {text}")
+        _assign(raw, key.strip(), _parse_value(value.strip()), origin=f"--set {key.strip()}")
     recipe = build_recipe(raw, origin=str(path))
     for (section, key), said in withheld.items():
         if key not in raw[section]:
