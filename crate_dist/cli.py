@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe, location
+from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.locations import is_private, location
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the options of add_recipe_arguments name. Raises RecipeError."""
+    """The recipe that the options of add_recipe_arguments name. Raises RecipeError.
+
+    A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
+    """
     data = arguments.data.expanduser().absolute() if isinstance(arguments.data, Path) else arguments.data
     recipe = load_recipe(
         arguments.config or arguments.arch,
@@ -48,7 +53,10 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         train__init_from=str(arguments.init_from) if arguments.init_from else None,
     )
     # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
-    data = recipe.data.model_copy(update={"root": recipe.data_root()})
+    root = recipe.data_root()
+    if is_private(root):
+        os.environ[DATA_VARIABLE] = str(root)
+    data = recipe.data.model_copy(update={"root": root})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()
     train = recipe.train.model_copy(update={"init_from": init_from})
     return recipe.model_copy(update={"data": data, "train": train})

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from crate_dist.locations import is_private, location, may_run_a_command, redacted
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 DATA_VARIABLE = "CRATE_DATA"
@@ -28,13 +30,8 @@ ResizeFilter = Literal["bicubic", "bilinear"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def location(text: str | Path) -> Path | str:
-    """A folder as a path; a URL (https://, s3://, gs://, pipe: and what else webdataset opens) as text."""
-    if isinstance(text, str) and text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return text if isinstance(text, str) and re.match(r"pipe:|[a-z][a-z0-9+.-]*://", text) else Path(text)
+OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
+"""What stands on a line of the batch script, where a line break would begin a command."""
 
 
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
@@ -48,6 +45,13 @@ class Section(BaseModel):
     """A table of the recipe. Frozen, and closed to keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    _withheld: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def withheld(self) -> dict[str, str]:
+        """Keys that a recipe file gave and only the user may, each with what is to be said of it; see load_recipe."""
+        return self._withheld
 
 
 class ModelSection(Section):
@@ -104,6 +108,22 @@ class DataSection(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = Field(0.001, description="more undecodable samples than this stop the run")
+
+    def place(self, given: Path | str | None = None) -> Path | str:
+        """The folder or URL of the shards: what was given on the command line, data.root, or the environment's.
+
+        Raises RecipeError when there is none of them, or only one that a recipe may not give.
+        """
+        root = given or self.root or os.environ.get(DATA_VARIABLE)
+        if not root:
+            raise RecipeError(
+                self.withheld.get("root")
+                or f"no data folder: give --data DIR, set data.root in the recipe, or export {DATA_VARIABLE}=DIR "
+                "(a folder that data_prep wrote, with train/ and val/ in it); a location with a command or a secret in "
+                "it is kept in no run folder, and has to be given at every start"
+            )
+        place = location(root)
+        return place.expanduser().absolute() if isinstance(place, Path) else place
 
 
 class OptimSection(Section):
@@ -184,11 +204,11 @@ class ClusterSection(Section):
     signal_delay_s: Positive = Field(120, description="warning before the time limit")
     requeues: Positive = Field(100, description="times that the job may be put back into the queue")
     restarts_in_place: int = Field(3, ge=0, description="times that ranks which died start again on the same nodes")
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    setup: tuple[str, ...] = Field((), description="shell lines before the job, such as `module load cuda`")
+    partition: OneWord | None = None
+    account: OneWord | None = None
+    qos: OneWord | None = None
+    constraint: OneWord | None = None
+    setup: tuple[str, ...] = Field((), description="shell lines before the job; not from any file: see --setup")
     container: str | None = Field(None, description="image for srun --container-image (pyxis)")
 
     @property
@@ -222,19 +242,25 @@ class Recipe(Section):
         return next(n for n in range(min(self.data.lanes, batch), 0, -1) if batch % n == 0)
 
     def data_root(self) -> Path | str:
-        """The folder or URL of the shards: data.root, or the environment's. Raises RecipeError when neither is set."""
-        root = self.data.root or os.environ.get(DATA_VARIABLE)
-        if not root:
-            raise RecipeError(
-                f"no data folder: give --data DIR, set data.root in the recipe, or export {DATA_VARIABLE}=DIR "
-                "(a folder that data_prep wrote, with train/ and val/ in it)"
-            )
-        place = location(root)
-        return place.expanduser().absolute() if isinstance(place, Path) else place
+        """The folder or URL of the shards, as DataSection.place has it. Raises RecipeError when there is none."""
+        return self.data.place()
 
     def to_toml(self) -> str:
-        """The recipe as TOML that load_recipe reads back to an equal one."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        """The recipe as TOML that load_recipe reads back.
+
+        What only the user may give, and what is nobody else's business, is left out: a comment says so.
+        """
+        table = self.model_dump(mode="json", exclude_none=True)
+        notes = []
+        if self.data.root is not None and is_private(self.data.root):
+            del table["data"]["root"]
+            notes.append(
+                f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
+            )
+        for key in _USERS["cluster"]:
+            if table["cluster"].pop(key, None):
+                notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")
+        return "".join(f"{note}\n" for note in notes) + tomli_w.dumps(table)
 
     def mathematics(self) -> dict[str, Any]:
         """The flat keys that decide the result; a resumed run must agree on them.
@@ -266,6 +292,9 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     overrides: `section.key=value` texts; the value is read as TOML, and as plain text where it is none
     values: the same with `__` for the dot: `train__seed=1`; None means "not given"
 
+    What could run a command is taken from `overrides`, `values` and the files in configs/, which are as much the
+    project's own as its code. Of other files, a run folder's too, it is left out, and the section's `withheld` says so.
+
     Raises
     ------
     RecipeError: no such recipe, broken TOML, an unknown key (the nearest is named), a value that does not fit
@@ -276,6 +305,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
     raw.setdefault("name", path.stem)
+    withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
     for key, value in values.items():
         if value is not None:
             _assign(raw, key.replace("__", "."), value, origin="the command line")
@@ -283,8 +313,12 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
-        _assign(raw, key.strip(), _parse_value(value.strip()), origin=f"--set {text}")
-    return build_recipe(raw, origin=str(path))
+        _assign(raw, key.strip(), _parse_value(value.strip()), origin=f"--set {key.strip()}")
+    recipe = build_recipe(raw, origin=str(path))
+    for (section, key), said in withheld.items():
+        if key not in raw[section]:
+            getattr(recipe, section).withheld[key] = said
+    return recipe
 
 
 def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
@@ -327,6 +361,31 @@ def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -
         )
     micro = next(n for n in range(min(share, largest_micro_batch), 0, -1) if share % n == 0)
     return micro, share // micro
+
+
+_USERS: Mapping[str, Mapping[str, str]] = {
+    "data": {"root": f"--data '…' or export {DATA_VARIABLE}='…'"},
+    "cluster": {"setup": "--setup 'LINE', once for each line", "container": "--container IMAGE"},
+}
+"""What could run a command, by section and key, and how the user gives it; see docs/security.md."""
+
+
+def _withhold(raw: Mapping[str, Any], path: Path) -> dict[tuple[str, str], str]:
+    """Takes out of a file's values what only the user may give; what is to be said of each, by section and key."""
+    found = {}
+    for section, keys in _USERS.items():
+        table = raw.get(section)
+        for key, remedy in keys.items():
+            value = table.get(key) if isinstance(table, dict) else None
+            if not value or (section == "data" and not (isinstance(value, str) and may_run_a_command(location(value)))):
+                continue
+            del table[key]
+            what = f"{redacted(value)}, which could run a command" if section == "data" else f"{value!r}"
+            found[section, key] = (
+                f"{path} has {section}.{key} = {what}; a recipe file may not say what is to be run on your account. "
+                f"If it is what you want, say so yourself: {remedy}"
+            )
+    return found
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

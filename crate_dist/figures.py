@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,11 +28,12 @@ from torch import Tensor
 from crate_dist import plots
 from crate_dist.checkpoint import CheckpointError
 from crate_dist.components import picture_components
-from crate_dist.config import DATA_VARIABLE, RecipeError, location
+from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
 from crate_dist.data.gallery import SUFFIXES, Framing, GalleryError, Picture, from_paths, from_split, read_mask
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_split
+from crate_dist.locations import location
 from crate_dist.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import WeightsError
@@ -236,10 +236,11 @@ def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
     if options.images:
         pictures = from_paths(options.images, framing, data, count)
     else:
-        root = options.data or data.root or os.environ.get(DATA_VARIABLE)
-        if root is None:
-            raise GalleryError(f"no pictures: give --images PATH or --data DIR, or export {DATA_VARIABLE}=DIR")
-        pictures = from_split(open_split(location(root), options.split, data), framing, data, count)
+        try:
+            root = data.place(options.data)
+        except RecipeError as error:
+            raise GalleryError(f"no pictures: give --images PATH, or else the data: {error}") from error
+        pictures = from_split(open_split(root, options.split, data), framing, data, count)
     return [Picture(f"{n:02d}-{p.name}", p.pixels, p.tensor) for n, p in enumerate(pictures, start=1)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crate_dist.checkpoint import CheckpointError
-from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError, location
+from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader
 from crate_dist.data.splits import open_split
@@ -31,6 +31,7 @@ from crate_dist.distributed import (
     leave_distributed,
     lost_a_rank,
 )
+from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import WeightsError
 from crate_dist.subject import Subject
@@ -73,10 +74,7 @@ def find_split(arguments: argparse.Namespace, subject: Subject, split: str) -> S
     ------
     RecipeError, ShardError
     """
-    root = arguments.data or subject.data.root or os.environ.get(DATA_VARIABLE)
-    if root is None:
-        raise RecipeError(f"no data folder: give --data DIR or export {DATA_VARIABLE}=DIR")
-    return open_split(location(root), split, subject.data)
+    return open_split(subject.data.place(arguments.data), split, subject.data)
 
 
 def check_output(path: Path | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
+from crate_dist.locations import redacted
 from crate_dist.lock import RunIsLocked, RunLock
 from crate_dist.run import RunFolder, checkpoint_names, read_recipe
 
@@ -41,8 +42,8 @@ class Preflight:
             *begins,
             (
                 "data",
-                f"{self.data_root}: {self.train_images:,} images to train on and {self.val_images:,} to validate on, "
-                f"{self.classes:,} classes",
+                f"{redacted(self.data_root)}: {self.train_images:,} images to train on and {self.val_images:,} to "
+                f"validate on, {self.classes:,} classes",
             ),
             (
                 "global batch",

@@ -28,10 +28,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import crate_dist
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
-from crate_dist.config import ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
+from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.faults import DEVICE_FAULT
 from crate_dist.job import TrainJob
 from crate_dist.launching import Preflight, folder_of_weights, opened, preflight
+from crate_dist.locations import is_private
 from crate_dist.memory import advice
 from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 
@@ -118,6 +119,8 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
             *(run_dir.parent for run_dir in run_dirs),
         ]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
+        if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
+            raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
         srun_args += [
             f"--container-image={cluster.container}",
             f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}",
@@ -203,7 +206,11 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     recipes = []
     for seed in seeds:
         arguments.seed = seed
-        raw = recipe_from(arguments).model_dump()
+        recipe = recipe_from(arguments)
+        for key, said in recipe.cluster.withheld.items():
+            if key not in given:
+                raise RecipeError(said)
+        raw = recipe.model_dump()
         raw["cluster"] |= given
         recipes.append(build_recipe(raw, origin="the command line"))
     _check_cluster(recipes[0].cluster)
@@ -278,6 +285,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
+    _check_environment_goes_along(recipes[0])
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True))
@@ -300,6 +308,16 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
         print(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
     print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
     print(f"{'to cancel':<14}scancel {job_id}")
+
+
+def _check_environment_goes_along(recipe: Recipe) -> None:
+    """A location that recipe.toml does not keep reaches the job, and each of its restarts, with the environment."""
+    exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
+    if is_private(recipe.data_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
+        raise RecipeError(
+            f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
+            f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"
+        )
 
 
 def _leave_other_jobs() -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
+from urllib.parse import urlsplit
 
 SILENCE_S = 1.0
 """For how long the fault "silent" says nothing; then the connection ends."""
@@ -19,7 +20,7 @@ class FolderServer(ThreadingHTTPServer):
 
     faults: by file name, what to do instead with the requests to come, one after the other; the last one stays when
     it is followed by "forever"
-    gets: requests by file name; order: file names as they were first asked for
+    gets: requests by file name; asked: the query and the header Authorization of each
     """
 
     daemon_threads = True
@@ -29,6 +30,7 @@ class FolderServer(ThreadingHTTPServer):
         self.folder = folder
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.gets: Counter[str] = Counter()
+        self.asked: set[tuple[str, str | None]] = set()
         self.whole: Counter[str] = Counter()
         self.on_get: Callable[[], None] = lambda: None
         self.lock = Lock()
@@ -52,10 +54,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serves a file, or fails as told."""
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urlsplit(self.path).path.lstrip("/")
         name = str(path.relative_to(self.server.folder))
         with self.server.lock:
             self.server.on_get()
+            self.server.asked.add((urlsplit(self.path).query, self.headers.get("Authorization")))
             self.server.gets[name] += 1
             faults = self.server.faults[path.name]
             fault = faults[0] if faults else ""

@@ -19,7 +19,8 @@ import torch
 
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data import ahead, remote
-from crate_dist.data.cache import NoRoom, ShardCache, close
+from crate_dist.data.cache import NoRoom, ShardCache
+from crate_dist.data.cache_folder import close
 from crate_dist.data.index import Remote, ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order

@@ -17,7 +17,8 @@ from collections.abc import Callable, Container
 import numpy as np
 from numpy.typing import NDArray
 
-from crate_dist.data.cache import NoRoom, ShardCache, close
+from crate_dist.data.cache import NoRoom, ShardCache
+from crate_dist.data.cache_folder import close
 from crate_dist.data.index import ShardError, ShardIndex
 
 logger = logging.getLogger(__name__)

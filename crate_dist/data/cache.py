@@ -7,7 +7,8 @@
 Who fetches a shard holds an exclusive lock on its .part file, so that no two processes fetch the same one; who reads a
 shard, or will soon, holds a shared lock on it. What nobody holds may be evicted, the least recently used first. Locks
 are flock's: those of a process that dies are gone, and what it was fetching is overwritten or evicted. The folder
-must be on a file system of the node itself, or on one whose flock works between nodes.
+must be on a file system of the node itself, or on one whose flock works between nodes, as NFS's does; what it has to be
+besides, and what is never removed from it, says cache_folder.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
+from crate_dist.data.cache_folder import (
+    SHARD_FILE,
+    claim,
+    close,
+    lock,
+    make_subfolder,
+    open_file,
+    unless_gone,
+    unwritable,
+)
 from crate_dist.data.index import Remote, Shard, ShardError
-from crate_dist.data.remote import Damaged, fetch, file_url
+from crate_dist.data.remote import Damaged, fetch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05
@@ -46,8 +58,8 @@ class ShardCache:
 
     def __init__(self, remote: Remote, check: bool = False) -> None:
         self._url, self._limit, self._check = remote.url, remote.cache_bytes, check
-        self._folder = remote.cache / "shards"
-        make_folder(self._folder)
+        claim(remote.cache)
+        self._folder = make_subfolder(remote.cache, "shards")
         self._room, self._full = remote.cache / "room.lock", remote.cache / "half-in-use"
 
     def hold(self, shard: Shard, ahead: bool = False) -> int | None:
@@ -106,10 +118,10 @@ class ShardCache:
         try:
             if not final.exists():
                 self._allocate(descriptor, shard, ahead)
-                fetch(file_url(self._url, shard.name), lambda chunks: self._take(chunks, descriptor, shard))
+                fetch(self._url, shard.name, lambda chunks: self._take(chunks, descriptor, shard))
                 os.fsync(descriptor)
                 part.rename(final)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                lock(descriptor, fcntl.LOCK_SH)
                 return descriptor
         except BaseException:
             _discard(part, descriptor)
@@ -140,12 +152,13 @@ class ShardCache:
         if ahead and time.time() - _mtime(self._full) < _NO_ROOM_HOLDS_S:
             raise NoRoom("half of the cache is in use")  # found a moment ago, and finding out means trying every lock
         with locked(self._room):
-            files = {path: stat for path in self._folder.iterdir() if (stat := _stat(path)) is not None}
+            names = [path for path in self._folder.iterdir() if SHARD_FILE.fullmatch(path.name)]
+            files = {path: stat for path in names if (stat := _stat(path)) is not None and S_ISREG(stat.st_mode)}
             total, allowed = sum(stat.st_size for stat in files.values()), self._limit // (2 if ahead else 1)
             if total + shard.bytes > allowed:
                 held = sum(stat.st_size for path, stat in files.items() if _in_use(path))
                 if held + shard.bytes > allowed:
-                    self._full.touch()
+                    _touch(self._full)
                     raise self._no_room(held, shard)
             oldest = iter(sorted(files, key=lambda path: files[path].st_mtime))
             while (crowded := total + shard.bytes > self._limit) or not _reserve(descriptor, shard.bytes):
@@ -161,61 +174,44 @@ class ShardCache:
         )
 
 
-def unwritable(folder: Path, error: OSError) -> ShardError:
-    """What is to be raised when the cache cannot be written."""
-    remedy = "make room there, lower data.cache_gb, or name another folder as" if error.errno in _FULL else "see"
-    return ShardError(f"cannot write the cache {folder}: {error.strerror or error}; {remedy} data.cache_dir")
-
-
-def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Makes a folder of the cache. Raises ShardError when that, or writing in it, is not possible."""
-    try:
-        folder.mkdir(mode, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of a file, which is made if need be and stays."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         close(descriptor)
 
 
-def close(descriptor: int) -> None:
-    """Unlocks and closes; closing alone would leave the lock to processes that were forked meanwhile."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
 def _open_whole(path: Path, size: int) -> int | None:
     """A descriptor with a shared lock, or None when there is no such file of that size."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits no longer than another process takes to look whether it is idle
-    stat = os.fstat(descriptor)
-    if stat.st_nlink and stat.st_size == size:
-        os.utime(descriptor)
-        return descriptor
-    if stat.st_nlink:
-        path.unlink(missing_ok=True)  # truncated by something else than this program
-    close(descriptor)
+    with unless_gone():
+        descriptor = open_file(path, os.O_RDONLY)
+        try:
+            lock(descriptor, fcntl.LOCK_SH)  # waits no longer than another process takes to look whether it is idle
+            stat = os.fstat(descriptor)
+            if stat.st_nlink and stat.st_size == size:
+                with suppress(PermissionError):  # another user's, in a cache that is a group's
+                    os.utime(descriptor)
+                return descriptor
+            if stat.st_nlink:
+                path.unlink(missing_ok=True)  # truncated by something else than this program
+        except BaseException:
+            os.close(descriptor)
+            raise
+        close(descriptor)
     return None
 
 
 def _lock_new(path: Path) -> int | None:
     """Makes or takes over a file that nobody has locked; None when somebody has."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     if _try_lock(descriptor) and _is_at(descriptor, path):
-        return descriptor
+        if os.fstat(descriptor).st_nlink == 1:
+            return descriptor
+        path.unlink()  # it is a file of some other place too, which is not to be written over
     close(descriptor)
     return None
 
@@ -228,8 +224,8 @@ def _discard(part: Path, descriptor: int) -> None:
 
 def _evict(path: Path) -> bool:
     """Removes a file that nobody holds."""
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with unless_gone():
+        descriptor = _open_to_lock(path)
         try:
             if _try_lock(descriptor) and _is_at(descriptor, path):
                 path.unlink(missing_ok=True)
@@ -240,8 +236,8 @@ def _evict(path: Path) -> bool:
 
 
 def _in_use(path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with unless_gone():
+        descriptor = _open_to_lock(path)
         try:
             return not _try_lock(descriptor)
         finally:
@@ -249,9 +245,17 @@ def _in_use(path: Path) -> bool:
     return False
 
 
+def _open_to_lock(path: Path) -> int:
+    """NFS locks exclusively only what is open for writing."""
+    try:
+        return open_file(path, os.O_RDWR)
+    except PermissionError:
+        return open_file(path, os.O_RDONLY)
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -263,15 +267,22 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        return None
+    with unless_gone():
+        return path.lstat()
+    return None
 
 
 def _mtime(path: Path) -> float:
     stat = _stat(path)
     return stat.st_mtime if stat else 0.0
+
+
+def _touch(path: Path) -> None:
+    descriptor = open_file(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.utime(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> bool:

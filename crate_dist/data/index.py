@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from crate_dist.locations import redacted
+
 INDEX_JSON = "index.json"
 INDEX_ROWS = "index.npy"
 TAR_BLOCK = 512
@@ -103,8 +105,8 @@ class ShardIndex:
 
     @property
     def place(self) -> Path | str:
-        """The folder or the URL of the shards, for people."""
-        return self.remote.url if self.remote else self.root
+        """The folder or the URL of the shards, for people: what is nobody else's business is left out of it."""
+        return redacted(self.remote.url) if self.remote else self.root
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +151,7 @@ class ShardIndex:
                 else "there are no shards here: data_prep/imagenet.py or image_folder.py writes them"
             )
             raise ShardError(f"no {INDEX_JSON} in {root}; {remedy}")
-        rebuild = f"`python data_prep/index.py {remote.url if remote else root}` rebuilds"
+        rebuild = f"`python data_prep/index.py {redacted(remote.url) if remote else root}` rebuilds"
         try:
             meta = read_meta(path)
             shards, row = [Shard(**entry) for entry in meta["shards"]], FORMATS[meta["version"]]

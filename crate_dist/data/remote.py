@@ -1,30 +1,34 @@
 """Fetches files by URL, with patience: what may pass is tried again, what will not pass is told at once.
 
 http and https are spoken here. webdataset would start curl for them, which repeats by itself for a minute, waits for
-ever on a connection that has gone silent, and says no more of a failure than an exit status. All other URLs go through
-webdataset.gopen: gs, ais, sftp, hf, `pipe:` and what others registered there; s3, which it does not know, through
-`aws s3 cp`.
+ever on a connection that has gone silent, and says no more of a failure than an exit status. s3 and gs go through
+`aws s3 cp` and `gsutil cat`, without a shell; `pipe:` is a shell's. All other URLs go through webdataset.gopen: ais,
+sftp, hf and what others registered there. A recipe file may name the first four alone (locations.py).
+
+No message has a location's secrets in it, nor what a command was told.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import logging
 import os
 import random
 import re
 import select
-import shlex
+import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from crate_dist.data.index import ShardError
+from crate_dist.locations import redacted, scrubbed
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ _LEAST_BYTES = 2**16
 _PASSING = frozenset((408, 425, 429))
 """Of the statuses 4xx, those that another attempt may mend."""
 _NO_COMMAND = frozenset((126, 127))
+_SHOWN = 300
+"""Characters of a command's complaints that are shown."""
 _jitter = random.SystemRandom()  # forked processes would share the state of any other
 
 
@@ -66,50 +72,61 @@ class Patience:
 
 
 def below(root: str, folder: str) -> str:
-    """The URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there."""
+    """The URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there.
+
+    Raises ShardError for a name that a shell or a server could misread.
+    """
+    for name in folder.split("/"):
+        _check_name(name)
     return root.replace("{}", f"{folder}/{{}}") if "{}" in root else f"{root.rstrip('/')}/{folder}"
 
 
 def file_url(folder: str, name: str) -> str:
     """The URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
+    _check_name(name)
+    return folder.replace("{}", name) if "{}" in folder else f"{folder.rstrip('/')}/{name}"
+
+
+def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
         raise ShardError(f"a remote file called {name!r} is refused: names may hold letters, digits, and . _ - + =")
-    return folder.replace("{}", name) if "{}" in folder else f"{folder.rstrip('/')}/{name}"
 
 
 PATIENCE = Patience()
 
 
-def fetch(url: str, take: Callable[[Iterator[bytes]], T]) -> T:
-    """Gives the bytes of a URL to `take`, in pieces and for each attempt from the start, and returns its result.
+def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
+    """Gives the bytes of a file to `take`, in pieces and for each attempt from the start, and returns its result.
 
-    take: may raise Damaged for what is not as it should be, so that it is fetched again
+    folder, name: as for file_url; take: may raise Damaged for what is not as it should be, so that it is fetched again
 
     Raises
     ------
-    ShardError: with the URL and the last failure; of `take`'s own as they are
+    ShardError: with the file's place and the last failure; of `take`'s own as they are
     """
+    url = file_url(folder, name)
+    place = f"{name} by {redacted(url)}" if url.startswith("pipe:") else redacted(url)
     patience, began = PATIENCE, time.monotonic()
     for attempt in range(1, patience.attempts + 1):
         try:
             with closing(_chunks(url, patience.silence_s)) as chunks:
                 return take(chunks)
         except _Refused as error:
-            raise ShardError(f"cannot fetch {url}: {error}") from error
+            raise ShardError(f"cannot fetch {place}: {error}") from None
         except (OSError, http.client.HTTPException, Damaged) as error:
             failure, cause = _reason(error), error
         if attempt < patience.attempts:
             pause_s = patience.delay_s(attempt)
-            logger.warning("fetching %s: %s; attempt %d follows in %.1f s", url, failure, attempt + 1, pause_s)
+            logger.warning("fetching %s: %s; attempt %d follows in %.1f s", place, failure, attempt + 1, pause_s)
             time.sleep(pause_s)
     seconds = time.monotonic() - began
     raise ShardError(
-        f"cannot fetch {url}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}"
+        f"cannot fetch {place}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}"
     ) from cause
 
 
 def _chunks(url: str, silence_s: float) -> Generator[bytes, None, None]:
-    source = _http if re.match(r"https?://", url) else _gopen
+    source = _http if re.match(r"https?://", url) else _run if _command(url) else _gopen
     since, came = time.monotonic(), 0
     with closing(source(url, silence_s)) as chunks:
         for chunk in chunks:
@@ -122,7 +139,13 @@ def _chunks(url: str, silence_s: float) -> Generator[bytes, None, None]:
 
 
 def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
-    request = urllib.request.Request(url, headers={"User-Agent": "crate-dist", "Accept-Encoding": "identity"})
+    scheme, _, rest = url.partition("://")
+    account, at, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
+    bare = f"{scheme}://{rest.removeprefix(account + at)}"
+    request = urllib.request.Request(bare, headers={"User-Agent": "crate-dist", "Accept-Encoding": "identity"})
+    if at:  # unredirected: for this host alone, not for another that it may point to
+        token = base64.b64encode(urllib.parse.unquote_to_bytes(account)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
         response = urllib.request.urlopen(request, timeout=silence_s)
     except urllib.error.HTTPError as error:
@@ -130,8 +153,8 @@ def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
         if error.code < 500 and error.code not in _PASSING:
             raise _Refused(f"HTTP status {error.code} {error.reason}") from error
         raise OSError(f"HTTP status {error.code} {error.reason}") from error
-    except ValueError as error:
-        raise _Refused(str(error)) from error
+    except (ValueError, http.client.InvalidURL):  # which quote the URL, or a part of it
+        raise _Refused("this is no URL that can be opened; odd characters in it are to be written as %XX") from None
     with response:
         announced, came = response.headers.get("Content-Length"), 0
         while chunk := response.read1(_CHUNK):
@@ -141,44 +164,88 @@ def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
             raise Damaged(f"the connection ended after {came:,} of {int(announced):,} bytes")
 
 
+def _command(url: str) -> list[str] | None:
+    """The words of the command that reads a URL; None for one that webdataset opens."""
+    scheme, _, rest = url.partition(":")
+    return {
+        "pipe": ["/bin/sh", "-c", rest],
+        "s3": ["aws", "s3", "cp", "--only-show-errors", url, "-"],
+        "gs": ["gsutil", "cat", url],
+    }.get(scheme)
+
+
+def _run(url: str, silence_s: float) -> Generator[bytes, None, None]:
+    command = _command(url)
+    assert command
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        raise _Refused(f"cannot run {command[0]}: {error.strerror}") from None
+    with process:
+        yield from _output(process, url, silence_s)
+
+
 def _gopen(url: str, silence_s: float) -> Generator[bytes, None, None]:
     from webdataset.gopen import Pipe, gopen, gopen_schemes  # here, because webdataset imports torch
 
-    if url.startswith("s3://") and "s3" not in gopen_schemes:
-        url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
+    if (scheme := url.partition(":")[0]) not in gopen_schemes:
+        raise _Refused(f"webdataset has no gopen handler for {scheme}:")
     try:
         stream = gopen(url, "rb")
     except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
-        raise _Refused(str(error)) from error
+        raise _Refused(scrubbed(str(error), url)) from None
     if isinstance(stream, Pipe):
-        yield from _output(stream, silence_s)
+        stream.ignore_errors = True  # of closing it; _output knows better
+        with stream:
+            yield from _output(stream.proc, url, silence_s)
         return
     with stream:
         while chunk := stream.read(_CHUNK):
             yield chunk
 
 
-def _output(pipe: Any, silence_s: float) -> Generator[bytes, None, None]:
-    """What a command writes. Its errors are not kept: they stand in the log, where its stderr goes."""
-    descriptor = pipe.stream.fileno()
+def _output(process: subprocess.Popen[bytes], url: str, silence_s: float) -> Generator[bytes, None, None]:
+    """What a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
+    assert process.stdout
+    out, complaints, said = process.stdout.fileno(), process.stderr and process.stderr.fileno(), b""
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
+    poll.register(out, select.POLLIN)
+    if complaints is not None:
+        poll.register(complaints, select.POLLIN)
+    last = time.monotonic()
     try:
         while True:
-            if not poll.poll(silence_s * 1000):
-                raise TimeoutError(f"nothing came in {silence_s:g} s")
-            if not (chunk := os.read(descriptor, _CHUNK)):
-                break
-            yield chunk
-        status = pipe.proc.wait(silence_s)
+            if (left_s := last + silence_s - time.monotonic()) <= 0:
+                raise TimeoutError(f"nothing came in {silence_s:g} s{_quoted(said, url)}")
+            ready = {descriptor for descriptor, _ in poll.poll(left_s * 1000)}
+            if complaints is not None and complaints in ready:
+                if not (more := os.read(complaints, _CHUNK)):
+                    poll.unregister(complaints)
+                said = (said + more)[-_CHUNK:]
+            if out in ready:
+                if not (chunk := os.read(out, _CHUNK)):
+                    break
+                yield chunk
+                last = time.monotonic()
+        try:
+            status = process.wait(silence_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the command has not ended {silence_s:g} s after its last byte") from None
+        if complaints is not None:
+            os.set_blocking(complaints, False)
+            with suppress(BlockingIOError):
+                said += os.read(complaints, _CHUNK)
         if status in _NO_COMMAND:
-            raise _Refused(f"the command is not there or cannot be run (exit status {status})")
+            raise _Refused(f"the command is not there or cannot be run (exit status {status}){_quoted(said, url)}")
         if status:
-            raise OSError(f"the command ended with exit status {status}")
+            raise OSError(f"the command ended with exit status {status}{_quoted(said, url)}")
     finally:
-        pipe.proc.kill()
-        pipe.ignore_errors = True
-        pipe.close()
+        process.kill()
+
+
+def _quoted(complaints: bytes, url: str) -> str:
+    text = " ".join(scrubbed(complaints.decode(errors="replace"), url).split())[-_SHOWN:]
+    return f": {text}" if text else ""
 
 
 def _reason(error: Exception) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from crate_dist.config import CACHE_VARIABLE, DataSection, Recipe, RecipeError
-from crate_dist.data.cache import locked, make_folder, unwritable
+from crate_dist.config import DataSection, Recipe, RecipeError
+from crate_dist.data.cache import locked
+from crate_dist.data.cache_folder import cache_folder, make_subfolder, open_file, unwritable
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
-from crate_dist.data.remote import Damaged, below, fetch, file_url
+from crate_dist.data.remote import Damaged, below, fetch
+from crate_dist.locations import redacted
 
 
 def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
@@ -64,35 +65,22 @@ def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
     return ShardIndex.load(_fetched_index(remote), remote)
 
 
-def cache_folder(data: DataSection) -> Path:
-    """Where this node keeps the shards of a URL. Raises ShardError when it is another user's."""
-    chosen = data.cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    folder = Path(tempfile.gettempdir()) / f"crate-cache-{os.getuid()}"
-    make_folder(folder, 0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise ShardError(f"{folder} is another user's; give data.cache_dir or export {CACHE_VARIABLE}=DIR")
-    return folder
-
-
 def _fetched_index(remote: Remote) -> Path:
     """The folder in the cache that holds index.json as it is there now, and the rows that belong to it."""
-    url = file_url(remote.url, INDEX_JSON)
     try:
-        text = fetch(url, b"".join)
+        text = fetch(remote.url, INDEX_JSON, b"".join)
     except ShardError as error:
         remedy = "`python data_prep/index.py DIR` writes the index, which is to lie beside the shards"
         raise ShardError(f"{error}; {remedy}") from error
     try:
         digest = json.loads(text).get("rows_sha256")
     except (ValueError, AttributeError, RecursionError):
-        raise ShardError(f"{url} is no index: it begins with {text[:40]!r}") from None
-    folder = remote.cache / "indexes" / hashlib.sha256(remote.url.encode() + b"\0" + text).hexdigest()[:32]
-    make_folder(folder)
+        raise ShardError(f"{INDEX_JSON} of {redacted(remote.url)} is no index: it begins with {text[:40]!r}") from None
+    name = hashlib.sha256(remote.url.encode() + b"\0" + text).hexdigest()[:32]
+    folder = make_subfolder(remote.cache, "indexes", name)
     with locked(folder / "lock"):
         if not (folder / INDEX_JSON).is_file():
-            fetch(file_url(remote.url, INDEX_ROWS), lambda chunks: _take_rows(chunks, folder, digest))
+            fetch(remote.url, INDEX_ROWS, lambda chunks: _take_rows(chunks, folder, digest))
             _write(folder / INDEX_JSON, iter([text]))
     return folder
 
@@ -113,7 +101,8 @@ def _take_rows(chunks: Iterator[bytes], folder: Path, digest: str | None) -> Non
 def _write(path: Path, chunks: Iterator[bytes]) -> None:
     """Whole or not at all; the caller holds the folder's lock."""
     part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)
+    with os.fdopen(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         for chunk in chunks:
             try:
                 file.write(chunk)

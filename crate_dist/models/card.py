@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from crate_dist.data.index import ShardIndex
+from crate_dist.locations import name_above
 from crate_dist.models.archs import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
 from crate_dist.run import write_whole
@@ -53,7 +54,7 @@ def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, A
     """What `meta` says of the splits: the name of their folder, not where it lies, and what their indexes say."""
     return {
         name: {
-            "name": Path(str(index.place)).parent.name,
+            "name": name_above(index.place),
             "samples": index.num_samples,
             "classes": index.num_classes,
             "origin": index.made_by.get("layout"),

@@ -38,8 +38,9 @@ def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
     cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments: Arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", run_dir]
-    arguments += ["--set", "train.epochs=12"]  # 100 steps
+    # What recipe.toml does not keep, a command, is there after the requeue too.
+    arguments: Arguments = ["--config", small_recipe, "--data", f"pipe:cat {cast_shards}/{{}}", "--run-dir", run_dir]
+    arguments += ["--set", "train.epochs=12", "--set", f"data.cache_dir={tmp_path / 'cache'}"]  # 100 steps
     shape = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
     job_id, _ = submit(cluster, [*arguments, *shape], cwd=tmp_path)
     cluster.wait_for(job_id, "RUNNING")
@@ -47,6 +48,7 @@ def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
     cluster.run(["scancel", "--signal=USR2", job_id])  # as SLURM does before the time limit
     cluster.wait_for(job_id, "COMPLETED", restarts=1, timeout_s=240)
     check_finished(run_dir, ranks=2, launcher="slurm", last_step=100, starts=2)
+    assert read_recipe(run_dir).data.root is None
 
 
 def test_tasks_of_an_array_have_nothing_to_do_with_each_other(
@@ -58,7 +60,9 @@ def test_tasks_of_an_array_have_nothing_to_do_with_each_other(
         "--config",
         small_recipe,
         "--data",
-        cast_shards,
+        f"pipe:cat {cast_shards}/{{}}",
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
         "--run-dir",
         runs,
         "--seeds",
