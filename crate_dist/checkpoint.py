@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
 
-_PAUSES_S = (0.5, 2.0)
+_PAUSES_S: tuple[float, ...] = (0.5, 2.0)
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)

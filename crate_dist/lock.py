@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from crate_dist.status import LOST_THE_RUN
 
@@ -255,7 +256,7 @@ class RunLock:
         """Who made a number; somebody unknown, if it cannot be read, is believed to live until no number follows."""
         try:
             return _from_text((self._path / f"{number:08d}").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             return Holder("")
 
     def _make(self, number: int, holder: Holder) -> bool:
@@ -300,7 +301,7 @@ class RunLock:
         """Leaves to SLURM's next start of this very job, which waits for nothing else."""
         try:
             other = _from_text(asked.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             return
         if self._me.came_before(other):
             self._leave()
@@ -363,9 +364,9 @@ def _to_text(holder: Holder) -> str:
 
 def _from_text(text: str) -> Holder:
     """Raises ValueError or TypeError for what is not a holder's; what a later version adds is passed over."""
-    known = {item.name: type(item.default) for item in fields(Holder) if item.name != "token"}
-    said = json.loads(text)
-    return Holder(str(said["token"]), **{name: kind(said[name]) for name, kind in known.items() if name in said})
+    said, nobody = json.loads(text), Holder("")
+    kinds: dict[str, Callable[[Any], Any]] = {item.name: type(getattr(nobody, item.name)) for item in fields(Holder)}
+    return Holder(**{name: kind(said[name]) for name, kind in kinds.items() if name in said or name == "token"})
 
 
 def _myself() -> Holder:

@@ -91,15 +91,15 @@ def find_where_nothing_can_be_listed(world: World, device: torch.device, folder:
 def replace_and_stand_still(world: World, device: torch.device, folder: Path, point: str) -> None:
     """Saves step 30 once more with keep=1, and is killed at a point."""
 
-    def killed(path: Path, target: Path) -> Path:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("it lives")
-
     replace = Path.replace
     removes = point == "setting a checkpoint aside"
-    Path.replace = lambda path, target: (  # type: ignore[method-assign, assignment]
-        killed if path.name.startswith("step-") == removes and path.is_dir() else replace
-    )(path, target)
+
+    def killed_or_replaced(path: Path, target: Path) -> Path:
+        if path.name.startswith("step-") == removes and path.is_dir():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = killed_or_replaced  # type: ignore[method-assign, assignment]
     save(world, device, folder, [30])
     saving.prune(folder, keep=1, progress=Progress(step=30))
 
