@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 class TrainJob:
     """One run on the ranks of a SLURM job."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    accepted_data: str | bool = False
+    """Digest of data that are accepted though they are not the checkpoint's; jobs pickled by older versions have none."""
+
+    def __init__(self, run_dir: Path, accepted_data: str | bool = False) -> None:
+        self.run_dir, self.accepted_data = run_dir, accepted_data
 
     def __call__(self) -> dict[str, Any]:
         """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
@@ -41,7 +44,7 @@ class TrainJob:
         from crate_dist.train import EXPECTED_ERRORS, train
 
         try:
-            result = train(self.run_dir)
+            result = train(self.run_dir, accept_changed_data=self.accepted_data)
         except EXPECTED_ERRORS as error:
             logger.error("%s", error)
             _end(NEEDS_A_PERSON)

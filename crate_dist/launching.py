@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.data.identity import DataIdentity, newest_manifest, refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.run import RunFolder, read_recipe
@@ -26,6 +27,8 @@ class Preflight:
     micro_batch: int
     accumulation: int
     init_from: Path | None
+    accepted_data: str | bool
+    """Digest of data that the run goes on with though they are not its checkpoint's; False: there is nothing to accept."""
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
@@ -47,7 +50,7 @@ class Preflight:
         return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 
-def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
+def preflight(recipe: Recipe, world_size: int, run_dir: Path, accept_changed_data: bool = False) -> Preflight:
     """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
 
     Raises
@@ -55,6 +58,7 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
     RecipeError: with everything that is wrong, one paragraph each
     """
     problems: list[str] = []
+    accepted_data: str | bool = False
     folder = RunFolder(run_dir)
     micro_batch = accumulation = 0
     train = val = None
@@ -64,6 +68,12 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         problems.append(str(error))
     try:
         train, val = open_splits(recipe)
+        if manifest := newest_manifest(folder.checkpoints):
+            data = DataIdentity.of(train, val)
+            if changed := data.differences(manifest):
+                accepted_data = accept_changed_data and data.digest
+                if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
+                    problems.append(refusal(run_dir, changed))
     except (RecipeError, ShardError) as error:
         problems.append(str(error))
     try:
@@ -90,6 +100,7 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path) -> Preflight:
         micro_batch=micro_batch,
         accumulation=accumulation,
         init_from=recipe.train.init_from,
+        accepted_data=accepted_data,
     )
 
 

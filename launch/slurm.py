@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             for run_dir in run_dirs:
                 RunFolder(run_dir).set_aside()
         found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir)
+            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.accept_changed_data)
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
         ]
         if not arguments.dry_run:
@@ -273,7 +273,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
         run.folder.open(recipe)
     _leave_other_jobs()
     try:
-        jobs = executor.submit_array([TrainJob(run.folder.path) for run in found])
+        jobs = executor.submit_array([TrainJob(run.folder.path, run.accepted_data) for run in found])
     except FailedJobError as error:
         raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
     except FailedSubmissionError as error:
