@@ -26,7 +26,7 @@ class TrainJob:
     """One run on the ranks of a SLURM job."""
 
     accepted_data: str | bool = False
-    """Digest of data that are accepted though they are not the checkpoint's; jobs pickled by older versions have none."""
+    """Digest of data that are accepted though not the checkpoint's; here for jobs that older versions have pickled."""
 
     def __init__(self, run_dir: Path, accepted_data: str | bool = False) -> None:
         self.run_dir, self.accepted_data = run_dir, accepted_data

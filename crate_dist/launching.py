@@ -28,7 +28,7 @@ class Preflight:
     accumulation: int
     init_from: Path | None
     accepted_data: str | bool
-    """Digest of data that the run goes on with though they are not its checkpoint's; False: there is nothing to accept."""
+    """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size

@@ -59,7 +59,7 @@ def question(arguments: argparse.Namespace) -> Question:
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
-    subject = load_subject(arguments.model)
+    subject = load_subject(arguments.model, arguments.heads)
     train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
     check_same_classes(train, val)
     for split in (train, val):

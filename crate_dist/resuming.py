@@ -26,7 +26,7 @@ def progress_on(
     CheckpointError: on every rank, when the data are others, naming the difference
     """
     if not found.manifest.get("data"):
-        logger.info("%s was saved before checkpoints knew their data: whether they are the same is not known", found.path)
+        logger.info("%s is from before checkpoints knew their data, so these are taken for the same", found.path)
     changed = data.differences(found.manifest)
     if not changed:
         return found.progress

@@ -84,7 +84,8 @@ class Trainer:
         watchdog.beat("building the engine", COMPILING)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
         if recipe.train.init_from and not found:
-            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, recipe.train.init_head)
+            how = recipe.train.init_head, recipe.train.init_heads
+            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
             if world.is_main:
                 folder.note_origin(asdict(origin))
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)

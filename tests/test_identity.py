@@ -56,7 +56,9 @@ def alone(tmp_path: Path) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def test_what_was_moved_or_indexed_anew_is_the_same_data(cast_shards: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_what_was_moved_or_indexed_anew_is_the_same_data(
+    cast_shards: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(cast_shards, moved)
     for split in ("train", "val"):
@@ -78,7 +80,7 @@ def test_an_index_with_more_columns_is_the_same_data(cast_shards: Path) -> None:
 
 
 def changed(split: ShardIndex, **changes: object) -> None:
-    ShardIndex(**{**vars(split), **changes}).save()  # type: ignore[arg-type]
+    ShardIndex(**{**vars(split), **changes}).save()
 
 
 def reverse_classes(root: Path) -> None:
@@ -146,7 +148,12 @@ def test_other_data_are_refused_with_what_differs_by_the_launcher_and_by_the_run
 
 
 def test_a_checkpoint_from_before_this_is_accepted_with_a_line(
-    begun: Path, cast_shards: Path, checkpoint: Checkpoint, alone: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    begun: Path,
+    cast_shards: Path,
+    checkpoint: Checkpoint,
+    alone: World,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     older = {key: value for key, value in checkpoint.manifest.items() if key not in ("data", "classes")}
     shutil.copytree(cast_shards, tmp_path / "data")
@@ -154,7 +161,7 @@ def test_a_checkpoint_from_before_this_is_accepted_with_a_line(
     caplog.set_level(logging.INFO)
     found = Checkpoint(checkpoint.path, older)
     assert progress_on(identity(tmp_path / "data"), found, RunFolder(begun / "run"), alone, False) == found.progress
-    assert "before checkpoints knew their data" in caplog.text
+    assert "from before checkpoints knew their data" in caplog.text
     reverse_classes(tmp_path / "data")  # the classes were known before
     found = Checkpoint(checkpoint.path, {**older, "classes": checkpoint.manifest["classes"]})
     with pytest.raises(CheckpointError, match="number 0 is '0' there and '3' now"):
@@ -171,10 +178,10 @@ def test_changed_data_that_are_accepted_count_from_there_on_and_are_put_down(
     other_labels(tmp_path / "data")
     arguments = ["--config", begun / "small.toml", "--data", tmp_path / "data", "--run-dir", tmp_path / "run"]
     arguments += ["--set", "train.max_steps=12"]
-    with Training(arguments, world_size=2) as refused:
-        assert refused.wait() == [1, 1]
+    with Training(arguments, world_size=1) as refused:
+        assert refused.wait() == [1]
         assert "val: other labels" in refused.output()
-    output = train_to_the_end([*arguments, "--accept-changed-data"], world_size=2)
+    output = train_to_the_end([*arguments, "--accept-changed-data"], world_size=1)
     assert "going on from step 10 with OTHER DATA" in output
     folder, data = RunFolder(tmp_path / "run"), identity(tmp_path / "data")
     (note,) = json.loads(folder.record_file.read_text())["changed_data"]

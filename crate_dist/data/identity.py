@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from crate_dist.data.index import ShardIndex
 
 _ROWS_AT_ONCE = 2**20
@@ -43,12 +41,11 @@ class Identity:
             content.update(f"{shard.sha256} {shard.samples}\n".encode())
         for first in range(0, index.num_samples, _ROWS_AT_ONCE):
             rows = index.rows[first : first + _ROWS_AT_ONCE]
-            places.update(np.ascontiguousarray(rows["offset"], "<i8"))
-            places.update(np.ascontiguousarray(rows["size"], "<i8"))
-            labels.update(np.ascontiguousarray(rows["label"], "<i8"))
+            for name, digest in (("offset", places), ("size", places), ("label", labels)):
+                digest.update(rows[name].astype("<i8").tobytes())
         names = hashlib.sha256(json.dumps(list(index.classes)).encode())
-        digests = (digest.hexdigest() for digest in (content, places, labels, names))
-        return cls(index.num_samples, len(index.shards), *digests)
+        found = (digest.hexdigest() for digest in (content, places, labels, names))
+        return cls(index.num_samples, len(index.shards), *found)
 
     @property
     def digest(self) -> str:

@@ -152,13 +152,12 @@ def _accuracy(meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _loading(name: str, config: CrateConfig, meta: Mapping[str, Any]) -> str:
     side = config.image_size
-    heads = "" if find_arch(config) or not name.endswith(".pth.tar") else f", heads={config.heads}"
     text = f"""\
 ```python
 import torch
 from crate_dist.models.weights import load_model
 
-model, meta = load_model("{name}"{heads})
+model, meta = load_model("{name}")
 with torch.inference_mode():
     logits = model.eval()(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
 ```"""

@@ -59,7 +59,7 @@ def export_reference(
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
 ) -> None:
-    """Writes what the published code's training script writes, without optimizer and scheduler.
+    """Writes what the published code's training script writes, without optimizer and scheduler, and the heads.
 
     meta: "epoch", "arch" and "best_acc1" are taken from it where they are given, else what our runs say of these
     prefix: "module." as the published code expects it, whose models are always wrapped; "" for the bare class
@@ -74,6 +74,7 @@ def export_reference(
         "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
+        "heads": config.heads,  # which no shape tells; the published code looks at what it knows
     }
     _save_whole(lambda file: torch.save(content, file), Path(path))
 
