@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> int:
         subject, index, matching = prepared
         model = Frozen.place(subject, arguments, world, device)
         tally = Tally(index.num_classes, device)
-        dist.barrier()
-        began = time.perf_counter()
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             return matching.select(model.logits(images))
 
+        dist.barrier()
+        began = time.perf_counter()
         result = evaluate(predict, model.batches(index, arguments.split), device, tally)
         seconds = time.perf_counter() - began
         by_class = tally.total()

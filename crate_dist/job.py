@@ -26,10 +26,12 @@ class TrainJob:
     """One run on the ranks of a SLURM job."""
 
     accepted_data: str | bool = False
-    """Digest of data that are accepted though not the checkpoint's; here for jobs that older versions have pickled."""
+    """Digest of data that are accepted though not the checkpoint's; pickled only where there are such."""
 
     def __init__(self, run_dir: Path, accepted_data: str | bool = False) -> None:
-        self.run_dir, self.accepted_data = run_dir, accepted_data
+        self.run_dir = run_dir
+        if accepted_data:
+            self.accepted_data = accepted_data
 
     def __call__(self) -> dict[str, Any]:
         """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.

@@ -35,7 +35,7 @@ class Identity:
 
     @classmethod
     def of(cls, index: ShardIndex) -> Identity:
-        """Reads all rows: 0.1 s for ten million samples."""
+        """Reads all rows: 0.2 s for ten million samples."""
         content, places, labels = (hashlib.sha256() for _ in range(3))
         for shard in index.shards:
             content.update(f"{shard.sha256} {shard.samples}\n".encode())
