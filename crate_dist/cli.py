@@ -11,7 +11,7 @@ from crate_dist.locations import is_private, location
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --arch/--config, --data, --run-dir, --init-from, --seed and --set."""
+    """Adds --arch/--config, --data, --run-dir, --init-from, --heads, --accept-changed-data, --seed and --set."""
     group = parser.add_argument_group("recipe")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
@@ -27,6 +27,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--init-from", metavar="PATH", type=Path, help="fine-tune: begin from a run, a checkpoint or a file of weights"
+    )
+    group.add_argument(
+        "--heads", type=int, metavar="N", help="of the weights of --init-from, where their file does not tell"
+    )
+    group.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on with a run though its data have changed; run.json and the model card will say so",
     )
     group.add_argument("--seed", type=int, help="of the order, the augmentation and the first weights")
     group.add_argument(
@@ -51,6 +59,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         data__root=str(data) if data else None,
         train__seed=arguments.seed,
         train__init_from=str(arguments.init_from) if arguments.init_from else None,
+        train__init_heads=arguments.heads,
     )
     # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
     root = recipe.data_root()

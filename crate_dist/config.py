@@ -158,6 +158,7 @@ class TrainSection(Section):
     init_head: Literal["auto", "new", "keep"] = Field(
         "auto", description='of these weights; "auto": a new one when the classes differ in number or names'
     )
+    init_heads: Positive | None = Field(None, description="of these weights, where their file does not tell")
     compile: Compile = Field("auto", description="torch.compile; auto: on GPUs that it supports; see compiling.py")
     recompute: int = Field(
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"

@@ -5,6 +5,9 @@
 
 takes a run folder (its newest checkpoint), one of its checkpoints, or a file of weights: an export of ours or a
 checkpoint of the published code. Under torchrun or srun the ranks share the work.
+
+Data with other classes than the model's, in names or order, are matched by name where the model knows all of them, and
+these classes alone compete, as is usual for ImageNet-A and -R; --all-classes lets all of the model's.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from crate_dist.data.loader import Batch
 from crate_dist.distributed import World
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.interrupt import Left
+from crate_dist.matching import Matching, match_classes
 from crate_dist.run import write_whole
 from crate_dist.subject import Subject, load_subject
 
@@ -102,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
+    parser.add_argument(
+        "--all-classes", action="store_true", help="where the data have fewer classes, let all of the model's compete"
+    )
     shown = parser.add_argument_group("class by class")
     shown.add_argument("--per-class", action="store_true", help="print a line for every class, the worst first")
     shown.add_argument("--worst", type=positive, metavar="N", help="print those of the N worst classes alone")
@@ -109,28 +116,30 @@ def main(argv: list[str] | None = None) -> int:
     shown.add_argument("--csv", type=Path, metavar="FILE", help="write the table of classes there")
     arguments = parser.parse_args(argv)
 
-    def prepare() -> tuple[Subject, ShardIndex]:
+    def prepare() -> tuple[Subject, ShardIndex, Matching]:
         check_output(arguments.json)
         check_output(arguments.csv)
-        subject = load_subject(arguments.model)
-        index, known = find_split(arguments, subject, arguments.split), subject.model.config.num_classes
-        if index.num_classes > known:
-            raise CannotMeasure(f"{index.place} has {index.num_classes} classes, the model only {known}")
+        subject = load_subject(arguments.model, arguments.heads)
+        index = find_split(arguments, subject, arguments.split)
         if not index.num_samples:
             raise CannotMeasure(f"{index.place} has no samples")
-        return subject, index
+        return subject, index, match_classes(subject, index, arguments.all_classes)
 
-    def work(prepared: tuple[Subject, ShardIndex], world: World, device: torch.device) -> None:
-        subject, index = prepared
+    def work(prepared: tuple[Subject, ShardIndex, Matching], world: World, device: torch.device) -> None:
+        subject, index, matching = prepared
         model = Frozen.place(subject, arguments, world, device)
         tally = Tally(index.num_classes, device)
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            return matching.select(model.logits(images))
+
         dist.barrier()
         began = time.perf_counter()
-        result = evaluate(model.logits, model.batches(index, arguments.split), device, tally)
+        result = evaluate(predict, model.batches(index, arguments.split), device, tally)
         seconds = time.perf_counter() - began
         by_class = tally.total()
         if world.is_main:
-            _report(arguments, subject, index, world, result, by_class, seconds)
+            _report(arguments, subject, index, matching, world, result, by_class, seconds)
 
     return run_on_ranks(prepare, work)
 
@@ -139,6 +148,7 @@ def _report(
     arguments: argparse.Namespace,
     subject: Subject,
     index: ShardIndex,
+    matching: Matching,
     world: World,
     result: Evaluation,
     by_class: ByClass,
@@ -153,13 +163,15 @@ def _report(
         + f"; {rate:,.0f} images/s"
         + (f", {rate / world.world_size:,.0f} on each of {world.world_size} ranks" if world.world_size > 1 else "")
     )
-    records = by_class.records(index.classes, index.class_names)
+    if words := matching.describe():
+        print(words)  # noqa: T201
+    records = by_class.records(matching.classes, matching.names)
     if arguments.per_class or arguments.worst:
         _print_classes(index, [records[label] for label in by_class.worst_first()[: arguments.worst]])
         if absent := int((by_class.samples == 0).sum()):
             print(f"{absent} more classes have no sample in this split")  # noqa: T201
     if arguments.confusions:
-        _print_confusions(by_class.confusions(index.classes, index.class_names, arguments.confusions))
+        _print_confusions(by_class.confusions(matching.classes, matching.names, arguments.confusions))
     if arguments.csv is not None:
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(records[0]), lineterminator="\n")
@@ -169,7 +181,8 @@ def _report(
     if arguments.json is not None:
         whole: dict[str, Any] = {"model": subject.name, "data": str(index.place), **asdict(result)}
         whole |= {"seconds": seconds, "images_per_s": rate, "ranks": world.world_size}
-        whole |= {"classes": records, "confusions": by_class.confusions(index.classes, index.class_names)}
+        whole |= {"matched_by": matching.by, "competing": matching.competing, "model_classes": matching.outputs}
+        whole |= {"classes": records, "confusions": by_class.confusions(matching.classes, matching.names)}
         write_whole(arguments.json, json.dumps(whole, indent=1) + "\n")
 
 

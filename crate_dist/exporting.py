@@ -39,6 +39,7 @@ def export(
             logger.error("%s is not written: %s", path, problem)
             continue
         about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, schedule)}
+        about["changed_data"] = [note for note in folder.changed_data() if note["step"] <= saved.step]
         tenure.check()
         export_model(path, config, saved.weights(), about)
         tenure.check()

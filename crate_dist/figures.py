@@ -213,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--split", default="val", help="folder in it [%(default)s]")
     common.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
     common.add_argument("--count", type=int, metavar="N", help="the first N pictures [layers: 64, others: 4]")
+    common.add_argument("--heads", type=int, metavar="N", help="of the model, where its file does not tell")
     common.add_argument("--size", type=int, metavar="PIXELS", help="short side [as the model was trained]")
     layered = argparse.ArgumentParser(add_help=False)
     layered.add_argument("--layer", type=int, metavar="N", help="counted from 1 [the last]")
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: draws one figure, and says what was written."""
     options = _parser().parse_args(argv)
     try:
-        subject = load_subject(options.model)
+        subject = load_subject(options.model, options.heads)
         pictures = _pictures(options, subject)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, out = subject.model.to(device, torch.float32).eval(), options.out

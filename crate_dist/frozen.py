@@ -6,6 +6,7 @@ Under torchrun or srun every rank takes its share of each split, else one proces
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ EXPECTED_ERRORS = (CheckpointError, WeightsError, RecipeError, ShardError, Canno
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model and --data, --batch, --workers, --precision, --json."""
+    """Adds the model and --data, --heads, --batch, --workers, --precision, --json."""
     parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what is to be measured")
     parser.add_argument(
         "--data", type=location, metavar="DIR", help=f"folder or URL of the shards [the run's, then ${DATA_VARIABLE}]"
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
+    parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
 
@@ -136,6 +138,8 @@ def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.devic
     """
     open_server()
     world = detect_world()
+    if not world.is_main:
+        logging.getLogger("crate_dist").setLevel(logging.ERROR)  # rank 0 says for all what files do not tell
     try:
         prepared = prepare()
     except EXPECTED_ERRORS as error:

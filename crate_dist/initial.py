@@ -30,13 +30,18 @@ class Origin:
 
 
 def begin_from(
-    source: Path, model: CRATE, classes: Sequence[str], head: Literal["auto", "new", "keep"] = "auto"
+    source: Path,
+    model: CRATE,
+    classes: Sequence[str],
+    head: Literal["auto", "new", "keep"] = "auto",
+    heads: int | None = None,
 ) -> Origin:
     """Copies the weights of a run, a checkpoint or a file into a model that is freshly initialised. A collective.
 
     classes: ids of the data's classes
     head: "new" and "keep" as they say; "auto" keeps the head where the classes are the same. A file that knows only
     how many classes it has, as all of the published code's, is believed to know the same ones.
+    heads: of MSSA, where a file of weights does not tell how many
 
     Raises
     ------
@@ -44,7 +49,7 @@ def begin_from(
     """
     problem, digest, adapted = "", "", None
     try:
-        subject = load_subject(source)
+        subject = load_subject(source, heads)
         weights = subject.model.state_dict()
         digest = weights_digest(weights)
         new_head = head == "new" or (head == "auto" and not _same_classes(subject, model, classes))

@@ -26,8 +26,13 @@ logger = logging.getLogger(__name__)
 class TrainJob:
     """One run on the ranks of a SLURM job."""
 
-    def __init__(self, run_dir: Path) -> None:
+    accepted_data: str | bool = False
+    """Digest of data that are accepted though not the checkpoint's; pickled only where there are such."""
+
+    def __init__(self, run_dir: Path, accepted_data: str | bool = False) -> None:
         self.run_dir = run_dir
+        if accepted_data:
+            self.accepted_data = accepted_data
 
     def __call__(self) -> dict[str, Any]:
         """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
@@ -47,7 +52,7 @@ class TrainJob:
             logger.exception("while importing")
             _end(error)
         try:
-            result = train(self.run_dir)
+            result = train(self.run_dir, accept_changed_data=self.accepted_data)
         except EXPECTED_ERRORS as error:
             logger.error("%s", error)
             _end(error)

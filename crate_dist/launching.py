@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.data.identity import DataIdentity, newest_manifest, refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.locations import redacted
@@ -33,6 +34,8 @@ class Preflight:
     micro_batch: int
     accumulation: int
     init_from: Path | None
+    accepted_data: str | bool
+    """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
@@ -54,16 +57,19 @@ class Preflight:
         return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 
-def preflight(recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False) -> Preflight:
+def preflight(
+    recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False, accept_changed_data: bool = False
+) -> Preflight:
     """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
 
-    start_over: what the folder holds will be set aside
+    start_over: what the folder holds will be set aside; accept_changed_data: other data than before are no problem
 
     Raises
     ------
     RecipeError: with everything that is wrong, one paragraph each
     """
     problems: list[str] = []
+    accepted_data: str | bool = False
     folder = RunFolder(run_dir)
     micro_batch = accumulation = 0
     train = val = None
@@ -73,8 +79,16 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path, start_over: bool =
         problems.append(str(error))
     try:
         train, val = open_splits(recipe)
+        if not start_over and (manifest := newest_manifest(folder.checkpoints)):
+            data = DataIdentity.of(train, val)
+            if changed := data.differences(manifest):
+                accepted_data = accept_changed_data and data.digest
+                if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
+                    problems.append(refusal(run_dir, changed))
     except (RecipeError, ShardError) as error:
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
         if not start_over:
             folder.check(recipe)
@@ -100,6 +114,7 @@ def preflight(recipe: Recipe, world_size: int, run_dir: Path, start_over: bool =
         micro_batch=micro_batch,
         accumulation=accumulation,
         init_from=recipe.train.init_from,
+        accepted_data=accepted_data,
     )
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from crate_dist import knn, linear_probe
 from crate_dist.data.index import ShardIndex
+from crate_dist.data.splits import check_same_classes
 from crate_dist.distributed import World
 from crate_dist.features import Features, extract, pooled
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
@@ -58,10 +59,9 @@ def question(arguments: argparse.Namespace) -> Question:
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
-    subject = load_subject(arguments.model)
+    subject = load_subject(arguments.model, arguments.heads)
     train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
-    if list(train.classes) != list(val.classes):
-        raise CannotMeasure(f"{train.place} and {val.place} do not have the same classes in the same order")
+    check_same_classes(train, val)
     for split in (train, val):
         if not split.num_samples:
             raise CannotMeasure(f"{split.place} has no samples")

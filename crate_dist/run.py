@@ -1,7 +1,8 @@
 """The run folder: one run, one folder, one curve. Imports no torch.
 
 recipe.toml          the resolved recipe
-run.json             where the code came from, each start of the run, the weights that it began from if not new ones
+run.json             where the code came from, each start of the run, the weights that it began from if not new ones,
+                     and changes of its data that were accepted
 checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
@@ -197,6 +198,24 @@ class RunFolder:
         """Puts down which weights the run began from."""
         record = json.loads(self.record_file.read_text(encoding="utf-8"))
         write_whole(self.record_file, json.dumps({**record, "began_from": origin}, indent=1))
+
+    def note_changed_data(self, step: int, digest: str, changes: Mapping[str, str]) -> None:
+        """Puts down that the run went on from a step with other data, of which `digest` is known, and what changed."""
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        note = {"step": step, "digest": digest, "changes": dict(changes)}
+        record["changed_data"] = [*record.get("changed_data", []), note]
+        write_whole(self.record_file, json.dumps(record, indent=1))
+
+    def changed_data(self) -> list[dict[str, Any]]:
+        """What note_changed_data has put down, the oldest first."""
+        if not self.record_file.exists():
+            return []
+        notes: list[dict[str, Any]] = json.loads(self.record_file.read_text(encoding="utf-8")).get("changed_data", [])
+        return notes
+
+    def data_was_accepted(self, step: int, digest: str) -> bool:
+        """Whether going on from this step with these data was put down before: the start died before its first save."""
+        return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
 
     def note_start(self, **facts: Any) -> int:
         """Adds this start (time, host, and `facts`) to the record; returns how many there were before it."""

@@ -10,7 +10,7 @@ from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkp
 from crate_dist.config import DataSection
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import load_model
+from crate_dist.models.weights import WeightsError, load_model
 from crate_dist.run import read_recipe
 
 
@@ -25,15 +25,16 @@ class Subject:
     classes: tuple[str, ...] | None = None
 
 
-def load_subject(source: Path) -> Subject:
+def load_subject(source: Path, heads: int | None = None) -> Subject:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
+    heads: for files of weights that do not tell them
     Raises
     ------
     CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
     """
     if not source.is_dir():
-        model, meta = load_model(source)
+        model, meta = load_model(source, heads)
         known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
         return Subject(model.float(), DataSection(**known), precision, str(source), _names(classes))
@@ -51,6 +52,8 @@ def load_subject(source: Path) -> Subject:
     weights = saved.weights()
     model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
     model.load_state_dict(weights)
+    if heads not in (None, model.config.heads):
+        raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
 
 

@@ -40,11 +40,14 @@ _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
 
 
-def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False) -> TrainResult:
+def train(
+    run_dir: Path, recipe: Recipe | None = None, start_over: bool = False, accept_changed_data: bool | str = False
+) -> TrainResult:
     """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
 
     recipe: opens the run folder with it, on rank 0; None: the folder has been opened, and knows its recipe
     start_over: sets aside what the folder holds; not when SLURM starts the same job again
+    accept_changed_data: goes on though the data are not those of the checkpoint; a digest: if they are those of it
 
     Raises
     ------
@@ -67,7 +70,8 @@ def train(run_dir: Path, recipe: Recipe | None = None, start_over: bool = False)
             Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog,
         ):
             startup.mark("run folder")
-            return Trainer(folder, resolved, world, device, interrupt, watchdog, startup, tenure).run()
+            together = interrupt, watchdog, startup, tenure
+            return Trainer(folder, resolved, world, device, *together, accept_changed_data).run()
     finally:
         leave_distributed()
 
@@ -119,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         recipe = recipe_from(arguments)
-        result = train(arguments.run_dir or default_run_dir(recipe), recipe, arguments.start_over)
+        run_dir = arguments.run_dir or default_run_dir(recipe)
+        result = train(run_dir, recipe, arguments.start_over, arguments.accept_changed_data)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN if may_pass(error) else 1

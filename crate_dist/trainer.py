@@ -12,6 +12,7 @@ import torch.distributed as dist
 from crate_dist import checkpoint
 from crate_dist.checkpoint import Progress
 from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
@@ -28,6 +29,7 @@ from crate_dist.lock import Tenure
 from crate_dist.metrics import Monitor
 from crate_dist.models.archs import build_model
 from crate_dist.optim import Schedule, learning_rate
+from crate_dist.resuming import progress_on
 from crate_dist.run import RunFolder
 from crate_dist.saving import Saved, Saver, prune
 from crate_dist.startup import Startup
@@ -62,24 +64,30 @@ class Trainer:
         watchdog: Watchdog,
         startup: Startup,
         tenure: Tenure,
+        accept_changed_data: bool | str = False,
     ) -> None:
         self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
         self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
         interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
         found = checkpoint.find_newest(folder.checkpoints, world)
-        self.progress = found.progress if found else Progress()
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
         self.train_index, self.val_index = open_splits(recipe)
-        if len(set(gather_objects(self.train_index.fingerprint))) > 1:
+        self.data = DataIdentity.of(self.train_index, self.val_index)
+        if len(set(gather_objects(self.data.digest))) > 1:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
+        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress()
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
+            logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
+            self.last_step = self.progress.step
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         startup.mark("checkpoint and index")
         watchdog.beat("building the engine", COMPILING)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
         if recipe.train.init_from and not found:
-            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, recipe.train.init_head)
+            how = recipe.train.init_head, recipe.train.init_heads
+            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
             if world.is_main:
                 tenure.check()
                 folder.note_origin(asdict(origin))
@@ -293,8 +301,8 @@ class Trainer:
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
         state, about = self.engine.state(), self.recipe.mathematics()
-        classes = list(self.train_index.classes)
-        self.note_saved(self.saver.save(state, self.progress, recipe=about, classes=classes))
+        data = {"classes": list(self.data.classes), "data": self.data.facts()}
+        self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:

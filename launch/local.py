@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         recipe = recipe_from(arguments)
         run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
-        command = _command(run_dir)
+        command = _command(run_dir, arguments.accept_changed_data)
         if arguments.dry_run:
             _show(recipe, ranks, command)
-        found = preflight(recipe, ranks, run_dir, arguments.start_over)
+        found = preflight(recipe, ranks, run_dir, arguments.start_over, arguments.accept_changed_data)
         print(found, flush=True)
         if arguments.dry_run:
             return 0
@@ -69,9 +69,10 @@ def _ranks(asked: int | None) -> int:
     return ranks
 
 
-def _command(run_dir: Path) -> list[str]:
+def _command(run_dir: Path, accept_changed_data: bool) -> list[str]:
     recipe_file = str(run_dir / "recipe.toml")
-    return [sys.executable, "-u", "-m", "crate_dist.train", "--config", recipe_file, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-u", "-m", "crate_dist.train", "--config", recipe_file, "--run-dir", str(run_dir)]
+    return command + (["--accept-changed-data"] if accept_changed_data else [])
 
 
 def _show(recipe: Recipe, ranks: int, command: list[str]) -> None:

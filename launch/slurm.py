@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over)
+            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over, arguments.accept_changed_data)
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
         ]
         if not arguments.dry_run:
@@ -291,7 +291,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True))
         _leave_other_jobs()
         try:
-            jobs = executor.submit_array([TrainJob(run.folder.path) for run in found])
+            jobs = executor.submit_array([TrainJob(run.folder.path, run.accepted_data) for run in found])
         except FailedJobError as error:
             raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
         except FailedSubmissionError as error:

@@ -61,7 +61,7 @@ def test_what_is_known_stands_in_the_card(tmp_path: Path, meta: dict[str, Any]) 
     for line in (
         "# crate_tiny",
         f"| parameters | {parameters:,} |",
-        f"| data, train | shards, 12,345 samples, 7 classes, class folders, index {fingerprint} |",
+        f"| data, train | shards, 12,345 samples, 7 classes, class folders, fingerprint {fingerprint} |",
         "| steps | 93750 |",
         "| epochs | 150 |",
         "| validation | top-1 70.12 %, top-5 89.5 %, loss 1.25, after step 93,700 |",

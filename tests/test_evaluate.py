@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,7 @@ from crate_dist.distributed import World
 from crate_dist.evaluate import Evaluation, evaluate, main
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import export_model, export_reference
+from crate_dist.models.weights import export_model, export_reference, to_reference
 from crate_dist.subject import load_subject
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to_the_end
@@ -158,6 +162,116 @@ def test_what_cannot_be_evaluated_is_named(
     ):
         assert main([str(argument) for argument in arguments]) == 1
         assert expected in capsys.readouterr().err
+
+
+def trained_on(folder: Path, classes: list[str] | None) -> tuple[Path, CRATE]:
+    """A file of a model of six outputs, for classes of these names."""
+    net = build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 6, seed=3).eval()
+    meta = {"eval_crop": 1.0} | ({"classes": classes} if classes else {})
+    export_model(folder / "model.pt", net.config, net.state_dict(), meta)
+    return folder / "model.pt", net
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with val/, 24 samples of the classes "0" and "1"."""
+    root = tmp_path_factory.mktemp("two")
+    write_split(root / "val", (sample for sample in casts(48, 2) if sample[2] < 2), shard_samples=20, classes=2)
+    return root
+
+
+def scored(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> tuple[dict[str, Any], str]:
+    """What the command writes and says."""
+    assert main([*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]) == 0
+    return json.loads((folder / "out.json").read_text()), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("all_classes", [False, True])
+def test_classes_are_matched_by_name_and_the_data_s_alone_compete_unless_all_are_asked_for(
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], all_classes: bool
+) -> None:
+    source, net = trained_on(tmp_path, ["x", "1", "y", "0", "z", "w"])
+    flags = ["--all-classes"] if all_classes else []
+    found, said = scored(capsys, tmp_path, source, "--data", two_classes, "--confusions", 9, *flags)
+    (batch,) = eval_loader(ShardIndex.load(two_classes / "val"), 0, 1, DATA, 32, batch=1000)
+    with torch.no_grad():
+        logits = net(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))
+    right = torch.tensor([3, 1])[batch.labels]  # the outputs that are called "0" and "1"
+    competing = logits if all_classes else logits.masked_fill(~torch.eye(6)[[1, 3]].any(dim=0), -torch.inf)
+    assert found["top1"] == pytest.approx(100 * float((competing.argmax(dim=1) == right).float().mean()))
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(competing, right)), rel=1e-5)
+    assert (found["matched_by"], found["competing"], found["model_classes"]) == ("name", 6 if all_classes else 2, 6)
+    assert f"matched by name; {6 if all_classes else 2} of the model's 6 compete" in said
+    predicted = {item["predicted"] for item in found["confusions"]}
+    assert predicted <= (set("xyzw01") if all_classes else set("01"))
+
+
+def test_the_same_classes_in_another_order_score_the_same(
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = trained_on(tmp_path, ["x", "1", "y", "0", "z", "w"])
+    ordered, _ = scored(capsys, tmp_path, source, "--data", two_classes)
+    index = ShardIndex.load(two_classes / "val")
+    rows = np.array(index.rows)
+    rows["label"] = 1 - rows["label"]
+    (tmp_path / "turned").mkdir()
+    shutil.copytree(two_classes / "val", tmp_path / "turned/val")
+    ShardIndex(tmp_path / "turned/val", index.shards, rows, ["1", "0"], ["1", "0"]).save()
+    turned, _ = scored(capsys, tmp_path, source, "--data", tmp_path / "turned")
+    assert (turned["top1"], turned["loss"]) == (ordered["top1"], pytest.approx(ordered["loss"]))
+
+
+def test_a_file_without_names_goes_by_position_and_says_so(
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = trained_on(tmp_path, None)
+    found, said = scored(capsys, tmp_path, source, "--data", two_classes)
+    assert (found["matched_by"], found["competing"]) == ("position", 2)
+    assert "by position, as the model does not tell the names of its classes; 2 of the model's 6 compete" in said
+    source, _ = trained_on(tmp_path, ["0", "1"])  # the classes of training; more outputs than these, as in training
+    found, said = scored(capsys, tmp_path, source, "--data", two_classes)
+    assert (found["matched_by"], found["competing"]) == ("order", 6)
+    assert "match" not in said
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["a", "b", "c", "d", "e", "0"], "does not know 1 of the 2 classes of .*: '1'; it knows 'a', 'b'"),
+        (["cat", "dog"], "does not know 2 of the 2 classes of .*: '0', '1'; .*--classes FILE"),
+        (["0", "1", "0"], "'0' is the name of several classes"),
+        (list("0123456"), "names 7 classes, and has 6 outputs"),
+    ],
+)
+def test_classes_that_the_model_does_not_know_are_refused(
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], classes: list[str], expected: str
+) -> None:
+    source, _ = trained_on(tmp_path, classes)
+    for flags in ([], ["--all-classes"]):
+        assert main([str(source), "--data", str(two_classes), *flags]) == 1
+        assert re.search(expected, capsys.readouterr().err)
+
+
+def test_heads_that_a_file_does_not_tell_are_asked_for(
+    cast_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(to_reference(model().state_dict()), tmp_path / "bare.pth")
+    assert main([str(tmp_path / "bare.pth"), "--data", str(cast_shards)]) == 1
+    assert "--heads" in capsys.readouterr().err
+    found, _ = scored(capsys, tmp_path, tmp_path / "bare.pth", "--data", cast_shards, "--heads", 4)
+    assert found["samples"] == 37
+    for program in ("probe", "figures"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"crate_dist.{program}"]
+            + (["knn"] if program == "probe" else ["layers", "--out", str(tmp_path / "out")])
+            + [str(tmp_path / "bare.pth"), "--data", str(cast_shards)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1
+        assert "--heads" in done.stderr
 
 
 def test_a_split_that_does_not_decode_on_one_rank_ends_all_with_a_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from crate_dist.cli import add_recipe_arguments, recipe_from
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
@@ -21,7 +23,7 @@ from crate_dist.initial import Origin, begin_from, weights_digest
 from crate_dist.launching import preflight
 from crate_dist.models.archs import build_model
 from crate_dist.models.positions import interpolate_positions
-from crate_dist.models.weights import export_model, export_reference
+from crate_dist.models.weights import export_model, export_reference, to_reference
 from crate_dist.run import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.ranks import REPOSITORY, spawn, train_to_the_end
@@ -97,11 +99,11 @@ def test_a_run_begins_from_another_s_weights_and_once_it_has_begun_does_without_
 
 
 def begin_on_ranks(
-    world: World, device: torch.device, sources: list[Path], classes: list[str], head: Any
+    world: World, device: torch.device, sources: list[Path], classes: list[str], head: Any, heads: int | None = None
 ) -> tuple[Origin, str] | str:
     model = build_model(SECTION, len(classes), seed=1)
     try:
-        origin = begin_from(sources[world.rank], model, classes, head)
+        origin = begin_from(sources[world.rank], model, classes, head, heads)
     except RecipeError as error:
         return str(error)
     return origin, weights_digest(model.state_dict())
@@ -161,6 +163,23 @@ def test_weights_that_cannot_be_used_are_named(
     assert isinstance(result, str)
     assert str(files[name]) in result
     assert re.search(expected, result)
+
+
+def test_heads_of_the_weights_to_begin_from_are_taken_from_the_command_line(
+    alone: World, tmp_path: Path, small_recipe: Path
+) -> None:
+    torch.save(to_reference(build_model(SECTION, 4, seed=7).state_dict()), tmp_path / "bare.pth")
+    for heads, expected in ((None, "--heads"), (2, "2 heads")):
+        result = begin_on_ranks(alone, torch.device("cpu"), [tmp_path / "bare.pth"], list("abcd"), "auto", heads)
+        assert isinstance(result, str)
+        assert expected in result
+    assert isinstance(
+        begin_on_ranks(alone, torch.device("cpu"), [tmp_path / "bare.pth"], list("abcd"), "auto", 4), tuple
+    )
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    line = ["--config", str(small_recipe), "--data", str(tmp_path), "--init-from", "bare.pth", "--heads", "4"]
+    assert recipe_from(parser.parse_args(line)).train.init_heads == 4
 
 
 @pytest.fixture

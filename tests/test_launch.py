@@ -253,6 +253,8 @@ def test_the_login_node_never_imports_torch(program: str, arguments: list[str], 
 def test_what_is_pickled_is_the_run_folder_alone() -> None:
     job = TrainJob(Path("/runs/one"))
     assert vars(pickle.loads(pickle.dumps(job))) == {"run_dir": Path("/runs/one")}
+    accepted = pickle.loads(pickle.dumps(TrainJob(Path("/runs/one"), "digest of the data")))
+    assert (job.accepted_data, accepted.accepted_data) == (False, "digest of the data")
     again = job.checkpoint()
     assert isinstance(again, DelayedSubmission)
     assert again.function is job

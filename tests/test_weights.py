@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_dist.config import ModelSection
 from crate_dist.models.archs import build_model, initialise
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.crate import CRATE, CrateConfig
 from crate_dist.models.weights import (
     WeightsError,
     check_fit,
@@ -200,9 +201,54 @@ def test_names_and_shapes_survive_at_any_dimensions(
     assert infer_config(state, heads=heads) == config
 
 
-def test_heads_of_a_published_size_need_not_be_given() -> None:
-    section = ModelSection(arch="crate_demo", image_size=32, patch_size=8)
-    assert infer_config(build_model(section, 10, seed=0).state_dict()).heads == 4
+def test_heads_of_a_published_size_need_not_be_given_and_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = build_model(ModelSection(arch="crate_tiny", image_size=32), 10, seed=0).state_dict()
+    torch.save({"state_dict": to_reference(state)}, tmp_path / "theirs.pth.tar")
+    assert load_model(tmp_path / "theirs.pth.tar")[0].config.heads == 6
+    assert "does not tell its heads: 6 taken, as in the published crate_tiny" in caplog.text
+    assert "does not tell its heads: 6 taken" in describe(tmp_path / "theirs.pth.tar")
+    caplog.clear()
+    assert load_model(tmp_path / "theirs.pth.tar", heads=3)[0].config.heads == 3
+    assert caplog.text == ""
+
+
+def test_heads_of_a_published_width_at_other_patches_have_to_be_given(tmp_path: Path) -> None:
+    """The published demo has the width of CRATE-B, patches of 8 pixels, and 6 heads."""
+    config = CrateConfig(image_size=16, patch_size=8, num_classes=10, dim=768, depth=12, heads=6)
+    with torch.device("meta"):
+        shapes = CRATE(config).state_dict()
+    state = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in shapes.items()}
+    with pytest.raises(WeightsError, match=r"width 768 and depth 12 with patches of 8 pixels.*--heads"):
+        infer_config(state)
+    assert infer_config(state, heads=6) == config
+
+
+def test_a_file_that_tells_its_heads_is_believed(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    export_model(tmp_path / "ours.pt", SMALL, state)
+    export_reference(tmp_path / "theirs.pth.tar", SMALL, state)
+    for name in ("ours.pt", "theirs.pth.tar"):
+        assert load_model(tmp_path / name)[0].config.heads == load_model(tmp_path / name, heads=3)[0].config.heads == 3
+        with pytest.raises(WeightsError, match="its model has 3 heads, and 4 were given"):
+            load_model(tmp_path / name, heads=4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_head_behind_the_published_one_is_joined_with_it_and_any_other_is_left_out(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, head = torch.rand(2, 3, 16, 16), nn.Linear(24, 9)
+    beside = {f"{prefix}head.{name}": tensor for name, tensor in head.state_dict().items()}
+    torch.save({"state_dict": to_reference(state, prefix) | beside}, tmp_path / "left_over.pt")
+    model, _ = load_model(tmp_path / "left_over.pt", heads=3)
+    assert_equal(dict(model.state_dict()), state)
+    assert "head.* left out" in caplog.text
+    features = initialise(replace(SMALL, num_classes=24), seed=4).eval()  # as in the published demo
+    torch.save({"model": to_reference(features.state_dict(), prefix) | beside}, tmp_path / "demo.pt")
+    model, _ = load_model(tmp_path / "demo.pt", heads=3)
+    assert torch.allclose(model.eval()(images), head(features(images)), atol=1e-5)
+    assert "joined with mlp_head.1" in caplog.text
 
 
 def test_an_export_keeps_the_architecture_the_meta_and_the_dtype(tmp_path: Path, state: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from crate_dist.config import DataSection, Recipe, RecipeError
 from crate_dist.data.cache import locked
 from crate_dist.data.cache_folder import cache_folder, make_subfolder, open_file, unwritable
+from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
 from crate_dist.data.remote import Damaged, below, fetch
 from crate_dist.locations import redacted
@@ -38,19 +39,22 @@ def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
             f"{train.place} has {train.num_samples} samples, fewer than one global batch of "
             f"{recipe.train.global_batch}; --set train.global_batch={train.num_samples} or less would do"
         )
-    if val is not None and list(val.classes) != list(train.classes):
-        raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order")
+    check_same_classes(train, val)
     if recipe.model.num_classes is not None and recipe.model.num_classes < train.num_classes:
         raise RecipeError(
             f"{train.place} has {train.num_classes} classes, more than model.num_classes = "
             f"{recipe.model.num_classes}; leave it out, or give {train.num_classes} or more"
         )
     for split in (train, val):
-        if split is not None:
-            split.check_rows()
-            if split.remote is None:
-                _check_shards_are_there(split)
+        if split is not None and split.remote is None:
+            _check_shards_are_there(split)
     return train, val
+
+
+def check_same_classes(train: ShardIndex, val: ShardIndex | None) -> None:
+    """Raises ShardError where two splits do not have the same classes in the same order, and says where they part."""
+    if val is not None and (words := first_difference(train.classes, val.classes, "in the one", "in the other")):
+        raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order: {words}")
 
 
 def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
@@ -60,9 +64,12 @@ def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
     when they arrive.
     """
     if isinstance(root, Path):
-        return ShardIndex.load(root / split)
-    remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))
-    return ShardIndex.load(_fetched_index(remote), remote)
+        index = ShardIndex.load(root / split)
+    else:
+        remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))
+        index = ShardIndex.load(_fetched_index(remote), remote)
+    index.check_rows()
+    return index
 
 
 def _fetched_index(remote: Remote) -> Path:

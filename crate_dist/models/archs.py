@@ -56,6 +56,11 @@ def find_arch(config: CrateConfig) -> ArchName | None:
     return next((name for name, known in ARCHS.items() if known == dims), None)
 
 
-def find_heads(dim: int, depth: int) -> int | None:
-    """Heads of the size with this width and depth; None when there is no such size."""
-    return next((known.heads for known in ARCHS.values() if (known.dim, known.depth) == (dim, depth)), None)
+def find_published(dim: int, depth: int, patch_size: int) -> ArchName | None:
+    """The size of the published code's with this width and depth, which all have patches of 16 pixels, or None.
+
+    The demo of its segmentation (`CRATE_base_demo`) has the width and depth of CRATE-B at patches of 8 pixels, and half
+    as many heads: a size tells the heads at 16 alone.
+    """
+    sizes = ((name, known) for name, known in ARCHS.items() if name != "crate_demo" and patch_size == 16)
+    return next((name for name, known in sizes if (known.dim, known.depth) == (dim, depth)), None)

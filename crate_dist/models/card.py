@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
 from crate_dist.locations import name_above
 from crate_dist.models.archs import find_arch
@@ -58,7 +59,7 @@ def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, A
             "samples": index.num_samples,
             "classes": index.num_classes,
             "origin": index.made_by.get("layout"),
-            "fingerprint": index.fingerprint,
+            "fingerprint": Identity.of(index).digest,
         }
         for name, index in (("train", train), ("val", val))
         if index is not None
@@ -106,6 +107,10 @@ def _origin(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str,
     for split, facts in data.items() if isinstance(data, Mapping) else ():
         if isinstance(facts, Mapping):
             yield f"data, {split}", _data(facts)
+    for note in _mappings(meta.get("changed_data")):
+        changes = note.get("changes")
+        words = "; ".join(f"{what}: {how}" for what, how in changes.items()) if isinstance(changes, Mapping) else ""
+        yield f"data changed after step {_cell(note.get('step'))}", words
     yield "steps", meta.get("step")
     epochs = meta.get("epochs", meta.get("epoch"))
     yield "epochs", f"{epochs:.4g}" if isinstance(epochs, (int, float)) else epochs
@@ -121,11 +126,15 @@ def _origin(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str,
             yield "versions", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
 
 
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
 def _data(facts: Mapping[str, Any]) -> str:
     shown = [str(facts["name"])] if facts.get("name") else []
     shown += [f"{facts[key]:,} {key}" for key in ("samples", "classes") if isinstance(facts.get(key), int)]
     shown += [str(facts["origin"])] if facts.get("origin") else []
-    shown += [f"index {facts['fingerprint']}"] if facts.get("fingerprint") else []
+    shown += [f"fingerprint {facts['fingerprint']}"] if facts.get("fingerprint") else []
     return ", ".join(shown)
 
 
@@ -144,13 +153,12 @@ def _accuracy(meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _loading(name: str, config: CrateConfig, meta: Mapping[str, Any]) -> str:
     side = config.image_size
-    heads = "" if find_arch(config) or not name.endswith(".pth.tar") else f", heads={config.heads}"
     text = f"""\
 ```python
 import torch
 from crate_dist.models.weights import load_model
 
-model, meta = load_model("{name}"{heads})
+model, meta = load_model("{name}")
 with torch.inference_mode():
     logits = model.eval()(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
 ```"""

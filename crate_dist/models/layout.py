@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_dist.models.archs import find_arch, find_heads
+from crate_dist.models.archs import find_arch, find_published
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
+from crate_dist.models.sizes import ARCHS
 
 FORMAT = "crate-dist/1"
 StateDict = Mapping[str, Tensor]
@@ -58,6 +59,32 @@ def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
     return _rename({name.removeprefix("module."): tensor for name, tensor in state_dict.items()}, table)
 
 
+def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
+    """(weights with one head, what was done in words) of weights under crate-dist's names with `head.*` beside theirs.
+
+    Two kinds of files have both. Of the demo of segmentation, `mlp_head` gives as many features as it takes, from which
+    `head` makes the scores: one linear map after the other is one linear map. In all others `head` was left over from
+    another model, and the published code's `forward` never calls it. Raises WeightsError when the shapes fit neither.
+    """
+    beside = {name: state_dict[name] for name in ("head.weight", "head.bias") if name in state_dict}
+    rest = {name: tensor for name, tensor in state_dict.items() if name not in beside}
+    first, bias = rest.get("head.linear.weight"), rest.get("head.linear.bias")
+    if not beside or first is None or bias is None:
+        return dict(state_dict), ""
+    weight = beside.get("head.weight")
+    if weight is None or first.shape[0] != first.shape[1]:
+        return rest, "head.* left out: it stands beside mlp_head.*, which is the head that the published code calls"
+    shift = beside.get("head.bias", torch.zeros(len(weight)))
+    if weight.ndim != 2 or weight.shape[1] != len(first) or shift.shape != weight.shape[:1] or len(bias) != len(first):
+        raise WeightsError(
+            f"head.weight of shape {tuple(weight.shape)} does not read the {len(first)} features that mlp_head.1 gives"
+        )
+    joined = weight.double() @ first.double(), weight.double() @ bias.double() + shift.double()
+    for name, tensor in zip(("head.linear.weight", "head.linear.bias"), joined, strict=True):
+        rest[name] = tensor.to(first.dtype)
+    return rest, "head.* joined with mlp_head.1, whose features it reads, into one linear map"
+
+
 def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
     """The same tensors under the published code's names, with `prefix` ("module." or nothing) before each."""
     return {prefix + name: tensor for name, tensor in _rename(state_dict, REFERENCE_NAMES).items()}
@@ -66,8 +93,8 @@ def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
 def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig:
     """The architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
 
-    The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width
-    and depth. Raises WeightsError when neither is at hand or when the weights are not those of a CRATE.
+    The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width,
+    depth and patch. Raises WeightsError when neither is at hand or when the weights are not those of a CRATE.
     """
 
     def shape(name: str, ndim: int) -> torch.Size:
@@ -85,12 +112,14 @@ def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig
     depth = len({match[0] for name in state_dict if (match := re.match(r"layers\.\d+\.", name))})
     if "layers.0.mssa.out.weight" not in state_dict:
         heads = heads or 1  # a single head has no output projection
-    heads = heads or find_heads(dim, depth)
     if heads is None:
-        raise WeightsError(
-            f"no published CRATE has width {dim} and depth {depth}, and the number of heads cannot be read off "
-            "the weights; give it (heads=, --heads)"
-        )
+        published = find_published(dim, depth, patch_size)
+        if published is None:
+            raise WeightsError(
+                f"no published CRATE has width {dim} and depth {depth} with patches of {patch_size} pixels, and the "
+                "number of heads cannot be read off the weights; give it (heads=, --heads)"
+            )
+        heads = ARCHS[published].heads
     try:
         return CrateConfig(
             image_size=math.isqrt(max(tokens - 1, 0)) * patch_size,

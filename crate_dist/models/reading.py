@@ -12,6 +12,7 @@ DistributedDataParallel. Files are opened with weights_only=True, so that no cod
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_dist.models.archs import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
-from crate_dist.models.layout import FORMAT, WeightsError, check_fit, config_from, from_reference, infer_config
+from crate_dist.models.layout import (
+    FORMAT,
+    WeightsError,
+    check_fit,
+    config_from,
+    from_reference,
+    infer_config,
+    join_heads,
+)
+
+logger = logging.getLogger(__name__)
 
 _STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
 _KEPT = ("epoch", "arch", "best_acc1", "acc", "eval_fit", "eval_crop", "resize_filter")
@@ -40,12 +52,35 @@ class Weights:
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
     state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
     config: the architecture, where the file says it; meta: plain values that came along
+    heads: where it says no more than these; notes: what was changed in reading, in words
     """
 
     kind: str
     state_dict: dict[str, Tensor]
     config: CrateConfig | None
     meta: dict[str, Any]
+    heads: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
+        """The model that the weights fit, and what has to be said of how that and they were found.
+
+        heads: of the model, for files that do not tell
+        Raises WeightsError when the weights fit none, when neither the file nor `heads` nor a published size tells the
+        heads, or when the file tells others.
+        """
+        told = self.config.heads if self.config else self.heads
+        if None not in (heads, told) and heads != told:
+            raise WeightsError(f"its model has {told} heads, and {heads} were given")
+        config = self.config or infer_config(self.state_dict, heads or told)
+        check_fit(self.state_dict, config)
+        if heads or told or config.heads == 1:
+            return config, self.notes
+        taken = (
+            f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
+            "width, depth and patches; --heads N would say otherwise"
+        )
+        return config, (*self.notes, taken)
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -65,8 +100,9 @@ def read_weights(path: str | Path) -> Weights:
         if isinstance(content.get(key), Mapping):
             state = _tensors(path, content[key])
             plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
-            return Weights(kind, from_reference(state), None, plain)
-    return Weights("state dict", from_reference(_tensors(path, content)), None, {})
+            heads = content.get("heads")
+            return _foreign(path, kind, state, plain, heads if type(heads) is int and heads > 0 else None)
+    return _foreign(path, "state dict", _tensors(path, content))
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -78,18 +114,29 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
     """(model, meta) from a file of any kind; the model is on the CPU, in training mode, in the dtype of the file.
 
     heads: for weights of a size that was not published, in files that do not say it
-    Raises WeightsError when the file or its weights cannot be used.
+    Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
     """
     weights = read_weights(path)
     try:
-        config = weights.config or infer_config(weights.state_dict, heads)
-        check_fit(weights.state_dict, config)
+        config, notes = weights.architecture(heads)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    for note in notes:
+        logger.warning("%s: %s", path, note)
     with torch.device("meta"):
         model = CRATE(config)
     model.load_state_dict(weights.state_dict, assign=True)
     return model, weights.meta
+
+
+def _foreign(
+    path: Path, kind: str, state: Mapping[str, Tensor], meta: dict[str, Any] | None = None, heads: int | None = None
+) -> Weights:
+    try:
+        state_dict, note = join_heads(from_reference(state))
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return Weights(kind, state_dict, None, meta or {}, heads, (note,) if note else ())
 
 
 def _load(path: Path) -> Any:
@@ -145,14 +192,14 @@ def _read_safetensors(path: Path) -> Weights:
         with safe_open(path, framework="pt", device="cpu") as file:
             about: dict[str, str] = file.metadata() or {}
             names: list[str] = file.keys()
-            state_dict = from_reference(_tensors(path, {name: file.get_tensor(name) for name in names}))
+            tensors = _tensors(path, {name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
     if "crate_dist" not in about:
-        return Weights("safetensors", state_dict, None, {})
+        return _foreign(path, "safetensors", tensors)
     _check_format(path, about["crate_dist"])
     try:
-        return Weights("safetensors", state_dict, config_from(json.loads(about["model"])), json.loads(about["meta"]))
+        return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
 

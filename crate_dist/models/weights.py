@@ -56,8 +56,8 @@ def describe(path: str | Path, heads: int | None = None) -> str:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     lines = {"file": str(path), "kind": weights.kind}
     try:
-        config = weights.config or infer_config(weights.state_dict, heads)
-        check_fit(weights.state_dict, config)
+        config, notes = weights.architecture(heads)
+        lines |= {"note" if number == 0 else f"note {number + 1}": text for number, text in enumerate(notes)}
         lines["arch"] = find_arch(config) or "no published size"
         lines |= {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
     except WeightsError as error:

@@ -59,7 +59,7 @@ def export_reference(
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
 ) -> None:
-    """Writes what the published code's training script writes and reads back with --resume.
+    """Writes what the published code's training script writes and reads back with --resume, and the heads.
 
     Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e, and training goes
     on with new moments.
@@ -79,6 +79,7 @@ def export_reference(
         "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
+        "heads": config.heads,  # which no shape tells; the published code looks at what it knows
         **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
         **{key: meta[key] for key in ("eval_fit", "eval_crop", "resize_filter") if key in meta},
     }

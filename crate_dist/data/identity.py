@@ -1,0 +1,147 @@
+"""What of the data decides the result of a run, in a few digests: every checkpoint keeps them, every start compares.
+
+Which samples, in which order, with which labels, of which classes. Not where they lie or what their shards are called,
+nor index.json itself, which names its maker: shards that are moved, or indexed anew, are the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crate_dist.data.index import ShardIndex
+from crate_dist.run import checkpoint_names
+
+_ROWS_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of one split; digests are SHA-256, in hexadecimal.
+
+    content: of the shards' own digests, in their order, and how many samples each has
+    places: of every sample's offset and size; labels: of every sample's; classes: of the class ids, in their order
+    """
+
+    samples: int
+    shards: int
+    content: str
+    places: str
+    labels: str
+    classes: str
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> Identity:
+        """Reads all rows: 0.2 s for ten million samples."""
+        content, places, labels = (hashlib.sha256() for _ in range(3))
+        for shard in index.shards:
+            content.update(f"{shard.sha256} {shard.samples}\n".encode())
+        for first in range(0, index.num_samples, _ROWS_AT_ONCE):
+            rows = index.rows[first : first + _ROWS_AT_ONCE]
+            for name, digest in (("offset", places), ("size", places), ("label", labels)):
+                digest.update(rows[name].astype("<i8").tobytes())
+        names = hashlib.sha256(json.dumps(list(index.classes)).encode())
+        found = (digest.hexdigest() for digest in (content, places, labels, names))
+        return cls(index.num_samples, len(index.shards), *found)
+
+    @property
+    def digest(self) -> str:
+        """Of all of it."""
+        return _digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Of what a run is trained and evaluated on; classes: ids in the order of the labels, of both splits."""
+
+    train: Identity
+    val: Identity | None
+    classes: Sequence[str]
+
+    @classmethod
+    def of(cls, train: ShardIndex, val: ShardIndex | None) -> DataIdentity:
+        """Of two splits with the same classes."""
+        return cls(Identity.of(train), Identity.of(val) if val else None, list(train.classes))
+
+    @property
+    def digest(self) -> str:
+        """Of both splits."""
+        return _digest(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the splits, beside the classes."""
+        return {"train": asdict(self.train), "val": asdict(self.val) if self.val else None}
+
+    def differences(self, manifest: Mapping[str, Any]) -> dict[str, str]:
+        """What differs from the data of a checkpoint, in words, by split; nothing when it is the same.
+
+        manifest: of the checkpoint; one from before there were identities may say its classes, or nothing at all
+        """
+        before, now = manifest.get("data") or {}, self.facts()
+        found = {}
+        for split in ("train", "val"):
+            there, here = before.get(split), now[split]
+            if there and here and (words := _differing(there, here)):
+                found[split] = words
+            elif before and bool(there) != bool(here):
+                found[split] = "none there" if here else "none now"
+        classes = manifest.get("classes")
+        if isinstance(classes, list) and (words := first_difference(classes, self.classes)):
+            found["classes"] = words
+        return found
+
+
+def first_difference(one: Sequence[str], other: Sequence[str], here: str = "there", there: str = "now") -> str:
+    """Where two lists of classes part, in words; "" when they do not. here, there: what the lists are called."""
+    if len(one) != len(other):
+        return f"{len(one):,} {here}, {len(other):,} {there}"
+    for number, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a != b:
+            return f"number {number} is {a!r} {here} and {b!r} {there}"
+    return ""
+
+
+def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
+    """What the newest checkpoint in a folder says, without torch; None where there is none with a whole manifest.
+
+    For a first look: whether its other files are whole is found out when the run starts.
+
+    Raises OSError when the folder cannot be listed.
+    """
+    for name in reversed(checkpoint_names(checkpoints)):
+        try:
+            manifest = json.loads((checkpoints / name / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(manifest, dict) and manifest.pop("digest", None) == _digest(manifest):
+            return manifest
+    return None
+
+
+def refusal(run: Path, differences: Mapping[str, str]) -> str:
+    """What is said to somebody who goes on with a run on other data."""
+    listing = "\n".join(f"  {what}: {words}" for what, words in differences.items())
+    return (
+        f"{run} was trained on other data than there are now:\n{listing}\n"
+        "give the data of that run, another --run-dir, or --accept-changed-data to go on with these all the same"
+    )
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    if there.get("samples") != here["samples"]:
+        return f"{there.get('samples')} samples there, {here['samples']} now"
+    words = {
+        "content": f"other shards ({there.get('shards')} there, {here['shards']} now)",
+        "places": "other offsets or sizes of samples",
+        "labels": "other labels",
+        "classes": "other classes",
+    }
+    return "; ".join(text for key, text in words.items() if there.get(key) != here[key])
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
