@@ -69,7 +69,7 @@ def report(run: Path, seconds: float) -> None:
     print(
         f"\ndone in {seconds:.0f} s\n"
         f"to see the curves:  .venv/bin/tensorboard --logdir {FOLDER}\n"
-        f"to do it again:     rm -r {FOLDER}/demo* && make demo"
+        "to do it again:     make clean && make demo"
     )
 
 

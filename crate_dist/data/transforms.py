@@ -8,8 +8,8 @@ RandomHorizontalFlip; EXIF orientation is not applied, as ImageNet's users expec
 
 Training takes the fast path: libjpeg-turbo for the crop, torch's antialiased resize on uint8, which computes what
 Pillow does with the same fixed-point weights. Evaluation takes Pillow's, at the sizes of torchvision's Resize and
-CenterCrop. Pixels may differ by a step of 1 in 255
-between versions of these libraries and kinds of CPU, and not within one installation.
+CenterCrop. Pixels may differ by a step of 1 in 255 between versions of these libraries and kinds of CPU, and not within
+one installation.
 """
 
 from __future__ import annotations

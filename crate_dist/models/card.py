@@ -184,7 +184,7 @@ def _fitting(side: int, meta: Mapping[str, Any]) -> str:
 
 
 def _filter(meta: Mapping[str, Any]) -> str:
-    return f" ({meta['resize_filter']})" if meta.get("resize_filter") else ""
+    return f" ({_cell(meta['resize_filter'])})" if meta.get("resize_filter") else ""
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
