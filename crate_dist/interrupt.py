@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -47,12 +48,16 @@ class Interrupt:
     def __init__(self) -> None:
         self.received_at: float | None = None
         self.elsewhere = False
-        self._at_once = False
+        self._at_once = self._came = False
         self._group = dist.new_group(backend="gloo")
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> Interrupt:
+        self._noted, noting = os.pipe()
+        for end in (self._noted, noting):
+            os.set_blocking(end, False)
+        self._before_noting = signal.set_wakeup_fd(noting, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._set) for number in SIGNALS}
         return self
 
@@ -61,6 +66,18 @@ class Interrupt:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        os.close(signal.set_wakeup_fd(self._before_noting))
+        os.close(self._noted)
+
+    def came(self) -> bool:
+        """Whether this rank was told, for another thread than the main one.
+
+        Python's handler runs in the main thread, when a collective that it waits in has ended; a signal is noted in a
+        pipe at once.
+        """
+        with contextlib.suppress(OSError):  # nothing is there
+            self._came |= any(number in SIGNALS for number in os.read(self._noted, 1024))
+        return self._came or self.received_at is not None
 
     @property
     def heard(self) -> bool:

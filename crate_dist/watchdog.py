@@ -88,7 +88,7 @@ class Watchdog:
                 self._store.set(f"watchdog/{self._world.rank}", f"{self._beats} {signs_of_life} {self._what}")
                 self._given_up_elsewhere = self._store.check([_GIVEN_UP])
                 if self._interrupt is not None:
-                    if self._interrupt.received_at is not None:
+                    if self._interrupt.came():
                         self._store.set(_TOLD, "")
                     self._interrupt.elsewhere = self._store.check([_TOLD])
 

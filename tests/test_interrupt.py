@@ -117,9 +117,9 @@ def test_an_evaluation_is_left_at_a_signal_and_made_by_the_next_start(trial: Tri
 
 def test_a_white_box_measure_is_left_at_a_signal_and_made_by_the_next_start(trial: Trial) -> None:
     often = ("--set", "log.whitebox_every_steps=5", "--set", "log.whitebox_images=4")
-    with trial.start(*often, faults={0: Fault("measuring the white box", 2, "slow", seconds=3.0)}) as ranks:
+    with trial.start(*often, faults={0: Fault("measuring the white box", 2, "slow", seconds=4.0)}) as ranks:
         ranks.wait_for_fault(0)
-        tell(ranks, 1, signal.SIGTERM)
+        tell(ranks, 1, signal.SIGTERM)  # which waits for rank 0
         assert ranks.wait() == [STOPPED, STOPPED], ranks.output(0)
     assert list(trial.lines("whitebox/zeros")) == [1]
     trial.finish(*often)
