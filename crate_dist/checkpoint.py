@@ -236,7 +236,11 @@ def _malformed(manifest: Mapping[str, Any]) -> str:
     world_size, files, progress = manifest["world_size"], manifest["files"], manifest["progress"]
     if not _is_count(world_size) or world_size < 1:
         return f"world_size is {world_size!r}, expected a whole number from 1 on"
-    if not isinstance(files, dict) or len(files) != world_size or files.keys() != set(map(rank_file, range(len(files)))):
+    if (
+        not isinstance(files, dict)
+        or len(files) != world_size
+        or files.keys() != set(map(rank_file, range(len(files))))
+    ):
         return f"it does not list the files of {world_size} ranks"
     for name, entry in files.items():
         if not _is_count(entry["bytes"]) or not isinstance(entry["sha256"], str):
