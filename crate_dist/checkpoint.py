@@ -261,7 +261,7 @@ def _malformed(manifest: Mapping[str, Any]) -> str:
         if not _is_count(partition) or not max(least, 1) <= partition <= least + _MOST_PADDING:
             return f"partitions[{number}] is {partition!r}, and {world_size} of them are to hold {numel} elements"
     known = Progress(**progress)
-    if not _is_count(known.step) or not all(type(at) is int for at in (known.evaluated_at, known.best_step)):
+    if not _is_count(progress["step"]) or not all(type(at) is int for at in (known.evaluated_at, known.best_step)):
         return f"progress has a step that is none: {progress!r}"
     numbers = [known.best_top1, *known.metrics.values()] if isinstance(known.metrics, dict) else [None]
     if not all(type(number) in (int, float) for number in numbers):
