@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 
 from crate_dist.data.images import Treatment, treat
+from crate_dist.data.index import checksum
 from crate_dist.data.transforms import TrainTransform, sample_rng
 
 REPO = Path(__file__).resolve().parents[1]
@@ -116,6 +117,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "Pillow, original": in_process(files, None, pillow=True),
         "ours, original": in_process(files, None),
         "ours, re-encoded": in_process(files, FOR_SPEED),
+        "checksums alone, original": checksums(files, None),
+        "checksums alone, re-encoded": checksums(files, FOR_SPEED),
     }
     for number in range(arguments.rounds):
         for step, run in steps.items():
@@ -168,6 +171,18 @@ def in_process(files: Sequence[Path], treatment: Treatment | None, pillow: bool 
                 np.asarray(contestants.pillow_crop(Image.open(io.BytesIO(data)).convert("RGB")))
             else:
                 transform(data, sample_rng(0, 0, number), out[number % BATCH])
+        return len(images)
+
+    return run
+
+
+def checksums(files: Sequence[Path], treatment: Treatment | None) -> Callable[[], float]:
+    """A function that takes the checksums of all images as the reader does, and returns how many."""
+    images = [treat(path.read_bytes(), treatment or Treatment())[0] for path in files]
+
+    def run() -> float:
+        for data in images:
+            checksum(data)
         return len(images)
 
     return run
@@ -284,13 +299,17 @@ def report(result: dict[str, Any], arguments: argparse.Namespace) -> str:
     lines += ["", "| in one process, from memory to uint8 | images/s | ratio | CPU ms/image |", "|---|---|---|---|"]
     first = result["decode"][0]
     for row in result["decode"]:
-        lines.append(f"| {row['name']} | {1e3 / row['ms']:.0f} | {first['ms'] / row['ms']:.2f} | {row['cpu_ms']:.2f} |")
+        lines.append(f"| {row['name']} | {1e3 / row['ms']:.0f} | {first['ms'] / row['ms']:.2f} | {row['cpu_ms']:.3f} |")
     lines += ["", "| | median | fastest round | CPU time |", "|---|---|---|---|"]
     for kind, name in (("original", "crate-dist, original images"), ("re-encoded", "crate-dist, re-encoded")):
         if loader := by_name.get((name, 1)):
             alone = decode[f"ours, {kind}"]
             shares = (1 - alone[unit] / loader[unit] for unit in ("ms", "ms_best", "cpu_ms"))
             lines.append(f"| loader overhead: {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    for kind in ("original", "re-encoded"):
+        alone, all_of_it = decode[f"checksums alone, {kind}"], decode[f"ours, {kind}"]
+        shares = (alone[unit] / all_of_it[unit] for unit in ("ms", "ms_best", "cpu_ms"))
+        lines.append(f"| checksums against decoding: {kind} | " + " | ".join(f"{share:.2%}" for share in shares) + " |")
     for (name, workers), row in by_name.items():
         if workers > 1 and (one := by_name.get((name, 1))):
             speedups = " | ".join(f"{one[unit] / row[unit]:.2f}" for unit in ("ms", "ms_best"))

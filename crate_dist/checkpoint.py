@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ PUBLISHED = "published.json"
 FORMAT_VERSION = 1
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
+_MOST_PADDING = 4096  # elements per rank; DeepSpeed pads to two
 
 _PAUSES_S: tuple[float, ...] = (0.5, 2.0)
 T = TypeVar("T")
@@ -294,16 +296,59 @@ def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
             return None, f"{path} has format {manifest['version']}, this program reads {FORMAT_VERSION}"
         if manifest["digest"] != manifest_digest(manifest):
             return None, f"{path / MANIFEST} does not have the digest in it"
+        if problem := _malformed(manifest):
+            return None, f"{path / MANIFEST} cannot be right: {problem}"
         checkpoint = Checkpoint(path, manifest)
-        ranks = {rank_file(rank) for rank in range(checkpoint.world_size)}
-        if set(manifest["files"]) != ranks or len(checkpoint.layouts) != len(manifest["partitions"]):
-            return None, f"{path / MANIFEST} does not list the files of {checkpoint.world_size} ranks"
-        Progress(**manifest["progress"])
     except OSError as error:
         return None, f"{path / MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return None, f"{path / MANIFEST} is damaged ({error})"
     return checkpoint, ""
+
+
+def _malformed(manifest: Mapping[str, Any]) -> str:
+    """What no save writes, in a manifest whose digest is right; "" for nothing.
+
+    Raises KeyError and TypeError where something is missing or there is more than there should be.
+    """
+    world_size, files, progress = manifest["world_size"], manifest["files"], manifest["progress"]
+    if not _is_count(world_size) or world_size < 1:
+        return f"world_size is {world_size!r}, expected a whole number from 1 on"
+    if (
+        not isinstance(files, dict)
+        or len(files) != world_size
+        or files.keys() != set(map(rank_file, range(len(files))))
+    ):
+        return f"it does not list the files of {world_size} ranks"
+    for name, entry in files.items():
+        if not _is_count(entry["bytes"]) or not isinstance(entry["sha256"], str):
+            return f"files.{name} is {entry!r}, expected bytes and a sha256"
+    groups, partitions = manifest["groups"], manifest["partitions"]
+    if not isinstance(groups, list) or not isinstance(partitions, list) or len(groups) != len(partitions):
+        return "groups and partitions are no lists of one length"
+    for number, (group, partition) in enumerate(zip(groups, partitions, strict=True)):
+        layout = Layout(**group)
+        if not all(isinstance(part, list) for part in (layout.names, layout.shapes, *layout.shapes)):
+            return f"groups[{number}] has no lists of names and shapes"
+        if len(layout.names) != len(layout.shapes) or not all(isinstance(name, str) for name in layout.names):
+            return f"groups[{number}] has other names than shapes"
+        if not all(_is_count(length) for shape in layout.shapes for length in shape):
+            return f"groups[{number}] has a shape that is none"
+        numel = sum(math.prod(shape) for shape in layout.shapes)
+        least = -(-numel // world_size)
+        if not _is_count(partition) or not max(least, 1) <= partition <= least + _MOST_PADDING:
+            return f"partitions[{number}] is {partition!r}, and {world_size} of them are to hold {numel} elements"
+    known = Progress(**progress)
+    if not _is_count(progress["step"]) or not all(type(at) is int for at in (known.evaluated_at, known.best_step)):
+        return f"progress has a step that is none: {progress!r}"
+    numbers = [known.best_top1, *known.metrics.values()] if isinstance(known.metrics, dict) else [None]
+    if not all(type(number) in (int, float) for number in numbers):
+        return f"progress has metrics that are no numbers: {progress!r}"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _digest(path: Path) -> str:

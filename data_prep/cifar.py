@@ -11,12 +11,12 @@ from crate_dist.data.program import run_program
 from crate_dist.data.published import Place, add_any_digest, add_val_fraction, working_folder
 
 EPILOG = """
-the source is a folder with one of these in it, as https://www.cs.toronto.edu/~kriz/cifar.html has them:
+the source is one of these, or a folder with one of them in it, as https://www.cs.toronto.edu/~kriz/cifar.html has them:
   cifar-10-python.tar.gz,  or cifar-10-batches-py/       cifar-100-python.tar.gz, or cifar-100-python/
   cifar-10-binary.tar.gz,  or cifar-10-batches-bin/      cifar-100-binary.tar.gz, or cifar-100-binary/
 
 example:
-  python data_prep/cifar.py --source /data/downloads --out /data/cifar10-shards
+  python data_prep/cifar.py --source cifar-10-python.tar.gz --out /data/cifar10-shards
 
   Writes train, 50,000 images, and val, the published 10,000 test images. With --val-fraction 0.1 val is held out of
   the training images, and the test images are test. Images are PNGs with the published pixels; --quality makes
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--dataset", choices=("10", "100"), help="where the source holds both")
     parser.add_argument("--coarse", action="store_true", help="CIFAR-100: its 20 superclasses as classes")
     arguments = parser.parse_args()
-    options = options_from(arguments, lossless=True)
+    options = options_from(arguments, lossless=True, archive=True)
     with working_folder(options.out, options.dry_run) as work:
         place = Place(options.source, (), work, arguments.any_digest)
         source = cifar(place, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)

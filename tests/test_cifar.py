@@ -207,6 +207,20 @@ def test_the_editions_packed_or_not_and_any_number_of_workers_give_the_same_shar
         assert fingerprint(source) == before
 
 
+def test_the_source_may_be_the_archive_or_the_unpacked_folder_itself(tmp_path: Path, expected: Path) -> None:
+    archive = python_10(tmp_path / "in") / "cifar-10-python.tar.gz"
+    write_tree(archive.parent, {"cifar-100-python/meta": b""})  # beside it, and not asked for
+    unpacked = write_tree(tmp_path / "b/cifar-10-batches-py", cifar_10(python3))
+    for name, source in (("archive", archive), ("folder", unpacked)):
+        convert(PROGRAM, source, tmp_path / name, *ANY)
+        assert tars_of(tmp_path / name) == tars_of(expected)
+    other = write_tree(tmp_path, {"cifar10.tar.gz": archive.read_bytes()}) / "cifar10.tar.gz"
+    error = refuse(PROGRAM, "--source", other, "--out", tmp_path / "out")
+    assert "no CIFAR in" in error
+    assert "looked for cifar-10-python.tar.gz, " in error
+    assert "it is a file of another name" in error
+
+
 def test_cifar_100_comes_with_its_classes_or_its_superclasses(tmp_path: Path) -> None:
     python = packed(tmp_path / "p", "cifar-100-python.tar.gz", "cifar-100-python", cifar_100())
     binary = packed(tmp_path / "b", "cifar-100-binary.tar.gz", "cifar-100-binary", cifar_100_binary())

@@ -77,13 +77,13 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
-def options_from(arguments: argparse.Namespace, lossless: bool = False) -> Options:
-    """The options that add_conversion_arguments added; lossless: as in Treatment.
+def options_from(arguments: argparse.Namespace, lossless: bool = False, archive: bool = False) -> Options:
+    """The options that add_conversion_arguments added; lossless: as in Treatment; archive: the source may be a file.
 
     Raises ShardError when the folders cannot be meant.
     """
     source, out = arguments.source.expanduser().absolute(), arguments.out.expanduser().absolute()
-    if not source.is_dir():
+    if not source.is_dir() and not (archive and source.is_file()):
         what = "is not a folder" if source.exists() else "does not exist"
         raise ShardError(f"--source {source} {what}; give the folder that the images are in")
     real_source, real_out = source.resolve(), out.resolve()

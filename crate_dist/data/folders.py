@@ -186,6 +186,8 @@ def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what
 
 def whats_in(folder: Path) -> str:
     """What a folder holds, for a message that says that it is not what was expected."""
+    if not folder.is_dir():
+        return "it is a file of another name"
     names = sorted(name + ("/" if (folder / name).is_dir() else "") for name in os.listdir(folder))
     return f"found {some(names)}" if names else "the folder is empty"
 

@@ -44,7 +44,8 @@ class Published:
 class Place:
     """Where the files of a data set are looked for, and how.
 
-    source: what --source says; within: folders below it that they may lie in; work: where archives are decompressed
+    source: what --source says, the folder that they are in or one of them itself
+    within: folders below it that they may lie in; work: where archives are decompressed
     any_digest: take files that are not what their site publishes
     """
 
@@ -55,6 +56,8 @@ class Place:
 
     def find(self, name: str) -> Path | None:
         """The file or folder of this name, None where there is none."""
+        if self.source.name == name:
+            return self.source
         places = (self.source / sub / name for sub in ("", *self.within))
         return next((place for place in places if place.exists()), None)
 

@@ -1,0 +1,183 @@
+"""No image costs more time or memory than its pixels: counted by what is asked of the libraries, not timed."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crate_dist.config import DataSection
+from crate_dist.data import decode
+from crate_dist.data.decode import MAX_BYTES, MAX_SCANNED_PIXELS, BadImage, Pixels, open_image
+from crate_dist.data.gallery import Framing
+from crate_dist.data.images import Treatment, treat
+from crate_dist.data.transforms import EvalTransform, TrainTransform
+from tests.pictures import encode, photo, psnr_db, with_scans
+
+WAYS: dict[str, Callable[[bytes], object]] = {
+    "training": lambda data: TrainTransform(224)(data, random.Random(0)),
+    "evaluation": EvalTransform(224, 256),
+    "figures": Framing(224, 16, square=False, prepared=DataSection()),
+    "conversion": lambda data: treat(data, Treatment(short_side=320, quality=90)),
+    "verification": lambda data: treat(data, Treatment(verify=True)),
+}
+
+STRIPS = [(1, 6000), (6000, 1), (1, 60_000), (60_000, 1), (40, 30_000)]
+
+
+def plainly(data: bytes, size: int, short_side: int) -> Pixels:
+    """What evaluation is to see: all of the picture resized, then the centre of it."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = short_side / min(image.size)
+    width, height = (max(round(side * scale), size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return whole[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", STRIPS)
+def test_no_more_of_a_strip_is_resized_than_the_crop_needs(
+    monkeypatch: pytest.MonkeyPatch, way: str, size: tuple[int, int]
+) -> None:
+    asked: list[int] = []
+    resize = Image.Image.resize
+
+    def spy(image: Image.Image, to: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        asked.append(to[0] * to[1])
+        return resize(image, to, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    data = encode(Image.new("RGB", size, (10, 200, 90)), "PNG")
+    if way == "figures":
+        with pytest.raises(BadImage, match="times as long as wide"):
+            WAYS[way](data)
+        return
+    pixels = WAYS[way](data)
+    if isinstance(pixels, np.ndarray):
+        assert (pixels == (10, 200, 90)).all()
+    assert max(asked, default=0) <= max(224 * 224, size[0] * size[1])
+
+
+def test_a_strip_is_seen_as_if_all_of_it_had_been_resized() -> None:
+    for number, (width, height) in enumerate([(20, 800), (900, 25), (3, 200), (1, 40)]):
+        data = encode(photo(width, height, number), "PNG")
+        assert psnr_db(EvalTransform(224, 256)(data), plainly(data, 224, 256)) > 45
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {"quality": 80}), ("GIF", {}), ("TIFF", {})],
+)
+@pytest.mark.parametrize("size", [(500, 375), (300, 640), (48, 1000), (31, 990), (9, 9)])
+def test_ordinary_pictures_keep_their_pixels_to_the_bit(
+    form: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    data = encode(photo(*size), form, **options)
+    assert np.array_equal(EvalTransform(224, 256)(data), plainly(data, 224, 256))
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from crate_dist.data.transforms import EvalTransform
+status = dict(line.split(":") for line in open("/proc/self/status"))
+now = int(status["VmSize"].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (now + 100 * 2**20,) * 2)
+for size in (1, 6000), (60000, 1), (40, 30000):
+    import io
+    from PIL import Image
+    data = io.BytesIO()
+    Image.new("RGB", size).save(data, "PNG")
+    assert EvalTransform(224, 256)(data.getvalue()).shape == (224, 224, 3)
+print("done")
+"""
+
+
+def test_a_strip_is_evaluated_in_a_hundred_megabytes() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scans_without_end_are_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    data = encode(photo(64, 48), progressive=True)
+    each = MAX_SCANNED_PIXELS // 2**16
+    bomb = with_scans(data, each)
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match=rf"{each + data.count(bytes([255, 218])) - 1} scans of 64 x 48 pixels"):
+        WAYS[way](bomb)
+
+
+def test_scans_are_weighed_with_the_pixels_that_each_goes_over() -> None:
+    """The usual ten of a progressive JPEG are taken at every size that is taken at all."""
+    data = encode(photo(64, 48), progressive=True)
+    frame = data.index(b"\xff\xc2")
+    assert data.count(b"\xff\xda") == 10
+
+    def of_side(side: int, scans: int) -> bytes:
+        large = data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
+        return with_scans(large, scans - 9)
+
+    open_image(of_side(8192, 10))
+    for side, scans in ((8192, 11), (2590, 101)):
+        with pytest.raises(BadImage, match=f"{scans} scans of {side} x {side} pixels are refused"):
+            open_image(of_side(side, scans))
+    assert TrainTransform(32)(with_scans(data, 90), random.Random(0)).std() > 5
+
+
+def png_in_pieces(pieces: int) -> bytes:
+    whole, empty = encode(photo(50, 40), "PNG"), struct.pack(">I", 0) + b"prVt"
+    return whole[:33] + (empty + struct.pack(">I", zlib.crc32(b"prVt"))) * pieces + whole[33:]
+
+
+def gif_with_comment(pieces: int) -> bytes:
+    whole = encode(Image.fromarray(photo(50, 40)).convert("P"), "GIF")
+    tables = 13 + 3 * 2 ** ((whole[10] & 7) + 1) * (whole[10] >> 7)
+    return whole[:tables] + b"\x21\xfe" + b"\x01a" * pieces + b"\0" + whole[tables:]
+
+
+def tiff_with_tags(tags: int) -> bytes:
+    """Each of the tags has all of the file as its value."""
+    whole = encode(photo(50, 40), "TIFF")
+    (first,) = struct.unpack("<L", whole[4:8])
+    (own,) = struct.unpack("<H", whole[first : first + 2])
+    more = b"".join(struct.pack("<HHLL", 30_000 + tag, 1, len(whole) - 8, 8) for tag in range(tags))
+    entries = whole[first + 2 : first + 2 + 12 * own] + more
+    return whole[:4] + struct.pack("<L", len(whole)) + whole[8:] + struct.pack("<H", own + tags) + entries + bytes(4)
+
+
+def jpeg_with_segments(segments: int) -> bytes:
+    whole = encode(photo(50, 40))
+    return whole[:2] + b"\xff\xe5\x00\x02" * segments + whole[2:]
+
+
+@pytest.mark.parametrize("make", [png_in_pieces, gif_with_comment, tiff_with_tags, jpeg_with_segments])
+def test_a_header_in_a_million_pieces_is_not_followed(make: Callable[[int], bytes]) -> None:
+    assert EvalTransform(32, 32)(make(3)).std() > 5
+    with pytest.raises(BadImage, match="in far more pieces than an image has"):
+        EvalTransform(32, 32)(make(20_000))
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (65_501, 1), (1, 3_000_000)])
+@pytest.mark.parametrize("way", WAYS)
+def test_too_many_pixels_or_rows_are_refused_before_they_are_decoded(way: str, size: tuple[int, int]) -> None:
+    whole = encode(Image.new("L", (8, 8)), "PNG")
+    header = b"IHDR" + struct.pack(">II", *size) + whole[24:29]
+    data = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    with pytest.raises(BadImage, match=f"{size[0]} x {size[1]} pixels are refused as a decompression bomb|Decompr"):
+        WAYS[way](data)
+
+
+def test_a_file_of_more_bytes_than_its_pixels_could_have_is_not_opened() -> None:
+    with pytest.raises(BadImage, match="bytes, more than the"):
+        open_image(encode(photo(32, 32)) + bytes(MAX_BYTES))
