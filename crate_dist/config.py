@@ -375,9 +375,10 @@ def _withhold(raw: Mapping[str, Any], path: Path) -> dict[tuple[str, str], str]:
     """Takes out of a file's values what only the user may give; what is to be said of each, by section and key."""
     found = {}
     for section, keys in _USERS.items():
-        table = raw.get(section)
+        if not isinstance(table := raw.get(section), dict):
+            continue
         for key, remedy in keys.items():
-            value = table.get(key) if isinstance(table, dict) else None
+            value = table.get(key)
             if not value or (section == "data" and not (isinstance(value, str) and may_run_a_command(location(value)))):
                 continue
             del table[key]

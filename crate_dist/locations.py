@@ -40,10 +40,10 @@ def redacted(place: Path | str) -> str:
         return str(place)
     place = re.sub(r"[\x00-\x1f\x7f]", _HIDDEN, place)
     if place.startswith("pipe:"):
-        name, *rest = place.removeprefix("pipe:").split(maxsplit=1) or [""]
-        if not re.fullmatch(r"[\w./+-]+", name):  # `TOKEN=… curl`, say
+        words = place.removeprefix("pipe:").split(maxsplit=1)
+        if not words or not re.fullmatch(r"[\w./+-]+", words[0]):  # `TOKEN=… curl`, say
             return f"pipe:{_HIDDEN}"
-        return f"pipe:{name}{f' {_HIDDEN}' if rest else ''}"
+        return f"pipe:{words[0]}{f' {_HIDDEN}' if words[1:] else ''}"
     scheme, separator, rest = place.partition("://")
     shown = re.split(r"[?#]", rest, maxsplit=1)[0]
     if "@" in rest[len(shown) :] and "@" not in shown:  # a query, or a password with `?` in it: nobody can tell

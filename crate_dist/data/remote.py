@@ -207,7 +207,7 @@ def _gopen(url: str, silence_s: float) -> Generator[bytes, None, None]:
 def _output(process: subprocess.Popen[bytes], url: str, silence_s: float) -> Generator[bytes, None, None]:
     """What a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
     assert process.stdout
-    out, complaints, said = process.stdout.fileno(), process.stderr and process.stderr.fileno(), b""
+    out, complaints, said = process.stdout.fileno(), process.stderr.fileno() if process.stderr else None, b""
     poll = select.poll()
     poll.register(out, select.POLLIN)
     if complaints is not None:
