@@ -1,7 +1,7 @@
 """The run folder: one run, one folder, one curve. Imports no torch.
 
 recipe.toml          the resolved recipe
-run.json             where the code came from, each start of the run, the weights that it began from if not new ones, and
+run.json             where the code came from, each start of the run, the weights that it began from if not new ones,
                      changes of its data that were accepted
 checkpoints/         step-00000500/ …, published whole or not at all
 tensorboard/         event files
