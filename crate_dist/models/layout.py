@@ -62,23 +62,19 @@ def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
 def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
     """(weights with one head, what was done in words) of weights under crate-dist's names with `head.*` beside theirs.
 
-    Two kinds of files have both. Of the demo of segmentation, `mlp_head` gives as many features as it takes, from which
+    Two kinds of files have both. In the demo of segmentation `mlp_head` gives as many features as it takes, from which
     `head` makes the scores: one linear map after the other is one linear map. In all others `head` was left over from
-    another model, and the published code's `forward` never calls it. Raises WeightsError when the shapes fit neither.
+    another model, and the published code's `forward` never calls it.
     """
     beside = {name: state_dict[name] for name in ("head.weight", "head.bias") if name in state_dict}
     rest = {name: tensor for name, tensor in state_dict.items() if name not in beside}
     first, bias = rest.get("head.linear.weight"), rest.get("head.linear.bias")
     if not beside or first is None or bias is None:
         return dict(state_dict), ""
-    weight = beside.get("head.weight")
-    if weight is None or first.shape[0] != first.shape[1]:
+    weight, shift = beside.get("head.weight", torch.empty(0)), beside.get("head.bias", torch.empty(0))
+    features = bias.shape
+    if weight.ndim != 2 or shift.shape != weight.shape[:1] or not first.shape == features * 2 == weight.shape[1:] * 2:
         return rest, "head.* left out: it stands beside mlp_head.*, which is the head that the published code calls"
-    shift = beside.get("head.bias", torch.zeros(len(weight)))
-    if weight.ndim != 2 or weight.shape[1] != len(first) or shift.shape != weight.shape[:1] or len(bias) != len(first):
-        raise WeightsError(
-            f"head.weight of shape {tuple(weight.shape)} does not read the {len(first)} features that mlp_head.1 gives"
-        )
     joined = weight.double() @ first.double(), weight.double() @ bias.double() + shift.double()
     for name, tensor in zip(("head.linear.weight", "head.linear.bias"), joined, strict=True):
         rest[name] = tensor.to(first.dtype)

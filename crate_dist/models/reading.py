@@ -101,8 +101,8 @@ def read_weights(path: str | Path) -> Weights:
             state = _tensors(path, content[key])
             plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
             heads = content.get("heads")
-            return _foreign(path, kind, state, plain, heads if type(heads) is int and heads > 0 else None)
-    return _foreign(path, "state dict", _tensors(path, content))
+            return _foreign(kind, state, plain, heads if type(heads) is int and heads > 0 else None)
+    return _foreign("state dict", _tensors(path, content))
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -130,12 +130,9 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
 
 
 def _foreign(
-    path: Path, kind: str, state: Mapping[str, Tensor], meta: dict[str, Any] | None = None, heads: int | None = None
+    kind: str, state: Mapping[str, Tensor], meta: dict[str, Any] | None = None, heads: int | None = None
 ) -> Weights:
-    try:
-        state_dict, note = join_heads(from_reference(state))
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+    state_dict, note = join_heads(from_reference(state))
     return Weights(kind, state_dict, None, meta or {}, heads, (note,) if note else ())
 
 
@@ -196,7 +193,7 @@ def _read_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
     if "crate_dist" not in about:
-        return _foreign(path, "safetensors", tensors)
+        return _foreign("safetensors", tensors)
     _check_format(path, about["crate_dist"])
     try:
         return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
