@@ -176,7 +176,7 @@ def _signals() -> Iterator[list[int]]:
 def _explain(rank: int, status: int, log: Path, lines: int = 20) -> RankFailed:
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
     if rank == 0 and status == 1:  # it has said on the terminal what a person can do
-        return RankFailed("rank 0 ended with the error above, and the others with it", status)
+        return RankFailed("rank 0 ended with exit status 1, for the reason above, so the others were ended", status)
     end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if log.is_file() else []
     text = "\n".join([f"rank {rank} {how}, so the others were ended; the end of {log}:", *(f"  {x}" for x in end)])
     return RankFailed(text, 128 - status if status < 0 else status)

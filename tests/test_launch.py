@@ -208,6 +208,7 @@ def test_a_submission_says_what_was_submitted_and_how_to_watch_it(
     ):
         assert expected in done.stdout
     assert (run / "slurm" / "4242" / "4242_submitted.pkl").is_file()
+    RunFolder(run).metrics.write_text('{"step": 1}\n')
     assert "(goes on)" in launch("slurm.py", "--config", run / "recipe.toml", "--run-dir", run, env=sbatch).stdout
 
 
@@ -341,6 +342,7 @@ def test_an_index_that_is_missing_or_promises_missing_shards(cast_shards: Path, 
 def test_a_run_folder_of_another_recipe(cast_shards: Path, tmp_path: Path) -> None:
     recipe = load_recipe("crate_tiny", data__root=str(cast_shards), train__global_batch=64)
     RunFolder(tmp_path / "run").open(recipe)
+    RunFolder(tmp_path / "run").metrics.write_text('{"step": 1}\n')
     changed = recipe.model_dump()
     changed["optim"]["lr"] = 1.0
     with pytest.raises(RecipeError, match=r"(?s)holds a run of another recipe.*optim.lr.*another --run-dir"):
