@@ -56,6 +56,22 @@ class Arrays:
         return inode, int(self.rows.sum()), int(self.numbers.sum())
 
 
+@pytest.mark.timeout(30)
+def test_two_servers_of_one_process_do_not_keep_each_other() -> None:
+    """The second is forked from a process that holds the sockets of the first."""
+    first, second = Workers(Squares(), 2, ahead=2), Workers(Squares(), 2, ahead=2)
+    assert next(first)[0] == next(second)[0] == 0
+    child = os.fork()
+    if child == 0:
+        os.execvp("sleep", ["sleep", "60"])  # nor does whatever else is forked
+    servers = [workers._server._pid for workers in (first, second)]
+    del first, second
+    for server in servers:
+        assert not Path(f"/proc/{server}").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_items_come_in_their_order_and_workers_take_turns() -> None:
     made = list(Workers(Squares(), 3, ahead=2, first=4, stop=20))
     assert [square for square, _ in made] == [n**2 for n in range(4, 20)]

@@ -78,7 +78,7 @@ class Workers(Iterator[Any]):
 
     def __init__(self, source: Source, count: int, ahead: int, first: int = 0, stop: int | None = None) -> None:
         self._workers: list[tuple[int, Connection]] = []
-        self._server = _server or _Server()
+        self._server, self._owner = _server or _Server(), os.getpid()
         self._next, self._stop = first, stop
         with ExitStack() as files:
             pickler = _Pickler(files)
@@ -109,8 +109,9 @@ class Workers(Iterator[Any]):
 
     def __del__(self) -> None:
         for _, connection in self._workers:
+            _ours.discard(connection.fileno())
             connection.close()
-        if self._server is not _server:
+        if self._server is not _server and self._owner == os.getpid():
             self._server.close()
 
 
@@ -118,6 +119,25 @@ def open_server() -> None:
     """Forks the server, once in a process. Where nobody has called this, each loader forks a server of its own."""
     global _server
     _server = _server or _Server()
+
+
+_ours: set[int] = set()
+"""The descriptors of this process at whose other ends a server or a worker waits for them to be closed."""
+
+
+def _let_go() -> None:
+    """In a process that was just forked, as the next server is: what it inherited would keep those waiting for ever."""
+    global _server
+    _server = None
+    if _ours:
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for descriptor in _ours:
+            os.dup2(nothing, descriptor, inheritable=False)  # whoever has it as its own may still close it
+        os.close(nothing)
+        _ours.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class _Sent(NamedTuple):
@@ -145,12 +165,14 @@ class _Server:
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
+        _ours.add(self._socket.fileno())
 
     def fork(self, descriptors: Sequence[int]) -> tuple[int, Connection]:
         """A new worker, which has these descriptors: its process id, and the socket to speak to it."""
         mine, other = socket.socketpair()
         with other:
             pid = self._ask(0, [other.fileno(), *descriptors])
+        _ours.add(mine.fileno())
         return pid, Connection(mine.detach())
 
     def lost(self, pid: int) -> LostWorker:
@@ -161,6 +183,7 @@ class _Server:
 
     def close(self) -> None:
         """Ends the server; its children end with the sockets of their own."""
+        _ours.discard(self._socket.fileno())
         self._socket.close()
         os.waitpid(self._pid, 0)
 
