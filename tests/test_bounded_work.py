@@ -181,3 +181,79 @@ def test_too_many_pixels_or_rows_are_refused_before_they_are_decoded(way: str, s
 def test_a_file_of_more_bytes_than_its_pixels_could_have_is_not_opened() -> None:
     with pytest.raises(BadImage, match="bytes, more than the"):
         open_image(encode(photo(32, 32)) + bytes(MAX_BYTES))
+
+
+def tiff(size: tuple[int, int], piece: tuple[int, int], data: bytes, form: str = "<", strips: bool = False) -> bytes:
+    """A grey TIFF whose deflated tiles, or strips, are all the same bytes. form: byte order, and B for a BigTIFF."""
+    order, big = form[0], form.endswith("B")
+    word, number = ("Q", "Q") if big else ("L", "H")
+    pieces = -(-size[0] // piece[0]) * -(-size[1] // piece[1])
+    shape = {278: piece[1]} if strips else {322: piece[0], 323: piece[1]}
+    tags = {256: size[0], 257: size[1], 258: 8, 259: 8, 262: 1, 277: 1, **shape}
+    offsets, counts = (273, 279) if strips else (324, 325)
+    mark = b"II" if order == "<" else b"MM"
+    head = mark + (struct.pack(order + "HHHQ", 43, 8, 0, 16) if big else struct.pack(order + "HL", 42, 8))
+    lists = len(head) + struct.calcsize(f"={number}") + (len(tags) + 2) * struct.calcsize(f"=HH{word}{word}") + 8
+    where = lists + 2 * pieces * struct.calcsize(f"={word}")
+    tags |= {offsets: where, counts: len(data)} if pieces == 1 else {offsets: lists, counts: (lists + where) // 2}
+    out = head + struct.pack(order + number, len(tags))
+    kind = 16 if big else 4
+    for tag, value in sorted(tags.items()):
+        out += struct.pack(f"{order}HH{word}{word}", tag, kind, pieces if tag in (offsets, counts) else 1, value)
+    out = out.ljust(lists, bytes(1))
+    return out + struct.pack(f"{order}{2 * pieces}{word}", *[where] * pieces, *[len(data)] * pieces) + data
+
+
+@pytest.mark.parametrize("form", ["<", ">", "<B"])
+def test_a_tiff_in_tiles_or_strips_is_taken(form: str) -> None:
+    grey = photo(48, 32)[..., 0]
+    for strips, piece in ((False, (16, 32)), (False, (64, 32)), (True, (48, 16)), (True, (48, 32))):
+        rows = np.zeros((piece[1], piece[0]), np.uint8)
+        part = grey[: piece[1], : piece[0]]
+        rows[: part.shape[0], : part.shape[1]] = part
+        image = open_image(tiff((48, 32), piece, zlib.compress(rows.tobytes()), form, strips))
+        assert np.array_equal(np.asarray(image)[: piece[1], : piece[0]], part)
+
+
+def test_tiffs_as_pillow_and_others_write_them_are_taken() -> None:
+    for mode in ("RGB", "L", "1", "I;16", "CMYK", "P"):
+        for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+            for more in ({}, {"tiffinfo": {278: 1}}, {"big_tiff": True}):
+                pixels = Image.fromarray(photo(48, 300)[..., 0]).convert(mode)
+                assert open_image(encode(pixels, "TIFF", compression=compression, **more)).size == (48, 300)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tiles_that_are_larger_than_their_picture_are_refused_before_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    few, many = zlib.compress(bytes(100)), zlib.compress(random.Random(0).randbytes(20_000))
+    bombs = [tiff((16, 16), (8208, 8208), few, form) for form in ("<", ">", "<B")]
+    bombs += [tiff((640, 16), (16, 1 << 22), few), tiff((1000, 300), (1, 1), few)]  # each costs something, too
+    bombs += [tiff((16, 60_000), (16, 1), many, strips=True)]
+    bombs += [struct.pack("<2sHLHHHLLHHLLHHLL", b"II", 42, 8, 3, 256, 4, 1, 16, 257, 4, 1, 16, 273, 4, 10**6, 99)]
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    for bomb in bombs:
+        with pytest.raises(BadImage, match=r"pieces of .* is refused as a decompression bomb"):
+            WAYS[way](bomb)
+
+
+def rle(width: int, height: int, runs: bytes) -> bytes:
+    """A run-length BMP."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    size = 14 + len(header) + 1024
+    return b"BM" + struct.pack("<IHHI", size + len(runs), 0, 0, size) + header + bytes(range(256)) * 4 + runs
+
+
+def test_what_pillow_decodes_byte_by_byte_is_no_bomb_unless_it_is_large() -> None:
+    line = b"".join(b"\x01" + bytes([n % 256]) for n in range(300)) + bytes(2)
+    twelve = (np.arange(200 * 300, dtype=">u2") % 4096).tobytes()
+    for data in (rle(300, 200, line * 200 + b"\0\1"), b"P5 300 200 4095\n" + twelve, b"P6 100 200 4095\n" + twelve):
+        assert EvalTransform(32, 32)(data).std() > 5
+    for large in (rle(65_500, 1000, b"\1\1\0\0" * 1000 + b"\0\1"), b"P5 1500 1500 100\n", b"P3 900 900 255\n"):
+        with pytest.raises(BadImage, match="refused as a decompression bomb in this form of"):
+            open_image(large)
+    plain = b"P2 300 200 255\n" + b"7 " * 30_000 + b"#\n%s" + b"7 " * 30_000
+    assert EvalTransform(32, 32)(plain % b"").std() == 0
+    with pytest.raises(BadImage, match="more than the 1,000 comments"):
+        open_image(plain % (b"#\n" * 1000))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crate_dist.config import ResizeFilter
+from crate_dist.data.tiff import tiff_pieces
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -30,6 +31,8 @@ MAX_SIDE = 65_500
 """What libjpeg takes. A strip that is longer costs more in memory per row than in pixels."""
 MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
 """Pixels times scans of a JPEG: the usual ten scans of a progressive one, at every size. A file may have thousands."""
+MAX_PYTHON_SAMPLES = 2 * 1024 * 1024
+"""Pixels times bands of what Pillow decodes in Python, at a microsecond each: run-length BMPs, PPMs of odd depth."""
 MAX_BYTES = 4 * MAX_PIXELS
 """Larger files are refused before they are read: what so many pixels have uncompressed."""
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -41,6 +44,9 @@ _MAX_SEGMENTS = 4096  # before the picture; 255 of them may hold a colour profil
 _MAX_READS = 10_000
 _BYTES_PER_READ = 64  # of the picture itself, at the least; a PNG has them in chunks of 8 kB as a rule
 _LEAST_SCAN = 2**16  # the pixels that the tables of a scan cost
+_LEAST_TILE = 2**8  # and those that a tile of a TIFF costs, however small
+_MAX_PLANES = 6
+_MAX_COMMENTS = 1000  # of a PPM in plain text; for each, Pillow copies what follows
 _UNWRITTEN = np.array([1, 254, 77], dtype=np.uint8)
 _UPSAMPLING_ROWS = 4  # chroma upsampling looks one chroma row, two pixels, past the last row
 
@@ -116,10 +122,11 @@ def decode_crop(data: bytes, size: tuple[int, int], box: Box, shrink: int = 1) -
 def open_image(data: bytes) -> Image.Image:
     """Opens with Pillow, without decoding.
 
-    Raises BadImage for no image, an unknown format, too many bytes, pixels or scans.
+    Raises BadImage for no image, an unknown format, too many bytes, pixels, scans or tiles.
     """
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data):,} bytes, more than the {MAX_BYTES:,} that an image may have")
+    _refuse_tiles(data)
     several = data.startswith(_START_OF_IMAGE) and not _single_scan_frame(data)
     file = _File(data)
     try:
@@ -137,7 +144,9 @@ def open_image(data: bytes) -> Image.Image:
     refuse_bomb(image.width, image.height)
     if several:
         _refuse_scans(data, image.size)
-    file.reads_left, file.bytes_left = _MAX_READS + len(data) // _BYTES_PER_READ, MAX_BYTES
+    in_python = _decoded_in_python(data, image)
+    file.reads_left = _MAX_READS + len(data) // (1 if in_python else _BYTES_PER_READ)
+    file.bytes_left = MAX_BYTES
     return image
 
 
@@ -222,3 +231,32 @@ def _refuse_scans(data: bytes, size: tuple[int, int]) -> None:
     scans, (width, height) = data.count(b"\xff\xda"), size
     if scans * max(width * height, _LEAST_SCAN) > MAX_SCANNED_PIXELS:
         raise BadImage(f"{scans} scans of {width} x {height} pixels are refused as a decompression bomb")
+
+
+def _refuse_tiles(data: bytes) -> None:
+    """Raises BadImage for a TIFF whose tiles or strips would take more than a picture may: all of each is decoded.
+
+    Planes are no more work than the bands of a pixel, and Pillow takes few; the offsets of all may be named.
+    """
+    if (pieces := tiff_pieces(data)) is None:
+        return
+    pixels = pieces.number * max(pieces.width * pieces.height, _LEAST_TILE)
+    if pixels > MAX_PIXELS or pieces.named > _MAX_PLANES * pieces.number or pieces.data_bytes > MAX_BYTES:
+        raise BadImage(
+            f"a TIFF of {pieces.number:,} pieces of {pieces.width} x {pieces.height} pixels, with {pieces.named:,} "
+            f"named, of {pieces.data_bytes:,} bytes, is refused as a decompression bomb"
+        )
+
+
+def _decoded_in_python(data: bytes, image: Image.Image) -> bool:
+    """Whether Pillow will decode an image in Python, reading byte by byte. Raises BadImage for a large one."""
+    decoders = {tile[0] for tile in getattr(image, "tile", ())} & Image.DECODERS.keys()
+    samples = image.width * image.height * len(image.getbands())
+    if decoders and samples > MAX_PYTHON_SAMPLES:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels are refused as a decompression bomb in this form of "
+            f"{image.format}, which is decoded slowly; another would do"
+        )
+    if "ppm_plain" in decoders and data.count(b"#") > _MAX_COMMENTS:
+        raise BadImage(f"refused as a bomb: more than the {_MAX_COMMENTS:,} comments that an image may have")
+    return bool(decoders)
