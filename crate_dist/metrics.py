@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Monitor:
         self._bad += bad
         self._bad_images += len(bad)
         for item in bad:
-            logger.warning("replaced %s of %s: %s", item.key, item.shard, item.reason)
+            # Names are the shards' own: a line break in one would be the beginning of another message.
+            logger.warning("replaced %s: %s", repr(f"{item.key} of {item.shard}")[1:-1], item.reason)
 
     def report(self, step: int) -> None:
         """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
@@ -160,8 +161,10 @@ class Monitor:
                 raise TooManyBadSamples(problem)
 
     def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Writes the outcome of an evaluation: names such as "val/top1"."""
-        self._write(step, values)
+        """Writes the outcome of an evaluation: names such as "val/top1", unless a start that was killed before its save
+        has written the same."""
+        if self._world.is_main and not any(line.items() >= values.items() for line in self._lines_of(step)):
+            self._write(step, values)
         if self._ledger:
             self._ledger.note("evaluation", step=step, seconds=seconds)
         if self._world.is_main:
@@ -190,8 +193,11 @@ class Monitor:
 
     def knows(self, step: int, name: str) -> bool:
         """Whether a value of this name was written for this step, by whatever start. On rank 0."""
-        lines = map(json.loads, whole_lines(self._folder.metrics))
-        return any(line["step"] == step and name in line for line in lines)
+        return any(name in line for line in self._lines_of(step))
+
+    def _lines_of(self, step: int) -> list[dict[str, Any]]:
+        lines = map(_line, whole_lines(self._folder.metrics))
+        return [line for line in lines if line is not None and line["step"] == step]
 
     def saved(self, saved: Saved | None) -> None:
         """Writes how long a save took, and where the time has gone so far."""
@@ -219,11 +225,12 @@ class Monitor:
             self._lines.close()
 
     def _open_files(self, step: int) -> None:
-        self._tenure.check()
-        self._ledger = Ledger(self._folder.ledger, up_s(), self._tenure.check)
-        self._ledger.note("start", step=step, world_size=self._world.world_size)
-        restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
-        _truncate_lines(self._folder.metrics, step)
+        check, facts = self._tenure.check, {"step": step, "world_size": self._world.world_size}
+        check()
+        self._ledger = Ledger(self._folder.ledger, up_s(), check)
+        self._ledger.note("start", **facts)
+        restarts = self._folder.note_start(check, **facts, launcher=self._world.launcher)
+        _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
         self._curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
@@ -304,14 +311,19 @@ class _BesideTheBar(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)  # with a bar in sight its postfix says the steps
 
 
-def _truncate_lines(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a crash cut off."""
-    kept = []
-    for text in whole_lines(path):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    write_whole(path, "".join(kept))
+def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
+    """Drops the lines of later steps, and what a crash cut off. Without such, nothing is written."""
+    lines = whole_lines(path)
+    kept = [text for text in lines if (line := _line(text)) is not None and line["step"] <= step]
+    if kept != lines:
+        check()
+        write_whole(path, "".join(text + "\n" for text in kept))
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for what is none."""
+    try:
+        line = json.loads(text)
+        return line if isinstance(line, dict) and int(line["step"]) >= 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None
