@@ -16,7 +16,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from crate_dist.accuracy import ByClass, Tally, class_text
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch
-from crate_dist.distributed import World
+from crate_dist.distributed import World, exit_at_once
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.interrupt import Left
 from crate_dist.matching import Matching, match_classes
@@ -200,4 +199,4 @@ def _print_confusions(confusions: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main)

@@ -238,7 +238,7 @@ class RunLock:
                 break
             time.sleep(min(holder.lease_s, self._lease_s) / _BEATS / 4)
         # A folder without numbers may have had some, in a lock that was removed: the clock is ahead of all of them.
-        return number + 1 if number else int(time.time()), looked_at
+        return number + 1 if number else int(1000 * time.time()), looked_at
 
     def _wait_for_an_older_program(self) -> None:
         """One that knows only the file run.lock, which it touches as long as it lives."""

@@ -21,10 +21,18 @@ from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
+from crate_dist.distributed import (
+    PortIsTaken,
+    World,
+    detect_world,
+    exit_at_once,
+    gather_objects,
+    init_distributed,
+    leave_distributed,
+)
 from crate_dist.engine import NotFinite
 from crate_dist.faults import judged, may_pass
-from crate_dist.interrupt import Interrupt
+from crate_dist.interrupt import Interrupt, ending_at_once
 from crate_dist.launching import check_that_no_job_waits
 from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
@@ -65,7 +73,8 @@ def train(
     startup.mark("imports")
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety
-    device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
+    with ending_at_once():
+        device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
     startup.mark("process group")
     try:
         with (
@@ -148,4 +157,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main)
