@@ -38,7 +38,7 @@ _PASSING = frozenset(
 is not among them."""
 
 _PASSING_TYPES = ("AcceleratorError", "OutOfMemoryError", "DistError", "LostWorker")
-"""torch's: of the device, of its memory (which another process may have taken), of the other ranks; and the loader's."""
+"""torch's: of the device, of its memory (which another process may have taken), of the other ranks; our loader's."""
 
 _PASSING_TEXTS = re.compile(
     r"DataLoader worker \(pid|Pin memory thread exited|/gloo/|Input/output error|Stale file handle|"
