@@ -17,6 +17,7 @@ from crate_dist.distributed import expand_nodelist
 from crate_dist.run import RunFolder
 from crate_dist.status import NEEDS_A_PERSON
 from tests.cluster.runs import (
+    ONE_THREAD,
     Arguments,
     check_finished,
     losses,
