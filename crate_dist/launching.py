@@ -204,7 +204,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{given}: no permission to read it")
     if source.is_file():
         return
-    run = source if (source / "recipe.toml").is_file() else source.parent.parent
+    run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
     if run == source and not checkpoint_names(RunFolder(run).checkpoints):
         raise RecipeError(f"{given}: this run has no checkpoint yet")
     if run != source and not (source / "manifest.json").is_file():

@@ -7,7 +7,7 @@ checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
 metrics.jsonl        one line per logged step
-bad_samples.jsonl    samples that did not decode and were replaced, by name
+bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         where the time went
 lock/                who works here now
 failed-start-…/      what starts that never made a step have left to a start with another recipe
@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def bad_samples(self) -> Path:
-        """One JSON object per replaced sample."""
+        """One JSON object per sample that could not be read."""
         return self.path / "bad_samples.jsonl"
 
     @property

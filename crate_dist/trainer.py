@@ -286,12 +286,13 @@ class Trainer:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
-        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
-        best = result.top1 > self.progress.best_top1
+        self.monitor.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
+        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
+        best = result.better_than(self.progress.best_top1)
         self.progress = replace(
             self.progress,
             evaluated_at=self.progress.step,
-            best_top1=max(result.top1, self.progress.best_top1),
+            best_top1=result.top1 if best else self.progress.best_top1,
             best_step=self.progress.step if best else self.progress.best_step,
             metrics=result.scalars(),
         )
