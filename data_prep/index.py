@@ -26,7 +26,8 @@ example:
   index.json and index.npy are written beside them. They must be plain .tar files, not compressed ones.
 
   --classes takes one class a line, in the order of the labels: an id, and after a tab a name for people. Without it
-  the classes of an index that stands already are kept, or they are called 0, 1, 2 ...
+  the classes of an index that stands already are kept, or they are called 0, 1, 2 ... Shards that are not those of
+  an index that stands are refused, since they may be damaged; --changed says that they were changed on purpose.
 """
 
 
@@ -75,6 +76,7 @@ def main() -> int:
         help="cls or json:KEY, of the labels [cls]",
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class ids and names, one a line")
+    parser.add_argument("--changed", action="store_true", help="shards were added, removed or replaced on purpose")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes that read shards [one per CPU]")
     arguments = parser.parse_args()
     classes = Classes.read(arguments.classes) if arguments.classes else None
@@ -82,7 +84,8 @@ def main() -> int:
         folders = [link_shards(arguments.shards, arguments.out.expanduser().absolute())]
     else:
         folders = split_folders(Path(arguments.shards).expanduser().absolute())
-    for index in build_indexes(folders, arguments.label, classes, arguments.workers or available_cpus()):
+    workers = arguments.workers or available_cpus()
+    for index in build_indexes(folders, arguments.label, classes, workers, arguments.changed):
         describe(index)
     return 0
 

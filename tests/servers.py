@@ -19,7 +19,7 @@ class FolderServer(ThreadingHTTPServer):
     """Serves the files of a folder.
 
     faults: by file name, what to do instead with the requests to come, one after the other; the last one stays when
-    it is followed by "forever"
+    it is followed by "forever"; "302 URL" leads elsewhere
     gets: requests by file name; asked: the query and the header Authorization of each
     """
 
@@ -66,6 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
                 faults.pop(0)
         if fault.isdecimal():
             self.send_error(int(fault))
+            return
+        if fault.startswith("302 "):
+            self.send_response(302)
+            self.send_header("Location", fault.removeprefix("302 "))
+            self.end_headers()
             return
         if fault == "drop":
             return

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data import ahead, remote
 from crate_dist.data.cache import NoRoom, ShardCache
 from crate_dist.data.cache_folder import close
-from crate_dist.data.identity import Identity
+from crate_dist.data.identity import DataIdentity, Identity
 from crate_dist.data.index import Remote, ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
@@ -354,6 +355,49 @@ def test_a_changed_index_is_noticed(tmp_path: Path, data: DataSection) -> None:
         (root / "train/index.json").write_text(text + "\n")
         with pytest.raises(ShardError, match=r"index.npy: .*does not belong to the index.json beside it"):
             open_split(server.url, "train", data)
+
+
+@pytest.mark.parametrize("name", ["index.npy", "index.json"])
+@pytest.mark.parametrize("way", ["flipped", "cut", "gone"])
+def test_a_cached_index_that_was_damaged_is_fetched_again(
+    folder: Path, server: FolderServer, data: DataSection, name: str, way: str
+) -> None:
+    path = open_split(server.url, "train", data).root / name
+    whole = path.read_bytes()
+    if way == "gone":
+        path.unlink()
+    else:  # the bit is in a label, or in the name of a class
+        place = len(whole) - 12 if name == "index.npy" else whole.index(b'"0"') + 1
+        path.write_bytes(whole[:place] + (bytes([whole[place] ^ 1]) + whole[place + 1 :] if way == "flipped" else b""))
+    index = open_split(server.url, "train", data)
+    assert DataIdentity.of(index, None) == DataIdentity.of(ShardIndex.load(folder / "train"), None)
+    assert path.read_bytes() == whole
+    assert server.gets["train/index.npy"] == 2
+
+
+def test_an_index_that_is_damaged_where_it_lies_is_fetched_twice_and_told_with_a_remedy_that_works(
+    folder: Path, data: DataSection, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "val", tmp_path / "shards/val")
+    index = ShardIndex.load(tmp_path / "shards/val")
+    rows = np.array(index.rows)
+    rows["label"][7] = 99
+    replace(index, rows=rows).save()
+    with serving(tmp_path / "shards") as server:
+        with pytest.raises(ShardError, match=rf"index.py DIR`, where the shards of {server.url}/val lie, rebuilds it"):
+            open_split(server.url, "val", data)
+        assert server.gets["val/index.npy"] == 2
+
+
+def test_a_redirect_that_is_not_followed_shows_no_more_of_its_place_than_the_scheme(
+    server: FolderServer, data: DataSection
+) -> None:
+    for place, scheme in (("ftps://user:p4ssword@host/x?sig=s1gned", "ftps"), ("/val/index.json?sig=s1gned", "http")):
+        server.faults["index.json"] = [f"302 {place}", "forever"]
+        with pytest.raises(ShardError, match=rf"HTTP status 302: where it leads \({scheme}:\) is not followed") as said:
+            open_split(server.url, "val", data)
+        assert "s1gned" not in str(said.value)
+        assert "p4ssword" not in str(said.value)
 
 
 def test_the_look_before_the_launch_fetches_the_index_alone(

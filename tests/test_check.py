@@ -73,6 +73,42 @@ def test_an_index_built_anew_equals_the_one_of_the_conversion(source: Path, tmp_
     assert fingerprint(tmp_path / "out") == before
 
 
+def test_an_index_is_not_built_anew_over_shards_that_changed_since(foreign: Path) -> None:
+    split = foreign / "train"
+    assert run("index.py", foreign).returncode == 0
+    before, shards = fingerprint(foreign), sorted(split.glob("*.tar"))
+    whole = shards[1].read_bytes()
+    flipped = bytearray(whole)
+    flipped[1600] ^= 1
+    for data, said in (
+        (flipped, "s-0001.tar has another sha256"),
+        (whole + bytes(512), f"s-0001.tar has {len(whole) + 512:,} bytes instead of {len(whole):,}"),
+    ):
+        shards[1].write_bytes(data)
+        assert said in refuse("index.py", foreign)
+    shards[1].write_bytes(whole)
+    shards[2].rename(split / "s-0009.tar")
+    assert "s-0002.tar is missing; s-0009.tar is new" in refuse("index.py", split)
+    (split / "s-0009.tar").rename(shards[2])
+    assert fingerprint(foreign) == before
+    shards[2].unlink()
+    assert run("index.py", foreign, "--changed").returncode == 0
+    assert ShardIndex.load(split).num_samples == 4
+
+
+def test_class_names_are_neither_lost_nor_taken_from_another_split(foreign: Path, tmp_path: Path) -> None:
+    for split, names in (("train", "red\ngreen\nblue\nnone"), ("val", "none\nblue\ngreen\nred")):
+        (tmp_path / split).write_text(names)
+        assert run("index.py", foreign / split, "--classes", tmp_path / split).returncode == 0
+    before = fingerprint(foreign)
+    assert "other classes: number 0 is 'red' in the one and 'none' in the other" in refuse("index.py", foreign)
+    index = foreign / "train/index.json"
+    index.write_bytes(index.read_bytes()[:-40])
+    assert "the names of its classes are lost; give them with --classes" in refuse("index.py", foreign / "train")
+    assert run("index.py", foreign / "train", "--classes", tmp_path / "train").returncode == 0
+    assert fingerprint(foreign) == before
+
+
 def test_verify_lists_every_damaged_shard(source: Path, tmp_path: Path) -> None:
     split = tmp_path / "out/train"
     convert(FOLDER, source, tmp_path / "out", "--shard-samples", 4)
@@ -104,7 +140,7 @@ def test_verify_holds_the_rows_and_the_images_against_the_shards(source: Path, t
     data = bytearray(shard.read_bytes())
     data[rows["offset"][0] : rows["offset"][0] + 8] = b"notajpeg"
     shard.write_bytes(data)
-    assert run("index.py", split).returncode == 0
+    assert run("index.py", split, "--changed").returncode == 0
     assert run("verify.py", split).returncode == 0
     found = run("verify.py", split, "--images")
     assert found.returncode == 1

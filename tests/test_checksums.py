@@ -221,6 +221,13 @@ def test_an_index_with_a_value_that_cannot_be_is_refused_by_file_and_field(
         ShardIndex.load(split.root)
 
 
+def test_rows_that_are_an_archive_are_refused(split: ShardIndex) -> None:
+    np.savez(split.root / "rows.npz", rows=split.rows)
+    (split.root / "rows.npz").replace(split.root / "index.npy")
+    with pytest.raises(ShardError, match=r"is damaged \(the magic string is not correct.*; `python data_prep/index.py"):
+        ShardIndex.load(split.root)
+
+
 def paths_into(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Where something stands in a value of JSON."""
     yield path

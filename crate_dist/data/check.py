@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from crate_dist.data.identity import first_difference
 from crate_dist.data.images import BadImage, check_decodes
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
 from crate_dist.data.journal import missing_shards, read_identity
 from crate_dist.data.pool import advance, run_parallel
 from crate_dist.data.program import progress_bar
 from crate_dist.data.scan import LabelRule, ShardScan, scan_shard
+
+_NAMED = 10
+"""Shards that one message names."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,18 @@ def link_shards(pattern: str, folder: Path) -> Path:
     return folder
 
 
-def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | None, workers: int) -> list[ShardIndex]:
+def build_indexes(
+    folders: Sequence[Path], label: LabelRule, classes: Classes | None, workers: int, changed: bool = False
+) -> list[ShardIndex]:
     """Scans all shards of all splits and writes their indexes, with one numbering of classes for all of them.
 
     Without `classes`, those that the splits' present indexes name are kept, and else they are numbered up to the
-    largest label. Raises ShardError; an index that stands is replaced only when all shards could be read.
+    largest label. changed: the shards need not be those that the present indexes name
+
+    Raises ShardError, also where present indexes name other shards, or classes that are not the same; an index that
+    stands is replaced only when all shards could be read.
     """
-    before = [_present_index(folder) for folder in folders]
+    before = [_present_index(folder, classes is not None) for folder in folders]
     for folder, meta in zip(folders, before, strict=True):
         missing = missing_shards(folder)
         if missing or (meta is None and read_identity(folder) is not None):
@@ -120,8 +129,9 @@ def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | 
                 f"{folder} is a conversion that is not finished or was damaged{lost}; "
                 "the command that converted it writes what is missing, and the index"
             )
-    if classes is None and (known := [meta for meta in before if meta]):
-        classes = Classes(known[0]["classes"], known[0]["class_names"])
+        if meta and not changed:  # before hours of reading, what costs one look per shard
+            _refuse_other_shards(folder, meta, {path.name: (path.stat().st_size, None) for path in _shards_in(folder)})
+    classes = classes or _present_classes(folders, before)
     number = len(classes.ids) if classes else None
     paths = [path for folder in folders for path in _shards_in(folder)]
     scans: dict[Path, ShardScan] = {}
@@ -137,6 +147,8 @@ def build_indexes(folders: Sequence[Path], label: LabelRule, classes: Classes | 
     for folder, meta in zip(folders, before, strict=True):
         ordered = [scans[path] for path in _shards_in(folder)]
         rows, shards = np.concatenate([scan.rows for scan in ordered]), [scan.shard for scan in ordered]
+        if meta and not changed:
+            _refuse_other_shards(folder, meta, {shard.name: (shard.bytes, shard.sha256) for shard in shards})
         made_by = {**(meta["made_by"] if meta else {"program": "data_prep/index.py"}), "label": str(label)}
         indexes.append(ShardIndex(folder, shards, rows, classes.ids, classes.names, made_by))
     for index in indexes:
@@ -218,16 +230,61 @@ def _holds_shards(folder: Path) -> bool:
     return (folder / INDEX_JSON).is_file() or bool(_shards_in(folder))
 
 
-def _present_index(folder: Path) -> dict[str, Any] | None:
+def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
+    """What an index.json says that stands; None where there is none, or a damaged one that nothing is lost with."""
     path = folder / INDEX_JSON
     if not path.exists():
         return None
     try:
         return read_meta(path)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return None  # damaged, and about to be replaced
     except ShardError:
         raise
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        if classes_given or read_identity(folder) is not None:
+            return None
+        raise ShardError(
+            f"{path} is damaged ({error}), and the names of its classes are lost; give them with --classes, or remove "
+            "it to have the classes numbered"
+        ) from None
     except (ValueError, RecursionError) as error:
         what = f"{path} is not an index of this project ({error})"
         raise ShardError(f"{what}; move it away, its name is needed") from None
+
+
+def _present_classes(folders: Sequence[Path], before: Sequence[Mapping[str, Any] | None]) -> Classes | None:
+    """Those of the indexes that stand. Raises ShardError where two of them say different ones."""
+    known = [(folder, meta) for folder, meta in zip(folders, before, strict=True) if meta]
+    if not known:
+        return None
+    first, said = known[0]
+    for folder, meta in known[1:]:
+        for key in ("classes", "class_names"):
+            if words := first_difference(said[key], meta[key], "in the one", "in the other"):
+                raise ShardError(
+                    f"{first / INDEX_JSON} and {folder / INDEX_JSON} have other {key}: {words}; "
+                    "--classes says which are right, or index the folders one by one"
+                )
+    return Classes(said["classes"], said["class_names"])
+
+
+def _refuse_other_shards(folder: Path, meta: Mapping[str, Any], found: Mapping[str, tuple[int, str | None]]) -> None:
+    """Raises ShardError unless the shards are those of the index that stands: what is damaged would pass for sound.
+
+    found: (bytes, sha256) by name, the latter None before it is known
+    """
+    known = {shard["name"]: shard for shard in meta["shards"]}
+    words = [f"{name} is missing" for name in known if name not in found]
+    words += [f"{name} is new" for name in found if name not in known]
+    for name in (name for name in known if name in found):
+        size, sha256 = found[name]
+        if size != known[name]["bytes"]:
+            words.append(f"{name} has {size:,} bytes instead of {known[name]['bytes']:,}")
+        elif sha256 not in (None, known[name]["sha256"]):
+            words.append(f"{name} has another sha256")
+    if words:
+        more = f"; and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+        raise ShardError(
+            f"{folder} does not hold the shards that its index names: {'; '.join(words[:_NAMED])}{more}. "
+            f"`python data_prep/verify.py {folder}` lists all that are damaged; if they were changed on purpose, "
+            "--changed takes them as they are"
+        )

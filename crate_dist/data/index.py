@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from xxhash import xxh3_64_intdigest
 
 from crate_dist.locations import redacted
@@ -148,11 +149,11 @@ class ShardIndex:
                 else "there are no shards here: data_prep/imagenet.py or image_folder.py writes them"
             )
             raise ShardError(f"no {INDEX_JSON} in {root}; {remedy}")
-        rebuild = f"`python data_prep/index.py {redacted(remote.url) if remote else root}` rebuilds"
+        rebuild = _rebuilds(root, remote)
         try:
             meta = read_meta(path)
             shards, row = [Shard(**entry) for entry in meta["shards"]], FORMATS[meta["version"]]
-            rows = np.load(root / INDEX_ROWS, mmap_mode="r", allow_pickle=False)
+            rows = open_memmap(root / INDEX_ROWS, mode="r")  # np.load takes archives too, which are no array
         except ShardError:
             raise
         except Exception as error:  # numpy's parser of headers raises whatever the bytes make it trip over
@@ -191,7 +192,7 @@ class ShardIndex:
         if digest != self.rows_sha256:
             raise ShardError(
                 f"{self.root / INDEX_ROWS} does not belong to the {INDEX_JSON} beside it, or changed since; "
-                f"`python data_prep/index.py {self.place}` rebuilds both"
+                f"{_rebuilds(self.root, self.remote)} both"
             )
 
     def bad_row(self, sample: int) -> ShardError:
@@ -199,7 +200,7 @@ class ShardIndex:
         row = self.rows[sample]
         return ShardError(
             f"row {sample} of {self.root / INDEX_ROWS} cannot be right: {row['size']} bytes at byte {row['offset']}, "
-            f"label {row['label']} of {self.num_classes} classes; `python data_prep/index.py {self.place}` rebuilds it"
+            f"label {row['label']} of {self.num_classes} classes; {_rebuilds(self.root, self.remote)} it"
         )
 
     def save(self) -> None:
@@ -265,6 +266,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta["made_by"], dict) or not isinstance(meta["made_by"].get("label", ""), str):
         raise ValueError(f"made_by is {_shown(meta['made_by'])}, expected a table whose label is text")
     return meta
+
+
+def _rebuilds(root: Path, remote: Remote | None) -> str:
+    """The remedy, to be followed by its object; data_prep/index.py takes no URL."""
+    if remote is None:
+        return f"`python data_prep/index.py {root}` rebuilds"
+    return f"`python data_prep/index.py DIR`, where the shards of {redacted(remote.url)} lie, rebuilds"
 
 
 def _shown(value: Any) -> str:

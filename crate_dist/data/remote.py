@@ -150,6 +150,9 @@ def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
         response = urllib.request.urlopen(request, timeout=silence_s)
     except urllib.error.HTTPError as error:
         error.close()
+        if 300 <= error.code < 400:  # urllib's reason quotes where it was to go, with what is signed there
+            kind = urllib.parse.urlsplit(error.url).scheme
+            raise _Refused(f"HTTP status {error.code}: where it leads ({kind}:) is not followed") from None
         if error.code < 500 and error.code not in _PASSING:
             raise _Refused(f"HTTP status {error.code} {error.reason}") from error
         raise OSError(f"HTTP status {error.code} {error.reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
 from crate_dist.data.remote import Damaged, below, fetch
 from crate_dist.locations import redacted
+
+logger = logging.getLogger(__name__)
 
 
 def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
@@ -64,16 +67,26 @@ def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
     when they arrive.
     """
     if isinstance(root, Path):
-        index = ShardIndex.load(root / split)
-    else:
-        remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))
-        index = ShardIndex.load(_fetched_index(remote), remote)
+        return _checked(ShardIndex.load(root / split))
+    remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))
+    folder = _fetched_index(remote)
+    try:
+        return _checked(ShardIndex.load(folder, remote))
+    except ShardError as error:
+        logger.warning("what the cache holds is fetched again: %s", error)
+    return _checked(ShardIndex.load(_fetched_index(remote, again=True), remote))
+
+
+def _checked(index: ShardIndex) -> ShardIndex:
     index.check_rows()
     return index
 
 
-def _fetched_index(remote: Remote) -> Path:
-    """The folder in the cache that holds index.json as it is there now, and the rows that belong to it."""
+def _fetched_index(remote: Remote, again: bool = False) -> Path:
+    """The folder in the cache that holds index.json as it is there now, and the rows that belong to it.
+
+    again: what is cached is not to be believed
+    """
     try:
         text = fetch(remote.url, INDEX_JSON, b"".join)
     except ShardError as error:
@@ -86,7 +99,7 @@ def _fetched_index(remote: Remote) -> Path:
     name = hashlib.sha256(remote.url.encode() + b"\0" + text).hexdigest()[:32]
     folder = make_subfolder(remote.cache, "indexes", name)
     with locked(folder / "lock"):
-        if not (folder / INDEX_JSON).is_file():
+        if again or _cached(folder / INDEX_JSON) != text:
             fetch(remote.url, INDEX_ROWS, lambda chunks: _take_rows(chunks, folder, digest))
             _write(folder / INDEX_JSON, iter([text]))
     return folder
@@ -103,6 +116,14 @@ def _take_rows(chunks: Iterator[bytes], folder: Path, digest: str | None) -> Non
             raise Damaged(f"it does not belong to the {INDEX_JSON} beside it, or changed on the way")
 
     _write(folder / INDEX_ROWS, passing())
+
+
+def _cached(path: Path) -> bytes | None:
+    try:
+        with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+            return file.read()
+    except OSError:  # not there, not to be read, or a link, which is not followed: to be written again
+        return None
 
 
 def _write(path: Path, chunks: Iterator[bytes]) -> None:
