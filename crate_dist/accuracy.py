@@ -1,7 +1,6 @@
 """What was predicted for the samples of every class: accuracies class by class, and what is taken for what.
 
-A sample counts under the label that it was evaluated with. One that did not decode was replaced by the next that does,
-image and label both, so it counts under its substitute's class, here as in the accuracy of the whole split.
+A sample that could not be read does not count, here as in the accuracy of the whole split.
 """
 
 from __future__ import annotations

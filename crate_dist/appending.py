@@ -11,6 +11,8 @@ from crate_dist.lock import ALONE
 
 logger = logging.getLogger(__name__)
 
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
 
 class AppendedFile:
     """Written without a buffer, so that a record is in the kernel's hands when `append` returns.
@@ -23,7 +25,7 @@ class AppendedFile:
 
     def __init__(self, path: Path, check: Callable[[], None] = ALONE.check) -> None:
         self._path, self._check = path, check
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(path, _APPEND, 0o666)
         self._waiting = b""
         self._failing = False
 
@@ -42,9 +44,15 @@ class AppendedFile:
             self._failing = False
 
     def sync(self) -> None:
-        """Brings what was written to the disk."""
+        """Brings what was written to the disk. A file that was put in the place of this one is gone on with."""
         self.append(b"")
         try:
+            if not self._path.exists() or not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+                logger.error(
+                    "%s was replaced under this program, which goes on in the file that is there now", self._path
+                )
+                before, self._descriptor = self._descriptor, os.open(self._path, _APPEND, 0o666)
+                os.close(before)
             os.fsync(self._descriptor)
         except OSError as error:
             logger.error("cannot sync %s: %s", self._path, error.strerror)

@@ -112,20 +112,29 @@ class Checkpoint:
         """One per parameter group."""
         return [Layout(**group) for group in self.manifest["groups"]]
 
-    def damaged(self, files: Sequence[str] | None = None) -> str | None:
-        """What is wrong with `files` (all of them by default) against the manifest; None when nothing is."""
-        for name in self.manifest["files"] if files is None else files:
-            expected = self.manifest["files"][name]
-            path = self.path / name
+    def damaged(self) -> str | None:
+        """What is wrong with the files against the manifest, or keeps them from being read; None when nothing does."""
+        try:
+            return self.damage(list(self.manifest["files"])) or None
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+
+    def damage(self, files: Sequence[str]) -> str:
+        """What is wrong with some of the files against the manifest, or that one is missing; "" when nothing is.
+
+        Raises OSError when one cannot be read, which says nothing about it.
+        """
+        for name in files:
+            expected, path = self.manifest["files"][name], self.path / name
             try:
                 size = patiently(path.stat).st_size
                 if size != expected["bytes"]:
                     return f"{path} has {size} bytes, not {expected['bytes']}"
                 if patiently(lambda path=path: _digest(path)) != expected["sha256"]:  # type: ignore[misc]
                     return f"{path} does not have the digest in its manifest"
-            except OSError as error:
+            except FileNotFoundError as error:
                 return f"{path}: {error.strerror}"
-        return None
+        return ""
 
     def reader(self) -> StateReader:
         """Access to the state as whole vectors."""
@@ -188,27 +197,38 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def find_newest(folder: Path, world: World) -> Checkpoint | None:
+def find_newest(folder: Path, world: World, damaged: list[str] | None = None) -> Checkpoint | None:
     """The newest checkpoint whose files have the digests of its manifest; None when the run has none. A collective.
 
-    The ranks share the reading. A damaged one is reported and the one before it is tried.
+    The ranks share the reading. A damaged one is reported, its name added to `damaged`, and the one before it is tried.
 
     Raises
     ------
-    CheckpointError: there are checkpoints, and none of them is whole; or there were, and they cannot be seen
+    CheckpointError: there are checkpoints, and none of them is whole; or there are, or were, and they cannot be seen
     """
     names, problem, number = gather_objects(_names_or_why_not(folder) if world.is_main else ([], "", None))[0]
     if problem:
         raise CheckpointError(problem) from (OSError(number, problem) if number else None)
     for name in reversed(names):
-        checkpoint, problem = _open_or_why_not(folder / name)
-        if checkpoint is not None:
-            files = sorted(checkpoint.manifest["files"])
-            problem = checkpoint.damaged(files[world.rank :: world.world_size]) or ""
-        problems = [text for text in gather_objects(problem) if text]
+        checkpoint, unseen = None, None
+        try:
+            checkpoint, problem = _open_or_why_not(folder / name)
+            if checkpoint is not None:
+                files = sorted(checkpoint.manifest["files"])
+                problem = checkpoint.damage(files[world.rank :: world.world_size])
+        except OSError as error:  # which is no reason to go back to an older one
+            unseen = error.errno
+            problem = f"{folder / name} cannot be read: {error.strerror}"
+        said = gather_objects((problem, unseen))
+        for text, number in said:
+            if number is not None:
+                raise CheckpointError(text) from OSError(number, text)
+        problems = [text for text, _ in said if text]
         if checkpoint is not None and not problems:
             return checkpoint
         logger.warning("damaged checkpoint passed over: %s", "; ".join(dict.fromkeys(problems)))
+        if damaged is not None:
+            damaged.append(name)
     if names:
         raise CheckpointError(
             f"none of the {len(names)} checkpoints in {folder} is whole; --start-over sets the run aside"
@@ -264,7 +284,10 @@ def patiently(look: Callable[[], T]) -> T:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint folder's manifest. Raises CheckpointError when it is none."""
-    checkpoint, problem = _open_or_why_not(Path(path))
+    try:
+        checkpoint, problem = _open_or_why_not(Path(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if checkpoint is None:
         raise CheckpointError(problem)
     return checkpoint
@@ -281,7 +304,10 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         raise CheckpointError(f"cannot see which checkpoints there are in {folder}: {error.strerror}") from error
     opened = []
     for name in names:
-        checkpoint, problem = _open_or_why_not(folder / name)
+        try:
+            checkpoint, problem = _open_or_why_not(folder / name)
+        except OSError as error:
+            checkpoint, problem = None, f"{folder / name} cannot be read: {error.strerror}"
         if checkpoint is None:
             logger.warning("left alone: %s", problem)
         else:
@@ -290,6 +316,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
+    """Raises OSError when the manifest cannot be read, which says nothing about it."""
     try:
         manifest = json.loads(patiently(lambda: (path / MANIFEST).read_text(encoding="utf-8")))
         if manifest["version"] != FORMAT_VERSION:
@@ -299,7 +326,7 @@ def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
         if problem := _malformed(manifest):
             return None, f"{path / MANIFEST} cannot be right: {problem}"
         checkpoint = Checkpoint(path, manifest)
-    except OSError as error:
+    except FileNotFoundError as error:
         return None, f"{path / MANIFEST}: {error.strerror}"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return None, f"{path / MANIFEST} is damaged ({error})"

@@ -1,4 +1,4 @@
-"""Exact top-1 and top-5 over every sample of a split, each counted once, at any number of ranks.
+"""Exact top-1 and top-5 over every sample of a split that can be read, each counted once, at any number of ranks.
 
     python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.evaluate runs/crate_base --worst 20 --confusions 20 --json evaluation.json
@@ -16,7 +16,7 @@ import argparse
 import csv
 import io
 import json
-import sys
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -30,27 +30,49 @@ import torch.nn.functional as F
 from crate_dist.accuracy import ByClass, Tally, class_text
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch
-from crate_dist.distributed import World
+from crate_dist.data.reader import BadSample
+from crate_dist.distributed import World, exit_at_once, gather_objects
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.interrupt import Left
 from crate_dist.matching import Matching, match_classes
 from crate_dist.run import write_whole
 from crate_dist.subject import Subject, load_subject
 
+_NAMED = 5
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in per cent, mean cross-entropy (without smoothing), and how many samples were counted."""
+    """Accuracy in per cent, mean cross-entropy (without smoothing), and how many samples were counted.
+
+    unreadable: how many do not count, since they could not be read; bad: which
+    """
 
     top1: float
     top5: float
     loss: float
     samples: int
-    replaced: int
+    unreadable: int
+    bad: tuple[BadSample, ...]
 
     def scalars(self) -> dict[str, float]:
         """As TensorBoard names them."""
         return {"val/top1": self.top1, "val/top5": self.top5, "val/loss": self.loss}
+
+    def better_than(self, top1: float) -> bool:
+        """Whether this is the model to keep. Of scores that are not numbers some class is the best all the same."""
+        return math.isfinite(self.loss) and self.top1 > top1
+
+    def problem(self, max_bad_fraction: float) -> str:
+        """What is to be said where so few samples could be read that the accuracy means little; "" where it is well.
+
+        A few are let pass, whatever their share: 8, or of a small split an eighth.
+        """
+        total = self.samples + self.unreadable
+        if self.unreadable <= max(max_bad_fraction * total, min(8, total / 8)):
+            return ""
+        first = f"{self.bad[0].key} of {self.bad[0].shard}: {self.bad[0].reason}"
+        return f"{self.unreadable:,} of {total:,} samples could not be read, the first one {first}"
 
 
 @torch.inference_mode()
@@ -67,16 +89,23 @@ def evaluate(
     tally: takes up what was predicted of every class, where somebody wants to know
     leave: asked before every batch, whether to make no more of them
 
+    A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
+    counted in its own.
+
     Raises
     ------
     Left: on all ranks, when one of them has left
     """
-    totals = torch.zeros(6, dtype=torch.float64, device=device)
+    totals, bad = torch.zeros(6, dtype=torch.float64, device=device), set[BadSample]()
     for batch in batches:
         if leave():
             totals[5] = 1
             break
         logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
+        if batch.replaced:
+            bad.update(batch.bad)
+            read = [row for row in range(len(labels)) if row not in batch.replaced]
+            logits, labels = logits[read], labels[read]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -86,17 +115,20 @@ def evaluate(
                 hits.sum().double(),
                 loss.double(),
                 torch.tensor(len(labels), dtype=torch.float64, device=device),
-                torch.tensor(len(batch.bad), dtype=torch.float64, device=device),
+                torch.tensor(len(batch.replaced), dtype=torch.float64, device=device),
                 torch.zeros((), dtype=torch.float64, device=device),
             ]
         )
         if tally is not None:
             tally.add(labels, ranked)
     dist.all_reduce(totals)
-    top1, top5, loss_sum, samples, replaced, left = totals.tolist()
+    top1, top5, loss_sum, samples, unreadable, left = totals.tolist()
     if left:
         raise Left
-    return Evaluation(100 * top1 / samples, 100 * top5 / samples, loss_sum / samples, int(samples), int(replaced))
+    # Ranks meet the same ones, where what stands in for a rank's last samples is the next rank's.
+    named = tuple(sorted(set[BadSample]().union(*gather_objects(bad)))) if unreadable else ()
+    means = 100 * top1 / samples, 100 * top5 / samples, loss_sum / samples
+    return Evaluation(*means, int(samples), int(unreadable), named)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
     parser.add_argument(
         "--all-classes", action="store_true", help="where the data have fewer classes, let all of the model's compete"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, metavar="X", help="of the samples may be unreadable [as in training]"
     )
     shown = parser.add_argument_group("class by class")
     shown.add_argument("--per-class", action="store_true", help="print a line for every class, the worst first")
@@ -137,11 +172,23 @@ def main(argv: list[str] | None = None) -> int:
         began = time.perf_counter()
         result = evaluate(predict, model.batches(index, arguments.split), device, tally)
         seconds = time.perf_counter() - began
+        asked = arguments.max_bad_fraction
+        _check(result, index, subject.data.max_bad_fraction if asked is None else asked)
         by_class = tally.total()
         if world.is_main:
             _report(arguments, subject, index, matching, world, result, by_class, seconds)
 
     return run_on_ranks(prepare, work)
+
+
+def _check(result: Evaluation, index: ShardIndex, max_bad_fraction: float) -> None:
+    if problem := result.problem(max_bad_fraction):
+        raise CannotMeasure(f"{index.place}: {problem}; --max-bad-fraction, now {max_bad_fraction}, lets more pass")
+    if not math.isfinite(result.loss):
+        raise CannotMeasure(
+            f"the loss on {index.place} is {result.loss}: weights that are not finite, or sums that overflow; "
+            "--precision fp32 helps against the latter"
+        )
 
 
 def _report(
@@ -159,10 +206,13 @@ def _report(
     print(  # noqa: T201
         f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
         f"loss {result.loss:.4f}, {result.samples:,} samples"
-        + (f", {result.replaced} replaced" if result.replaced else "")
         + f"; {rate:,.0f} images/s"
         + (f", {rate / world.world_size:,.0f} on each of {world.world_size} ranks" if world.world_size > 1 else "")
     )
+    if result.unreadable:
+        total, named = result.samples + result.unreadable, [f"{item.key} of {item.shard}" for item in result.bad]
+        which = ", ".join(named[:_NAMED]) + (", …" if len(named) > _NAMED else "")
+        print(f"{result.unreadable:,} of {total:,} samples could not be read and do not count: {which}")  # noqa: T201
     if words := matching.describe():
         print(words)  # noqa: T201
     records = by_class.records(matching.classes, matching.names)
@@ -180,6 +230,7 @@ def _report(
         write_whole(arguments.csv, table.getvalue())
     if arguments.json is not None:
         whole: dict[str, Any] = {"model": subject.name, "data": str(index.place), **asdict(result)}
+        whole["bad"] = [item._asdict() for item in result.bad]
         whole |= {"seconds": seconds, "images_per_s": rate, "ranks": world.world_size}
         whole |= {"matched_by": matching.by, "competing": matching.competing, "model_classes": matching.outputs}
         whole |= {"classes": records, "confusions": by_class.confusions(matching.classes, matching.names)}
@@ -200,4 +251,4 @@ def _print_confusions(confusions: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main)

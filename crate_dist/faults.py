@@ -37,8 +37,8 @@ _PASSING = frozenset(
 """What network file systems and their servers answer while they are ill. A missing file, a full disk, or no permission
 is not among them."""
 
-_PASSING_TYPES = ("AcceleratorError", "OutOfMemoryError", "DistError")
-"""torch's: of the device, of its memory (which another process may have taken), of the other ranks."""
+_PASSING_TYPES = ("AcceleratorError", "OutOfMemoryError", "DistError", "LostWorker")
+"""torch's: of the device, of its memory (which another process may have taken), of the other ranks; our loader's."""
 
 _PASSING_TEXTS = re.compile(
     r"DataLoader worker \(pid|Pin memory thread exited|/gloo/|Input/output error|Stale file handle|"

@@ -73,7 +73,7 @@ def extract(
         place = slice(done, done + len(batch.labels))
         values[place] = read(batch.images)
         labels[place] = batch.labels.to(device, non_blocking=True)
-        done, replaced = place.stop, replaced + len(batch.bad)
+        done, replaced = place.stop, replaced + len(batch.replaced)
     assert done == sizes[rank]
     seen = torch.stack([torch.tensor(replaced, device=device), (~values.isfinite().all(dim=1)).sum()])
     dist.all_reduce(seen)

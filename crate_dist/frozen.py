@@ -28,6 +28,7 @@ from crate_dist.distributed import (
     PortIsTaken,
     World,
     detect_world,
+    gather_objects,
     init_distributed,
     leave_distributed,
     lost_a_rank,
@@ -132,23 +133,29 @@ class Frozen:
 
 
 def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.device], Any]) -> int:
-    """Calls `prepare`, lets the ranks meet, and calls `work` with what it gave. Returns the exit status.
+    """Lets the ranks meet, calls `prepare`, and `work` with what it gave. Returns the exit status.
 
-    What a user can mend becomes a line on stderr: rank 0's, as long as all ranks have the same error.
+    What a user can mend becomes a line on rank 0's stderr, for each different error, and ends all ranks.
     """
     open_server()
     world = detect_world()
     if not world.is_main:
         logging.getLogger("crate_dist").setLevel(logging.ERROR)  # rank 0 says for all what files do not tell
     try:
-        prepared = prepare()
-    except EXPECTED_ERRORS as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    try:
         device = init_distributed(world)
         try:
+            prepared, problem = None, ""
+            try:
+                prepared = prepare()
+            except EXPECTED_ERRORS as error:
+                problem = str(error)
+            problems = gather_objects(problem)
+            if any(problems):
+                for text in dict.fromkeys(filter(None, problems)) if world.is_main else ():
+                    where = "" if all(problems) else f"rank {problems.index(text)}: "
+                    print(f"error: {where}{text}", file=sys.stderr)  # noqa: T201
+                return 1
+            assert prepared is not None
             work(prepared, world, device)
         finally:
             leave_distributed()

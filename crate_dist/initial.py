@@ -15,7 +15,7 @@ from crate_dist.distributed import gather_objects
 from crate_dist.models.adapt import adapt
 from crate_dist.models.crate import CRATE
 from crate_dist.models.layout import StateDict, WeightsError
-from crate_dist.subject import Subject, load_subject
+from crate_dist.subject import Subject, are_numbers, load_subject
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def begin_from(
 
     classes: ids of the data's classes
     head: "new" and "keep" as they say; "auto" keeps the head where the classes are the same. A file that knows only
-    how many classes it has, as all of the published code's, is believed to know the same ones.
+    how many classes it has, as all of the published code's, is believed to know the same ones, and so are classes that
+    have numbers for names on both sides; the log says so.
     heads: of MSSA, where a file of weights does not tell how many
 
     Raises
@@ -65,8 +66,10 @@ def begin_from(
     own = model.state_dict()
     model.load_state_dict({**own, **adapted.state_dict})
     changes = adapted.notes
-    if "head.linear.weight" in adapted.state_dict and subject.classes is None:
-        changes += (f"head kept for {model.config.num_classes} classes, the names of which it does not tell",)
+    if "head.linear.weight" in adapted.state_dict and (subject.classes is None or are_numbers(subject.classes)):
+        why = "the names of which it does not tell" if subject.classes is None else "which have numbers for names there"
+        remedy = "" if head == "keep" else "; --set train.init_head=new if they are others"
+        changes += (f"head kept by number for {model.config.num_classes} classes, {why}{remedy}",)
     logger.info(
         "began from %s: %d of %d tensors; %s; sha256 %s",
         subject.name,

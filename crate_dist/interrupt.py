@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import torch
@@ -34,6 +36,34 @@ class Left(Exception):
     """What was under way was left because the run is told to stop; the next start makes it."""
 
 
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While this process waits for the others to come, a signal ends it: nothing is to be saved.
+
+    By a thread, since the main one may be waiting in a library that never comes back to Python.
+    """
+
+    def wait() -> None:
+        if os.read(noted, 1):
+            os._exit(STOPPED)
+
+    noted, noting = os.pipe()
+    os.set_blocking(noting, False)
+    before_noting = signal.set_wakeup_fd(noting, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    waiting = threading.Thread(target=wait, name="signals", daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_noting)
+        os.close(noting)
+        waiting.join()
+        os.close(noted)
+
+
 class Interrupt:
     """Whether any rank has been told to stop. A second Ctrl-C ends the process as if there were none of this.
 
@@ -49,6 +79,7 @@ class Interrupt:
         self.received_at: float | None = None
         self.elsewhere = False
         self._at_once = self._came = False
+        self._interrupted_at: float | None = None
         self._group = dist.new_group(backend="gloo")
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
@@ -76,8 +107,20 @@ class Interrupt:
         pipe at once.
         """
         with contextlib.suppress(OSError):  # nothing is there
-            self._came |= any(number in SIGNALS for number in os.read(self._noted, 1024))
+            noted = os.read(self._noted, 1024)
+            self._came |= any(number in SIGNALS for number in noted)
+            if signal.SIGINT in noted:
+                self._again()
         return self._came or self.received_at is not None
+
+    def _again(self) -> None:
+        """The second Ctrl-C, while the main thread may be waiting for another rank."""
+        now = time.monotonic()
+        self._interrupted_at = self._interrupted_at or now
+        if now - self._interrupted_at > _AGAIN_S:
+            logger.critical("interrupted once more: ending at once")
+            logging.shutdown()
+            os._exit(128 + signal.SIGINT)
 
     @property
     def heard(self) -> bool:

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from crate_dist.data.identity import DataIdentity, newest_manifest, refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.locations import redacted
-from crate_dist.lock import RunIsLocked, RunLock
+from crate_dist.lock import LostTheRun, RunIsLocked, RunLock
 from crate_dist.run import RunFolder, checkpoint_names, read_recipe
+
+_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
 
 
 @dataclass(frozen=True)
@@ -131,38 +134,58 @@ def opened(folder: RunFolder, recipe: Recipe, start_over: bool, brief: bool) -> 
     folder.make()
     try:
         with RunLock(folder.lock, recipe.safety.lease_s, brief, lost=lambda why: None) as lock:
-            _check_that_no_job_waits(folder)
+            check_that_no_job_waits(folder)
             if start_over:
-                folder.set_aside()
-            folder.open(recipe)
+                folder.set_aside(lock.check)
+            folder.open(recipe, lock.check)
+            lock.check()
             yield lock
-    except RunIsLocked as error:
+    except (RunIsLocked, LostTheRun) as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
         raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
 
 
-def _check_that_no_job_waits(folder: RunFolder) -> None:
-    """What the folder's jobs are doing is asked of SLURM, where there is one."""
+def check_that_no_job_waits(folder: RunFolder) -> None:
+    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
+
+    Raises
+    ------
+    RecipeError: one of them waits, or runs; or SLURM does not answer
+    """
     try:
         jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
     except FileNotFoundError:
         return
     mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
-    if not jobs or not shutil.which("squeue"):
+    if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
         return
-    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return
-    for line in done.stdout.splitlines():
+    for line in _queue(jobs).splitlines():
         number, name, state, *why = line.split()
-        if jobs & {number, name} and not mine & {number, name.partition("_")[0]}:
+        if jobs & {number, name}:
             raise RecipeError(
                 f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
                 f"wait for it, scancel {name}, or give another --run-dir"
             )
+
+
+def _queue(jobs: Collection[str]) -> str:
+    """The user's jobs, a line each."""
+    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
+    said = ""
+    for pause_s in _PAUSES_S:
+        time.sleep(pause_s)
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+            continue
+        if done.returncode == 0:
+            return done.stdout
+        said = done.stderr.strip()
+    raise RecipeError(
+        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
+    )
 
 
 def check_init_from(source: Path, recipe: Recipe) -> None:
@@ -181,7 +204,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{given}: no permission to read it")
     if source.is_file():
         return
-    run = source if (source / "recipe.toml").is_file() else source.parent.parent
+    run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
     if run == source and not checkpoint_names(RunFolder(run).checkpoints):
         raise RecipeError(f"{given}: this run has no checkpoint yet")
     if run != source and not (source / "manifest.json").is_file():

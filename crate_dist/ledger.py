@@ -116,7 +116,7 @@ class Ledger:
         for text in whole_lines(path):
             try:
                 self.totals.add(json.loads(text))
-            except (ValueError, KeyError):  # of a file system that was repaired, or of an older version
+            except (ValueError, KeyError, TypeError):  # of a file system that was repaired, or of an older version
                 continue
         self._file = AppendedFile(path, check)
 

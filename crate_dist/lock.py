@@ -44,6 +44,7 @@ _PATIENCE = 2.0  # leases without a new number after which a holder is believed 
 _KEPT = 64  # numbers that stay, so that a start that sees a listing of minutes ago meets the one it would make
 _GLANCE_S = 0.1  # for which a look is good: of hundreds of curves one point each is appended at a time
 _ASKING_S = 90.0  # for a holder that will leave by itself: our former self, a launcher
+_SPECIAL_STEPS = 0x7FFFFFFF  # of a batch script, an interactive shell: SLURM numbers these from the other end
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _OLD_LOCK, _OLD_LEASE_S = "run.lock", 30.0  # until 2026: a file whose modification time was the sign of life
 
@@ -125,7 +126,8 @@ class Holder:
         job, restart, ended = ([*os.environ.get("CRATE_ENDED_STEPS", "").split("."), "", ""])[:3]
         if self.start and (job, restart) == (self.job, self.restart) and ended.isdecimal():
             return _count(self.start) <= int(ended)
-        return bool(self.step) and self.step != _slurm("STEP_ID") and _slurm_knows_no_step(self.job, self.step)
+        counted = _count(self.step or "-") < _SPECIAL_STEPS and self.step.isdecimal()
+        return counted and self.step != _slurm("STEP_ID") and _slurm_knows_no_step(self.job, self.step)
 
 
 class RunLock:
@@ -235,7 +237,8 @@ class RunLock:
                 logger.warning("taking over %s from %s, which gives no sign of life", self._path.parent, holder)
                 break
             time.sleep(min(holder.lease_s, self._lease_s) / _BEATS / 4)
-        return number + 1, looked_at
+        # A folder without numbers may have had some, in a lock that was removed: the clock is ahead of all of them.
+        return number + 1 if number else int(1000 * time.time()), looked_at
 
     def _wait_for_an_older_program(self) -> None:
         """One that knows only the file run.lock, which it touches as long as it lives."""
@@ -317,12 +320,18 @@ class RunLock:
                 (self._path / f"{number:08d}").unlink(missing_ok=True)
 
     def _lose_unless_ours(self) -> None:
-        newest = max(self._numbers(), default=0)
+        try:
+            newest = max(self._numbers(), default=0)
+        except FileNotFoundError:
+            os.listdir(self._path.parent)  # raises OSError when it is not the lock alone that is not there
+            newest = 0
         if newest != self._number or self._holder(newest).token not in (self._me.token, ""):  # "": cannot be read now
             self._lose()
 
     def _lose(self) -> None:
-        newest = max(self._numbers(), default=0)
+        newest = 0
+        with contextlib.suppress(OSError):
+            newest = max(self._numbers(), default=0)
         other = self._holder(newest) if newest else None
         self._lost = f"{self._path.parent} has been taken over by {other or 'somebody who removed the lock'}"
         raise LostTheRun(self._lost)

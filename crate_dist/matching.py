@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crate_dist.data.index import ShardIndex
 from crate_dist.frozen import CannotMeasure
-from crate_dist.subject import Subject
+from crate_dist.subject import Subject, are_numbers
 
 _SHOWN = 5
 
@@ -21,13 +21,14 @@ _SHOWN = 5
 class Matching:
     """How logits are held against the labels of a split.
 
-    by: "order" where model and data have the same classes in the same order
+    by: "order" where model and data have the same classes in the same order; "number" where the model's classes were
+    given no names but their numbers, "position" where it does not tell any
     columns: outputs that compete, those of the data's classes first, in their order; None: all, as they are
     competing: how many; outputs: how many the model has
     classes, names: of the columns, as far as they are known
     """
 
-    by: Literal["order", "name", "position"]
+    by: Literal["order", "name", "number", "position"]
     columns: Sequence[int] | None
     competing: int
     outputs: int
@@ -44,7 +45,11 @@ class Matching:
         """What has to be said of it; "" for the same classes in the same order."""
         if self.by == "order":
             return ""
-        how = "by name" if self.by == "name" else "by position, as the model does not tell the names of its classes"
+        how = {
+            "name": "by name",
+            "number": "by position, as the shards that the model was trained on have numbers for names",
+            "position": "by position, as the model does not tell the names of its classes",
+        }[self.by]
         return f"classes are matched {how}; {self.competing:,} of the model's {self.outputs:,} compete"
 
 
@@ -59,24 +64,28 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
     CannotMeasure: the model does not know all of the classes, or a name does not say which class it is
     """
     outputs, known, wanted = subject.model.config.num_classes, subject.classes, list(index.classes)
-    if len(wanted) > outputs:
-        raise CannotMeasure(f"{index.place} has {len(wanted):,} classes, the model only {outputs:,}")
+    if known is not None and len(known) > outputs:
+        raise CannotMeasure(f"{subject.name} names {len(known):,} classes, and has {outputs:,} outputs")
+    numbers = known is not None and are_numbers(known)
+    most = len(known) if known is not None and numbers else outputs
+    if len(wanted) > most:
+        raise CannotMeasure(f"{index.place} has {len(wanted):,} classes, the model only {most:,}")
     if known is not None and list(known) == wanted:
-        return Matching("order", None, outputs, outputs, wanted, index.class_names)
-    columns = list(range(len(wanted))) if known is None else _by_name(subject.name, known, index, outputs)
+        return Matching("number" if numbers else "order", None, outputs, outputs, wanted, index.class_names)
+    named = None if numbers else known
+    columns = list(range(len(wanted))) if named is None else _by_name(subject.name, named, index)
     classes, names = wanted, list(index.class_names)
     if all_classes:
         taken = set(columns)
         others = [output for output in range(outputs) if output not in taken]
         rest = [known[output] if known and output < len(known) else f"output {output}" for output in others]
         columns, classes, names = columns + others, classes + rest, names + rest
-    return Matching("position" if known is None else "name", columns, len(columns), outputs, classes, names)
+    by: Literal["name", "number", "position"] = "number" if numbers else "position" if known is None else "name"
+    return Matching(by, columns, len(columns), outputs, classes, names)
 
 
-def _by_name(model: str, known: Sequence[str], index: ShardIndex, outputs: int) -> list[int]:
+def _by_name(model: str, known: Sequence[str], index: ShardIndex) -> list[int]:
     """The output of every class of a split."""
-    if len(known) > outputs:
-        raise CannotMeasure(f"{model} names {len(known):,} classes, and has {outputs:,} outputs")
     places = {name: output for output, name in enumerate(known)}
     if unknown := [name for name in index.classes if name not in places]:
         more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""

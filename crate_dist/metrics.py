@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from crate_dist.startup import up_s
 logger = logging.getLogger(__name__)
 
 _MUCH_WAITING = 0.1
+_NAMED = 16
 
 
 class TooManyBadSamples(RuntimeError):
@@ -62,6 +63,7 @@ class Monitor:
         self._reset()
         self._reported = step
         self._bad: list[BadSample] = []
+        self._unreadable: set[BadSample] = set()
         self._bad_reported = 0.0
         self._bad_file: AppendedFile | None = None
         self._curves: Curves | None = None
@@ -93,7 +95,7 @@ class Monitor:
         self._bad += bad
         self._bad_images += len(bad)
         for item in bad:
-            logger.warning("replaced %s of %s: %s", item.key, item.shard, item.reason)
+            logger.warning("replaced %s: %s", _name(item), item.reason)
 
     def report(self, step: int) -> None:
         """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
@@ -147,25 +149,51 @@ class Monitor:
         )
         every = gather_objects((self._bad, said if too_many else ""))
         self._bad = []
-        if self._world.is_main:
-            self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples, self._tenure.check)
-            lines = (
-                json.dumps({"rank": rank, **item._asdict()}) + "\n"
-                for rank, (bad, _) in enumerate(every)
-                for item in bad
-            )
-            self._bad_file.append("".join(lines).encode())
+        split = self._recipe.data.train_split
+        self._list_bad(
+            {"split": split, "rank": rank, **item._asdict()} for rank, (bad, _) in enumerate(every) for item in bad
+        )
         for _, problem in every:
             if problem:
                 raise TooManyBadSamples(problem)
 
-    def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Writes the outcome of an evaluation: names such as "val/top1"."""
-        self._write(step, values)
+    def _list_bad(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """One line each, by rank 0."""
+        if self._world.is_main:
+            self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples, self._tenure.check)
+            self._bad_file.append("".join(json.dumps(item) + "\n" for item in items).encode())
+
+    def add_unreadable(self, bad: Sequence[BadSample], problem: str) -> None:
+        """Takes up what an evaluation could not read, the same on all ranks; each is named once in a start.
+
+        Raises TooManyBadSamples for a `problem`.
+        """
+        split = self._recipe.data.val_split
+        new = [item for item in bad if item not in self._unreadable]
+        self._unreadable.update(new)
+        if new:
+            self._list_bad({"split": split, **item._asdict()} for item in new)
+        for item in new[:_NAMED] if self._world.is_main else ():
+            logger.warning("left out of %s: %s: %s", split, _name(item), item.reason)
+        if len(new) > _NAMED and self._world.is_main:
+            logger.warning("and %d more, listed in %s", len(new) - _NAMED, self._folder.bad_samples)
+        if problem:
+            raise TooManyBadSamples(
+                f"{split}: {problem}; that is more than data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; "
+                f"they are listed in {self._folder.bad_samples}"
+            )
+
+    def evaluation(self, step: int, values: dict[str, float], seconds: float, unreadable: int = 0) -> None:
+        """Writes the outcome of an evaluation: names such as "val/top1", unless a start that was killed before its save
+        has written the same. unreadable: samples that do not count."""
+        values = values | ({"data/bad_val_samples": float(unreadable)} if unreadable else {})
+        if self._world.is_main and not any(line.items() >= values.items() for line in self._lines_of(step)):
+            self._write(step, values)
         if self._ledger:
             self._ledger.note("evaluation", step=step, seconds=seconds)
         if self._world.is_main:
             text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+            text += f"; {unreadable} samples could not be read and do not count" if unreadable else ""
             logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
 
     def white_box(
@@ -190,8 +218,11 @@ class Monitor:
 
     def knows(self, step: int, name: str) -> bool:
         """Whether a value of this name was written for this step, by whatever start. On rank 0."""
-        lines = map(json.loads, whole_lines(self._folder.metrics))
-        return any(line["step"] == step and name in line for line in lines)
+        return any(name in line for line in self._lines_of(step))
+
+    def _lines_of(self, step: int) -> list[dict[str, Any]]:
+        lines = map(_line, whole_lines(self._folder.metrics))
+        return [line for line in lines if line is not None and line["step"] == step]
 
     def saved(self, saved: Saved | None) -> None:
         """Writes how long a save took, and where the time has gone so far."""
@@ -219,11 +250,12 @@ class Monitor:
             self._lines.close()
 
     def _open_files(self, step: int) -> None:
-        self._tenure.check()
-        self._ledger = Ledger(self._folder.ledger, up_s(), self._tenure.check)
-        self._ledger.note("start", step=step, world_size=self._world.world_size)
-        restarts = self._folder.note_start(step=step, world_size=self._world.world_size, launcher=self._world.launcher)
-        _truncate_lines(self._folder.metrics, step)
+        check, facts = self._tenure.check, {"step": step, "world_size": self._world.world_size}
+        check()
+        self._ledger = Ledger(self._folder.ledger, up_s(), check)
+        self._ledger.note("start", **facts)
+        restarts = self._folder.note_start(check, **facts, launcher=self._world.launcher)
+        _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
         self._curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
@@ -304,14 +336,24 @@ class _BesideTheBar(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)  # with a bar in sight its postfix says the steps
 
 
-def _truncate_lines(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a crash cut off."""
-    kept = []
-    for text in whole_lines(path):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    write_whole(path, "".join(kept))
+def _name(item: BadSample) -> str:
+    """Of a sample, in one line: it is the shard's own, and a line break in it would begin another message."""
+    return repr(f"{item.key} of {item.shard}")[1:-1]
+
+
+def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
+    """Drops the lines of later steps, and what a crash cut off. Without such, nothing is written."""
+    lines = whole_lines(path)
+    kept = [text for text in lines if (line := _line(text)) is not None and line["step"] <= step]
+    if kept != lines:
+        check()
+        write_whole(path, "".join(text + "\n" for text in kept))
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for what is none."""
+    try:
+        line = json.loads(text)
+        return line if isinstance(line, dict) and int(line["step"]) >= 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from crate_dist import knn, linear_probe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes
-from crate_dist.distributed import World
+from crate_dist.distributed import World, exit_at_once
 from crate_dist.features import Features, extract, pooled
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.models.crate import CrateConfig, Pool
@@ -221,4 +220,4 @@ def _above_zero(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main)

@@ -7,7 +7,7 @@ checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
 metrics.jsonl        one line per logged step
-bad_samples.jsonl    samples that did not decode and were replaced, by name
+bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         where the time went
 lock/                who works here now
 failed-start-…/      what starts that never made a step have left to a start with another recipe
@@ -25,13 +25,14 @@ import platform
 import re
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.lock import ALONE
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -71,7 +72,7 @@ class RunFolder:
 
     @property
     def bad_samples(self) -> Path:
-        """One JSON object per replaced sample."""
+        """One JSON object per sample that could not be read."""
         return self.path / "bad_samples.jsonl"
 
     @property
@@ -140,20 +141,27 @@ class RunFolder:
         except OSError as error:
             raise RecipeError(f"cannot see whether {self.path} holds a run: {error}") from error
 
-    def set_aside(self) -> None:
+    def set_aside(self, check: Callable[[], None] = ALONE.check) -> None:
         """Moves all that the run has left to PATH.before-TIME, where nothing is lost. The caller holds the lock.
 
-        Raises RecipeError when it is no run.
+        check: called before each move; raises LostTheRun when the lock is another's
+        Raises RecipeError when it is no run, or when something cannot be moved.
         """
         there = {path.name for path in self.path.iterdir() if path.name[0] != "."} - {self.lock.name}
         if not there:
             return
         if not self.recipe_file.is_file() and not there <= set(_BEFORE_A_RUN):
             raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
-        aside = self.path.with_name(f"{self.path.name}.before-{_stamp()}")
-        aside.mkdir()
-        for name in sorted(there, key=lambda name: name == self.recipe_file.name):  # what makes it a run comes last
-            (self.path / name).rename(aside / name)
+        place = self.path.resolve()
+        beside = f"{place.name}.before-{_stamp()}"
+        aside = (place if place.is_mount() else place.parent) / beside  # a rename leads from no file system to another
+        try:
+            aside.mkdir()
+            for name in sorted(there, key=lambda name: (name == self.recipe_file.name, name)):  # a run until the end
+                check()
+                (place / name).rename(aside / name)
+        except OSError as error:
+            raise RecipeError(f"cannot move {self.path} to {aside}: {error.strerror}") from error
 
     def make(self) -> None:
         """Creates the folder. Raises RecipeError when that cannot be."""
@@ -162,18 +170,20 @@ class RunFolder:
         except OSError as error:
             raise RecipeError(f"cannot make the run folder {self.path}: {error.strerror}") from error
 
-    def open(self, recipe: Recipe) -> None:
+    def open(self, recipe: Recipe, check: Callable[[], None] = ALONE.check) -> None:
         """Creates the folder, or checks an existing one; then writes the recipe and the record.
 
         The caller holds the lock. What starts with another recipe have left that came to nothing is put aside.
 
+        check: called before whatever changes something; raises LostTheRun when the lock is another's
         Raises RecipeError as `check` does, or when the folder cannot be written.
         """
         self.check(recipe)
         self.make()
         try:
             if self.recipe_file.is_file() and self._changed(recipe):
-                self._put_failed_starts_aside()
+                self._put_failed_starts_aside(check)
+            check()
             write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
             for folder in (self.checkpoints, self.tensorboard, self.logs):
                 folder.mkdir(exist_ok=True)
@@ -187,11 +197,12 @@ class RunFolder:
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 
-    def _put_failed_starts_aside(self) -> None:
+    def _put_failed_starts_aside(self, check: Callable[[], None]) -> None:
         aside = self.path / f"failed-start-{_stamp()}"
         aside.mkdir()
         for path in (self.record_file, self.tensorboard, self.metrics, self.ledger, self.recipe_file):
             if path.exists():
+                check()
                 path.rename(aside / path.name)
 
     def note_origin(self, origin: Mapping[str, Any]) -> None:
@@ -217,11 +228,15 @@ class RunFolder:
         """Whether going on from this step with these data was put down before: the start died before its first save."""
         return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
 
-    def note_start(self, **facts: Any) -> int:
-        """Adds this start (time, host, and `facts`) to the record; returns how many there were before it."""
+    def note_start(self, check: Callable[[], None] = ALONE.check, **facts: Any) -> int:
+        """Adds this start (time, host, and `facts`) to the record; returns how many there were before it.
+
+        check: called before it is written; raises LostTheRun when the lock is another's
+        """
+        now, commit = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code_version()["commit"]
         record = json.loads(self.record_file.read_text(encoding="utf-8"))
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record["starts"].append({"time": now, "host": platform.node(), "commit": code_version()["commit"], **facts})
+        record["starts"].append({"time": now, "host": platform.node(), "commit": commit, **facts})
+        check()
         write_whole(self.record_file, json.dumps(record, indent=1))
         return len(record["starts"]) - 1
 

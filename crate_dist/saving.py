@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,6 +61,7 @@ class Saver:
     max_failures: saves that may fail in a row, each with a loud warning, before the run stops
     failures: saves that have failed in a row, up to the last one that was waited for
     tenure: of rank 0 in the run folder; the others write nothing under a final name
+    damaged: names of checkpoints that were found to be so
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Saver:
         keep: int,
         max_failures: int,
         tenure: Tenure = ALONE,
+        damaged: Collection[str] = (),
     ) -> None:
         self._folder, self._layouts, self._world, self._tenure = folder, layouts, world, tenure
+        self._damaged = damaged
         self._keep, self._max_failures = keep, max_failures
         self._group = dist.new_group(backend="gloo")
         if world.is_main:
@@ -146,7 +149,7 @@ class Saver:
             to = self._folder, self._host, self._layouts, progress, self._world, self._group, self._tenure
             saved = publish(*to, **about)
             if self._world.is_main:
-                prune(self._folder, self._keep, progress, self._tenure)
+                prune(self._folder, self._keep, progress, self._tenure, self._damaged)
             self._saved = Saved(progress.step, stall_s, time.perf_counter() - began)
             logger.info("saved %s in %.1f s, %.2f s of them standing still", saved.path, self._saved.total_s, stall_s)
         except BaseException as error:  # told to the training at the next save
@@ -217,20 +220,24 @@ def publish(
     return Checkpoint(final, manifest)
 
 
-def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE) -> None:
+def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, damaged: Collection[str] = ()) -> None:
     """Removes all but the newest `keep` up to this step, and the best one. On one rank.
 
     Only what it has opened is removed: not what cannot be read, at the moment or at all, nor what a later version has
     written; nor what is of a later step, or of a later holder of the folder.
 
+    damaged: names of those that are known to be so: they are none of the newest, and go when a whole one is as new
+
     Raises LostTheRun when there is one.
     """
     try:
         there = [saved for saved in list_checkpoints(folder) if saved.step <= progress.step]
-        newest = {saved.step: saved for saved in there}  # the last of those with the same step
-        kept = {*sorted(newest)[-keep:], progress.best_step}
+        newest = {saved.step: saved for saved in there if saved.path.name not in damaged}  # the last of each step
+        recent = sorted(newest)[-keep:]
         for saved in there:
-            if (saved.step not in kept or saved is not newest[saved.step]) and saved.tenure <= tenure.number:
+            old = saved.step in newest or saved.step < min(recent, default=0)
+            stays = saved is newest.get(saved.step) and saved.step in (*recent, progress.best_step)
+            if old and not stays and saved.tenure <= tenure.number:
                 tenure.check()
                 _remove(saved.path, tenure)
     except (OSError, CheckpointError) as error:

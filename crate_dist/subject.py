@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection
@@ -36,8 +39,12 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     if not source.is_dir():
         model, meta = load_model(source, heads)
         known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
+        try:
+            data = DataSection(**known)
+        except ValidationError as error:
+            raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), DataSection(**known), precision, str(source), _names(classes))
+        return Subject(model.float(), data, precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -48,13 +55,21 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
         saved = open_checkpoint(source)
     if problem := saved.damaged():
         raise CheckpointError(problem)
-    recipe = read_recipe(saved.path.parents[1])
+    recipe = read_recipe(saved.path.resolve().parents[1])
     weights = saved.weights()
     model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
     model.load_state_dict(weights)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
+
+    That two models or splits have such classes says nothing of what these are.
+    """
+    return all(name == str(number) for number, name in enumerate(classes))
 
 
 def _names(classes: Any) -> tuple[str, ...] | None:

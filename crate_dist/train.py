@@ -21,10 +21,19 @@ from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import PortIsTaken, World, detect_world, gather_objects, init_distributed, leave_distributed
+from crate_dist.distributed import (
+    PortIsTaken,
+    World,
+    detect_world,
+    exit_at_once,
+    gather_objects,
+    init_distributed,
+    leave_distributed,
+)
 from crate_dist.engine import NotFinite
 from crate_dist.faults import judged, may_pass
-from crate_dist.interrupt import Interrupt
+from crate_dist.interrupt import Interrupt, ending_at_once
+from crate_dist.launching import check_that_no_job_waits
 from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run import RunFolder, read_recipe
@@ -36,6 +45,9 @@ from crate_dist.watchdog import Watchdog
 EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
 """What a person can act on: shown as a message, without a traceback."""
 
+_FIRST = (("SLURM_RESTART_COUNT", "0"), ("CRATE_START", "01"), ("TORCHELASTIC_RESTART_COUNT", "0"))
+"""Variables that count the starts of a job, and what they are in the first one."""
+
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
 
@@ -46,7 +58,7 @@ def train(
     """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
 
     recipe: opens the run folder with it, on rank 0; None: the folder has been opened, and knows its recipe
-    start_over: sets aside what the folder holds; not when SLURM starts the same job again
+    start_over: sets aside what the folder holds; not when SLURM or torchrun starts the same job again
     accept_changed_data: goes on though the data are not those of the checkpoint; a digest: if they are those of it
 
     Raises
@@ -61,7 +73,8 @@ def train(
     startup.mark("imports")
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety
-    device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
+    with ending_at_once():
+        device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
     startup.mark("process group")
     try:
         with (
@@ -91,17 +104,18 @@ def _folder_in_hand(
         tenure = Tenure()
         if world.is_main:
             try:
-                starts_over = start_over and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+                starts_over = start_over and not any(os.environ.get(name, "0") not in first for name, first in _FIRST)
                 if recipe is not None:
                     if not starts_over:
                         folder.check(recipe)
                     folder.make()
                 lock = RunLock(folder.lock, (recipe or read_recipe(folder.path)).safety.lease_s)
                 tenure = stack.enter_context(lock).tenure
+                check_that_no_job_waits(folder)
                 if starts_over:
-                    folder.set_aside()
+                    folder.set_aside(tenure.check)
                 if recipe is not None:
-                    folder.open(recipe)
+                    folder.open(recipe, tenure.check)
             except (RecipeError, RunIsLocked) as error:
                 problem = judged(error)
             except OSError as error:
@@ -143,4 +157,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main)

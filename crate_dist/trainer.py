@@ -69,7 +69,8 @@ class Trainer:
         self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
         self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
         interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
-        found = checkpoint.find_newest(folder.checkpoints, world)
+        self.damaged: list[str] = []
+        found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
         self.train_index, self.val_index = open_splits(recipe)
         self.data = DataIdentity.of(self.train_index, self.val_index)
@@ -97,7 +98,7 @@ class Trainer:
             logger.info("resumed from %s", found.path)
         startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
-        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure)
+        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, self.damaged)
         self.saved_at = self.progress.step
         steps = self.progress.step, self.last_step
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
@@ -153,7 +154,7 @@ class Trainer:
         """Exports the weights and says what has come of it."""
         self.finish_saving()
         if self.world.is_main:
-            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure)
+            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure, self.damaged)
         if self.world.is_main:
             config, indexes = self.engine.module.config, (self.train_index, self.val_index)
             export(self.folder, self.recipe, config, self.progress, self.schedule, *indexes, self.tenure)
@@ -285,12 +286,13 @@ class Trainer:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
-        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began)
-        best = result.top1 > self.progress.best_top1
+        self.monitor.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
+        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
+        best = result.better_than(self.progress.best_top1)
         self.progress = replace(
             self.progress,
             evaluated_at=self.progress.step,
-            best_top1=max(result.top1, self.progress.best_top1),
+            best_top1=result.top1 if best else self.progress.best_top1,
             best_step=self.progress.step if best else self.progress.best_step,
             metrics=result.scalars(),
         )

@@ -94,7 +94,7 @@ crate_look_at_logs() {
     faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" awk '
         FNR == 1 { mine = 0 }
         /^crate-dist start / { mine = ($3 == ENVIRON["start"]); rank = $5; node = $8; next }
-        !mine || FILENAME in broken { next }
+        !mine || FILENAME in broken || /^[-0-9]+ [0-9:]+ W (replaced|left out of) / { next } # samples have the names that they have
         $0 ~ ENVIRON["device"] { broken[FILENAME] = node "\tbroken\trank " rank " on node " node ": " $0 }
         /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
         /^crate-dist lost: / && lost == "" { lost = "\tother\t" substr($0, 18) }

@@ -248,10 +248,10 @@ def _submission_folder(run_dirs: Sequence[Path]) -> Path:
     Raises RecipeError for a path that submitit would misread.
     """
     folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
-    misread = re.search("%[jtAa]", str(folder))
+    misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
-            f"submitit would read {misread[0]} in {folder} as the number of a job or a task; give another --run-dir"
+            f"submitit and SLURM would read the {misread[0]} in {folder} as a pattern; give another --run-dir"
         )
     return folder / "%j"
 

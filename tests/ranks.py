@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def lock_is_free(folder: RunFolder) -> bool:
     """Whether the last holder of a run folder has left in order."""
-    newest = max(name for name in os.listdir(folder.lock) if name.isdecimal())
+    newest = max((name for name in os.listdir(folder.lock) if name.isdecimal()), key=int)
     return bool(json.loads((folder.lock / newest).read_text())["free"])
 
 

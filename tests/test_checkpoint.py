@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,26 @@ def find_where_nothing_can_be_listed(world: World, device: torch.device, folder:
 
     checkpoint._PAUSES_S = ()
     os.listdir = failing  # type: ignore[assignment]
+    try:
+        checkpoint.find_newest(folder, world)
+    except CheckpointError as error:
+        return [error.__cause__.errno if isinstance(error.__cause__, OSError) else None, str(error)]
+    return ["found something"]
+
+
+def find_where_a_file_cannot_be_read(
+    world: World, device: torch.device, folder: Path, name: str, number: int
+) -> list[object]:
+    def failing(what: Callable[..., Any]) -> Callable[..., Any]:
+        def fails(path: Path, *arguments: Any, **keywords: Any) -> Any:
+            if path.parts[-2:] == ("step-00000030", name):
+                raise OSError(number, os.strerror(number), str(path))
+            return what(path, *arguments, **keywords)
+
+        return fails
+
+    checkpoint._PAUSES_S = ()
+    Path.stat, Path.read_text = failing(Path.stat), failing(Path.read_text)  # type: ignore[method-assign]
     try:
         checkpoint.find_newest(folder, world)
     except CheckpointError as error:
@@ -304,6 +325,23 @@ def test_one_that_lost_the_run_publishes_and_removes_nothing(folder: Path) -> No
         saving.prune(folder, keep=1, progress=Progress(step=30), tenure=tenure)
     assert spawn(save_and_say_why_not, 1, folder, tenure.number) == ["another job works there"]
     assert sorted(os.listdir(folder)) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_one_that_is_known_to_be_damaged_is_none_of_the_newest(folder: Path) -> None:
+    prune = partial(saving.prune, folder, damaged=["step-00000030"])
+    prune(keep=2, progress=Progress(step=30))
+    assert sorted(os.listdir(folder)) == ["step-00000010", "step-00000020", "step-00000030"]
+    spawn(save, 1, folder, [30, 40])
+    prune(keep=2, progress=Progress(step=40))
+    assert sorted(os.listdir(folder)) == ["step-00000030.1", "step-00000040"]
+
+
+@pytest.mark.parametrize(("name", "error"), [("manifest.json", errno.ESTALE), ("rank-00001.pt", errno.EIO)])
+def test_the_newest_that_cannot_be_read_is_not_passed_over_for_an_older_one(
+    folder: Path, name: str, error: int
+) -> None:
+    for said in spawn(find_where_a_file_cannot_be_read, 2, folder, name, error):
+        assert said == [error, f"{folder / 'step-00000030'} cannot be read: {os.strerror(error)}"]
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])

@@ -17,11 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_dist.config import DataSection, ModelSection
+from crate_dist.config import DataSection, ModelSection, load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader
+from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.evaluate import Evaluation, evaluate, main
+from crate_dist.launching import check_init_from
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import export_model, export_reference, to_reference
@@ -32,6 +34,7 @@ from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to
 pytestmark = pytest.mark.spawn
 
 DATA = DataSection(workers=0, eval_crop=1.0)
+NO_IMAGES = {3, 4, 17, 18, 19, 36}
 
 
 def model() -> CRATE:
@@ -64,6 +67,55 @@ def test_the_result_is_that_of_all_samples_once_at_any_number_of_ranks(cast_shar
         assert result.loss == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with val/, 37 samples of which numbers 3, 4, 17 to 19 (where two ranks part) and 36 are no images."""
+    root = tmp_path_factory.mktemp("damaged")
+    samples = [
+        (key, b"no image" if number in NO_IMAGES else image, label)
+        for number, (key, image, label) in enumerate(casts(37, 2))
+    ]
+    write_split(root / "val", iter(samples), shard_samples=20, classes=4)
+    return root
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_what_cannot_be_read_does_not_count_and_is_named_once_at_any_number_of_ranks(
+    cast_shards: Path, damaged: Path, world_size: int
+) -> None:
+    (batch,) = eval_loader(ShardIndex.load(cast_shards / "val"), 0, 1, DATA, 32, batch=1000)
+    read = [number for number in range(37) if number not in NO_IMAGES]
+    with torch.no_grad():
+        logits = model()(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))[read]
+    labels = batch.labels[read]
+    for result in spawn(evaluate_on_ranks, world_size, damaged):
+        assert (result.samples, result.unreadable) == (len(read), len(NO_IMAGES))
+        assert result.top1 == pytest.approx(100 * float((logits.argmax(dim=1) == labels).float().mean()))
+        assert result.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+        assert [int(item.key.partition(".")[0]) for item in result.bad] == sorted(NO_IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("unreadable", "samples", "fraction", "passes"),
+    [
+        (1, 37, 0.001, True),
+        (6, 37, 0.001, False),
+        (8, 50_000, 0, True),
+        (51, 50_000, 0.001, False),
+        (50, 50_000, 0.001, True),
+        (6, 10, 0.5, False),
+        (37, 40, 1.0, True),
+    ],
+)
+def test_too_many_are_more_than_the_recipe_s_share_and_a_few(
+    unreadable: int, samples: int, fraction: float, passes: bool
+) -> None:
+    bad = tuple(BadSample("val-000000.tar", f"{number:06d}.png", "odd") for number in range(unreadable))
+    problem = Evaluation(50.0, 90.0, 1.0, samples - unreadable, unreadable, bad).problem(fraction)
+    assert (problem == "") == passes
+    assert passes or f"{unreadable} of {samples:,} samples could not be read" in problem
+
+
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "crate_dist.evaluate", *map(str, arguments)]
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -88,7 +140,7 @@ def on_two_ranks(*arguments: object) -> tuple[list[int], list[str], list[str]]:
 
 
 def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoint(
-    cast_shards: Path, small_recipe: Path, tmp_path: Path
+    cast_shards: Path, small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     settings = ("--set", "data.resize_filter=bilinear")
@@ -109,6 +161,13 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
         assert "37 samples" in done.stdout
         assert "images/s" in done.stdout
         outputs.append(done.stdout.partition(": ")[2].partition(";")[0])
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step-00000025")
+    monkeypatch.chdir(run / "checkpoints")
+    for source in (Path("step-00000025"), tmp_path / "link"):
+        assert load_subject(source).data.eval_crop == 1.0
+    check_init_from(tmp_path / "link", load_recipe(small_recipe))
+    monkeypatch.chdir("step-00000025")
+    assert load_subject(Path()).data.eval_crop == 1.0
     assert len(set(outputs)) == 1, outputs
     done = command(tmp_path / "reference.pth.tar", "--data", cast_shards)
     assert "37 samples" in done.stdout, done.stderr
@@ -126,7 +185,7 @@ def test_ranks_print_and_write_the_classes_and_confusions_that_one_process_does(
     status, outputs, _ = on_two_ranks(*shown, "--json", tmp_path / "both.json")
     assert status == [0, 0]
     both = json.loads((tmp_path / "both.json").read_text())
-    for name in ("top1", "top5", "samples", "replaced", "classes", "confusions"):
+    for name in ("top1", "top5", "samples", "unreadable", "classes", "confusions"):
         assert both[name] == one[name], name
     assert (one["ranks"], both["ranks"]) == (1, 2)
     assert "on each of 2 ranks" in outputs[0]
@@ -162,6 +221,41 @@ def test_what_cannot_be_evaluated_is_named(
     ):
         assert main([str(argument) for argument in arguments]) == 1
         assert expected in capsys.readouterr().err
+
+
+def test_too_many_unreadable_samples_are_an_error_unless_more_are_allowed(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = model()
+    export_model(tmp_path / "model.pt", net.config, net.state_dict(), {"eval_crop": 1.0})
+    line = [str(tmp_path / "model.pt"), "--data", str(damaged), "--workers", "0"]
+    assert main([*line, "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr()
+    assert "6 of 37 samples could not be read, the first one 000003.png of val-000000.tar" in said.err
+    assert "--max-bad-fraction, now 0.001, lets more pass" in said.err
+    assert said.out == ""
+    assert not (tmp_path / "out.json").exists()
+    found, out = scored(capsys, tmp_path, *line, "--max-bad-fraction", 0.2)
+    assert "6 of 37 samples could not be read and do not count: 000003.png of val-000000.tar, " in out
+    assert (found["samples"], found["unreadable"], len(found["bad"])) == (31, 6, 6)
+    assert sum(entry["samples"] for entry in found["classes"]) == 31
+
+
+def test_an_accuracy_of_scores_that_are_not_numbers_is_never_the_best() -> None:
+    assert Evaluation(50.0, 90.0, 1.0, 37, 0, ()).better_than(-1.0)
+    assert not Evaluation(50.0, 90.0, float("nan"), 37, 0, ()).better_than(-1.0)
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(
+    cast_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = model()
+    torch.nn.init.constant_(net.head.linear.weight, torch.nan)
+    export_model(tmp_path / "model.pt", net.config, net.state_dict(), {"eval_crop": 1.0})
+    line = [tmp_path / "model.pt", "--data", cast_shards, "--workers", "0", "--json", tmp_path / "out.json"]
+    assert main([*map(str, line)]) == 1
+    assert "is nan: weights that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
 
 
 def trained_on(folder: Path, classes: list[str] | None) -> tuple[Path, CRATE]:
@@ -228,8 +322,23 @@ def test_a_file_without_names_goes_by_position_and_says_so(
     found, said = scored(capsys, tmp_path, source, "--data", two_classes)
     assert (found["matched_by"], found["competing"]) == ("position", 2)
     assert "by position, as the model does not tell the names of its classes; 2 of the model's 6 compete" in said
-    source, _ = trained_on(tmp_path, ["0", "1"])  # the classes of training; more outputs than these, as in training
-    found, said = scored(capsys, tmp_path, source, "--data", two_classes)
+
+
+def test_classes_with_numbers_for_names_go_by_position_and_are_said(
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for classes, competing in (("01", 6), ("0123", 2)):  # all outputs, as in training, where there are as many classes
+        source, _ = trained_on(tmp_path, list(classes))
+        found, said = scored(capsys, tmp_path, source, "--data", two_classes)
+        assert (found["matched_by"], found["competing"]) == ("number", competing)
+        assert f"have numbers for names; {competing} of the model's 6 compete" in said
+    named = tmp_path / "named/val"
+    shutil.copytree(two_classes / "val", named)
+    index = ShardIndex.load(named)
+    ShardIndex(named, index.shards, index.rows, ["cat", "dog"], ["cat", "dog"]).save()
+    assert scored(capsys, tmp_path, source, "--data", named.parent)[0]["matched_by"] == "number"
+    source, _ = trained_on(tmp_path, ["cat", "dog"])  # the classes of training; more outputs than these
+    found, said = scored(capsys, tmp_path, source, "--data", named.parent)
     assert (found["matched_by"], found["competing"]) == ("order", 6)
     assert "match" not in said
 
@@ -241,6 +350,7 @@ def test_a_file_without_names_goes_by_position_and_says_so(
         (["cat", "dog"], "does not know 2 of the 2 classes of .*: '0', '1'; .*--classes FILE"),
         (["0", "1", "0"], "'0' is the name of several classes"),
         (list("0123456"), "names 7 classes, and has 6 outputs"),
+        (["0"], "has 2 classes, the model only 1"),
     ],
 )
 def test_classes_that_the_model_does_not_know_are_refused(

@@ -149,6 +149,28 @@ def test_the_head_is_new_where_the_classes_are_others(
 
 
 @pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ("0123", "0123", "head kept by number for 4 classes, which have numbers for names there"),
+        (None, "0123", "head kept by number for 4 classes, the names of which it does not tell"),
+        ("abcd", "abcd", ""),
+        ("abcd", "0123", "head new"),
+        ("0123", "abcd", "head new"),
+    ],
+)
+def test_a_head_that_is_kept_without_knowing_the_classes_is_said(
+    alone: World, tmp_path: Path, there: str | None, here: str, said: str
+) -> None:
+    model = build_model(SECTION, 4, seed=7)
+    meta = {"classes": list(there)} if there else {}
+    export_model(tmp_path / "model.pt", model.config, model.state_dict(), meta)
+    result = begin_on_ranks(alone, torch.device("cpu"), [tmp_path / "model.pt"], list(here), "auto")
+    assert isinstance(result, tuple), result
+    assert said in "; ".join(result[0].changes)
+    assert bool(result[0].changes) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("name", "head", "expected"),
     [
         ("text", "auto", "no PyTorch checkpoint"),

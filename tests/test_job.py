@@ -98,7 +98,7 @@ def test_a_loader_worker_that_is_killed_is_a_reason_to_try_again(
     (only,) = start(folder.path, world_size=1, before=killed)
     said, errors = only.communicate(timeout=120)
     assert only.returncode == TRY_AGAIN, errors
-    assert "crate-dist fault: rank 0 on node n7: RuntimeError: DataLoader worker (pid" in said
+    assert "crate-dist fault: rank 0 on node n7: LostWorker: DataLoader worker (pid" in said
 
 
 def test_a_signal_before_the_training_has_begun_is_a_stop_and_no_fault(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from types import ModuleType
 import pytest
 from submitit.core.utils import DelayedSubmission
 
+from crate_dist import launching
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
-from crate_dist.launching import preflight
+from crate_dist.launching import check_that_no_job_waits, preflight
 from crate_dist.run import RunFolder
 from tests.ranks import REPOSITORY
 
@@ -354,3 +355,31 @@ def test_a_run_folder_without_permission(cast_shards: Path, tmp_path: Path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(RecipeError, match="no permission to write the run folder"):
         preflight(recipe, 1, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("says", "refusal"),
+    [
+        ("echo '4242 4242 PENDING Resources'", "job 4242, which is to work in .*, is pending"),
+        ("echo '4250 4242_1 RUNNING None'", "job 4242_1, which is to work in .*, is running"),
+        ("echo Unable to contact slurm controller >&2; exit 1", "does not say .*4242.*Unable to contact"),
+        ("echo '17 17 PENDING Resources'", ""),
+    ],
+)
+def test_slurm_is_asked_whether_a_job_of_the_folder_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, refusal: str
+) -> None:
+    folder, squeue = RunFolder(tmp_path / "run"), tmp_path / "squeue"
+    for job in "4242", "4242_1":
+        (folder.slurm / job).mkdir(parents=True)
+    squeue.write_text(f"#!/bin/sh\n{says}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launching, "_PAUSES_S", (0.0, 0.1))
+    if refusal:
+        with pytest.raises(RecipeError, match=refusal):
+            check_that_no_job_waits(folder)
+    else:
+        check_that_no_job_waits(folder)
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    check_that_no_job_waits(folder)  # the job itself

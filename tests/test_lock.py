@@ -60,7 +60,8 @@ def held_by_another_process(path: Path, *around: str, **environment: str) -> Ite
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "lock"
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "lock"
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def put(path: Path, holder: Holder, number: int = 1) -> None:
 
 def newest(path: Path) -> Holder:
     """Who has made the newest number."""
-    return Holder(**json.loads((path / max(n for n in os.listdir(path) if n.isdecimal())).read_text()))
+    return Holder(**json.loads((path / max((n for n in os.listdir(path) if n.isdecimal()), key=int)).read_text()))
 
 
 def on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +271,28 @@ def test_a_job_of_an_older_version_is_waited_for(path: Path, monkeypatch: pytest
     toucher.join()
     with quick(path):
         assert not old.exists()
+
+
+def test_a_job_whose_lock_was_removed_ends(path: Path) -> None:
+    told: list[str] = []
+    with quick(path, told.append) as lock:
+        shutil.rmtree(path)
+        with pytest.raises(LostTheRun, match="removed the lock"):
+            lock.check()
+        time.sleep(LEASE_S / 2)
+        assert told
+    with quick(path) as again:
+        assert again.tenure.number > lock.tenure.number
+
+
+def test_a_job_whose_storage_is_away_keeps_its_lock(path: Path) -> None:
+    with quick(path) as lock:
+        away = path.parent.rename(path.parent.with_name("away"))
+        time.sleep(2 * LEASE_S)
+        with pytest.raises(FileNotFoundError):
+            lock.check()
+        away.rename(path.parent)
+        lock.check()
 
 
 def test_who_removes_the_lock_of_a_living_job_ends_that_job(path: Path) -> None:

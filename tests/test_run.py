@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crate_dist.config import RecipeError, load_recipe
-from crate_dist.lock import RunLock
+from crate_dist.lock import LostTheRun, RunLock
 from crate_dist.run import RunFolder, read_recipe, write_whole
 
 
@@ -53,6 +54,35 @@ def test_a_folder_in_which_no_step_was_ever_made_takes_another_recipe_and_loses_
     folder.published.write_text('{"step": 5}\n')
     with pytest.raises(RecipeError, match=r"train.seed: 1 there, 2 now"):
         folder.open(load_recipe("demo", ["train.seed=2"]))
+
+
+def test_a_launcher_that_has_lost_the_folder_changes_nothing_in_it(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LostTheRun("another one has it")
+
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_recipe("demo"))
+    before = sorted(path.name for path in folder.path.iterdir())
+    changes: list[Callable[[], object]] = [
+        lambda: folder.set_aside(lost),
+        lambda: folder.open(load_recipe("demo", ["train.seed=1"]), lost),
+        lambda: folder.open(load_recipe("demo", ["data.workers=3"]), lost),
+        lambda: folder.note_start(lost, step=0),
+    ]
+    for change in changes:
+        with pytest.raises(LostTheRun):
+            change()
+    assert sorted(path.name for path in folder.path.iterdir() if "-start-" not in path.name) == before
+    assert read_recipe(folder.path) == load_recipe("demo")
+
+
+def test_a_run_folder_that_is_a_link_is_set_aside_beside_what_it_points_to(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "elsewhere" / "run").open(load_recipe("demo"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "run").symlink_to(tmp_path / "elsewhere" / "run")
+    RunFolder(tmp_path / "here" / "run").set_aside()
+    (before,) = (tmp_path / "elsewhere").glob("run.before-*")
+    assert read_recipe(before) == load_recipe("demo")
 
 
 def test_a_run_is_set_aside_whole_and_its_lock_stays(tmp_path: Path) -> None:

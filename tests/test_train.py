@@ -195,6 +195,30 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed_by_name(small_recipe: 
     assert counted[25] == 3 * 50  # a quarter of 200, in each of three epochs
 
 
+def test_validation_images_that_cannot_be_read_are_left_out_said_and_when_too_many_stop_the_run(
+    cast_shards: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    samples = [
+        (key, image[:50] if number % 6 == 0 else image, label)
+        for number, (key, image, label) in enumerate(casts(37, 2))
+    ]
+    write_split(tmp_path / "data" / "val", iter(samples), shard_samples=20, classes=4)
+    (tmp_path / "data" / "train").symlink_to(cast_shards / "train")
+    arguments = ["--config", small_recipe, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"]
+    folder = RunFolder(tmp_path / "run")
+    with Training([*arguments, "--set", "train.max_steps=9"], world_size=2) as stopped:
+        assert stopped.wait() == [1, 1]
+        assert "val: 7 of 37 samples could not be read" in stopped.output()
+        assert "data.max_bad_fraction = 0.001" in stopped.output(1)
+    listed = [json.loads(line) for line in folder.bad_samples.read_text().splitlines()]
+    assert [(item["split"], item["key"]) for item in listed] == [("val", f"{n:06d}.png") for n in range(0, 37, 6)]
+    allowed = ["--set", "train.max_steps=9", "--set", "data.max_bad_fraction=0.2"]
+    said = train_to_the_end([*arguments, *allowed], world_size=2)
+    assert "left out of val: 000006.png of val-000000.tar" in said
+    assert "7 samples could not be read and do not count" in said
+    assert dict(tensorboard_curve(tmp_path / "run", "data/bad_val_samples")) == {9: 7}
+
+
 def test_starting_over_takes_a_flag_and_loses_nothing(undisturbed: tuple[list[object], Path], tmp_path: Path) -> None:
     arguments, _ = undisturbed
     arguments = [*arguments, "--run-dir", tmp_path / "run", "--set", "train.max_steps=3"]

@@ -36,6 +36,7 @@ from crate_dist.models.weights import (
     read_weights,
     to_reference,
 )
+from crate_dist.subject import load_subject
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "crate_reference_checkpoint.pth.tar"
@@ -81,8 +82,9 @@ def test_every_layout_of_the_published_code_is_read(
     theirs = to_reference(state, prefix)
     torch.save({key: theirs, "optimizer": {"state": {}}} if key else theirs, tmp_path / "weights.pt")
     assert_equal(read_state_dict(tmp_path / "weights.pt"), state)
-    model, _ = load_model(tmp_path / "weights.pt", heads=3)
+    model, meta = load_model(tmp_path / "weights.pt", heads=3)
     assert_equal(dict(model.state_dict()), state)
+    assert meta["resize_filter"] == "bilinear"  # as that code does
 
 
 class Published(nn.Module):
@@ -201,6 +203,41 @@ def test_names_and_shapes_survive_at_any_dimensions(
     assert infer_config(state, heads=heads) == config
 
 
+def test_what_the_published_layout_has_no_place_for_is_written_beside_it_and_read_again(
+    tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(SMALL, pool="mean", ista_step=0.2, ista_threshold=0.3)
+    meta = {"mean": [0.5] * 3, "std": [0.25] * 3, "eval_crop": 1.0, "resize_filter": "bicubic", "precision": "bf16"}
+    meta["classes"] = list("abcdefg")
+    export_model(tmp_path / "ours.pt", config, state, meta)
+    main(["convert", str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pth.tar"), "--to", "reference"])
+    one, other = (load_subject(tmp_path / name) for name in ("ours.pt", "theirs.pth.tar"))
+    assert other.model.config == one.model.config == config
+    assert (other.data, other.classes, other.precision) == (one.data, one.classes, one.precision)
+    for said in (
+        "pool is cls, this model's mean",
+        "ista_step is 0.1, this model's 0.2",
+        "ista_threshold",
+        "mean",
+        "std",
+    ):
+        assert f"the published code computes something else from these weights: its {said}" in caplog.text
+    caplog.clear()
+    export_reference(tmp_path / "plain.pth.tar", SMALL, state, {"mean": [0.485, 0.456, 0.406]})
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("odd", [{"pool": "sum", "ista_step": "0.3", "heads": True}, {"pool": 0.5, "ista_step": None}])
+def test_what_a_file_cannot_mean_is_not_taken_from_it(
+    tmp_path: Path, state: dict[str, Tensor], odd: dict[str, Any]
+) -> None:
+    torch.save({"state_dict": to_reference(state), **odd}, tmp_path / "theirs.pth.tar")
+    assert load_model(tmp_path / "theirs.pth.tar", heads=3)[0].config == SMALL
+    torch.save({"state_dict": to_reference(state), "mean": torch.ones(2)}, tmp_path / "theirs.pth.tar")
+    with pytest.raises(WeightsError, match="how its images are prepared"):
+        load_subject(tmp_path / "theirs.pth.tar", heads=3)
+
+
 def test_heads_of_a_published_size_need_not_be_given_and_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,7 +351,7 @@ def test_safetensors_of_others_are_read_under_either_naming(
     safetensors.torch.save_file({prefix + name: tensor for name, tensor in given.items()}, tmp_path / "any.bin")
     assert read_weights(tmp_path / "any.bin").kind == "safetensors"
     model, meta = load_model(tmp_path / "any.bin", heads=3)
-    assert meta == {}
+    assert meta == ({} if naming == "ours" else {"resize_filter": "bilinear"})
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 

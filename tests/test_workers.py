@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crate_dist.data import workers
 from crate_dist.data.index import ShardError
 from crate_dist.data.workers import LostWorker, SharedArray, Workers
 from tests.chaos.faults import Fault
@@ -57,14 +58,15 @@ class Arrays:
 
 
 @pytest.mark.timeout(30)
-def test_two_servers_of_one_process_do_not_keep_each_other() -> None:
+def test_two_servers_of_one_process_do_not_keep_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is forked from a process that holds the sockets of the first."""
+    monkeypatch.setattr(workers, "_server", None)
     first, second = Workers(Squares(), 2, ahead=2), Workers(Squares(), 2, ahead=2)
     assert next(first)[0] == next(second)[0] == 0
     child = os.fork()
     if child == 0:
         os.execvp("sleep", ["sleep", "60"])  # nor does whatever else is forked
-    servers = [workers._server._pid for workers in (first, second)]
+    servers = [loader._server._pid for loader in (first, second)]
     del first, second
     for server in servers:
         assert not Path(f"/proc/{server}").exists()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,15 +35,17 @@ HELD_BATCHES = 3
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that were replaced.
+    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that did not decode.
 
     samples: int64 (n,), the ids that the order asked for, replaced ones too; on the CPU
+    replaced: the rows, from 0, in which another sample stands than was asked for
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     bad: list[BadSample]
     samples: torch.Tensor
+    replaced: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _Filled(NamedTuple):
     images: int
     labels: Int64
     bad: list[BadSample]
+    replaced: list[int]
     samples: Int64
 
 
@@ -160,8 +163,8 @@ class TrainLoader(Iterator[Batch]):
         )
 
     def __next__(self) -> Batch:
-        slot, labels, bad, samples = next(self._filled)
-        return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples))
+        slot, labels, bad, replaced, samples = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
 
 
 class EvalLoader:
@@ -181,10 +184,10 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for slot, labels, bad, samples in filled:
+        for slot, labels, bad, replaced, samples in filled:
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples))
+            yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
 
 
 def eval_transform(data: DataSection, size: int) -> EvalTransform:
@@ -266,13 +269,16 @@ class Normalize:
 
 def _assemble(
     reader: ShardReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
-) -> tuple[Int64, list[BadSample]]:
+) -> tuple[Int64, list[BadSample], list[int]]:
     """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.
+
+    Returns (labels, what did not decode, rows that were given to another sample).
 
     The rule depends on the sample alone, so all ranks and all restarts replace it by the same picture and label.
     """
     labels = np.empty(len(samples), dtype=np.int64)
     bad: list[BadSample] = []
+    replaced: list[int] = []
     for place, sample in enumerate(samples.tolist()):
         for substitute in range(sample, sample + _SUBSTITUTES):
             substitute %= reader.index.num_samples
@@ -282,10 +288,12 @@ def _assemble(
                 bad.append(reader.describe(substitute, str(error)))
                 continue
             labels[place] = reader.index.rows["label"][substitute]
+            if substitute != sample:
+                replaced.append(place)
             break
         else:
             raise ShardError(
                 f"{_SUBSTITUTES} samples in a row do not decode in {reader.index.place}, "
                 f"the last one {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}"
             )
-    return labels, bad
+    return labels, bad, replaced

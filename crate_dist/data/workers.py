@@ -11,6 +11,7 @@ so the server and the workers end too.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import itertools
@@ -40,6 +41,7 @@ from crate_dist.faults import judged
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """To the whole process group they are for the ranks to answer; the workers go on until their rank ends them."""
 _MOST_DESCRIPTORS = 64
+_PR_SET_PDEATHSIG = 1
 _LARGE_BYTES = 1 << 16
 _NUMBER = struct.Struct("q")
 
@@ -83,6 +85,10 @@ class Workers(Iterator[Any]):
         with ExitStack() as files:
             pickler = _Pickler(files)
             pickled = pickler.pickled(source)
+            if len(pickler.descriptors) >= _MOST_DESCRIPTORS:
+                raise ValueError(
+                    f"{len(pickler.descriptors)} large arrays in {type(source).__name__}, which is too many"
+                )
             self._workers = [self._server.fork(pickler.descriptors) for _ in range(count)]
         for number, (_, connection) in enumerate(self._workers):
             with suppress(ConnectionError):  # next() will say it
@@ -161,6 +167,9 @@ class _Server:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 gc.freeze()  # what is there already is not looked through, and so not copied, in any child
                 _serve(other)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -177,9 +186,7 @@ class _Server:
 
     def lost(self, pid: int) -> LostWorker:
         """The error to raise for a worker that has closed its socket."""
-        status = os.waitstatus_to_exitcode(self._ask(pid))
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return LostWorker(f"DataLoader worker (pid {pid}) {how}")
+        return LostWorker(f"DataLoader worker (pid {pid}) {_how(os.waitstatus_to_exitcode(self._ask(pid)))}")
 
     def close(self) -> None:
         """Ends the server; its children end with the sockets of their own."""
@@ -194,8 +201,11 @@ class _Server:
         except ConnectionError:
             answer = b""
         if not answer:
-            raise LostWorker(f"the process (pid {self._pid}) from which DataLoader workers are forked has ended")
+            how = _how(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+            raise LostWorker(f"the process (pid {self._pid}) from which DataLoader workers are forked {how}")
         result: int = _NUMBER.unpack(answer)[0]
+        if result < 0:
+            raise LostWorker(f"cannot fork a DataLoader worker: {os.strerror(-result)}")
         return result
 
 
@@ -216,13 +226,30 @@ def _serve(orders: socket.socket) -> NoReturn:
         if number:
             answer = ended[number] if number in ended else os.waitpid(number, 0)[1]
         else:
-            answer = os.fork()
+            server = os.getpid()
+            try:
+                answer = os.fork()
+            except OSError as error:
+                answer = -(error.errno or 1)
             if answer == 0:
                 orders.close()
+                _end_with_parent(server)
                 _work(descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
         orders.send(_NUMBER.pack(answer))
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a process that was just forked: it is killed when its parent ends, though it may be at work for minutes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+
+
+def _how(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def _work(descriptors: Sequence[int]) -> NoReturn:
@@ -262,8 +289,10 @@ def _make(rank: Connection, descriptors: Sequence[int], records: queue.SimpleQue
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or where it cannot be pickled another one that says the same."""
+    """The error with its traceback as a note, or where it cannot be raised elsewhere another one that says the same."""
     text = "".join(traceback.format_exception(error))
+    if isinstance(error, StopIteration):  # would end the items
+        return RuntimeError(f"in a DataLoader worker:\n{text}")
     try:
         error.add_note(f"in a DataLoader worker:\n{text}")
         pickle.loads(pickle.dumps(error))

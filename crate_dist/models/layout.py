@@ -20,6 +20,10 @@ from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 from crate_dist.models.sizes import ARCHS
 
 FORMAT = "crate-dist/1"
+UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
+"""Of the function that a CrateConfig means, what leaves no trace in the shapes."""
+RECORDED = ("mean", "std", "eval_fit", "eval_crop", "resize_filter", "precision", "classes")
+"""Of a run, what decides how its model is evaluated."""
 StateDict = Mapping[str, Tensor]
 
 # Ours and the published code's names; {} stands for the number of the layer.

@@ -15,17 +15,19 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from crate_dist.models.archs import find_arch
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.crate import CRATE, CrateConfig, Pool
 from crate_dist.models.layout import (
     FORMAT,
+    RECORDED,
+    UNSEEN,
     WeightsError,
     check_fit,
     config_from,
@@ -37,7 +39,7 @@ from crate_dist.models.layout import (
 logger = logging.getLogger(__name__)
 
 _STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
-_KEPT = ("epoch", "arch", "best_acc1", "acc", "eval_fit", "eval_crop", "resize_filter")
+_KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 _PREPARED = {
     "reference": {"resize_filter": "bilinear"},
     "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
@@ -52,14 +54,15 @@ class Weights:
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
     state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
     config: the architecture, where the file says it; meta: plain values that came along
-    heads: where it says no more than these; notes: what was changed in reading, in words
+    told: where it does not, what it says of what the shapes leave open, by the names of CrateConfig
+    notes: what was changed in reading, in words
     """
 
     kind: str
     state_dict: dict[str, Tensor]
     config: CrateConfig | None
     meta: dict[str, Any]
-    heads: int | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
@@ -69,10 +72,10 @@ class Weights:
         Raises WeightsError when the weights fit none, when neither the file nor `heads` nor a published size tells the
         heads, or when the file tells others.
         """
-        told = self.config.heads if self.config else self.heads
+        told = self.config.heads if self.config else self.told.get("heads")
         if None not in (heads, told) and heads != told:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
-        config = self.config or infer_config(self.state_dict, heads or told)
+        config = self.config or replace(infer_config(self.state_dict, heads or told), **self.told)
         check_fit(self.state_dict, config)
         if heads or told or config.heads == 1:
             return config, self.notes
@@ -100,8 +103,8 @@ def read_weights(path: str | Path) -> Weights:
         if isinstance(content.get(key), Mapping):
             state = _tensors(path, content[key])
             plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
-            heads = content.get("heads")
-            return _foreign(kind, state, plain, heads if type(heads) is int and heads > 0 else None)
+            told = {name: content[name] for name in UNSEEN if _could_be(name, content.get(name))}
+            return _foreign(kind, state, plain, told)
     return _foreign("state dict", _tensors(path, content))
 
 
@@ -130,10 +133,27 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
 
 
 def _foreign(
-    kind: str, state: Mapping[str, Tensor], meta: dict[str, Any] | None = None, heads: int | None = None
+    kind: str,
+    state: Mapping[str, Tensor],
+    meta: dict[str, Any] | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> Weights:
-    state_dict, note = join_heads(from_reference(state))
-    return Weights(kind, state_dict, None, meta or {}, heads, (note,) if note else ())
+    """meta: None for tensors alone, of which the published code's are known by their names."""
+    renamed = from_reference(state)
+    if meta is None:
+        published = any(name not in state and f"module.{name}" not in state for name in renamed)
+        meta = dict(_PREPARED["reference"]) if published else {}
+    state_dict, note = join_heads(renamed)
+    return Weights(kind, state_dict, None, meta, told or {}, (note,) if note else ())
+
+
+def _could_be(name: str, value: Any) -> bool:
+    """Whether a value of somebody's file could be that of a CrateConfig's field."""
+    if name == "heads":
+        return type(value) is int and value > 0
+    if name == "pool":
+        return isinstance(value, str) and value in get_args(Pool)
+    return type(value) in (int, float)
 
 
 def _load(path: Path) -> Any:
@@ -215,4 +235,6 @@ def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return value

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from crate_dist.config import DataSection
 from crate_dist.models.archs import find_arch
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.layout import FORMAT, StateDict, check_fit, plain_config, to_reference
+from crate_dist.models.layout import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
+
+logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -59,7 +63,10 @@ def export_reference(
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
 ) -> None:
-    """Writes what the published code's training script writes and reads back with --resume, and the heads.
+    """Writes what the published code's training script writes and reads back with --resume, and what it leaves out.
+
+    That is what no shape tells of the architecture, and how the run prepared images and called its classes. Reading
+    gives it back; the published code looks at what it knows, and the log says where it would compute something else.
 
     Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e, and training goes
     on with new moments.
@@ -79,11 +86,24 @@ def export_reference(
         "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
-        "heads": config.heads,  # which no shape tells; the published code looks at what it knows
+        **{name: getattr(config, name) for name in UNSEEN},
         **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
-        **{key: meta[key] for key in ("eval_fit", "eval_crop", "resize_filter") if key in meta},
+        **{key: meta[key] for key in RECORDED if key in meta},
     }
+    for departure in _departures(config, meta):
+        logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
     _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
+    """What the published code has as constants, which are our defaults, and this model otherwise."""
+    for name in ("pool", "ista_step", "ista_threshold"):
+        published, here = getattr(CrateConfig, name), getattr(config, name)
+        if here != published:
+            yield f"its {name} is {published}, this model's {here}"
+    for name, published in (("mean", DataSection().mean), ("std", DataSection().std)):
+        if name in meta and meta[name] not in (published, list(published)):
+            yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
 
 
 def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:

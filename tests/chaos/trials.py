@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from crate_dist.checkpoint import list_checkpoints
-from crate_dist.status import TRY_AGAIN
+from crate_dist.status import STOPPED, TRY_AGAIN
 from tests.chaos import faults
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import wait_until
@@ -202,6 +202,18 @@ def first_clock_was_ahead(trial: Trial) -> None:
         wait_until(lambda: "step 13/25" in ranks.output(0), "step 13")
 
 
+def told_in_an_evaluation_and_killed_in_the_next(trial: Trial) -> None:
+    """SIGTERM leaves an evaluation; the start that makes it is killed before it saves, and the one after that again."""
+    slow = Fault("evaluating", 1, "slow", times=4, seconds=1.0)
+    with trial.start(faults={1: slow}) as ranks:
+        ranks.wait_for_fault(1)
+        ranks.processes[0].terminate()
+        assert set(ranks.wait()) == {STOPPED}, ranks.output(0)
+    for _ in range(2):
+        trial.kill_all(0, Fault("beginning to save"))
+    trial.said.append("left, and made by the next start")
+
+
 def killed_at_random(trial: Trial, seed: int, about_s: float) -> None:
     """kill -9 of one rank or of all at a random moment; one time in five again and again."""
     rng = random.Random(seed)
@@ -260,6 +272,7 @@ def cases() -> list[Case]:
     listed.append(Case("kill -9 of a loader worker, reading a batch (20)", worker))
     again = killed_while_resuming("loading a checkpoint")
     listed.append(Case("kill -9 of all, and then of rank 1, loading a checkpoint", again))
+    listed.append(Case("SIGTERM in an evaluation, then kill -9 twice", told_in_an_evaluation_and_killed_in_the_next))
     step, save = ("taking a step", 12), ("syncing a rank's file", 3)
     listed += [
         Case("SIGSTOP of rank 1, taking a step", partial(stopped, rank=1, point=step[0], nth=step[1]), True),
