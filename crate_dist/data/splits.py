@@ -73,7 +73,7 @@ def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
     try:
         return _checked(ShardIndex.load(folder, remote))
     except ShardError as error:
-        logger.warning("what the cache holds is fetched again: %s", error)
+        logger.warning("what the cache holds is fetched again: %s", str(error).partition("; `")[0])
     return _checked(ShardIndex.load(_fetched_index(remote, again=True), remote))
 
 
