@@ -15,24 +15,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from crate_dist.distributed import World, gather_objects
+from crate_dist.manifest import MANIFEST, Layout, Progress, rank_file, read_manifest
 from crate_dist.run import checkpoint_names, write_whole
 
-MANIFEST = "manifest.json"
 PUBLISHED = "published.json"
-FORMAT_VERSION = 1
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
-_MOST_PADDING = 4096  # elements per rank; DeepSpeed pads to two
+_HEAD = "head.linear.bias"
 
 _PAUSES_S: tuple[float, ...] = (0.5, 2.0)
 T = TypeVar("T")
@@ -45,39 +44,6 @@ RankState = dict[str, list[torch.Tensor]]
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or used; the message names the file and what would do."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one parameter group is flattened: names and shapes in order, nothing between them."""
-
-    names: Sequence[str]
-    shapes: Sequence[Sequence[int]]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements per parameter."""
-        return [int(torch.Size(shape).numel()) for shape in self.shapes]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole group, without padding."""
-        return sum(self.sizes)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run knows beside its weights. The data pipeline's whole state is the step.
-
-    optimizer_steps: updates done, as the optimizer counts them; evaluated_at: step of the last evaluation, -1 for none
-    best_top1: best validation accuracy so far, in per cent; best_step: when it was reached
-    """
-
-    step: int = 0
-    evaluated_at: int = -1
-    best_top1: float = -1.0
-    best_step: int = -1
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,6 +119,29 @@ class Checkpoint:
                 start += size
         return weights
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the weights, by parameter name."""
+        return {name: [*shape] for group in self.layouts for name, shape in zip(group.names, group.shapes, strict=True)}
+
+    @property
+    def num_classes(self) -> int:
+        """That the model's head tells apart. Raises CheckpointError when it has none."""
+        if len(shape := self.shapes.get(_HEAD, [])) != 1:
+            raise CheckpointError(f"{self.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")
+        return shape[0]
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Copies the weights into a model. Raises CheckpointError unless they are its own, by name and shape."""
+        saved, own = self.shapes, {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        if saved != own:
+            name = next(name for name in {**own, **saved} if saved.get(name) != own.get(name))
+            raise CheckpointError(
+                f"{self.path / MANIFEST} does not fit the model of the run's recipe: {name} has the shape "
+                f"{saved.get(name)} in the one and {own.get(name)} in the other"
+            )
+        model.load_state_dict(self.weights())
+
 
 class StateReader:
     """Reads any interval of a group's flat vectors out of the files of all ranks, which it maps, not loads."""
@@ -177,24 +166,26 @@ class StateReader:
     def _rank(self, rank: int) -> RankState:
         if rank not in self._files:
             path = self._checkpoint.path / rank_file(rank)
-            self._files[rank] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            try:
+                state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            except pickle.UnpicklingError:
+                raise CheckpointError(f"{path} holds more than tensors, and is not opened") from None
+            self._check(path, state)
+            self._files[rank] = state
         return self._files[rank]
 
-
-def rank_file(rank: int) -> str:
-    """The name of one rank's file."""
-    return f"rank-{rank:05d}.pt"
+    def _check(self, path: Path, state: Any) -> None:
+        """Copying would stretch a single number over a whole vector."""
+        lengths = [torch.Size([length]) for length in self._checkpoint.manifest["partitions"]]
+        for kind in self._checkpoint.manifest["kinds"]:
+            parts = state.get(kind) if isinstance(state, dict) else None
+            if not isinstance(parts, list) or [getattr(part, "shape", None) for part in parts] != lengths:
+                raise CheckpointError(f"{path} does not hold the partitions of {kind} that its manifest names")
 
 
 def step_name(step: int, replacement: int = 0) -> str:
     """The name of a checkpoint's folder; `replacement` counts those of the same step."""
     return f"{PREFIX}{step:08d}" + (f".{replacement}" if replacement else "")
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a manifest says but this."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def find_newest(folder: Path, world: World, damaged: list[str] | None = None) -> Checkpoint | None:
@@ -318,64 +309,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def _open_or_why_not(path: Path) -> tuple[Checkpoint | None, str]:
     """Raises OSError when the manifest cannot be read, which says nothing about it."""
     try:
-        manifest = json.loads(patiently(lambda: (path / MANIFEST).read_text(encoding="utf-8")))
-        if manifest["version"] != FORMAT_VERSION:
-            return None, f"{path} has format {manifest['version']}, this program reads {FORMAT_VERSION}"
-        if manifest["digest"] != manifest_digest(manifest):
-            return None, f"{path / MANIFEST} does not have the digest in it"
-        if problem := _malformed(manifest):
-            return None, f"{path / MANIFEST} cannot be right: {problem}"
-        checkpoint = Checkpoint(path, manifest)
+        return Checkpoint(path, patiently(lambda: read_manifest(path / MANIFEST))), ""
     except FileNotFoundError as error:
         return None, f"{path / MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return None, f"{path / MANIFEST} is damaged ({error})"
-    return checkpoint, ""
-
-
-def _malformed(manifest: Mapping[str, Any]) -> str:
-    """What no save writes, in a manifest whose digest is right; "" for nothing.
-
-    Raises KeyError and TypeError where something is missing or there is more than there should be.
-    """
-    world_size, files, progress = manifest["world_size"], manifest["files"], manifest["progress"]
-    if not _is_count(world_size) or world_size < 1:
-        return f"world_size is {world_size!r}, expected a whole number from 1 on"
-    if (
-        not isinstance(files, dict)
-        or len(files) != world_size
-        or files.keys() != set(map(rank_file, range(len(files))))
-    ):
-        return f"it does not list the files of {world_size} ranks"
-    for name, entry in files.items():
-        if not _is_count(entry["bytes"]) or not isinstance(entry["sha256"], str):
-            return f"files.{name} is {entry!r}, expected bytes and a sha256"
-    groups, partitions = manifest["groups"], manifest["partitions"]
-    if not isinstance(groups, list) or not isinstance(partitions, list) or len(groups) != len(partitions):
-        return "groups and partitions are no lists of one length"
-    for number, (group, partition) in enumerate(zip(groups, partitions, strict=True)):
-        layout = Layout(**group)
-        if not all(isinstance(part, list) for part in (layout.names, layout.shapes, *layout.shapes)):
-            return f"groups[{number}] has no lists of names and shapes"
-        if len(layout.names) != len(layout.shapes) or not all(isinstance(name, str) for name in layout.names):
-            return f"groups[{number}] has other names than shapes"
-        if not all(_is_count(length) for shape in layout.shapes for length in shape):
-            return f"groups[{number}] has a shape that is none"
-        numel = sum(math.prod(shape) for shape in layout.shapes)
-        least = -(-numel // world_size)
-        if not _is_count(partition) or not max(least, 1) <= partition <= least + _MOST_PADDING:
-            return f"partitions[{number}] is {partition!r}, and {world_size} of them are to hold {numel} elements"
-    known = Progress(**progress)
-    if not _is_count(progress["step"]) or not all(type(at) is int for at in (known.evaluated_at, known.best_step)):
-        return f"progress has a step that is none: {progress!r}"
-    numbers = [known.best_top1, *known.metrics.values()] if isinstance(known.metrics, dict) else [None]
-    if not all(type(number) in (int, float) for number in numbers):
-        return f"progress has metrics that are no numbers: {progress!r}"
-    return ""
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+    except ValueError as error:
+        return None, str(error)
 
 
 def _digest(path: Path) -> str:

@@ -19,22 +19,17 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.checkpoint import (
-    FORMAT_VERSION,
-    MANIFEST,
     UNFINISHED,
     Checkpoint,
     CheckpointError,
-    Layout,
-    Progress,
     RankState,
     list_checkpoints,
-    manifest_digest,
     note_published,
-    rank_file,
     step_name,
 )
 from crate_dist.distributed import World, gather_objects
 from crate_dist.lock import ALONE, Tenure
+from crate_dist.manifest import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
 from crate_dist.run import checkpoint_names, write_whole
 
 logger = logging.getLogger(__name__)

@@ -56,9 +56,8 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     if problem := saved.damaged():
         raise CheckpointError(problem)
     recipe = read_recipe(saved.path.resolve().parents[1])
-    weights = saved.weights()
-    model = build_model(recipe.model, len(weights["head.linear.bias"]), seed=0)
-    model.load_state_dict(weights)
+    model = build_model(recipe.model, saved.num_classes, seed=0)
+    saved.load_into(model)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))

@@ -20,6 +20,7 @@ from crate_dist import checkpoint, saving
 from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
 from crate_dist.distributed import World
 from crate_dist.lock import ALONE, LostTheRun, Tenure
+from crate_dist.manifest import FORMAT_VERSION, manifest_digest
 from crate_dist.run import checkpoint_names
 from tests.chaos.ranks import spawn_statuses
 from tests.ranks import spawn
@@ -231,7 +232,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, da
         manifest.write_text(manifest.read_text().replace('"step": 30', '"step": 31'))
     else:
         said = {**json.loads(manifest.read_text()), "world_size": 2}
-        manifest.write_text(json.dumps({**said, "digest": checkpoint.manifest_digest(said)}))
+        manifest.write_text(json.dumps({**said, "digest": manifest_digest(said)}))
     assert spawn(find, 2, folder) == [20, 20]
 
 
@@ -277,8 +278,8 @@ def test_a_later_one_is_neither_removed_nor_does_it_push_out_one_that_is_whole(f
 
 def test_one_that_a_later_version_has_written_is_left_alone(folder: Path) -> None:
     manifest = folder / "step-00000010" / "manifest.json"
-    said = {**json.loads(manifest.read_text()), "version": checkpoint.FORMAT_VERSION + 1}
-    manifest.write_text(json.dumps({**said, "digest": checkpoint.manifest_digest(said)}))
+    said = {**json.loads(manifest.read_text()), "version": FORMAT_VERSION + 1}
+    manifest.write_text(json.dumps({**said, "digest": manifest_digest(said)}))
     saving.prune(folder, keep=1, progress=Progress(step=30))
     assert sorted(os.listdir(folder)) == ["step-00000010", "step-00000030"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crate_dist.checkpoint import CheckpointError, manifest_digest, open_checkpoint, rank_file
+from crate_dist.checkpoint import CheckpointError, open_checkpoint
+from crate_dist.config import load_recipe
+from crate_dist.data.identity import newest_manifest
+from crate_dist.manifest import manifest_digest, rank_file
+from crate_dist.models.archs import build_model
+from crate_dist.run import RunFolder
+from crate_dist.subject import load_subject
 from tests.test_checksums import ANYTHING, paths_into
 
 
@@ -24,6 +31,7 @@ def manifest() -> dict[str, Any]:
         "world_size": 2,
         "groups": groups,
         "partitions": [10, 4],
+        "kinds": ["exp_avg", "fp32"],
         "recipe": {},
         "files": {rank_file(rank): {"bytes": 100, "sha256": "0" * 64} for rank in range(2)},
     }
@@ -47,6 +55,15 @@ def written(folder: Path, said: dict[str, Any]) -> Path:
         ({"partitions": [0]}, "groups and partitions are no lists of one length"),
         ({"files": {"../rank-00000.pt": {}, "rank-00001.pt": {}}}, "does not list the files of 2 ranks"),
         ({"groups": [{"names": ["a"], "shapes": [[10**30]]}, {"names": ["b"], "shapes": [[7]]}]}, "a shape"),
+        (
+            {"groups": [{"names": ["a"], "shapes": [[2**40]]}], "partitions": [2**39]},
+            "more than files of 200 bytes hold",
+        ),
+        ({"groups": [{"names": ["a", "a"], "shapes": [[3], [3]]}], "partitions": [4]}, "parameters have the same name"),
+        ({"kinds": ["exp_avg"]}, r"kinds are \['exp_avg'\], expected names with fp32"),
+        ({"tenure": [1]}, r"tenure is \[1\], expected"),
+        ({"data": {"train": [1, 2], "val": None}}, "data are no facts of train and val"),
+        ({"classes": [["a"], {}]}, "classes are no list of names"),
         ({"progress": {"step": -3}}, "progress has a step that is none"),
         ({"progress": {"step": 3, "metrics": {"loss": "low"}}}, "metrics that are no numbers"),
     ],
@@ -55,6 +72,51 @@ def test_a_value_that_cannot_be_is_named(tmp_path: Path, change: dict[str, Any],
     assert open_checkpoint(written(tmp_path, manifest())).step == 10
     with pytest.raises(CheckpointError, match=f"manifest.json cannot be right: .*{said}"):
         open_checkpoint(written(tmp_path, {**manifest(), **change}))
+
+
+def test_a_launcher_passes_over_what_a_run_passes_over(tmp_path: Path) -> None:
+    folders = [tmp_path / f"step-0000000{number}" for number in range(5)]
+    for folder in folders:
+        folder.mkdir()
+    written(folders[0], manifest())
+    written(folders[1], {**manifest(), "data": {"train": [1, 2]}})
+    written(folders[2], {key: value for key, value in manifest().items() if key != "progress"})
+    (folders[3] / "manifest.json").write_text("[" * 200_000 + "]" * 200_000)
+    for folder in folders[1:]:
+        with pytest.raises(CheckpointError, match=str(folder)):
+            open_checkpoint(folder)
+    assert newest_manifest(tmp_path) == json.loads((folders[0] / "manifest.json").read_text())
+
+
+def test_a_checkpoint_of_another_model_than_its_recipe_s_is_refused(small_recipe: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(small_recipe)
+    RunFolder(tmp_path / "run").open(recipe)
+    folder = tmp_path / "run/checkpoints/step-00000010"
+    folder.mkdir(parents=True)
+    weights = build_model(recipe.model, 4, seed=1).state_dict()
+    names, shapes = list(weights), [list(tensor.shape) for tensor in weights.values()]
+    flat = torch.cat([tensor.flatten() for tensor in weights.values()])
+
+    def saved(names: list[str], shapes: list[list[int]], state: object) -> Path:
+        torch.save(state, folder / rank_file(0))
+        data = (folder / rank_file(0)).read_bytes()
+        files = {rank_file(0): {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+        groups = {"groups": [{"names": names, "shapes": shapes}], "partitions": [len(flat)]}
+        return written(folder, {**manifest(), **groups, "world_size": 1, "files": files, "kinds": ["fp32"]})
+
+    loaded = load_subject(saved(names, shapes, {"fp32": [flat]})).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    for changed, said in (
+        ([name.replace("head.", "tail.") for name in names], "is not a CRATE's: head.linear.bias is no vector in it"),
+        (["x", *names[1:]], rf"{names[0]} has the shape None in the one and"),
+    ):
+        with pytest.raises(CheckpointError, match=f"manifest.json .*{said}"):
+            load_subject(saved(changed, shapes, {"fp32": [flat]}))
+    for state in ({"fp32": [flat[:1]]}, {"fp32": flat}, {}, [flat], {"fp32": [1.0]}):
+        with pytest.raises(CheckpointError, match="does not hold the partitions of fp32"):
+            load_subject(saved(names, shapes, {**state, "padding": flat} if isinstance(state, dict) else [*state]))
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        load_subject(saved(names, shapes, {"fp32": [flat], "path": tmp_path}))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

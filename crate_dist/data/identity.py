@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import ShardIndex
+from crate_dist.manifest import MANIFEST, read_manifest
 from crate_dist.run import checkpoint_names
 
 _ROWS_AT_ONCE = 2**20
@@ -114,11 +115,9 @@ def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
     """
     for name in reversed(checkpoint_names(checkpoints)):
         try:
-            manifest = json.loads((checkpoints / name / "manifest.json").read_text(encoding="utf-8"))
+            return read_manifest(checkpoints / name / MANIFEST)
         except (OSError, ValueError):
             continue
-        if isinstance(manifest, dict) and manifest.pop("digest", None) == _digest(manifest):
-            return manifest
     return None
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crate_dist.checkpoint import PREFIX, UNFINISHED, manifest_digest
+from crate_dist.checkpoint import PREFIX, UNFINISHED
 from crate_dist.data.loader import Batch
+from crate_dist.manifest import manifest_digest
 
 Action = Literal["stand still", "slow", "disk full", "clock"]
 
