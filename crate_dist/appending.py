@@ -63,9 +63,15 @@ class AppendedFile:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, none if there is no file. A last one that a crash has cut off is removed from it."""
+    """The lines of a text file, none if there is no file; without a last one that is not whole (yet)."""
     data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return whole.decode("utf-8", errors="replace").splitlines()
+    return data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
+
+
+def mended_lines(path: Path) -> list[str]:
+    """The lines of a text file that nobody writes, as whole_lines; a last one that a crash has cut off is removed."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return whole_lines(path)

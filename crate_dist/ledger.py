@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crate_dist.appending import AppendedFile, whole_lines
+from crate_dist.appending import AppendedFile, mended_lines
 from crate_dist.lock import ALONE
 
 
@@ -113,7 +113,7 @@ class Ledger:
     def __init__(self, path: Path, up_s: float = 0.0, check: Callable[[], None] = ALONE.check) -> None:
         self.totals = Totals()
         self._began = time.monotonic() - up_s
-        for text in whole_lines(path):
+        for text in mended_lines(path):
             try:
                 self.totals.add(json.loads(text))
             except (ValueError, KeyError, TypeError):  # of a file system that was repaired, or of an older version

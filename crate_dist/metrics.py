@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate_dist.appending import AppendedFile, whole_lines
+from crate_dist.appending import AppendedFile, mended_lines, whole_lines
 from crate_dist.config import Recipe
 from crate_dist.curves import Curves
 from crate_dist.data.decode import Pixels
@@ -343,7 +343,7 @@ def _name(item: BadSample) -> str:
 
 def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
     """Drops the lines of later steps, and what a crash cut off. Without such, nothing is written."""
-    lines = whole_lines(path)
+    lines = mended_lines(path)
     kept = [text for text in lines if (line := _line(text)) is not None and line["step"] <= step]
     if kept != lines:
         check()
