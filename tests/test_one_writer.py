@@ -18,7 +18,7 @@ from crate_dist.checkpoint import list_checkpoints
 from crate_dist.run import RunFolder, read_recipe
 from crate_dist.status import LOST_THE_RUN
 from tests.cluster.runs import steps
-from tests.ranks import REPOSITORY, lock_is_free
+from tests.ranks import REPOSITORY, lock_is_free, rank_environment
 from tests.test_local_ranks import launched, lines, local, wait_until
 
 pytestmark = pytest.mark.spawn
@@ -34,11 +34,13 @@ def training(recipe: Path, shards: Path, run_dir: Path, log: Path, *around: str)
     """`python -m crate_dist.train` in one process, which sees no other's that `around` hides from it."""
     settings = [word for text in ENDLESS for word in ("--set", text)]
     command = [sys.executable, "-m", "crate_dist.train", "--config", recipe, "--data", shards, "--run-dir", run_dir]
+    # What earlier tests have joined in this process would be joined again, at the same port.
+    alone = {name: value for name, value in os.environ.items() if name not in rank_environment(0, 1, 0)}
     with log.open("ab") as file:
         process = subprocess.Popen(
             [*around, *map(str, command), *settings],
             cwd=REPOSITORY,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env={**alone, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=file,
             process_group=0,
