@@ -20,7 +20,7 @@ import torch
 
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data import ahead, remote
-from crate_dist.data.cache import NoRoom, ShardCache
+from crate_dist.data.cache import NoRoom, ShardCache, locked
 from crate_dist.data.cache_folder import close
 from crate_dist.data.identity import DataIdentity, Identity
 from crate_dist.data.index import Remote, ShardError, ShardIndex
@@ -220,7 +220,9 @@ def test_the_cache_stays_within_its_bound(folder: Path, server: FolderServer, da
 
     def measure() -> None:
         nonlocal most
-        most = max(most, sum(path.stat().st_size for path in cached(data) if path.exists()))
+        assert data.cache_dir is not None
+        with locked(data.cache_dir / "room.lock"):  # nothing comes or goes meanwhile
+            most = max(most, sum(path.stat().st_size for path in cached(data) if path.exists()))
 
     server.on_get = measure
     index = open_split(server.url, "train", data)
