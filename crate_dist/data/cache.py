@@ -152,8 +152,12 @@ class ShardCache:
         if ahead and time.time() - _mtime(self._full) < _NO_ROOM_HOLDS_S:
             raise NoRoom("half of the cache is in use")  # found a moment ago, and finding out means trying every lock
         with locked(self._room):
-            names = [path for path in self._folder.iterdir() if SHARD_FILE.fullmatch(path.name)]
-            files = {path: stat for path in names if (stat := _stat(path)) is not None and S_ISREG(stat.st_mode)}
+            files: dict[Path, os.stat_result] = {}
+            for there in [there for there in self._folder.iterdir() if SHARD_FILE.fullmatch(there.name)]:
+                for name in (there, there.with_suffix(".tar")):  # a part may have got its name meanwhile
+                    if (stat := _stat(name)) is not None and S_ISREG(stat.st_mode):
+                        files[name] = stat
+                        break
             total, allowed = sum(stat.st_size for stat in files.values()), self._limit // (2 if ahead else 1)
             if total + shard.bytes > allowed:
                 held = sum(stat.st_size for path, stat in files.items() if _in_use(path))
