@@ -90,6 +90,12 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     return world
 
 
+def is_first_start(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether nobody has started these ranks before: SLURM after a requeue, its batch script, or torchrun."""
+    first = {"SLURM_RESTART_COUNT": "0", "CRATE_START": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return all(env.get(name, count) == count for name, count in first.items())
+
+
 def expand_nodelist(text: str) -> list[str]:
     """The host names that a SLURM node list such as `gpu[01-03,7],login` means, in its order."""
     names: list[str] = []

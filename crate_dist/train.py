@@ -9,7 +9,6 @@ start it for you.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from crate_dist.distributed import (
     exit_at_once,
     gather_objects,
     init_distributed,
+    is_first_start,
     leave_distributed,
 )
 from crate_dist.engine import NotFinite
@@ -44,9 +44,6 @@ from crate_dist.watchdog import Watchdog
 
 EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
 """What a person can act on: shown as a message, without a traceback."""
-
-_FIRST = (("SLURM_RESTART_COUNT", "0"), ("CRATE_START", "01"), ("TORCHELASTIC_RESTART_COUNT", "0"))
-"""Variables that count the starts of a job, and what they are in the first one."""
 
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
@@ -104,7 +101,7 @@ def _folder_in_hand(
         tenure = Tenure()
         if world.is_main:
             try:
-                starts_over = start_over and not any(os.environ.get(name, "0") not in first for name, first in _FIRST)
+                starts_over = start_over and is_first_start()
                 if recipe is not None:
                     if not starts_over:
                         folder.check(recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crate_dist.distributed import detect_world, expand_nodelist
+from crate_dist.distributed import detect_world, expand_nodelist, is_first_start
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -69,3 +69,10 @@ def test_a_rank_beyond_the_world_is_an_error() -> None:
 )
 def test_node_lists_expand_as_scontrol_expands_them(text: str, names: list[str]) -> None:
     assert expand_nodelist(text) == names
+
+
+def test_only_a_first_start_starts_over() -> None:
+    assert is_first_start({})
+    assert is_first_start({"SLURM_RESTART_COUNT": "0", "CRATE_START": "1", "TORCHELASTIC_RESTART_COUNT": "0"})
+    for name, count in ("SLURM_RESTART_COUNT", "1"), ("CRATE_START", "2"), ("TORCHELASTIC_RESTART_COUNT", "1"):
+        assert not is_first_start({name: count})
