@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -48,7 +49,8 @@ def training(recipe: Path, shards: Path, run_dir: Path, log: Path, *around: str)
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and its loader's workers with it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
