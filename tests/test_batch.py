@@ -105,6 +105,20 @@ def test_the_node_of_a_broken_device_is_found_in_the_logs_of_this_start_alone(tm
     assert said.splitlines()[1:] == ["broken: n2"]
 
 
+def test_the_name_of_a_sample_makes_no_node_a_broken_one(tmp_path: Path) -> None:
+    (logs := tmp_path / "logs" / "7").mkdir(parents=True)
+    name = "2026-11-21 10:00:00 W replaced NVRM: Xid.png of train-000000.tar: it does not decode\n"
+    (logs / "7_0_log.out").write_text(START.format(rank=0, node="n1") + name)
+    assert batch(tmp_path, "crate_look_at_logs; echo broken: $crate_broken") == "broken:"
+
+
+def test_a_checkpoint_that_replaced_another_is_progress_too(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text("100 2")
+    (tmp_path / "one" / "checkpoints" / "step-00000105.1").mkdir(parents=True)
+    assert batch(tmp_path, f"crate_note_progress {TRY_AGAIN}; echo $crate_furthest $crate_stuck") == "105 0"
+
+
 def test_a_rank_that_was_killed_is_named_where_no_rank_says_a_fault(tmp_path: Path) -> None:
     logs = tmp_path / "logs" / "7"
     logs.mkdir(parents=True)

@@ -81,3 +81,14 @@ def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path) -> None:
     path.write_bytes(b"one\ntwo\nthr\xc3")
     assert whole_lines(path) == mended_lines(path) == ["one", "two"]
     assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_file_that_was_replaced_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    file = AppendedFile(path)
+    file.append(b"one\n")
+    (tmp_path / "other").write_bytes(b"another\n")
+    (tmp_path / "other").replace(path)
+    file.sync()
+    file.append(b"two\n")
+    assert path.read_bytes() == b"another\ntwo\n"

@@ -99,6 +99,11 @@ def test_a_ledger_with_nothing_in_it_has_no_goodput(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger.jsonl").totals.scalars()["goodput/fraction"] == 0
 
 
+def test_lines_that_are_none_of_its_own_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text('null\n7\n["steps"]\n{}\n{"event": "start", "step": 0}\n')
+    assert Ledger(tmp_path / "ledger.jsonl").totals.productive_s == 0
+
+
 def test_it_goes_on_behind_a_line_that_a_crash_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)

@@ -133,3 +133,15 @@ def test_a_ranks_workers_come_from_a_process_without_threads_and_end_with_it(tri
 def _parent_and_threads(pid: int) -> tuple[int, int]:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[1]), int(fields[17])
+
+
+class Ending:
+    """Raises what ends an iteration."""
+
+    def __getitem__(self, number: int) -> int:
+        raise StopIteration
+
+
+def test_an_item_cannot_end_the_items() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in a DataLoader worker.*StopIteration"):
+        list(Workers(Ending(), 1, ahead=1, stop=3))
