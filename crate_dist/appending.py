@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from crate_dist.lock import ALONE
+from crate_dist.run.lock import ALONE
 
 logger = logging.getLogger(__name__)
 

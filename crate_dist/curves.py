@@ -16,7 +16,7 @@ from torch.utils.tensorboard import summary
 
 from crate_dist.appending import AppendedFile
 from crate_dist.data.decode import Pixels
-from crate_dist.lock import ALONE
+from crate_dist.run.lock import ALONE
 
 _PREFIX = "events.out.tfevents."
 

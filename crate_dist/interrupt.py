@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from crate_dist.status import STOPPED
+from crate_dist.run.exit_status import STOPPED
 
 logger = logging.getLogger(__name__)
 

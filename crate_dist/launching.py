@@ -17,8 +17,8 @@ from crate_dist.data.identity import DataIdentity, newest_manifest, refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.locations import redacted
-from crate_dist.lock import LostTheRun, RunIsLocked, RunLock
-from crate_dist.run import RunFolder, checkpoint_names, read_recipe
+from crate_dist.run.folder import RunFolder, checkpoint_names, read_recipe
+from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
 
 _PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
 

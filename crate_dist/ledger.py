@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.appending import AppendedFile, mended_lines
-from crate_dist.lock import ALONE
+from crate_dist.run.lock import ALONE
 
 
 @dataclass

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 
 STOP_GRACE_S = 60.0
 """After a Ctrl-C or SIGTERM, which every rank gets; a second one ends them at once."""

@@ -26,9 +26,9 @@ from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World, gather_objects
 from crate_dist.ledger import Ledger
-from crate_dist.lock import Tenure
 from crate_dist.optim import Schedule
-from crate_dist.run import RunFolder, write_whole
+from crate_dist.run.folder import RunFolder, write_whole
+from crate_dist.run.lock import Tenure
 from crate_dist.saving import Saved
 from crate_dist.startup import up_s
 

@@ -26,7 +26,7 @@ from crate_dist.distributed import World, exit_at_once
 from crate_dist.features import Features, extract, pooled
 from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.models.crate import CrateConfig, Pool
-from crate_dist.run import write_whole
+from crate_dist.run.folder import write_whole
 from crate_dist.subject import Subject, load_subject
 
 KS = (10, 20, 100, 200)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from crate_dist.checkpoint import Checkpoint, CheckpointError, Progress
 from crate_dist.data.identity import DataIdentity, refusal
 from crate_dist.distributed import World, gather_objects
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

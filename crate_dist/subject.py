@@ -14,7 +14,7 @@ from crate_dist.config import DataSection
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights import WeightsError, load_model
-from crate_dist.run import read_recipe
+from crate_dist.run.folder import read_recipe
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from crate_dist.distributed import (
     leave_distributed,
 )
 from crate_dist.engine import NotFinite
-from crate_dist.faults import judged, may_pass
 from crate_dist.interrupt import Interrupt, ending_at_once
 from crate_dist.launching import check_that_no_job_waits
-from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.metrics import TooManyBadSamples, start_logging
-from crate_dist.run import RunFolder, read_recipe
+from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
+from crate_dist.run.faults import judged, may_pass
+from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock, Tenure
 from crate_dist.startup import Startup
-from crate_dist.status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.trainer import Trainer, TrainResult
 from crate_dist.watchdog import Watchdog
 

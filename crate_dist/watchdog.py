@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from crate_dist.distributed import World
 from crate_dist.interrupt import Interrupt
-from crate_dist.status import TRY_AGAIN
+from crate_dist.run.exit_status import TRY_AGAIN
 
 logger = logging.getLogger(__name__)
 

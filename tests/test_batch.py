@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist.faults import DEVICE_FAULT
-from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.faults import DEVICE_FAULT
 from tests.ranks import REPOSITORY
 
 START = "crate-dist start 2.1: rank {rank} on node {node}\n"

@@ -19,9 +19,9 @@ import torch
 from crate_dist import checkpoint, saving
 from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
 from crate_dist.distributed import World
-from crate_dist.lock import ALONE, LostTheRun, Tenure
 from crate_dist.manifest import FORMAT_VERSION, manifest_digest
-from crate_dist.run import checkpoint_names
+from crate_dist.run.folder import checkpoint_names
+from crate_dist.run.lock import ALONE, LostTheRun, Tenure
 from tests.chaos.ranks import spawn_statuses
 from tests.ranks import spawn
 

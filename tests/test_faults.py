@@ -16,7 +16,7 @@ from crate_dist.checkpoint import CheckpointError
 from crate_dist.config import RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.engine import NotFinite
-from crate_dist.faults import judged, may_pass
+from crate_dist.run.faults import judged, may_pass
 
 
 def os_error(number: int) -> OSError:

@@ -24,7 +24,7 @@ from crate_dist.launching import preflight
 from crate_dist.models.archs import build_model
 from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.weights import export_model, export_reference, to_reference
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.ranks import REPOSITORY, spawn, train_to_the_end
 

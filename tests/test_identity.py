@@ -22,8 +22,8 @@ from crate_dist.launching import preflight
 from crate_dist.models.card import model_card
 from crate_dist.models.weights import load_model
 from crate_dist.resuming import progress_on
-from crate_dist.run import RunFolder
-from crate_dist.status import TRY_AGAIN
+from crate_dist.run.exit_status import TRY_AGAIN
+from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.prep import run
 from tests.ranks import Training, train_to_the_end

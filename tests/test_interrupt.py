@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from crate_dist.status import STOPPED
+from crate_dist.run.exit_status import STOPPED
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks, wait_until
 from tests.chaos.trial import Trial

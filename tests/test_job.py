@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from crate_dist.config import load_recipe
-from crate_dist.run import RunFolder
-from crate_dist.status import NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.exit_status import NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY, free_port, lock_is_free, rank_environment
 
 pytestmark = pytest.mark.spawn

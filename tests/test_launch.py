@@ -18,7 +18,7 @@ from crate_dist import launching
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
 from crate_dist.launching import check_that_no_job_waits, preflight
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -248,7 +248,7 @@ def test_the_login_node_never_imports_torch(program: str, arguments: list[str], 
         timeout=60,
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "crate_dist.run" in imported
+    assert "crate_dist.run.folder" in imported
     assert not {name for name in imported if name.partition(".")[0] in ("torch", "deepspeed", "webdataset", "PIL")}
 
 

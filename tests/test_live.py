@@ -22,7 +22,7 @@ from crate_dist.live import Live, first_images
 from crate_dist.models.archs import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import Schedule
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, write_split
 from tests.ranks import train_to_the_end
 

@@ -15,7 +15,7 @@ import pytest
 
 from crate_dist import local_ranks
 from crate_dist.local_ranks import RankFailed, rank_environment, run_ranks, visible_gpus
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY
 
 NO_END = ["--set", "train.epochs=1000"]
@@ -179,7 +179,7 @@ while True: time.sleep(0.1)
 import sys
 from pathlib import Path
 from crate_dist.local_ranks import run_ranks
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 run_ranks(sys.argv[2:], 2, RunFolder(Path(sys.argv[1])))
 """
     launcher = subprocess.Popen([sys.executable, "-c", program, folder.path, *python(stubborn), folder.path])

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import lock as lock_module
-from crate_dist.lock import Holder, LostTheRun, RunIsLocked, RunLock
-from crate_dist.status import LOST_THE_RUN
+from crate_dist.run.exit_status import LOST_THE_RUN
+from crate_dist.run.folder import lock as lock_module
+from crate_dist.run.lock import Holder, LostTheRun, RunIsLocked, RunLock
 from tests.ranks import REPOSITORY
 
 LEASE_S = 0.6
 HOLD = f"""
 import sys, time
 from pathlib import Path
-from crate_dist.lock import RunLock
+from crate_dist.run.lock import RunLock
 with RunLock(Path(sys.argv[1]), lease_s={LEASE_S}) as lock:
     print("held", flush=True)
     sys.stdin.readline()

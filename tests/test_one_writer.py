@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from crate_dist.checkpoint import list_checkpoints
-from crate_dist.run import RunFolder, read_recipe
-from crate_dist.status import LOST_THE_RUN
+from crate_dist.run.exit_status import LOST_THE_RUN
+from crate_dist.run.folder import RunFolder, read_recipe
 from tests.cluster.runs import steps
 from tests.ranks import REPOSITORY, lock_is_free, rank_environment
 from tests.test_local_ranks import launched, lines, local, wait_until

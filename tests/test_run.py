@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from crate_dist.config import RecipeError, load_recipe
-from crate_dist.lock import LostTheRun, RunLock
-from crate_dist.run import RunFolder, read_recipe, write_whole
+from crate_dist.run.folder import RunFolder, read_recipe, write_whole
+from crate_dist.run.lock import LostTheRun, RunLock
 
 
 def test_a_run_folder_knows_its_recipe_and_its_starts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crate_dist.distributed import World
-from crate_dist.status import TRY_AGAIN
+from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.watchdog import Watchdog
 from tests.chaos.ranks import spawn_statuses
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from crate_dist.data.index import ShardIndex
 from crate_dist.manifest import MANIFEST, read_manifest
-from crate_dist.run import checkpoint_names
+from crate_dist.run.folder import checkpoint_names
 
 _ROWS_AT_ONCE = 2**20
 

@@ -44,8 +44,8 @@ POINTS = {
     "joining the other ranks": Point("crate_dist.train", "init_distributed"),
     "locking the run folder": Point("os", "link", lambda _, new: Path(new).parent.name == "lock"),
     "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
-    "writing the recipe": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "recipe.toml"),
-    "noting the start": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "run.json"),
+    "writing the recipe": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "recipe.toml"),
+    "noting the start": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "run.json"),
     "building the engine": Point("crate_dist.trainer", "Engine"),
     # a step
     "loading a checkpoint": Point("crate_dist.engine", "Engine.load"),

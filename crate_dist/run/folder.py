@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
-from crate_dist.lock import ALONE
+from crate_dist.run.lock import ALONE
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from crate_dist.status import LOST_THE_RUN
+from crate_dist.run.exit_status import LOST_THE_RUN
 
 logger = logging.getLogger(__name__)
 
