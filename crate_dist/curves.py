@@ -14,8 +14,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from crate_dist.appending import AppendedFile
 from crate_dist.data.decode import Pixels
+from crate_dist.files import AppendedFile
 from crate_dist.run.lock import ALONE
 
 _PREFIX = "events.out.tfevents."

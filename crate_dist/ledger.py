@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crate_dist.appending import AppendedFile, mended_lines
+from crate_dist.files import AppendedFile, mended_lines
 from crate_dist.run.lock import ALONE
 
 

@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate_dist.appending import AppendedFile, mended_lines, whole_lines
 from crate_dist.config import Recipe
 from crate_dist.curves import Curves
 from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World, gather_objects
+from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.ledger import Ledger
 from crate_dist.optim import Schedule
-from crate_dist.run.folder import RunFolder, write_whole
+from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.saving import Saved
 from crate_dist.startup import up_s

@@ -28,8 +28,9 @@ from crate_dist.checkpoint import (
     step_name,
 )
 from crate_dist.distributed import World, gather_objects
+from crate_dist.files import write_whole
 from crate_dist.manifest import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
-from crate_dist.run.folder import checkpoint_names, write_whole
+from crate_dist.run.folder import checkpoint_names
 from crate_dist.run.lock import ALONE, Tenure
 
 logger = logging.getLogger(__name__)

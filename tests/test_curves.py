@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_dist import curves as curves_module
-from crate_dist.appending import AppendedFile, mended_lines, whole_lines
 from crate_dist.curves import Curves
+from crate_dist.files import AppendedFile, mended_lines, whole_lines
 
 
 def shown(folder: Path) -> list[tuple[int, float]]:
@@ -65,7 +65,7 @@ def test_what_does_not_fit_onto_the_disk_is_written_when_there_is_room(
             return other.write(data[:count])
 
     with monkeypatch.context() as full:
-        full.setattr("crate_dist.appending.os.write", nearly_full)
+        full.setattr("crate_dist.files.os.write", nearly_full)
         file.append(b"two\n")
         file.append(b"three\n")
     assert path.read_bytes() == b"one\ntw"

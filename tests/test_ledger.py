@@ -124,7 +124,7 @@ def test_a_full_disk_is_waited_for(
 ) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     with monkeypatch.context() as full:
-        full.setattr("crate_dist.appending.os.write", _no_space)
+        full.setattr("crate_dist.files.os.write", _no_space)
         ledger.note("start", step=0)
         ledger.note("steps", after=0, step=1, busy_s=1.0, wait_s=0.0)
     assert caplog.text.count("No space left on device") == 1

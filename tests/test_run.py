@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from crate_dist.config import RecipeError, load_recipe
-from crate_dist.run.folder import RunFolder, read_recipe, write_whole
+from crate_dist.files import write_whole
+from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import LostTheRun, RunLock
 
 

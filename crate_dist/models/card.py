@@ -15,10 +15,10 @@ import torch
 
 from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
+from crate_dist.files import write_whole
 from crate_dist.locations import name_above
 from crate_dist.models.archs import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
-from crate_dist.run.folder import write_whole
 
 _LICENCE = "licence"
 _NO_LICENCE = "*to be named by whoever shares these weights*"

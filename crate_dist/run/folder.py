@@ -24,7 +24,6 @@ import os
 import platform
 import re
 import subprocess
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.files import write_whole
 from crate_dist.run.lock import ALONE
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
@@ -261,19 +261,6 @@ def checkpoint_names(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

@@ -1,17 +1,29 @@
-"""Files that only grow: what does not fit onto a full disk now is kept, and written with what comes after it."""
+"""Files that are written whole or not at all, and files that only grow."""
 
 from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
-
-from crate_dist.run.lock import ALONE
 
 logger = logging.getLogger(__name__)
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class AppendedFile:
@@ -20,10 +32,10 @@ class AppendedFile:
     A disk that is full for a while is no reason to end a training: it is said once, and nothing is lost but by a
     crash meanwhile.
 
-    check: raises LostTheRun when the file is another job's now, OSError when that cannot be seen; see lock.Tenure
+    check: raises LostTheRun when the file is another job's now, OSError when that cannot be seen; see run.lock.Tenure
     """
 
-    def __init__(self, path: Path, check: Callable[[], None] = ALONE.check) -> None:
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         self._path, self._check = path, check
         self._descriptor = os.open(path, _APPEND, 0o666)
         self._waiting = b""
