@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from crate_dist.config import DataSection
-from crate_dist.data.cache import ShardCache
-from crate_dist.data.cache_folder import cache_folder, claim, close, locks_of_one_node
 from crate_dist.data.index import Remote, ShardError, ShardIndex
 from crate_dist.data.reader import ShardReader
+from crate_dist.data.remote.cache import ShardCache
+from crate_dist.data.remote.cache_folder import cache_folder, claim, close, locks_of_one_node
 from crate_dist.data.splits import open_split
 from tests.servers import FolderServer, serving
 
@@ -233,6 +233,8 @@ def test_locks_that_only_one_node_sees_are_found(mounts: str, reason: str) -> No
 
 
 def test_a_cache_whose_locks_other_nodes_do_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crate_dist.data.cache_folder.locks_of_one_node", lambda folder: "nfs, mounted with nolock")
+    monkeypatch.setattr(
+        "crate_dist.data.remote.cache_folder.locks_of_one_node", lambda folder: "nfs, mounted with nolock"
+    )
     with pytest.raises(ShardError, match=r"seen by this node alone \(nfs, mounted with nolock\).*of the node itself"):
         cache_folder(DataSection(cache_dir=tmp_path / "cache"))

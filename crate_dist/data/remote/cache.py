@@ -24,7 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 
-from crate_dist.data.cache_folder import (
+from crate_dist.data.index import Remote, Shard, ShardError
+from crate_dist.data.remote.cache_folder import (
     SHARD_FILE,
     claim,
     close,
@@ -34,8 +35,7 @@ from crate_dist.data.cache_folder import (
     unless_gone,
     unwritable,
 )
-from crate_dist.data.index import Remote, Shard, ShardError
-from crate_dist.data.remote import Damaged, fetch
+from crate_dist.data.remote.fetch import Damaged, fetch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05

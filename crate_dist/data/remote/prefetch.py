@@ -17,9 +17,9 @@ from collections.abc import Callable, Container
 import numpy as np
 from numpy.typing import NDArray
 
-from crate_dist.data.cache import NoRoom, ShardCache
-from crate_dist.data.cache_folder import close
 from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.remote.cache import NoRoom, ShardCache
+from crate_dist.data.remote.cache_folder import close
 
 logger = logging.getLogger(__name__)
 
