@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 
 from crate_dist.config import DataSection, load_recipe
-from crate_dist.data.check import build_indexes, split_folders
 from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ROW, Shard, ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.scan import LabelRule, scan_shard
 from crate_dist.data.splits import open_splits
+from crate_dist.prep.check import build_indexes, split_folders
+from crate_dist.prep.tar import LabelRule, scan_shard
 from tests.conftest import casts, write_split
 from tests.prep import picture, refuse, run
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from crate_dist.config import DataSection
 from crate_dist.data import reader as reading
-from crate_dist.data import shards
-from crate_dist.data.check import build_indexes, verify_split
 from crate_dist.data.decode import BadImage
-from crate_dist.data.images import Treatment
 from crate_dist.data.index import ROW, ROW_WITHOUT_CHECKSUM, ShardError, ShardIndex, checksum
 from crate_dist.data.loader import eval_loader
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.samples import Found, Samples
-from crate_dist.data.scan import LabelRule, ShardScan, scan_shard
 from crate_dist.data.splits import open_split
+from crate_dist.prep import shards
+from crate_dist.prep.check import build_indexes, verify_split
+from crate_dist.prep.images import Treatment
+from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
 from tests.conftest import write_split
 from tests.prep import class_tree, picture
 from tests.servers import serving

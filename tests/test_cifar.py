@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from crate_dist.data.cifar import cifar
 from crate_dist.data.decode import open_image
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.pickles import PickleError, load_dict
-from crate_dist.data.published import Place, working_folder
+from crate_dist.prep.archives import Place, working_folder
+from crate_dist.prep.cifar import cifar
+from crate_dist.prep.pickles import PickleError, load_dict
 from tests.prep import (
     convert,
     fingerprint,

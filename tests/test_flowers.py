@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import scipy.io
 
-from crate_dist.data.flowers import CLASS_NAMES, flowers
-from crate_dist.data.folders import Reading
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.published import Place, working_folder
+from crate_dist.prep.archives import Place, working_folder
+from crate_dist.prep.flowers import CLASS_NAMES, flowers
+from crate_dist.prep.folders import Reading
 from tests.prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "flowers.py"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist.data.folders import Reading
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.pets import pets
-from crate_dist.data.published import Place, working_folder
+from crate_dist.prep.archives import Place, working_folder
+from crate_dist.prep.folders import Reading
+from crate_dist.prep.pets import pets
 from tests.prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "pets.py"

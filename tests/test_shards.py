@@ -15,13 +15,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from crate_dist.data import convert
-from crate_dist.data.images import Treatment, treat
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.samples import Found, Samples
-from crate_dist.data.scan import LabelRule, scan_shard, walk_tar
-from crate_dist.data.shards import ShardPlan, make_shard
 from crate_dist.data.transforms import BadImage
+from crate_dist.prep import convert
+from crate_dist.prep.images import Treatment, treat
+from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.shards import ShardPlan, make_shard
+from crate_dist.prep.tar import LabelRule, scan_shard, walk_tar
 from tests.prep import class_tree, picture, write_tree
 
 
@@ -292,7 +292,7 @@ def test_any_name_becomes_a_key_that_webdataset_and_ustar_take(tmp_path: Path) -
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crate_dist.data.folders import Reading, image_folder
+    from crate_dist.prep.folders import Reading, image_folder
 
     root = class_tree(tmp_path / "source")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())

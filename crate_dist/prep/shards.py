@@ -24,12 +24,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from crate_dist.data.images import BadImage, Treatment, extension, treat
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
-from crate_dist.data.pool import advance
-from crate_dist.data.samples import Samples
-from crate_dist.data.scan import scan_shard
+from crate_dist.prep.images import BadImage, Treatment, extension, treat
+from crate_dist.prep.pool import advance
+from crate_dist.prep.samples import Samples
+from crate_dist.prep.tar import scan_shard
 
 _SHUFFLE = 0x73687566  # keeps the shuffle apart from what else is derived from the same seed
 _PROGRESS_EVERY = 16

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import PIL
 
-from crate_dist.data.folders import Reading, Source, Split
-from crate_dist.data.images import BadImage, Treatment, treat
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
-from crate_dist.data.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
-from crate_dist.data.pool import run_parallel
-from crate_dist.data.program import available_cpus, counted, human_bytes, human_time, positive, progress_bar, tell, warn
-from crate_dist.data.shards import ShardPlan, ShardResult, make_shard
+from crate_dist.prep.folders import Reading, Source, Split
+from crate_dist.prep.images import BadImage, Treatment, treat
+from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
+from crate_dist.prep.pool import run_parallel
+from crate_dist.prep.program import available_cpus, counted, human_bytes, human_time, positive, progress_bar, tell, warn
+from crate_dist.prep.shards import ShardPlan, ShardResult, make_shard
 
 _TRIED_IMAGES = 32
 _LISTED_SKIPPED = 1000

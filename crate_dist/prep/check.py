@@ -14,12 +14,12 @@ import numpy as np
 from braceexpand import braceexpand
 
 from crate_dist.data.identity import first_difference
-from crate_dist.data.images import BadImage, check_decodes
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
-from crate_dist.data.journal import missing_shards, read_identity
-from crate_dist.data.pool import advance, run_parallel
-from crate_dist.data.program import progress_bar
-from crate_dist.data.scan import LabelRule, ShardScan, scan_shard
+from crate_dist.prep.images import BadImage, check_decodes
+from crate_dist.prep.journal import missing_shards, read_identity
+from crate_dist.prep.pool import advance, run_parallel
+from crate_dist.prep.program import progress_bar
+from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
 
 _NAMED = 10
 """Shards that one message names."""

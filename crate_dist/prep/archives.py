@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_dist.data.folders import Reading, Split, hold_out, list_images, whats_in
 from crate_dist.data.index import ShardError
-from crate_dist.data.program import human_bytes, proper_fraction
-from crate_dist.data.samples import Found, called_image
-from crate_dist.data.scan import MAX_IMAGE_BYTES, Member, walk_tar
+from crate_dist.prep.folders import Reading, Split, hold_out, list_images, whats_in
+from crate_dist.prep.program import human_bytes, proper_fraction
+from crate_dist.prep.samples import Found, called_image
+from crate_dist.prep.tar import MAX_IMAGE_BYTES, Member, walk_tar
 
 _WORK = ".unpacked"
 _MAX_UNPACKED = 16 * 2**30

@@ -18,7 +18,7 @@ import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.data.scan import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
+from crate_dist.prep.tar import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
 

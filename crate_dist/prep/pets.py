@@ -13,10 +13,10 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from crate_dist.data.folders import Reading, Source, Split, some, whats_in
 from crate_dist.data.index import ShardError
-from crate_dist.data.published import Files, Place, Published, named_splits
-from crate_dist.data.samples import Found, Samples
+from crate_dist.prep.archives import Files, Place, Published, named_splits
+from crate_dist.prep.folders import Reading, Source, Split, some, whats_in
+from crate_dist.prep.samples import Found, Samples
 
 _SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
 IMAGES = Published("images.tar.gz", f"{_SITE}data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c")

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crate_dist.data.folders import Reading, Source, Split, some, whats_in
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.data.published import Files, Place, Published
-from crate_dist.data.samples import Found, Samples
+from crate_dist.prep.archives import Files, Place, Published
+from crate_dist.prep.folders import Reading, Source, Split, some, whats_in
+from crate_dist.prep.samples import Found, Samples
 
 _SITE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 IMAGES = Published("102flowers.tgz", f"{_SITE}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_dist.data.folders import (
+from crate_dist.data.index import ShardError
+from crate_dist.prep.folders import (
     Reading,
     Source,
     Split,
@@ -32,9 +33,8 @@ from crate_dist.data.folders import (
     whats_in,
     with_threads,
 )
-from crate_dist.data.index import ShardError
-from crate_dist.data.samples import Found, Samples, list_archive
-from crate_dist.data.scan import Member, walk_tar
+from crate_dist.prep.samples import Found, Samples, list_archive
+from crate_dist.prep.tar import Member, walk_tar
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crate_dist.data.folders import Source, Split, whats_in
 from crate_dist.data.index import ShardError
-from crate_dist.data.pickles import PickleError, load_dict
-from crate_dist.data.program import progress_bar
-from crate_dist.data.published import Files, Place, Published, named_splits
-from crate_dist.data.samples import Found, Samples
+from crate_dist.prep.archives import Files, Place, Published, named_splits
+from crate_dist.prep.folders import Source, Split, whats_in
+from crate_dist.prep.pickles import PickleError, load_dict
+from crate_dist.prep.program import progress_bar
+from crate_dist.prep.samples import Found, Samples
 
 SIDE = 32
 PIXEL_BYTES = 3 * SIDE * SIDE

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import hash64
-from crate_dist.data.samples import Found, Samples, called_image
+from crate_dist.prep.samples import Found, Samples, called_image
 
 _LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
 _HELD_OUT = 0x686F6C64  # keeps the choice of held-out images apart from the shuffle

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crate_dist.data.images import Treatment
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
-from crate_dist.data.shards import Finished, ShardPlan, is_temporary, shard_names
+from crate_dist.prep.images import Treatment
+from crate_dist.prep.shards import Finished, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
