@@ -15,7 +15,7 @@ from crate_dist.data.loader import Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import detect_world, init_distributed, leave_distributed
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.optim import Schedule, learning_rate
 
 MARKS = (1, 10, 100)

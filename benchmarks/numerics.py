@@ -107,7 +107,7 @@ def run(
 ) -> list[float]:
     """The loss of each step, at the recipe's rate after a rise over the first tenth."""
     from crate_dist.engine import Engine
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
 
     batch = recipe.train.global_batch
     engine = Engine(build_model(recipe.model, classes, seed=0), recipe, device, batch, 1)

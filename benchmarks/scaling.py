@@ -192,7 +192,7 @@ def listen() -> list[tuple[str, int, int]]:
 def zero(recipe: Recipe, device: Any, batch: int, to_all: bool) -> Any:
     """One step of crate_dist.engine. to_all: each gradient goes to all ranks, as by DeepSpeed's default."""
     from crate_dist import engine
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
 
     if to_all:
         engine.RANKS_REDUCED_TO = 0
@@ -207,7 +207,7 @@ def ddp(recipe: Recipe) -> Any:
     from torch.nn.parallel import DistributedDataParallel
 
     from crate_dist.data.loader import Normalize
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
     from crate_dist.optim import build_optimizer, parameter_groups
 
     bare = build_model(recipe.model, CLASSES, seed=0)
@@ -245,7 +245,7 @@ def model(arguments: argparse.Namespace, recipe: Recipe, count: int) -> None:
     from step import forward_flops
 
     from crate_dist.engine import RANKS_REDUCED_TO
-    from crate_dist.models.archs import model_config
+    from crate_dist.models.build import model_config
 
     work = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.micro_batch
     compute_s = (arguments.step_ms or work / (arguments.mfu * arguments.peak_tflops * 1e12) * 1e3) / 1e3

@@ -39,9 +39,9 @@ from torch import nn
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import detect_world, init_distributed, leave_distributed
-from crate_dist.models.archs import build_model, model_config
+from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.products import linear
+from crate_dist.models.matmul import linear
 
 Step = Callable[[Batch], None]
 CLASSES = 1000

@@ -8,9 +8,9 @@ from typing import Any
 from crate_dist.checkpoint import Checkpoint, Progress, list_checkpoints
 from crate_dist.config import Recipe
 from crate_dist.data.index import ShardIndex
-from crate_dist.models.card import facts_of, write_card
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.weights import export_model
+from crate_dist.models.weights.card import facts_of, write_card
+from crate_dist.models.weights.write import export_model
 from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder, code_version
 from crate_dist.run.lock import Tenure

@@ -36,7 +36,7 @@ from crate_dist.data.splits import open_split
 from crate_dist.locations import location
 from crate_dist.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import WeightsError
+from crate_dist.models.weights.names import WeightsError
 from crate_dist.sketches import enlarged, heat, masked
 from crate_dist.subject import Subject, load_subject
 from crate_dist.whitebox import class_attention_maps, patch_projections, profile

@@ -35,7 +35,7 @@ from crate_dist.distributed import (
 )
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import WeightsError
+from crate_dist.models.weights.names import WeightsError
 from crate_dist.subject import Subject
 
 T = TypeVar("T")

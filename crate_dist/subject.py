@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import WeightsError, load_model
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.read import load_model
 from crate_dist.run.folder import read_recipe
 
 

@@ -26,7 +26,7 @@ from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt, Left
 from crate_dist.live import Live
 from crate_dist.metrics import Monitor
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.optim import Schedule, learning_rate
 from crate_dist.resuming import progress_on
 from crate_dist.run.folder import RunFolder

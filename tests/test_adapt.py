@@ -12,10 +12,10 @@ from torch.nn.functional import interpolate
 
 from crate_dist.config import ModelSection
 from crate_dist.models.adapt import adapt
-from crate_dist.models.archs import build_model, initialise, model_config
+from crate_dist.models.build import build_model, initialise, model_config
 from crate_dist.models.crate import CRATE
-from crate_dist.models.layout import WeightsError
-from crate_dist.models.weights import load_model
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.read import load_model
 
 SOURCE = model_config(ModelSection(arch="crate_demo", image_size=32, patch_size=8), num_classes=10)
 

@@ -129,7 +129,7 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference, load_weights
 
     keep_in(cache)
     golden = torch.load(GOLDEN, weights_only=True)

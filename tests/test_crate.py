@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crate_dist.config import ArchName, ModelSection
-from crate_dist.models import products
-from crate_dist.models.archs import ARCHS, build_model, find_arch, find_published, initialise, model_config
+from crate_dist.models import matmul as products
+from crate_dist.models.build import ARCHS, build_model, find_arch, find_published, initialise, model_config
 from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
-from crate_dist.models.weights import export_reference, from_reference, load_weights, to_reference
+from crate_dist.models.weights.names import from_reference, load_weights, to_reference
+from crate_dist.models.weights.write import export_reference
 
 GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)

@@ -39,7 +39,7 @@ def golden_losses(world: World, device: torch.device, accumulation: int) -> list
     """Twelve Lion steps of the golden model through the engine, without clipping, in fp32."""
     from crate_dist.engine import Engine
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference, load_weights
 
     golden = torch.load(GOLDEN, weights_only=True)
     given, training = dict(golden["config"]), golden["train"]
@@ -84,7 +84,7 @@ def batch_of(step: int) -> Batch:
 
 def make_engine(world: World, device: torch.device, settings: Recipe) -> Any:
     from crate_dist.engine import Engine
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
 
     return Engine(build_model(settings.model, 7, seed=0), settings, device, GLOBAL_BATCH // world.world_size, 1)
 
@@ -145,7 +145,7 @@ def test_what_four_ranks_saved_any_number_of_ranks_holds_bit_for_bit(
 def gradients_in_fp32(world: World, device: torch.device) -> tuple[float, float]:
     """Gradient norms of the same batch at once and in eight pieces, in bf16."""
     from crate_dist.engine import Engine
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
 
     norms = []
     for accumulation in (1, 8):
@@ -166,7 +166,7 @@ def test_accumulation_does_not_change_the_gradient() -> None:
 
 def first_weights(world: World, device: torch.device) -> bool:
     engine = make_engine(world, device, recipe())
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
 
     exact = torch.cat([p.reshape(-1) for p in build_model(recipe().model, 7, seed=0).parameters()])
     part = engine.state()["fp32"][0]

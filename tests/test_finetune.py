@@ -21,9 +21,10 @@ from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
 from crate_dist.initial import Origin, begin_from, weights_digest
 from crate_dist.launching import preflight
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.models.positions import interpolate_positions
-from crate_dist.models.weights import export_model, export_reference, to_reference
+from crate_dist.models.weights.names import to_reference
+from crate_dist.models.weights.write import export_model, export_reference
 from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.ranks import REPOSITORY, spawn, train_to_the_end

@@ -21,7 +21,7 @@ from crate_dist.data.remote.fetch import Patience
 from crate_dist.data.remote.fetch import fetch as remote
 from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
-from crate_dist.models import weights
+from crate_dist.models.weights import __main__ as weights
 from crate_dist.run.folder import RunFolder
 from crate_dist.subject import load_subject
 from tests.conftest import SMALL_RECIPE

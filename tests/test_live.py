@@ -19,7 +19,7 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader
 from crate_dist.distributed import World
 from crate_dist.live import Live, first_images
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder

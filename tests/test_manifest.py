@@ -16,7 +16,7 @@ from crate_dist.checkpoint import CheckpointError, open_checkpoint
 from crate_dist.config import load_recipe
 from crate_dist.data.identity import newest_manifest
 from crate_dist.manifest import manifest_digest, rank_file
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.subject import load_subject
 from tests.test_checksums import ANYTHING, paths_into

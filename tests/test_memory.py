@@ -7,7 +7,7 @@ import torch
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.memory import advice, kept_bytes_per_image, largest_micro_batch, parameters, step_bytes
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.models.sizes import ARCHS
 
 
@@ -18,7 +18,7 @@ def recipe(arch: str = "crate_tiny", *overrides: str) -> Recipe:
 @pytest.mark.parametrize("arch", ["crate_tiny", "crate_small", "crate_base", "crate_large"])
 def test_the_parameters_are_counted_without_torch_as_torch_has_them(arch: str) -> None:
     with torch.device("meta"):
-        from crate_dist.models.archs import model_config
+        from crate_dist.models.build import model_config
         from crate_dist.models.crate import CRATE
 
         model = CRATE(model_config(recipe(arch).model, 1000))

@@ -24,9 +24,9 @@ from crate_dist.data.loader import Normalize, eval_loader
 from crate_dist.distributed import World
 from crate_dist.features import Features, extract, pooled
 from crate_dist.frozen import CannotMeasure
-from crate_dist.models.archs import build_model
+from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE, Pool
-from crate_dist.models.weights import export_model
+from crate_dist.models.weights.write import export_model
 from crate_dist.probe import find_layer, main
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, spawn

@@ -18,24 +18,19 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 
 from crate_dist.config import ModelSection
-from crate_dist.models.archs import build_model, initialise
+from crate_dist.models.build import build_model, initialise
 from crate_dist.models.crate import CRATE, CrateConfig
-from crate_dist.models.weights import (
+from crate_dist.models.weights.__main__ import describe, main
+from crate_dist.models.weights.names import (
     WeightsError,
     check_fit,
-    describe,
-    export_model,
-    export_reference,
-    export_safetensors,
     from_reference,
     infer_config,
-    load_model,
     load_weights,
-    main,
-    read_state_dict,
-    read_weights,
     to_reference,
 )
+from crate_dist.models.weights.read import load_model, read_state_dict, read_weights
+from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 from crate_dist.subject import load_subject
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_dist.models.archs import initialise
+from crate_dist.models.build import initialise
 from crate_dist.models.crate import CRATE, CrateConfig, CrateLayer
-from crate_dist.models.weights import from_reference, load_weights
+from crate_dist.models.weights.names import from_reference, load_weights
 from crate_dist.whitebox import (
     class_attention_maps,
     coding_rate,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_dist.models.archs import find_arch, find_published
+from crate_dist.models.build import find_arch, find_published
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 from crate_dist.models.sizes import ARCHS
 

@@ -1,4 +1,4 @@
-"""Weights in and out, for people and for the rest of the program; reading.py and writing.py say which files.
+"""Weights in and out, for people and for the rest of the program; read.py and write.py say which files.
 
 python -m crate_dist.models.weights describe FILE
 python -m crate_dist.models.weights convert IN OUT --to reference
@@ -12,41 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crate_dist.models.archs import find_arch
-from crate_dist.models.card import card_path, write_card
+from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.layout import (
-    FORMAT,
-    StateDict,
+from crate_dist.models.weights.card import card_path, write_card
+from crate_dist.models.weights.names import (
     WeightsError,
-    check_fit,
-    from_reference,
-    infer_config,
-    load_weights,
-    to_reference,
 )
-from crate_dist.models.reading import Weights, load_model, read_state_dict, read_weights
-from crate_dist.models.writing import export_model, export_reference, export_safetensors
-
-__all__ = [
-    "FORMAT",
-    "StateDict",
-    "Weights",
-    "WeightsError",
-    "check_fit",
-    "convert",
-    "describe",
-    "export_model",
-    "export_reference",
-    "export_safetensors",
-    "from_reference",
-    "infer_config",
-    "load_model",
-    "load_weights",
-    "read_state_dict",
-    "read_weights",
-    "to_reference",
-]
+from crate_dist.models.weights.read import load_model, read_weights
+from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 
 
 def describe(path: str | Path, heads: int | None = None) -> str:

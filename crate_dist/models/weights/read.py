@@ -22,9 +22,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from crate_dist.models.archs import find_arch
+from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig, Pool
-from crate_dist.models.layout import (
+from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
     UNSEEN,

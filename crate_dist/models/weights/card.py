@@ -17,7 +17,7 @@ from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
 from crate_dist.files import write_whole
 from crate_dist.locations import name_above
-from crate_dist.models.archs import find_arch
+from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
 
 _LICENCE = "licence"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import DataSection
-from crate_dist.models.archs import find_arch
+from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.layout import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
+from crate_dist.models.weights.names import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
 
 logger = logging.getLogger(__name__)
 
