@@ -34,8 +34,8 @@ from crate_dist.interrupt import Interrupt, Left
 from crate_dist.metrics import Monitor
 from crate_dist.models.crate import CRATE
 from crate_dist.optim import Schedule
-from crate_dist.sketches import BLUE, ORANGE, Panel, heat, panels, tiles
-from crate_dist.whitebox import Profile, class_attention_maps, gradient_norms, profile
+from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
+from crate_dist.whitebox.pixels import BLUE, ORANGE, Panel, heat, panels, tiles
 
 logger = logging.getLogger(__name__)
 

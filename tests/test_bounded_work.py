@@ -18,9 +18,9 @@ from PIL import Image
 from crate_dist.config import DataSection
 from crate_dist.data import decode
 from crate_dist.data.decode import MAX_BYTES, MAX_SCANNED_PIXELS, BadImage, Pixels, open_image
-from crate_dist.data.gallery import Framing
 from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.prep.images import Treatment, treat
+from crate_dist.whitebox.pictures import Framing
 from tests.pictures import encode, photo, psnr_db, with_scans
 
 WAYS: dict[str, Callable[[bytes], object]] = {

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from crate_dist.config import DataSection
-from crate_dist.data.gallery import Framing, GalleryError, from_paths, read_mask
 from crate_dist.figures import main
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.write import export_model
+from crate_dist.whitebox.pictures import Framing, GalleryError, from_paths, read_mask
 from tests.pictures import photo
 
 GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.linalg import eigh
 
-from crate_dist.components import picture_components, principal_components
-from crate_dist.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
+from crate_dist.whitebox.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
+from crate_dist.whitebox.pca import picture_components, principal_components
 
 
 def planted(grid: tuple[int, int], *boxes: tuple[slice, slice], noise: float = 0.05, seed: int = 0) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CRATE, CrateConfig, CrateLayer
 from crate_dist.models.weights.names import from_reference, load_weights
-from crate_dist.whitebox import (
+from crate_dist.whitebox.measures import (
     class_attention_maps,
     coding_rate,
     coherence,

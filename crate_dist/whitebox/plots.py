@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from crate_dist.data.decode import Pixels
-from crate_dist.sketches import BLUE, HEAT, ORANGE, heat, lit
+from crate_dist.whitebox.pixels import BLUE, HEAT, ORANGE, heat, lit
 
 Float = NDArray[np.floating]
 _Arguments = ParamSpec("_Arguments")
