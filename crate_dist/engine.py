@@ -9,7 +9,7 @@ between the master weights and the model, which at small learning rates is felt.
 In both the loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their norm, the master
 weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
 
-Saving and loading go through crate_dist.checkpoint and not through DeepSpeed, whose own checkpoints belong to one
+Saving and loading go through the room checkpoint and not through DeepSpeed, whose own checkpoints belong to one
 world size.
 """
 
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
 
 from crate_dist import compiling
-from crate_dist.checkpoint import Checkpoint, CheckpointError, Layout, RankState
+from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Layout, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
@@ -254,7 +254,7 @@ class Engine:
         self._zero.update_lp_params()
 
     def _check_partitions(self) -> None:
-        """What crate_dist.checkpoint believes of ZeRO's flat vectors holds: equal parts, no gaps, our order."""
+        """What crate_dist.checkpoint.loading believes of ZeRO's flat vectors holds: equal parts, no gaps, our order."""
         world_size = dist.get_world_size()
         assert not any(any(padding) for padding in self._zero.round_robin_bit16_padding)
         assert all(p.dtype == torch.float32 for p in self._partitions)

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_dist.checkpoint import CheckpointError
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
 from crate_dist.data.index import ShardError
@@ -33,7 +34,6 @@ from crate_dist.data.splits import open_split
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError
-from crate_dist.subject import Subject, load_subject
 from crate_dist.whitebox import plots
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.checkpoint import CheckpointError
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject
 from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader
@@ -36,7 +37,6 @@ from crate_dist.distributed import (
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError
-from crate_dist.subject import Subject
 
 T = TypeVar("T")
 

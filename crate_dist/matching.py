@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crate_dist.checkpoint.trained import Subject, are_numbers
 from crate_dist.data.index import ShardIndex
 from crate_dist.frozen import CannotMeasure
-from crate_dist.subject import Subject, are_numbers
 
 _SHOWN = 5
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
 from crate_dist.curves import Curves
 from crate_dist.data.decode import Pixels
@@ -29,7 +30,6 @@ from crate_dist.ledger import Ledger
 from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.saving import Saved
 from crate_dist.startup import up_s
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from crate_dist.checkpoint import CheckpointError
+from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError

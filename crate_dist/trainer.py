@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.distributed as dist
 
-from crate_dist import checkpoint
-from crate_dist.checkpoint import Progress
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint.export import export
+from crate_dist.checkpoint.finetune import begin_from
+from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.resuming import progress_on
+from crate_dist.checkpoint.saving import Saved, Saver, prune
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
@@ -21,17 +25,13 @@ from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, gather_objects
 from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
-from crate_dist.exporting import export
-from crate_dist.initial import begin_from
 from crate_dist.interrupt import Interrupt, Left
 from crate_dist.live import Live
 from crate_dist.metrics import Monitor
 from crate_dist.models.build import build_model
 from crate_dist.optim import Schedule, learning_rate
-from crate_dist.resuming import progress_on
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.saving import Saved, Saver, prune
 from crate_dist.startup import Startup
 from crate_dist.watchdog import Watchdog
 

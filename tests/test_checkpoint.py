@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from crate_dist import checkpoint, saving
-from crate_dist.checkpoint import CheckpointError, Layout, Progress, StateReader
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.format import FORMAT_VERSION, manifest_digest
+from crate_dist.checkpoint.loading import CheckpointError, Layout, Progress, StateReader
 from crate_dist.distributed import World
-from crate_dist.manifest import FORMAT_VERSION, manifest_digest
 from crate_dist.run.folder import checkpoint_names
 from crate_dist.run.lock import ALONE, LostTheRun, Tenure
 from tests.chaos.ranks import spawn_statuses

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from crate_dist import checkpoint, compiling, saving
-from crate_dist.checkpoint import Progress
+from crate_dist import compiling
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.loading import Progress
 from crate_dist.config import Recipe
 from crate_dist.distributed import World
 from crate_dist.lion import Lion

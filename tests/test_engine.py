@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from crate_dist import checkpoint, saving
-from crate_dist.checkpoint import Progress
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.loading import Progress
 from crate_dist.config import Recipe, build_recipe
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import World

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import DataSection, ModelSection, load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader
@@ -28,7 +29,6 @@ from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import to_reference
 from crate_dist.models.weights.write import export_model, export_reference
-from crate_dist.subject import load_subject
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to_the_end
 

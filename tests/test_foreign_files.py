@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist import config, evaluate, figures, probe
+from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
@@ -23,7 +24,6 @@ from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
 from crate_dist.models.weights import __main__ as weights
 from crate_dist.run.folder import RunFolder
-from crate_dist.subject import load_subject
 from tests.conftest import SMALL_RECIPE
 from tests.ranks import REPOSITORY
 from tests.servers import serving

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from crate_dist.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, list_checkpoints
+from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.config import RecipeError, load_recipe
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError, ShardIndex
@@ -21,7 +22,6 @@ from crate_dist.distributed import World
 from crate_dist.launching import preflight
 from crate_dist.models.weights.card import model_card
 from crate_dist.models.weights.read import load_model
-from crate_dist.resuming import progress_on
 from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split

@@ -12,13 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crate_dist.checkpoint import CheckpointError, open_checkpoint
+from crate_dist.checkpoint.format import manifest_digest, rank_file
+from crate_dist.checkpoint.loading import CheckpointError, open_checkpoint
+from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import load_recipe
 from crate_dist.data.identity import newest_manifest
-from crate_dist.manifest import manifest_digest, rank_file
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
-from crate_dist.subject import load_subject
 from tests.test_checksums import ANYTHING, paths_into
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist.checkpoint import list_checkpoints
+from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.run.exit_status import LOST_THE_RUN
 from crate_dist.run.folder import RunFolder, read_recipe
 from tests.cluster.runs import steps

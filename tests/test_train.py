@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crate_dist.checkpoint import list_checkpoints
+from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.run.folder import RunFolder
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lion_pytorch import Lion
 from torch import Tensor, nn
 
+from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import ModelSection
 from crate_dist.models.build import build_model, initialise
 from crate_dist.models.crate import CRATE, CrateConfig
@@ -31,7 +32,6 @@ from crate_dist.models.weights.names import (
 )
 from crate_dist.models.weights.read import load_model, read_state_dict, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
-from crate_dist.subject import load_subject
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "crate_reference_checkpoint.pth.tar"

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from crate_dist.checkpoint.format import MANIFEST, read_manifest
 from crate_dist.data.index import ShardIndex
-from crate_dist.manifest import MANIFEST, read_manifest
 from crate_dist.run.folder import checkpoint_names
 
 _ROWS_AT_ONCE = 2**20

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crate_dist.checkpoint import PREFIX, UNFINISHED
+from crate_dist.checkpoint.format import manifest_digest
+from crate_dist.checkpoint.loading import PREFIX, UNFINISHED
 from crate_dist.data.loader import Batch
-from crate_dist.manifest import manifest_digest
 
 Action = Literal["stand still", "slow", "disk full", "clock"]
 
@@ -53,13 +53,13 @@ POINTS = {
     "reading a batch": Point("crate_dist.data.loader", "TrainBatches.__getitem__"),
     "writing a line of metrics": Point("crate_dist.metrics", "Monitor._write"),
     # a save
-    "copying the state": Point("crate_dist.saving", "Saver._copy"),
+    "copying the state": Point("crate_dist.checkpoint.saving", "Saver._copy"),
     "making the folder of a save": Point(
         "pathlib", "Path.mkdir", lambda path, *_, **__: path.name.startswith(UNFINISHED)
     ),
-    "writing a rank's file": Point("crate_dist.saving", "_Digesting.write"),
+    "writing a rank's file": Point("crate_dist.checkpoint.saving", "_Digesting.write"),
     "syncing a rank's file": Point("os", "fsync", lambda number: _is_rank_file(_file(number).name)),
-    "writing the manifest": Point("crate_dist.saving", "write_whole"),
+    "writing the manifest": Point("crate_dist.checkpoint.saving", "write_whole"),
     "syncing the manifest": Point("os", "fsync", lambda number: ".manifest.json" in _file(number).name),
     "syncing the folder of a save": Point("os", "fsync", lambda number: _file(number).name.startswith(UNFINISHED)),
     "renaming the folder of a save": Point("pathlib", "Path.replace", lambda _, new: Path(new).name.startswith(PREFIX)),
@@ -76,9 +76,9 @@ POINTS = {
     "evaluating": Point("crate_dist.engine", "Engine.predict"),
     "measuring the white box": Point("crate_dist.live", "profile"),
     "noting an evaluation": Point("crate_dist.metrics", "Monitor.evaluation"),
-    "beginning to save": Point("crate_dist.saving", "Saver.save"),
+    "beginning to save": Point("crate_dist.checkpoint.saving", "Saver.save"),
     # the end
-    "exporting the weights": Point("crate_dist.exporting", "export_model"),
+    "exporting the weights": Point("crate_dist.checkpoint.export", "export_model"),
     "syncing the weights": Point("os", "fsync", lambda number: "model-" in _file(number).name),
     "noting the end": Point("crate_dist.metrics", "Monitor.close"),
 }

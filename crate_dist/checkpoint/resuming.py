@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from crate_dist.checkpoint import Checkpoint, CheckpointError, Progress
+from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Progress
 from crate_dist.data.identity import DataIdentity, refusal
 from crate_dist.distributed import World, gather_objects
 from crate_dist.run.folder import RunFolder

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crate_dist.checkpoint import CheckpointError
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject, are_numbers, load_subject
 from crate_dist.config import RecipeError
 from crate_dist.distributed import gather_objects
 from crate_dist.models.adapt import adapt
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import StateDict, WeightsError
-from crate_dist.subject import Subject, are_numbers, load_subject
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from crate_dist.checkpoint.format import MANIFEST, Layout, Progress, rank_file, read_manifest
 from crate_dist.distributed import World, gather_objects
 from crate_dist.files import write_whole
-from crate_dist.manifest import MANIFEST, Layout, Progress, rank_file, read_manifest
 from crate_dist.run.folder import checkpoint_names
 
 PUBLISHED = "published.json"

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from crate_dist.checkpoint import (
+from crate_dist.checkpoint.format import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
+from crate_dist.checkpoint.loading import (
     UNFINISHED,
     Checkpoint,
     CheckpointError,
@@ -29,7 +30,6 @@ from crate_dist.checkpoint import (
 )
 from crate_dist.distributed import World, gather_objects
 from crate_dist.files import write_whole
-from crate_dist.manifest import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
 from crate_dist.run.folder import checkpoint_names
 from crate_dist.run.lock import ALONE, Tenure
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint import CheckpointError, list_checkpoints, open_checkpoint
+from crate_dist.checkpoint.loading import CheckpointError, list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
