@@ -27,16 +27,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from crate_dist.accuracy import ByClass, Tally, class_text
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World, exit_at_once, gather_objects
+from crate_dist.evaluation.accuracy import ByClass, Tally, class_text
+from crate_dist.evaluation.matching import Matching, match_classes
+from crate_dist.evaluation.on_ranks import (
+    CannotMeasure,
+    Frozen,
+    add_arguments,
+    check_output,
+    find_split,
+    positive,
+    run_on_ranks,
+)
 from crate_dist.files import write_whole
-from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
 from crate_dist.interrupt import Left
-from crate_dist.matching import Matching, match_classes
 
 _NAMED = 5
 

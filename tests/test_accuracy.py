@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from crate_dist.accuracy import ByClass, Tally, places
 from crate_dist.distributed import World
+from crate_dist.evaluation.accuracy import ByClass, Tally, places
 from tests.ranks import spawn
 
 CLASSES = 7

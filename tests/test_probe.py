@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from crate_dist import knn, linear_probe
 from crate_dist.config import DataSection, ModelSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader
 from crate_dist.distributed import World
-from crate_dist.features import Features, extract, pooled
-from crate_dist.frozen import CannotMeasure
+from crate_dist.evaluation import knn
+from crate_dist.evaluation import linear as linear_probe
+from crate_dist.evaluation.features import Features, extract, pooled
+from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE, Pool
 from crate_dist.models.weights.write import export_model

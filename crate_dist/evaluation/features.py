@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_dist.data.loader import Batch
-from crate_dist.frozen import CannotMeasure
+from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.crate import CRATE, Pool
 
 

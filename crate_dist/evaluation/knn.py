@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_dist.accuracy import places
-from crate_dist.features import Features, gather_rows
+from crate_dist.evaluation.accuracy import places
+from crate_dist.evaluation.features import Features, gather_rows
 
 TEMPERATURE = 0.07
 QUERIES = 512

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from scipy.optimize import minimize
 from torch import Tensor
 
-from crate_dist.accuracy import places
 from crate_dist.data.order import permutation
-from crate_dist.features import Features
-from crate_dist.frozen import CannotMeasure
+from crate_dist.evaluation.accuracy import places
+from crate_dist.evaluation.features import Features
+from crate_dist.evaluation.on_ranks import CannotMeasure
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_STEPS = 500

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crate_dist.checkpoint.trained import Subject, are_numbers
 from crate_dist.data.index import ShardIndex
-from crate_dist.frozen import CannotMeasure
+from crate_dist.evaluation.on_ranks import CannotMeasure
 
 _SHOWN = 5
 
