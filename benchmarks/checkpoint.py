@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config import load_recipe
-from crate_dist.local_ranks import free_port, rank_environment
+from crate_dist.launching.ranks import free_port, rank_environment
 
 COLUMNS = ("DeepSpeed save", "our stall", "our save in all", "DeepSpeed load", "our load")
 

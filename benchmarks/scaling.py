@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.memory import parameters
+from crate_dist.launching.memory import parameters
 
 CLASSES = 1000
 WARM_UP, COUNTED = 2, 3

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from crate_dist.checkpoint.loading import CheckpointError
-from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
@@ -32,7 +31,8 @@ from crate_dist.distributed import (
 )
 from crate_dist.engine import NotFinite
 from crate_dist.interrupt import Interrupt, ending_at_once
-from crate_dist.launching import check_that_no_job_waits
+from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.preflight import check_that_no_job_waits
 from crate_dist.metrics import TooManyBadSamples, start_logging
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass

@@ -30,7 +30,7 @@ from crate_dist.data.remote.fetch import Patience, below, file_url
 from crate_dist.data.remote.fetch import fetch as remote
 from crate_dist.data.remote.fetch import prefetch as ahead
 from crate_dist.data.splits import open_split, open_splits
-from crate_dist.launching import preflight
+from crate_dist.launching.preflight import preflight
 from tests.conftest import casts, write_split
 from tests.servers import FolderServer, serving
 

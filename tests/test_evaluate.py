@@ -24,7 +24,7 @@ from crate_dist.data.loader import Normalize, eval_loader
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.evaluate import Evaluation, evaluate, main
-from crate_dist.launching import check_init_from
+from crate_dist.launching.preflight import check_init_from
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import to_reference

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from crate_dist.checkpoint.finetune import Origin, begin_from, weights_digest
-from crate_dist.cli import add_recipe_arguments, recipe_from
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
-from crate_dist.launching import preflight
+from crate_dist.launching.options import add_recipe_arguments, recipe_from
+from crate_dist.launching.preflight import preflight
 from crate_dist.models.build import build_model
 from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.weights.names import to_reference

@@ -19,7 +19,7 @@ from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.splits import open_split, open_splits
 from crate_dist.distributed import World
-from crate_dist.launching import preflight
+from crate_dist.launching.preflight import preflight
 from crate_dist.models.weights.card import model_card
 from crate_dist.models.weights.read import load_model
 from crate_dist.run.exit_status import TRY_AGAIN

@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from crate_dist import launching
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
-from crate_dist.launching import check_that_no_job_waits, preflight
+from crate_dist.launching import preflight as launching
+from crate_dist.launching.preflight import check_that_no_job_waits, preflight
 from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import local_ranks
-from crate_dist.local_ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching import ranks as local_ranks
+from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY
 
@@ -178,7 +178,7 @@ while True: time.sleep(0.1)
     program = """
 import sys
 from pathlib import Path
-from crate_dist.local_ranks import run_ranks
+from crate_dist.launching.ranks import run_ranks
 from crate_dist.run.folder import RunFolder
 run_ranks(sys.argv[2:], 2, RunFolder(Path(sys.argv[1])))
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.memory import advice, kept_bytes_per_image, largest_micro_batch, parameters, step_bytes
+from crate_dist.launching.memory import advice, kept_bytes_per_image, largest_micro_batch, parameters, step_bytes
 from crate_dist.models.build import build_model
 from crate_dist.models.sizes import ARCHS
 
