@@ -86,8 +86,8 @@ def as_rank(rank: int, ranks: int, port: int, arch: str, rounds: int, place: Pat
     from crate_dist.checkpoint.loading import Progress, find_newest
     from crate_dist.checkpoint.saving import Saver
     from crate_dist.distributed import detect_world, init_distributed
-    from crate_dist.engine import Engine
     from crate_dist.models.build import build_model
+    from crate_dist.training.engine import Engine
 
     logging.disable(logging.WARNING)
     world = detect_world()

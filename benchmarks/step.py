@@ -4,7 +4,7 @@
 
 --reference is a checkout of the published code, whose model is imported from there. Its loop, as its main.py has it:
 under autocast and GradScaler on a GPU, plain fp32 on a CPU; zero_grad, forward, loss, backward, Lion from lion-pytorch.
-Ours is crate_dist.engine on one rank, with ZeRO-2 and all; --compile adds it with train.compile on. --vit adds, for
+Ours is training.engine on one rank, with ZeRO-2 and all; --compile adds it with train.compile on. --vit adds, for
 scale, timm's ViT of the same width, depth and heads in the published loop, where timm is installed.
 
 CPU seconds are those of all threads: what a step costs on a machine where other work takes part of the wall clock.
@@ -126,8 +126,8 @@ def parse() -> argparse.Namespace:
 
 
 def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
-    """One optimizer step of crate_dist.engine."""
-    from crate_dist.engine import Engine
+    """One optimizer step of crate_dist.training.engine."""
+    from crate_dist.training.engine import Engine
 
     train = recipe.train.model_copy(update={"compile": compile})
     recipe = recipe.model_copy(update={"train": train})

@@ -44,7 +44,7 @@ from crate_dist.evaluation.on_ranks import (
     run_on_ranks,
 )
 from crate_dist.files import write_whole
-from crate_dist.interrupt import Left
+from crate_dist.training.interrupt import Left
 
 _NAMED = 5
 

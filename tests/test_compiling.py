@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from crate_dist import compiling
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.loading import Progress
 from crate_dist.config import Recipe
 from crate_dist.distributed import World
-from crate_dist.lion import Lion
+from crate_dist.training import compiling
+from crate_dist.training.lion import Lion
 from tests.ranks import spawn
 from tests.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
@@ -88,7 +88,7 @@ def test_all_layers_are_one_graph_and_nothing_is_compiled_again(cache: Path) -> 
 
 
 def not_finite(world: World, device: torch.device, cache: Path) -> tuple[str, bool]:
-    from crate_dist.engine import NotFinite
+    from crate_dist.training.engine import NotFinite
 
     keep_in(cache)
     engine = make_engine(world, device, with_train(compile=True))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crate_dist import curves as curves_module
-from crate_dist.curves import Curves
 from crate_dist.files import AppendedFile, mended_lines, whole_lines
+from crate_dist.training import tensorboard as curves_module
+from crate_dist.training.tensorboard import Curves
 
 
 def shown(folder: Path) -> list[tuple[int, float]]:

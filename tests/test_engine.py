@@ -38,9 +38,9 @@ def recipe(**optim: Any) -> Recipe:
 
 def golden_losses(world: World, device: torch.device, accumulation: int) -> list[float]:
     """Twelve Lion steps of the golden model through the engine, without clipping, in fp32."""
-    from crate_dist.engine import Engine
     from crate_dist.models.crate import CRATE, CrateConfig
     from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.training.engine import Engine
 
     golden = torch.load(GOLDEN, weights_only=True)
     given, training = dict(golden["config"]), golden["train"]
@@ -84,8 +84,8 @@ def batch_of(step: int) -> Batch:
 
 
 def make_engine(world: World, device: torch.device, settings: Recipe) -> Any:
-    from crate_dist.engine import Engine
     from crate_dist.models.build import build_model
+    from crate_dist.training.engine import Engine
 
     return Engine(build_model(settings.model, 7, seed=0), settings, device, GLOBAL_BATCH // world.world_size, 1)
 
@@ -145,8 +145,8 @@ def test_what_four_ranks_saved_any_number_of_ranks_holds_bit_for_bit(
 
 def gradients_in_fp32(world: World, device: torch.device) -> tuple[float, float]:
     """Gradient norms of the same batch at once and in eight pieces, in bf16."""
-    from crate_dist.engine import Engine
     from crate_dist.models.build import build_model
+    from crate_dist.training.engine import Engine
 
     norms = []
     for accumulation in (1, 8):

@@ -15,8 +15,8 @@ from PIL import UnidentifiedImageError
 from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.config import RecipeError
 from crate_dist.data.index import ShardError
-from crate_dist.engine import NotFinite
 from crate_dist.run.faults import judged, may_pass
+from crate_dist.training.engine import NotFinite
 
 
 def os_error(number: int) -> OSError:

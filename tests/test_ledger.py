@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import ledger as ledger_module
-from crate_dist.ledger import Ledger, Totals
+from crate_dist.training import ledger as ledger_module
+from crate_dist.training.ledger import Ledger, Totals
 
 
 def replay(*events: dict[str, object]) -> Totals:

@@ -18,11 +18,11 @@ from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader
 from crate_dist.distributed import World
-from crate_dist.live import Live, first_images
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
-from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder
+from crate_dist.training.live import Live, first_images
+from crate_dist.training.optim import Schedule
 from tests.conftest import SMALL_RECIPE, write_split
 from tests.ranks import train_to_the_end
 
@@ -162,7 +162,7 @@ def live(cast_shards: Path, small_recipe: Path, model: CRATE, steps: list[int]) 
     world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
     one, notes = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24)), Notes()
     with pytest.MonkeyPatch.context() as alone:
-        alone.setattr("crate_dist.live.gather_objects", lambda value: [value])
+        alone.setattr("crate_dist.training.live.gather_objects", lambda value: [value])
         for step in steps:
             assert one.is_due(step)
             one.measure(model, step, notes, Untold())  # type: ignore[arg-type]

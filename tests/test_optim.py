@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from crate_dist.config import ModelSection, OptimSection
 from crate_dist.models.build import build_model
-from crate_dist.optim import Schedule, build_optimizer, learning_rate, parameter_groups
+from crate_dist.training.optim import Schedule, build_optimizer, learning_rate, parameter_groups
 
 IMAGENET = Schedule(epochs=150, num_samples=1_281_167, global_batch=2048)
 

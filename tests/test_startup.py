@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from crate_dist.startup import Startup
+from crate_dist.training.startup import Startup
 
 
 def test_the_parts_of_a_start_add_up_and_are_said_once(caplog: pytest.LogCaptureFixture) -> None:

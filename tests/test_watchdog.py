@@ -12,7 +12,7 @@ import torch
 
 from crate_dist.distributed import World
 from crate_dist.run.exit_status import TRY_AGAIN
-from crate_dist.watchdog import Watchdog
+from crate_dist.training.watchdog import Watchdog
 from tests.chaos.ranks import spawn_statuses
 
 pytestmark = pytest.mark.spawn

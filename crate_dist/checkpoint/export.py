@@ -11,9 +11,9 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.card import facts_of, write_card
 from crate_dist.models.weights.write import export_model
-from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder, code_version
 from crate_dist.run.lock import Tenure
+from crate_dist.training.optim import Schedule
 
 logger = logging.getLogger(__name__)
 

@@ -46,12 +46,12 @@ POINTS = {
     "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
     "writing the recipe": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "recipe.toml"),
     "noting the start": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "run.json"),
-    "building the engine": Point("crate_dist.trainer", "Engine"),
+    "building the engine": Point("crate_dist.training.trainer", "Engine"),
     # a step
-    "loading a checkpoint": Point("crate_dist.engine", "Engine.load"),
-    "taking a step": Point("crate_dist.engine", "Engine.step"),
+    "loading a checkpoint": Point("crate_dist.training.engine", "Engine.load"),
+    "taking a step": Point("crate_dist.training.engine", "Engine.step"),
     "reading a batch": Point("crate_dist.data.loader", "TrainBatches.__getitem__"),
-    "writing a line of metrics": Point("crate_dist.metrics", "Monitor._write"),
+    "writing a line of metrics": Point("crate_dist.training.metrics", "Monitor._write"),
     # a save
     "copying the state": Point("crate_dist.checkpoint.saving", "Saver._copy"),
     "making the folder of a save": Point(
@@ -73,14 +73,14 @@ POINTS = {
     "removing a checkpoint's files": Point("os", "unlink", lambda path, **_: _is_rank_file(path)),
     "removing a checkpoint's folder": Point("os", "rmdir", lambda path, **_: Path(path).name.startswith(UNFINISHED)),
     # an evaluation
-    "evaluating": Point("crate_dist.engine", "Engine.predict"),
-    "measuring the white box": Point("crate_dist.live", "profile"),
-    "noting an evaluation": Point("crate_dist.metrics", "Monitor.evaluation"),
+    "evaluating": Point("crate_dist.training.engine", "Engine.predict"),
+    "measuring the white box": Point("crate_dist.training.live", "profile"),
+    "noting an evaluation": Point("crate_dist.training.metrics", "Monitor.evaluation"),
     "beginning to save": Point("crate_dist.checkpoint.saving", "Saver.save"),
     # the end
     "exporting the weights": Point("crate_dist.checkpoint.export", "export_model"),
     "syncing the weights": Point("os", "fsync", lambda number: "model-" in _file(number).name),
-    "noting the end": Point("crate_dist.metrics", "Monitor.close"),
+    "noting the end": Point("crate_dist.training.metrics", "Monitor.close"),
 }
 
 
@@ -141,7 +141,7 @@ class Fault:
 
 def note_samples(path: Path) -> None:
     """Has this process write down which samples each of its steps is made of."""
-    from crate_dist.engine import Engine, StepResult
+    from crate_dist.training.engine import Engine, StepResult
 
     take_step = Engine.step
 

@@ -30,10 +30,10 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import World, gather_objects
-from crate_dist.interrupt import Interrupt, Left
-from crate_dist.metrics import Monitor
 from crate_dist.models.crate import CRATE
-from crate_dist.optim import Schedule
+from crate_dist.training.interrupt import Interrupt, Left
+from crate_dist.training.metrics import Monitor
+from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
 from crate_dist.whitebox.pixels import BLUE, ORANGE, Panel, heat, panels, tiles
 

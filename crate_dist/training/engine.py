@@ -32,17 +32,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
 
-from crate_dist import compiling
 from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Layout, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import gather_objects
-from crate_dist.finite import where_not_finite
-from crate_dist.lion import Lion
 from crate_dist.models.crate import CRATE
-from crate_dist.optim import STATE_KEYS, build_optimizer, parameter_groups
+from crate_dist.training import compiling
+from crate_dist.training.finite import where_not_finite
+from crate_dist.training.lion import Lion
+from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
 
 with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
     # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from crate_dist.config import OptimSection
-from crate_dist.lion import Lion
+from crate_dist.training.lion import Lion
 
 STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The tensors, as large as the weights, that each optimizer keeps."""

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.distributed import World
-from crate_dist.interrupt import Interrupt
 from crate_dist.run.exit_status import TRY_AGAIN
+from crate_dist.training.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
 

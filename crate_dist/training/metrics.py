@@ -21,16 +21,16 @@ from tqdm import tqdm
 
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
-from crate_dist.curves import Curves
 from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World, gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
-from crate_dist.ledger import Ledger
-from crate_dist.optim import Schedule
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.startup import up_s
+from crate_dist.training.ledger import Ledger
+from crate_dist.training.optim import Schedule
+from crate_dist.training.startup import up_s
+from crate_dist.training.tensorboard import Curves
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class Monitor:
         charts: Mapping[str, Mapping[str, str]],
         seconds: float,
     ) -> None:
-        """Writes one measurement of every layer. layers: name -> values, the first layer first; see crate_dist.live."""
+        """Writes one measurement of every layer. layers: name -> values, the first layer first; see live.py."""
         if not self._curves or not self._ledger:
             return
         for name, values in layers.items():

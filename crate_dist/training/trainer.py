@@ -23,17 +23,17 @@ from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import World, gather_objects
-from crate_dist.engine import Engine, NotFinite
 from crate_dist.evaluate import evaluate
-from crate_dist.interrupt import Interrupt, Left
-from crate_dist.live import Live
-from crate_dist.metrics import Monitor
 from crate_dist.models.build import build_model
-from crate_dist.optim import Schedule, learning_rate
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.startup import Startup
-from crate_dist.watchdog import Watchdog
+from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.interrupt import Interrupt, Left
+from crate_dist.training.live import Live
+from crate_dist.training.metrics import Monitor
+from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.startup import Startup
+from crate_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
