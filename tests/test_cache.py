@@ -24,11 +24,11 @@ from crate_dist.data.index import Remote, ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
+from crate_dist.data.remote import fetch as remote
+from crate_dist.data.remote import prefetch as ahead
 from crate_dist.data.remote.cache import NoRoom, ShardCache, locked
 from crate_dist.data.remote.cache_folder import close
 from crate_dist.data.remote.fetch import Patience, below, file_url
-from crate_dist.data.remote.fetch import fetch as remote
-from crate_dist.data.remote.fetch import prefetch as ahead
 from crate_dist.data.splits import open_split, open_splits
 from crate_dist.launching.preflight import preflight
 from tests.conftest import casts, write_split

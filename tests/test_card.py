@@ -14,8 +14,10 @@ from crate_dist.config import load_recipe
 from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.weights import convert, export_model, export_safetensors, load_model
+from crate_dist.models.weights import load_model
+from crate_dist.models.weights.__main__ import convert
 from crate_dist.models.weights.card import card_path, facts_of, model_card, write_card
+from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.folder import code_version
 
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from crate_dist.run import lock as lock_module
 from crate_dist.run.exit_status import LOST_THE_RUN
-from crate_dist.run.folder import lock as lock_module
 from crate_dist.run.lock import Holder, LostTheRun, RunIsLocked, RunLock
 from tests.ranks import REPOSITORY
 

@@ -12,11 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crate_dist.checkpoint.format import manifest_digest, rank_file
+from crate_dist.checkpoint.format import manifest_digest, newest_manifest, rank_file
 from crate_dist.checkpoint.loading import CheckpointError, open_checkpoint
 from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import load_recipe
-from crate_dist.data.identity import newest_manifest
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from tests.test_checksums import ANYTHING, paths_into

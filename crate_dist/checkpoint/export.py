@@ -13,7 +13,6 @@ from crate_dist.models.weights.card import facts_of, write_card
 from crate_dist.models.weights.write import export_model
 from crate_dist.run.folder import RunFolder, code_version
 from crate_dist.run.lock import Tenure
-from crate_dist.training.optim import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ def export(
     recipe: Recipe,
     config: CrateConfig,
     progress: Progress,
-    schedule: Schedule,
+    steps_per_epoch: float,
     train: ShardIndex,
     val: ShardIndex | None,
     tenure: Tenure,
@@ -38,7 +37,7 @@ def export(
         if saved is None or problem:
             logger.error("%s is not written: %s", path, problem)
             continue
-        about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, schedule)}
+        about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, steps_per_epoch)}
         about["changed_data"] = [note for note in folder.changed_data() if note["step"] <= saved.step]
         tenure.check()
         export_model(path, config, saved.weights(), about)
@@ -46,11 +45,11 @@ def export(
         write_card(path, config, about)
 
 
-def _about(saved: Checkpoint, recipe: Recipe, schedule: Schedule) -> dict[str, Any]:
+def _about(saved: Checkpoint, recipe: Recipe, steps_per_epoch: float) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "step": saved.step,
-        "epochs": saved.step / schedule.steps_per_epoch,
+        "epochs": saved.step / steps_per_epoch,
         "metrics": dict(saved.progress.metrics),
         "evaluated_at": saved.progress.evaluated_at,
         "recipe_values": recipe.mathematics(),

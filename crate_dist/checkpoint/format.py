@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crate_dist.run.folder import checkpoint_names
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _MOST_PADDING = 4096  # elements per rank; DeepSpeed pads to two
@@ -79,6 +81,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if problem:
         raise ValueError(f"{path} {problem}")
     return manifest
+
+
+def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
+    """What the newest checkpoint in a folder says, without torch; None where there is none with a whole manifest.
+
+    For a first look: whether its other files are whole is found out when the run starts.
+
+    Raises OSError when the folder cannot be listed.
+    """
+    for name in reversed(checkpoint_names(checkpoints)):
+        try:
+            return read_manifest(checkpoints / name / MANIFEST)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _malformed(manifest: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from crate_dist.checkpoint.format import newest_manifest
 from crate_dist.config import Recipe, RecipeError, derive_batch
-from crate_dist.data.identity import DataIdentity, newest_manifest, refusal
+from crate_dist.data.identity import DataIdentity, refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.locations import redacted

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from crate_dist.distributed import Left
 from crate_dist.run.exit_status import STOPPED
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,6 @@ class ToldToStop(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
-
-
-class Left(Exception):
-    """What was under way was left because the run is told to stop; the next start makes it."""
 
 
 @contextlib.contextmanager

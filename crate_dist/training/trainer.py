@@ -22,13 +22,13 @@ from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
-from crate_dist.distributed import World, gather_objects
-from crate_dist.evaluate import evaluate
+from crate_dist.distributed import Left, World, gather_objects
+from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training.engine import Engine, NotFinite
-from crate_dist.training.interrupt import Interrupt, Left
+from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule, learning_rate
@@ -157,7 +157,9 @@ class Trainer:
             prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure, self.damaged)
         if self.world.is_main:
             config, indexes = self.engine.module.config, (self.train_index, self.val_index)
-            export(self.folder, self.recipe, config, self.progress, self.schedule, *indexes, self.tenure)
+            export(
+                self.folder, self.recipe, config, self.progress, self.schedule.steps_per_epoch, *indexes, self.tenure
+            )
         dist.barrier()
         self.monitor.close()
         best = self.progress
