@@ -25,9 +25,9 @@ from crate_dist.locations import is_private, location, may_run_a_command, name_a
 from crate_dist.models.weights import __main__ as weights
 from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE
+from tests.launching.test_launchers import sbatch  # noqa: F401
 from tests.ranks import REPOSITORY
 from tests.servers import serving
-from tests.test_launch import sbatch  # noqa: F401
 
 PASSWORD, TOKEN, KEY = "hunter2pass", "tok3nvalue", "s3cretkey"
 

@@ -18,7 +18,7 @@ from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import load_recipe
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
-from tests.test_checksums import ANYTHING, paths_into
+from tests.data.test_checksums import ANYTHING, paths_into
 
 
 def manifest() -> dict[str, Any]:

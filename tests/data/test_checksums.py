@@ -26,7 +26,7 @@ from crate_dist.prep.images import Treatment
 from crate_dist.prep.samples import Found, Samples
 from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
 from tests.conftest import write_split
-from tests.prep import class_tree, picture
+from tests.data_prep import class_tree, picture
 from tests.servers import serving
 
 SAMPLES = 100

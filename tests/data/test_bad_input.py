@@ -27,7 +27,7 @@ from crate_dist.data.splits import open_splits
 from crate_dist.prep.check import build_indexes, split_folders
 from crate_dist.prep.tar import LabelRule, scan_shard
 from tests.conftest import casts, write_split
-from tests.prep import picture, refuse, run
+from tests.data_prep import picture, refuse, run
 
 SIZE, SAMPLES, ODD = 24, 40, 17
 GOOD = picture(0, size=(200, 150))

@@ -18,7 +18,7 @@ from crate_dist.distributed import World
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
 from tests.ranks import spawn
-from tests.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
+from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
 pytestmark = [
     pytest.mark.spawn,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from crate_dist.data.index import ShardIndex
-from tests.prep import (
+from tests.data_prep import (
     class_tree,
     command,
     convert,

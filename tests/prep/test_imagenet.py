@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 
 from crate_dist.data.index import ShardIndex
-from tests.prep import convert, fingerprint, picture, read_by_webdataset, refuse, tar_of, tars_of, write_tree
+from tests.data_prep import convert, fingerprint, picture, read_by_webdataset, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "imagenet.py"
 WNIDS = ["n01440764", "n01443537", "n02105855", "n03788365"]

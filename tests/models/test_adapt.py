@@ -19,7 +19,7 @@ from crate_dist.models.weights.read import load_model
 
 SOURCE = model_config(ModelSection(arch="crate_demo", image_size=32, patch_size=8), num_classes=10)
 
-PUBLISHED = Path(__file__).parent / "golden" / "crate_reference_checkpoint.pth.tar"
+PUBLISHED = Path(__file__).parents[1] / "golden" / "crate_reference_checkpoint.pth.tar"
 
 
 @pytest.fixture(scope="module")

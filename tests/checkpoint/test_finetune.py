@@ -30,7 +30,7 @@ from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.ranks import REPOSITORY, spawn, train_to_the_end
 
 SECTION = ModelSection(arch="crate_demo", image_size=32, patch_size=8)
-UNPUBLISHED = Path(__file__).parent / "golden" / "crate_reference_checkpoint.pth.tar"
+UNPUBLISHED = Path(__file__).parents[1] / "golden" / "crate_reference_checkpoint.pth.tar"
 
 
 @pytest.fixture(scope="module")

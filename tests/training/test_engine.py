@@ -18,7 +18,7 @@ from tests.ranks import spawn
 
 pytestmark = pytest.mark.spawn
 
-GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 GLOBAL_BATCH = 24
 NO_IDS = torch.empty(0, dtype=torch.int64)
 

@@ -21,7 +21,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep.archives import Place, working_folder
 from crate_dist.prep.cifar import cifar
 from crate_dist.prep.pickles import PickleError, load_dict
-from tests.prep import (
+from tests.data_prep import (
     convert,
     fingerprint,
     read_by_index,

@@ -15,7 +15,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep.archives import Place, working_folder
 from crate_dist.prep.flowers import CLASS_NAMES, flowers
 from crate_dist.prep.folders import Reading
-from tests.prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
+from tests.data_prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "flowers.py"
 ANY = ("--any-digest", "--shard-samples", 5)

@@ -19,8 +19,8 @@ from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.run.exit_status import LOST_THE_RUN
 from crate_dist.run.folder import RunFolder, read_recipe
 from tests.cluster.runs import steps
+from tests.launching.test_ranks import launched, lines, local, wait_until
 from tests.ranks import REPOSITORY, lock_is_free, rank_environment
-from tests.test_local_ranks import launched, lines, local, wait_until
 
 pytestmark = pytest.mark.spawn
 

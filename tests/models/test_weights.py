@@ -33,7 +33,7 @@ from crate_dist.models.weights.names import (
 from crate_dist.models.weights.read import load_model, read_state_dict, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "crate_reference_checkpoint.pth.tar"
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 

@@ -25,7 +25,7 @@ from crate_dist.models.weights.read import load_model
 from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE, casts, write_split
-from tests.prep import run
+from tests.data_prep import run
 from tests.ranks import Training, train_to_the_end
 
 

@@ -24,7 +24,7 @@ from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
 from crate_dist.models.weights.names import from_reference, load_weights, to_reference
 from crate_dist.models.weights.write import export_reference
 
-GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 DEMO = ModelSection(arch="crate_demo", image_size=32, patch_size=4)
 

@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from crate_dist.data.index import ShardIndex
-from tests.prep import class_tree, convert, fingerprint, picture, read_by_index, refuse, run, write_tree
+from tests.data_prep import class_tree, convert, fingerprint, picture, read_by_index, refuse, run, write_tree
 
 FOLDER = "image_folder.py"
 

@@ -20,7 +20,7 @@ from crate_dist.models.weights.write import export_model
 from crate_dist.whitebox.pictures import Framing, GalleryError, from_paths, read_mask
 from tests.pictures import photo
 
-GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 
 
 @pytest.fixture(scope="module")

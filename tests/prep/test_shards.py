@@ -22,7 +22,7 @@ from crate_dist.prep.images import Treatment, treat
 from crate_dist.prep.samples import Found, Samples
 from crate_dist.prep.shards import ShardPlan, make_shard
 from crate_dist.prep.tar import LabelRule, scan_shard, walk_tar
-from tests.prep import class_tree, picture, write_tree
+from tests.data_prep import class_tree, picture, write_tree
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:

@@ -23,7 +23,7 @@ from crate_dist.whitebox.measures import (
     profile,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "crate_parity.pt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3, dropout=0.5, emb_dropout=0.5)
 
 
