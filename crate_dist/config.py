@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from crate_dist.errors import UserError
 from crate_dist.locations import is_private, location, may_run_a_command, redacted
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -37,7 +38,7 @@ OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe or an override that cannot be used; the message says what was given and what would do."""
 
 

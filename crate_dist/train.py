@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.config import Recipe, RecipeError
-from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import (
     PortIsTaken,
@@ -29,21 +27,18 @@ from crate_dist.distributed import (
     is_first_start,
     leave_distributed,
 )
+from crate_dist.errors import UserError
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.launching.preflight import check_that_no_job_waits
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock, Tenure
-from crate_dist.training.engine import NotFinite
 from crate_dist.training.interrupt import Interrupt, ending_at_once
-from crate_dist.training.metrics import TooManyBadSamples, start_logging
+from crate_dist.training.metrics import start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
-
-EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
-"""What a person can act on: shown as a message, without a traceback."""
 
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
@@ -136,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = recipe_from(arguments)
         run_dir = arguments.run_dir or default_run_dir(recipe)
         result = train(run_dir, recipe, arguments.start_over, arguments.accept_changed_data)
-    except EXPECTED_ERRORS as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return TRY_AGAIN if may_pass(error) else 1
     except LostTheRun as error:

@@ -26,6 +26,7 @@ import torch
 
 from crate_dist.checkpoint.format import MANIFEST, Layout, Progress, rank_file, read_manifest
 from crate_dist.distributed import World, gather_objects
+from crate_dist.errors import UserError
 from crate_dist.files import write_whole
 from crate_dist.run.folder import checkpoint_names
 
@@ -43,7 +44,7 @@ RankState = dict[str, list[torch.Tensor]]
 """Kind of state ("fp32", "exp_avg", …) -> this rank's flat partition of it, one per parameter group."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or used; the message names the file and what would do."""
 
 

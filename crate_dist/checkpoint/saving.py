@@ -29,7 +29,7 @@ from crate_dist.checkpoint.loading import (
     step_name,
 )
 from crate_dist.distributed import World, gather_objects
-from crate_dist.files import write_whole
+from crate_dist.files import sync_folder, write_whole
 from crate_dist.run.folder import checkpoint_names
 from crate_dist.run.lock import ALONE, Tenure
 
@@ -201,10 +201,10 @@ def publish(
     if not failures and world.is_main:
         try:
             write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
-            _sync(beside)
+            sync_folder(beside)
             tenure.check()
             beside.replace(final)  # of the same step there may be another, which goes when this one stands
-            _sync(folder)
+            sync_folder(folder)
             note_published(folder, progress.step)
         except OSError as error:
             failures = [f"rank 0: {error}"]
@@ -302,11 +302,3 @@ def _write_rank_file(path: Path, state: RankState) -> tuple[dict[str, Any], str]
         return {"bytes": digesting.bytes, "sha256": digesting.sha256.hexdigest()}, ""
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         return {}, f"{path}: {error}"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.checkpoint.trained import Subject
-from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
-from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.config import DATA_VARIABLE, DataSection
+from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader
 from crate_dist.data.splits import open_split
 from crate_dist.data.workers import open_server
@@ -34,18 +33,18 @@ from crate_dist.distributed import (
     leave_distributed,
     lost_a_rank,
 )
+from crate_dist.errors import UserError
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights.names import WeightsError
 
 T = TypeVar("T")
 
 
-class CannotMeasure(ValueError):
+class CannotMeasure(UserError):
     """What was asked for does not fit the model or the data; the message says what would do."""
 
 
-EXPECTED_ERRORS = (CheckpointError, WeightsError, RecipeError, ShardError, CannotMeasure, PortIsTaken, OSError)
+EXPECTED_ERRORS = (UserError, PortIsTaken, OSError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

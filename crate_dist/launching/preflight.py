@@ -15,8 +15,8 @@ from pathlib import Path
 from crate_dist.checkpoint.format import newest_manifest
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, refusal
-from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
+from crate_dist.errors import UserError
 from crate_dist.locations import redacted
 from crate_dist.run.folder import RunFolder, checkpoint_names, read_recipe
 from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
@@ -89,7 +89,7 @@ def preflight(
                 accepted_data = accept_changed_data and data.digest
                 if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
                     problems.append(refusal(run_dir, changed))
-    except (RecipeError, ShardError) as error:
+    except UserError as error:
         problems.append(str(error))
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
 
 STOP_GRACE_S = 60.0
@@ -24,7 +25,7 @@ SIBLING_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-class RankFailed(RuntimeError):
+class RankFailed(UserError):
     """A rank ended badly and took the others with it; the message has the end of its log."""
 
     def __init__(self, message: str, exit_status: int) -> None:

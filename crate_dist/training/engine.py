@@ -38,6 +38,7 @@ from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import gather_objects
+from crate_dist.errors import UserError
 from crate_dist.models.crate import CRATE
 from crate_dist.training import compiling
 from crate_dist.training.finite import where_not_finite
@@ -59,7 +60,7 @@ RANKS_REDUCED_TO = 32
 """Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
 
-class NotFinite(RuntimeError):
+class NotFinite(UserError):
     """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
 
     def __init__(self, message: str, samples: list[int]) -> None:

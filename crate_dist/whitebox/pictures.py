@@ -19,13 +19,14 @@ from crate_dist.data.decode import BadImage, Pixels, open_image, resized_exactly
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
+from crate_dist.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 """What is taken for an image in a folder, also in capitals."""
 _MOST_LENGTHS = 8
 
 
-class GalleryError(ValueError):
+class GalleryError(UserError, ValueError):
     """No pictures, or one that cannot be used; the message names it."""
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.card import card_path, write_card
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         config = convert(given.source, given.target, given.to, given.heads, given.bare_names, given.force)
         sys.stdout.write(describe(given.target, config.heads) + "\n")
-    except (WeightsError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch, find_published
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
 from crate_dist.models.sizes import ARCHS
@@ -43,7 +44,7 @@ REFERENCE_NAMES = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that cannot be used; the message names the file or the tensors and what would do."""
 
 

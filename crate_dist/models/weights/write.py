@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crate_dist.config import DataSection
+from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
@@ -36,7 +36,8 @@ def export_model(
         "state_dict": _compact(state_dict),
         "meta": json.loads(json.dumps(dict(meta or {}))),
     }
-    _save_whole(lambda file: torch.save(content, file), Path(path))
+    with written_whole(Path(path)) as file:
+        torch.save(content, file)
 
 
 def export_safetensors(
@@ -53,7 +54,8 @@ def export_safetensors(
         "meta": json.dumps(dict(meta or {})),
     }
     data = save(_compact(state_dict), about)
-    _save_whole(lambda file: file.write(data), Path(path))
+    with written_whole(Path(path)) as file:
+        file.write(data)
 
 
 def export_reference(
@@ -92,7 +94,8 @@ def export_reference(
     }
     for departure in _departures(config, meta):
         logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
-    _save_whole(lambda file: torch.save(content, file), Path(path))
+    with written_whole(Path(path)) as file:
+        torch.save(content, file)
 
 
 def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
@@ -133,23 +136,3 @@ def _compact(state_dict: StateDict) -> dict[str, Tensor]:
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
-
-
-def _save_whole(write: Callable[[BinaryIO], object], path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk has no name of its own
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a power cut
-    finally:
-        os.close(folder)
