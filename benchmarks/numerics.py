@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.data.loader import Batch
 from crate_dist.distributed import detect_world, init_distributed, leave_distributed
 
 BAND = 0.02
@@ -114,7 +113,7 @@ def run(
     losses = []
     for step in range(steps):
         chosen = torch.arange(step * batch, (step + 1) * batch) % len(images)
-        given = Batch(images[chosen].to(device), labels[chosen].to(device), [], chosen)
+        given = images[chosen].to(device), labels[chosen].to(device)
         rate = recipe.optim.lr * min(1.0, (step + 1) / (steps / 10))
         losses.append(engine.step(iter([given]), rate, step).loss)
     return torch.stack(losses).tolist()

@@ -130,7 +130,6 @@ def as_rank(arguments: argparse.Namespace) -> int:
     """Takes steps as one rank and prints what passed."""
     import torch
 
-    from crate_dist.data.loader import Batch
     from crate_dist.distributed import detect_world, init_distributed
 
     passed = listen()  # before anything binds the functions
@@ -143,7 +142,7 @@ def as_rank(arguments: argparse.Namespace) -> int:
     side = recipe.model.image_size
     generator = torch.Generator().manual_seed(world.rank)
     images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
-    given = Batch(images, torch.zeros(batch, dtype=torch.int64), [], torch.arange(batch))
+    given = images, torch.zeros(batch, dtype=torch.int64)
     seconds, cpu = [], []
     for number in range(WARM_UP + COUNTED):
         if number == WARM_UP:
@@ -217,10 +216,11 @@ def ddp(recipe: Recipe) -> Any:
     optimizer = build_optimizer(parameter_groups(bare, recipe.optim), recipe.optim)
     normalize = Normalize(recipe.data, torch.device("cpu"), torch.float32)
 
-    def step(given: Any) -> None:
+    def step(given: tuple[Any, Any]) -> None:
+        images, labels = given
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = wrapped(normalize(given.images))
-        F.cross_entropy(logits.float(), given.labels).backward()
+            logits = wrapped(normalize(images))
+        F.cross_entropy(logits.float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(bare.parameters(), recipe.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

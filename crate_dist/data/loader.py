@@ -20,10 +20,11 @@ import torch
 
 from crate_dist.config import DataSection
 from crate_dist.data.augment import augmentations
+from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
-from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
+from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
 from crate_dist.data.workers import SharedArray, Workers
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,14 @@ HELD_BATCHES = 3
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that did not decode.
+    """images: uint8 (n, height, width, 3); labels: int64 (n,).
 
-    samples: int64 (n,), the ids that the order asked for, replaced ones too; on the CPU
-    replaced: the rows, from 0, in which another sample stands than was asked for
+    bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    bad: list[BadSample]
-    samples: torch.Tensor
+    bad: Sequence[BadSample] = ()
     replaced: Sequence[int] = ()
 
 
@@ -70,13 +69,12 @@ class Share:
 
 
 class _Filled(NamedTuple):
-    """What a worker sends of a batch whose images lie in the slot `images` of the shared memory."""
+    """What a worker sends of a batch whose images lie in the shared memory, in this slot of it."""
 
-    images: int
+    slot: int
     labels: Int64
     bad: list[BadSample]
     replaced: list[int]
-    samples: Int64
 
 
 class TrainBatches:
@@ -104,7 +102,7 @@ class TrainBatches:
             self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode), samples)
+        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode))
 
 
 class EvalBatches:
@@ -135,9 +133,7 @@ class EvalBatches:
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(
-            slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)), samples
-        )
+        return _Filled(slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
 
 
 class TrainLoader(Iterator[Batch]):
@@ -153,18 +149,18 @@ class TrainLoader(Iterator[Batch]):
             size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data), data.resize_filter
         )
         # When a batch is handed over, its worker has just been asked for the one _PREFETCH * workers further on.
-        batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
-        self.slots = torch.from_numpy(batches.slots.array)
+        self.source = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
+        self.slots = torch.from_numpy(self.source.slots.array)
         first = step * share.accumulation
         self._filled: Iterator[_Filled] = (
-            Workers(batches, data.workers, _PREFETCH, first)
+            Workers(self.source, data.workers, _PREFETCH, first)
             if data.workers
-            else map(batches.__getitem__, itertools.count(first))
+            else map(self.source.__getitem__, itertools.count(first))
         )
 
     def __next__(self) -> Batch:
-        slot, labels, bad, replaced, samples = next(self._filled)
-        return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
+        slot, labels, bad, replaced = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced)
 
 
 class EvalLoader:
@@ -184,10 +180,10 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for slot, labels, bad, replaced, samples in filled:
+        for slot, labels, bad, replaced in filled:
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
+            yield Batch(images, torch.from_numpy(labels), bad, replaced)
 
 
 def eval_transform(data: DataSection, size: int) -> EvalTransform:

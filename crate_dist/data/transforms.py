@@ -24,19 +24,7 @@ from torch.nn.functional import interpolate
 
 from crate_dist.config import ResizeFilter
 from crate_dist.data.augment import Augmentation
-from crate_dist.data.decode import (
-    MAX_PIXELS,
-    BadImage,
-    Box,
-    Pixels,
-    decode_crop,
-    jpeg_size,
-    open_image,
-    resized_exactly,
-    resized_part,
-)
-
-__all__ = ["MAX_PIXELS", "BadImage", "Box", "EvalTransform", "Pixels", "TrainTransform", "random_crop", "sample_rng"]
+from crate_dist.data.decode import Box, Pixels, decode_crop, jpeg_size, open_image, resized_exactly, resized_part
 
 _CROP_TRIES = 10
 _SHRINK_REST = 1.5

@@ -103,7 +103,7 @@ class Frozen:
         """Brings the model to the device in the precision that was asked for."""
         precision = arguments.precision or subject.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        subject.model.autocast = precision == "autocast"
+        subject.model.set_execution(autocast=precision == "autocast")
         return cls(
             subject.model.to(device, dtype).eval().requires_grad_(False),
             subject.name,

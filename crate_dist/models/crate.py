@@ -15,7 +15,7 @@ features per subspace.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -204,23 +204,31 @@ class CRATE(nn.Module):
     """The image classifier: patch embedding, class token, positions, CRATE layers, linear head.
 
     Parameters are created, hence drawn, in the order of the published code: the same state of torch's generator
-    gives the same weights. `archs.build_model` seeds it.
-
-    recompute: so many layers, from the first, keep only their input for the backward pass, which computes them again
-    autocast: whether `forward` computes products in bf16 though weights and tokens are fp32, as torch.autocast has it
+    gives the same weights. `build.build_model` seeds it.
     """
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = 0
-        self.autocast = False
+        self.set_execution()
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
         self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         self.layers = nn.ModuleList([CrateLayer(config) for _ in range(config.depth)])
         self.head = ClassifierHead(config.dim, config.num_classes)
+
+    def set_execution(self, *, recompute: int = 0, autocast: bool = False) -> None:
+        """Decides how `forward` computes its function, which is no part of the architecture.
+
+        recompute: layers, from the first, that keep only their input for the backward pass, and are computed again
+        autocast: products in bf16 though weights and tokens are fp32, as torch.autocast has it
+        """
+        self._recompute, self._autocast = recompute, autocast
+
+    def products(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context in which `forward` computes: torch.autocast to bf16, or none."""
+        return torch.autocast(device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, 3, image_size, image_size), floating point, of any memory format, to tokens (b, n, d).
@@ -259,17 +267,12 @@ class CRATE(nn.Module):
 
         Raises ValueError when the images have another shape.
         """
-        again = self.recompute if torch.is_grad_enabled() else 0
-        with self.bf16_products(images.device) if self.autocast else nullcontext():
+        again = self._recompute if torch.is_grad_enabled() else 0
+        with self.products(images.device):
             z = self.embed(images)
             for number, layer in enumerate(self.layers):
                 z = checkpoint(layer, z, use_reentrant=False) if number < again else layer(z)
             return self.classify(z)
-
-    @staticmethod
-    def bf16_products(device: torch.device) -> torch.autocast:
-        """What `autocast` means, as a context."""
-        return torch.autocast(device.type, torch.bfloat16)
 
     def forward_intermediates(self, images: Tensor) -> Intermediates:
         """The same pass, keeping what white-box measures read, for images of any size in whole patches.

@@ -68,8 +68,7 @@ def _try(model: CRATE, device: torch.device, dtype: torch.dtype, micro_batch: in
     layer = model.layers[0]
     shape = (micro_batch, model.config.num_tokens, model.config.dim)
     tokens = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    products = model.bf16_products(device) if model.autocast else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), products:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.products(device):
         torch.autograd.grad(layer(tokens).sum(), [tokens, *layer.parameters()])
     model.train(training)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -20,14 +21,15 @@ from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
-from crate_dist.data.reader import ShardReader
+from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import Left, World, gather_objects
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.engine import Engine, MicroBatch, NotFinite
+from crate_dist.training.finite import post_mortem
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
@@ -117,7 +119,7 @@ class Trainer:
         self.greet()
         if not self.catch_up():
             return self.stop_early()
-        feed, told_to_stop = self.feed(), False
+        feed, told_to_stop = Feed(self.loader(self.recipe.data.workers), self.device), False
         while self.progress.step < self.last_step and not told_to_stop:
             self.take_step(feed)
             if self.reporting_is_due():
@@ -182,23 +184,28 @@ class Trainer:
         """Where the run stands."""
         return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
 
-    def feed(self) -> Feed:
-        """This rank's micro-batches from the current step on."""
-        train, data = self.recipe.train, self.recipe.data
-        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
-        size = self.recipe.model.image_size
-        return Feed(TrainLoader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+    def loader(self, workers: int) -> TrainLoader:
+        """This rank's micro-batches from the current step on, made by `workers` processes, or by this one."""
+        recipe, data = self.recipe, self.recipe.data.model_copy(update={"workers": workers})
+        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, data.window)
+        return TrainLoader(self.train_index, order, self.share, data, recipe.model.image_size, self.progress.step)
 
     def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
         lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
         first = not self.startup.over
         self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
-        began, waited = time.perf_counter(), feed.wait_s
+        began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for batch in feed:
+                bad.extend(batch.bad)
+                yield batch.images, batch.labels
+
         try:
-            result = self.engine.step(feed, lr, self.progress.step)
-        except NotFinite as error:
-            raise self.with_names(error) from None
+            result = self.engine.step(micro_batches(), lr, self.progress.step)
+        except NotFinite:
+            raise post_mortem(self.engine, self.loader(workers=0), self.progress.step, self.watchdog) from None
         self.monitor.add(
             result.loss,
             result.grad_norm,
@@ -211,21 +218,8 @@ class Trainer:
             self.startup.mark("step", ("batch", feed.wait_s))
             self.startup.report()
         self.interrupt.hold()
-        self.monitor.add_bad(result.bad)
+        self.monitor.bad.add_replaced(bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
-
-    def with_names(self, error: NotFinite) -> NotFinite:
-        """The same error with the step and the batches' samples by name. A collective."""
-        reader = ShardReader(self.train_index)
-        named = [reader.describe(sample, "") for sample in error.samples]
-        keys = [f"{item.shard}:{item.key}" for rank in gather_objects(named) for item in rank]
-        listed = ", ".join(keys[:64]) + (f" and {len(keys) - 64} more" if len(keys) > 64 else "")
-        return NotFinite(
-            f"step {self.progress.step + 1}, {error}. The step was not taken and the checkpoints are intact. "
-            f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
-            f"Samples: {listed}",
-            error.samples,
-        )
 
     def reporting_is_due(self) -> bool:
         """Every so many steps, and before every save, so that a resumed curve has the same points."""
@@ -288,7 +282,7 @@ class Trainer:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
-        self.monitor.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
+        self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
         self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
         best = result.better_than(self.progress.best_top1)
         self.progress = replace(

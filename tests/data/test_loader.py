@@ -22,7 +22,7 @@ from tests.conftest import casts, write_split
 SIZE = 24
 
 
-def batches(index: ShardIndex, share: Share, workers: int, step: int = 0, **data: Any) -> Iterator[Batch]:
+def batches(index: ShardIndex, share: Share, workers: int, step: int = 0, **data: Any) -> TrainLoader:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
     return TrainLoader(index, order, share, DataSection(workers=workers, **data), SIZE, step)
 
@@ -70,10 +70,10 @@ def test_a_resume_at_any_step_sees_the_same_pixels(cast_shards: Path) -> None:
 
 def test_the_resize_is_the_recipe_s_in_training_too(cast_shards: Path) -> None:
     index, share = ShardIndex.load(cast_shards / "train"), Share(0, 1, 20, 10)
-    reader = ShardReader(index)
-    batch = next(batches(index, share, 0, resize_filter="bilinear"))
+    reader, loader = ShardReader(index), batches(index, share, 0, resize_filter="bilinear")
+    batch = next(loader)
     transform = TrainTransform(SIZE, resize_filter="bilinear")
-    for sample, pixels in zip(batch.samples.tolist(), batch.images.numpy(), strict=True):
+    for sample, pixels in zip(loader.source.samples(0).tolist(), batch.images.numpy(), strict=True):
         assert np.array_equal(pixels, transform(reader.read(sample), sample_rng(3, 0, sample)))
     assert not torch.equal(batch.images, next(batches(index, share, 0)).images)
 

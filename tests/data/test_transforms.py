@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crate_dist.config import DataSection, ResizeFilter
+from crate_dist.data.decode import BadImage
 from crate_dist.data.loader import eval_transform
 from crate_dist.data.order import hash64
-from crate_dist.data.transforms import BadImage, EvalTransform, TrainTransform, random_crop, sample_rng
+from crate_dist.data.transforms import EvalTransform, TrainTransform, random_crop, sample_rng
 from tests.conftest import png
 
 

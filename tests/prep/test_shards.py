@@ -15,8 +15,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.transforms import BadImage
 from crate_dist.prep import convert
 from crate_dist.prep.images import Treatment, treat
 from crate_dist.prep.samples import Found, Samples
