@@ -24,8 +24,9 @@ from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
+from crate_dist.data.shared import SharedArray
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
-from crate_dist.data.workers import SharedArray, Workers
+from crate_dist.data.workers import Workers
 
 logger = logging.getLogger(__name__)
 
