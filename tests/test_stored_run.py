@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.prep import run as run_program
+from tests.data_prep import run as run_program
 from tests.ranks import REPOSITORY, train_to_the_end
 
 STORED = Path(__file__).parent / "stored_run"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks
-from tests.prep import class_tree, convert
+from tests.data_prep import class_tree, convert
 from tests.ranks import REPOSITORY, train_to_the_end
 
 HERE = Path(__file__).parent
