@@ -16,9 +16,7 @@ from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.card import card_path, write_card
-from crate_dist.models.weights.names import (
-    WeightsError,
-)
+from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.read import load_model, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from crate_dist.data.identity import Identity
-from crate_dist.data.index import ShardIndex
 from crate_dist.files import write_whole
-from crate_dist.locations import name_above
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
 
@@ -49,21 +46,6 @@ def card_path(weights: Path) -> Path:
     """Where the card of a file of weights stands: model-best.md beside model-best.pt."""
     stem = next((weights.name.removesuffix(end) for end in _ENDINGS if weights.name.endswith(end)), weights.name)
     return weights.with_name(f"{stem}.md")
-
-
-def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, Any]]:
-    """What `meta` says of the splits: the name of their folder, not where it lies, and what their indexes say."""
-    return {
-        name: {
-            "name": name_above(index.place),
-            "samples": index.num_samples,
-            "classes": index.num_classes,
-            "origin": index.made_by.get("layout"),
-            "fingerprint": Identity.of(index).digest,
-        }
-        for name, index in (("train", train), ("val", val))
-        if index is not None
-    }
 
 
 def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> Path:

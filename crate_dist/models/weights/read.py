@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -66,7 +67,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
     def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
-        """The model that the weights fit, and what has to be said of how that and they were found.
+        """Returns the model that the weights fit, and what has to be said of how that and they were found.
 
         heads: of the model, for files that do not tell
         Raises WeightsError when the weights fit none, when neither the file nor `heads` nor a published size tells the
@@ -108,13 +109,8 @@ def read_weights(path: str | Path) -> Weights:
     return _foreign("state dict", _tensors(path, content))
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of any kind, on the CPU, under crate-dist's names. Raises as read_weights does."""
-    return read_weights(path).state_dict
-
-
 def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
-    """(model, meta) from a file of any kind; the model is on the CPU, in training mode, in the dtype of the file.
+    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
 
     heads: for weights of a size that was not published, in files that do not say it
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
@@ -138,7 +134,7 @@ def _foreign(
     meta: dict[str, Any] | None = None,
     told: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """meta: None for tensors alone, of which the published code's are known by their names."""
+    """Renames tensors of others. meta: None for tensors alone; the published code's are known by their names."""
     renamed = from_reference(state)
     if meta is None:
         published = any(name not in state and f"module.{name}" not in state for name in renamed)
@@ -179,15 +175,22 @@ def _load(path: Path) -> Any:
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
-    _check_format(path, content["format"])
+    with _whole_export(path, content["format"]):
+        state_dict = _tensors(path, content["state_dict"])
+        return Weights("crate-dist", state_dict, config_from(content["model"]), dict(content["meta"]))
+
+
+@contextmanager
+def _whole_export(path: Path, found: Any) -> Iterator[None]:
+    """Raises WeightsError where the format `found` is none of ours, and for what is missing or wrong in one that is."""
+    if found != FORMAT:
+        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
     try:
-        config = config_from(content["model"])
-        state_dict, meta = _tensors(path, content["state_dict"]), dict(content["meta"])
+        yield
+    except WeightsError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
         raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
-    return Weights("crate-dist", state_dict, config, meta)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -214,16 +217,8 @@ def _read_safetensors(path: Path) -> Weights:
         raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
     if "crate_dist" not in about:
         return _foreign("safetensors", tensors)
-    _check_format(path, about["crate_dist"])
-    try:
+    with _whole_export(path, about["crate_dist"]):
         return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
-
-
-def _check_format(path: Path, found: Any) -> None:
-    if found != FORMAT:
-        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
 
 
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
