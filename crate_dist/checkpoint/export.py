@@ -1,4 +1,4 @@
-"""What a complete run leaves: the weights alone of its last and of its best checkpoint, each with a model card."""
+"""Exports the weights alone of a complete run's last and best checkpoint, each with a model card."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        """What the run knew when it was saved."""
+        """The state of the run beside its weights."""
         return self.manifest.progress
 
     def damaged(self) -> str | None:
@@ -204,7 +204,7 @@ def find_newest(folder: Path, world: World, damaged: list[str] | None = None) ->
 
 
 def _told(error: CheckpointError) -> tuple[str, int | None]:
-    """What another rank is told of an error: its text, and the number of the OSError that is its cause, or None."""
+    """Returns what other ranks are told of an error: its text, and the number of the OSError behind it, or None."""
     return str(error), error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 

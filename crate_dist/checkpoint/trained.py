@@ -66,7 +66,7 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
 
 
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
+    """Returns whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
 
     That two models or splits have such classes says nothing of what these are.
     """

@@ -1,4 +1,4 @@
-"""Weights in: our model-only exports, and every checkpoint that the published code writes.
+"""Reads weights: our model-only exports, and every checkpoint that the published code writes.
 
     crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
     the published training code's      {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
@@ -45,12 +45,12 @@ _PREPARED = {
     "reference": {"resize_filter": "bilinear"},
     "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
 }
-"""How the published code prepares images to be evaluated, where it is not as our recipes do by default."""
+"""The published code's preparation of images to be evaluated, where it is not our recipes' default."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What one file of weights holds.
+    """The content of one file of weights.
 
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
     state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
@@ -144,7 +144,7 @@ def _foreign(
 
 
 def _could_be(name: str, value: Any) -> bool:
-    """Whether a value of somebody's file could be that of a CrateConfig's field."""
+    """Returns whether a value of somebody's file could be that of a CrateConfig's field."""
     if name == "heads":
         return type(value) is int and value > 0
     if name == "pool":
@@ -194,7 +194,7 @@ def _whole_export(path: Path, found: Any) -> Iterator[None]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as one: the length of a JSON header, and the header."""
+    """Returns whether a file begins as one: the length of a JSON header, and the header."""
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; give a file of weights in it")
     try:

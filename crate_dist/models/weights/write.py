@@ -1,4 +1,4 @@
-"""Weights out, each file whole or not at all: our exports, safetensors, and what the published code reads."""
+"""Writes weights, each file whole or not at all: our exports, safetensors, and what the published code reads."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def export_reference(
 
 
 def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
-    """What the published code has as constants, which are our defaults, and this model otherwise."""
+    """Says what the published code has as constants, which are our defaults, and this model has otherwise."""
     for name in ("pool", "ista_step", "ista_threshold"):
         published, here = getattr(CrateConfig, name), getattr(config, name)
         if here != published:
@@ -110,7 +110,7 @@ def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """States of torch's AdamW or of Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
+    """Returns states of torch's AdamW or Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
 
     parameters: how many; recipe: flat keys of the run, the published code's defaults where it says nothing
     """
@@ -131,7 +131,7 @@ def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -
 
 
 def _compact(state_dict: StateDict) -> dict[str, Tensor]:
-    """On the CPU and each in a storage of its own: torch.save writes the whole buffer that a view looks into."""
+    """Copies to the CPU, each into a storage of its own: torch.save writes the whole buffer that a view looks into."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
