@@ -152,9 +152,9 @@ def test_a_checkpoint_of_another_model_than_its_recipe_s_is_refused(small_recipe
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     for changed, said in (
         ([name.replace("head.", "tail.") for name in names], "is not a CRATE's: head.linear.bias is no vector in it"),
-        (["x", *names[1:]], rf"{names[0]} has the shape None in the one and"),
+        (["x", *names[1:]], rf"does not fit the recipe of its run: .*missing '{names[0]}'"),
     ):
-        with pytest.raises(CheckpointError, match=f"manifest.json .*{said}"):
+        with pytest.raises(CheckpointError, match=f"(?s)manifest.json .*{said}"):
             load_subject(saved(changed, shapes, {"fp32": [flat]}))
     for state in ({"fp32": [flat[:1]]}, {"fp32": flat}, {}, [flat], {"fp32": [1.0]}):
         with pytest.raises(CheckpointError, match="does not hold the partitions of fp32"):

@@ -45,13 +45,13 @@ class WeightsError(UserError, ValueError):
     """Weights that cannot be used; the message names the file or the tensors and what would do."""
 
 
-def plain_config(config: CrateConfig) -> dict[str, Any]:
+def config_to_plain(config: CrateConfig) -> dict[str, Any]:
     """Returns the architecture as our files say it; `arch` is for people."""
     return {"arch": find_arch(config), **dataclasses.asdict(config)}
 
 
-def config_from(plain: Mapping[str, Any]) -> CrateConfig:
-    """Reads what plain_config returns. Raises TypeError, ValueError or AttributeError for what is no architecture."""
+def config_from_plain(plain: Mapping[str, Any]) -> CrateConfig:
+    """Reads what config_to_plain returns. Raises TypeError, ValueError or AttributeError for anything else."""
     return CrateConfig(**{key: value for key, value in plain.items() if key != "arch"})
 
 
@@ -61,7 +61,7 @@ def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
     return _rename({name.removeprefix("module."): tensor for name, tensor in state_dict.items()}, table)
 
 
-def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
+def join_classifier_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
     """Joins two heads, `head.*` beside `head.linear.*`: (weights with one head, what was done in words).
 
     Two kinds of files have both. In the demo of segmentation `mlp_head` gives as many features as it takes, from which
@@ -148,12 +148,6 @@ def check_fit(state_dict: StateDict, config: CrateConfig) -> None:
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise WeightsError("the weights do not fit the model:\n" + "\n".join(f"  {line}" for line in shown))
-
-
-def load_weights(model: CRATE, state_dict: StateDict) -> None:
-    """Copies weights into a model, in the model's dtype and on its device. Raises WeightsError as check_fit does."""
-    check_fit(state_dict, model.config)
-    model.load_state_dict(state_dict)
 
 
 def _rename(state_dict: StateDict, table: Mapping[str, str]) -> dict[str, Tensor]:

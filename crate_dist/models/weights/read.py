@@ -31,10 +31,10 @@ from crate_dist.models.weights.names import (
     UNSEEN,
     WeightsError,
     check_fit,
-    config_from,
+    config_from_plain,
     from_reference,
     infer_config,
-    join_heads,
+    join_classifier_heads,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ def read_weights(path: str | Path) -> Weights:
         if isinstance(content.get(key), Mapping):
             state = _tensors(path, content[key])
             plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
-            told = {name: content[name] for name in UNSEEN if _could_be(name, content.get(name))}
-            return _foreign(kind, state, plain, told)
-    return _foreign("state dict", _tensors(path, content))
+            told = {name: content[name] for name in UNSEEN if _is_possible(name, content.get(name))}
+            return _of_others(kind, state, plain, told)
+    return _of_others("state dict", _tensors(path, content))
 
 
 def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
@@ -128,7 +128,7 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
     return model, weights.meta
 
 
-def _foreign(
+def _of_others(
     kind: str,
     state: Mapping[str, Tensor],
     meta: dict[str, Any] | None = None,
@@ -139,11 +139,11 @@ def _foreign(
     if meta is None:
         published = any(name not in state and f"module.{name}" not in state for name in renamed)
         meta = dict(_PREPARED["reference"]) if published else {}
-    state_dict, note = join_heads(renamed)
+    state_dict, note = join_classifier_heads(renamed)
     return Weights(kind, state_dict, None, meta, told or {}, (note,) if note else ())
 
 
-def _could_be(name: str, value: Any) -> bool:
+def _is_possible(name: str, value: Any) -> bool:
     """Returns whether a value of somebody's file could be that of a CrateConfig's field."""
     if name == "heads":
         return type(value) is int and value > 0
@@ -177,7 +177,7 @@ def _load(path: Path) -> Any:
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
     with _whole_export(path, content["format"]):
         state_dict = _tensors(path, content["state_dict"])
-        return Weights("crate-dist", state_dict, config_from(content["model"]), dict(content["meta"]))
+        return Weights("crate-dist", state_dict, config_from_plain(content["model"]), dict(content["meta"]))
 
 
 @contextmanager
@@ -216,9 +216,9 @@ def _read_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
     if "crate_dist" not in about:
-        return _foreign("safetensors", tensors)
+        return _of_others("safetensors", tensors)
     with _whole_export(path, about["crate_dist"]):
-        return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
+        return Weights("safetensors", tensors, config_from_plain(json.loads(about["model"])), json.loads(about["meta"]))
 
 
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -15,7 +15,15 @@ from crate_dist.config import DataSection
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.weights.names import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
+from crate_dist.models.weights.names import (
+    FORMAT,
+    RECORDED,
+    UNSEEN,
+    StateDict,
+    check_fit,
+    config_to_plain,
+    to_reference,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +40,7 @@ def export_model(
     check_fit(state_dict, config)
     content = {
         "format": FORMAT,
-        "model": plain_config(config),
+        "model": config_to_plain(config),
         "state_dict": _compact(state_dict),
         "meta": json.loads(json.dumps(dict(meta or {}))),
     }
@@ -50,7 +58,7 @@ def export_safetensors(
     about = {
         "format": "pt",  # by which other programs know whose tensors these are
         "crate_dist": FORMAT,
-        "model": json.dumps(plain_config(config)),
+        "model": json.dumps(config_to_plain(config)),
         "meta": json.dumps(dict(meta or {})),
     }
     data = save(_compact(state_dict), about)
@@ -89,7 +97,7 @@ def export_reference(
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
         **{name: getattr(config, name) for name in UNSEEN},
-        **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **_fresh_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
         **{key: meta[key] for key in RECORDED if key in meta},
     }
     for departure in _departures(config, meta):
@@ -109,7 +117,7 @@ def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
             yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
 
 
-def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _fresh_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns states of torch's AdamW or Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
 
     parameters: how many; recipe: flat keys of the run, the published code's defaults where it says nothing
