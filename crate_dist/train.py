@@ -17,16 +17,7 @@ from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import (
-    PortIsTaken,
-    World,
-    detect_world,
-    exit_at_once,
-    gather_objects,
-    init_distributed,
-    is_first_start,
-    leave_distributed,
-)
+from crate_dist.distributed import PortIsTaken, exit_at_once, gather_objects, init_distributed, leave_distributed
 from crate_dist.errors import UserError
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.launching.preflight import check_that_no_job_waits
@@ -39,6 +30,7 @@ from crate_dist.training.metrics import start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
+from crate_dist.world import World, detect_world, is_first_start
 
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""

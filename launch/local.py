@@ -16,7 +16,8 @@ from pathlib import Path
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.launching.preflight import opened, preflight
-from crate_dist.launching.ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.world import free_port
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from crate_dist.launching.preflight import Preflight, folder_of_weights, opened,
 from crate_dist.locations import is_private
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.world import VARIABLES
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
@@ -323,9 +324,8 @@ def _check_environment_goes_along(recipe: Recipe) -> None:
 def _leave_other_jobs() -> None:
     """Forgets the ranks and, inside a job, the job that this process belongs to: the new one would believe it."""
     job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in list(os.environ):
-        if (name.startswith(job) and name != "SLURM_CONF") or name in ranks:
+        if (name.startswith(job) and name != "SLURM_CONF") or name in VARIABLES:
             del os.environ[name]
 
 
