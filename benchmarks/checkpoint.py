@@ -84,7 +84,8 @@ def as_rank(rank: int, ranks: int, port: int, arch: str, rounds: int, place: Pat
     import torch
     import torch.distributed as dist
 
-    from crate_dist.checkpoint.loading import Progress, find_newest
+    from crate_dist.checkpoint.format import Progress
+    from crate_dist.checkpoint.loading import find_newest
     from crate_dist.checkpoint.saving import Saver
     from crate_dist.distributed import init_distributed
     from crate_dist.models.build import build_model

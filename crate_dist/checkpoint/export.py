@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from crate_dist.checkpoint.loading import Checkpoint, Progress, list_checkpoints
+from crate_dist.checkpoint.format import Progress
+from crate_dist.checkpoint.loading import Checkpoint, list_checkpoints
 from crate_dist.config import Recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.models.crate import CrateConfig

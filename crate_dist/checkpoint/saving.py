@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
-from crate_dist.checkpoint.format import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
-from crate_dist.checkpoint.loading import (
-    UNFINISHED,
-    Checkpoint,
+from crate_dist.checkpoint.format import (
+    WEIGHTS,
     CheckpointError,
-    RankState,
-    list_checkpoints,
-    note_published,
-    step_name,
+    GroupLayout,
+    Manifest,
+    Progress,
+    StoredFile,
+    rank_file,
+    write_manifest,
 )
+from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
 from crate_dist.distributed import World, gather_objects
-from crate_dist.files import sync_folder, write_whole
-from crate_dist.run.folder import checkpoint_names
+from crate_dist.files import sync_folder
+from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name
 from crate_dist.run.lock import ALONE, Tenure
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        layouts: Sequence[Layout],
+        layouts: Sequence[GroupLayout],
         world: World,
         keep: int,
         max_failures: int,
@@ -155,7 +155,7 @@ class Saver:
 def publish(
     folder: Path,
     state: RankState,
-    layouts: Sequence[Layout],
+    layouts: Sequence[GroupLayout],
     progress: Progress,
     world: World,
     group: dist.ProcessGroup | None = None,
@@ -164,7 +164,7 @@ def publish(
 ) -> Checkpoint:
     """Writes a checkpoint and makes it visible by one rename, after every rank has agreed. A collective of `group`.
 
-    state: partitions on the CPU; tenure: rank 0's; about: what else the manifest shall say
+    state: partitions on the CPU; tenure: rank 0's; about: recipe, classes and data, as Manifest has them
 
     Raises
     ------
@@ -186,21 +186,19 @@ def publish(
         raise CheckpointError(f"checkpoint of step {progress.step} was not saved: {no_folder}")
     outcomes = gather_objects(_write_rank_file(beside / rank_file(world.rank), state), group)
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    manifest = {
-        "version": FORMAT_VERSION,
-        "world_size": world.world_size,
-        "tenure": number,
-        "progress": asdict(progress),
-        "groups": [asdict(layout) for layout in layouts],
-        "partitions": [part.numel() for part in state["fp32"]],
-        "kinds": sorted(state),
-        "files": {rank_file(rank): entry for rank, (entry, _) in enumerate(outcomes)},
+    manifest = Manifest(
+        world_size=world.world_size,
+        tenure=number,
+        progress=progress,
+        groups=layouts,
+        partitions=[part.numel() for part in state[WEIGHTS]],
+        kinds=sorted(state),
+        files={rank_file(rank): file for rank, (file, _) in enumerate(outcomes) if file},
         **about,
-    }
-    manifest["digest"] = manifest_digest(manifest)
+    )
     if not failures and world.is_main:
         try:
-            write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
+            write_manifest(beside, manifest)
             sync_folder(beside)
             tenure.check()
             beside.replace(final)  # of the same step there may be another, which goes when this one stands
@@ -233,7 +231,7 @@ def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, d
         for saved in there:
             old = saved.step in newest or saved.step < min(recent, default=0)
             stays = saved is newest.get(saved.step) and saved.step in (*recent, progress.best_step)
-            if old and not stays and saved.tenure <= tenure.number:
+            if old and not stays and saved.manifest.tenure <= tenure.number:
                 tenure.check()
                 _remove(saved.path, tenure)
     except (OSError, CheckpointError) as error:
@@ -291,14 +289,14 @@ class _Digesting:
         self._file.flush()
 
 
-def _write_rank_file(path: Path, state: RankState) -> tuple[dict[str, Any], str]:
-    """(entry for the manifest, "") or ({}, what went wrong)."""
+def _write_rank_file(path: Path, state: RankState) -> tuple[StoredFile | None, str]:
+    """Writes one rank's state and returns (the file, "") or (None, what went wrong)."""
     try:
         with path.open("wb") as file:
             digesting = _Digesting(file)
             torch.save(state, digesting)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        return {"bytes": digesting.bytes, "sha256": digesting.sha256.hexdigest()}, ""
+        return StoredFile(digesting.bytes, digesting.sha256.hexdigest()), ""
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        return {}, f"{path}: {error}"
+        return None, f"{path}: {error}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint.loading import CheckpointError, list_checkpoints, open_checkpoint
+from crate_dist.checkpoint.format import CheckpointError
+from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
@@ -61,7 +62,7 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     saved.load_into(model)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.classes))
 
 
 def are_numbers(classes: Sequence[str]) -> bool:

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_dist.checkpoint.format import newest_manifest
+from crate_dist.checkpoint.format import MANIFEST, newest_manifest
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, refusal
 from crate_dist.data.splits import open_splits
 from crate_dist.errors import UserError
 from crate_dist.locations import redacted
-from crate_dist.run.folder import RunFolder, checkpoint_names, read_recipe
+from crate_dist.run.checkpoints import checkpoint_names
+from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
 
 _PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
@@ -85,9 +86,9 @@ def preflight(
         train, val = open_splits(recipe)
         if not start_over and (manifest := newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
-            if changed := data.differences(manifest):
+            if changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
-                if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
+                if not accepted_data and not folder.data_was_accepted(manifest.progress.step, data.digest):
                     problems.append(refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
@@ -208,7 +209,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
     if run == source and not checkpoint_names(RunFolder(run).checkpoints):
         raise RecipeError(f"{given}: this run has no checkpoint yet")
-    if run != source and not (source / "manifest.json").is_file():
+    if run != source and not (source / MANIFEST).is_file():
         raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
     there, here = read_recipe(run).model, recipe.model
     if there.arch != here.arch:
@@ -220,7 +221,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
 
 def folder_of_weights(source: Path) -> Path:
     """What has to be seen for --init-from to be read: of a checkpoint, its whole run."""
-    return source.parent.parent if (source / "manifest.json").is_file() else source.parent
+    return source.parent.parent if (source / MANIFEST).is_file() else source.parent
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -22,7 +22,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 from crate_dist.files import write_whole
+from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
-_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
 
@@ -83,7 +82,7 @@ class RunFolder:
     @property
     def published(self) -> Path:
         """The newest step that was ever published."""
-        return self.path / "published.json"
+        return published_file(self.checkpoints)
 
     @property
     def lock(self) -> Path:
@@ -247,20 +246,6 @@ def read_recipe(run_dir: Path) -> Recipe:
     if not folder.recipe_file.is_file():
         raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
     return load_recipe(folder.recipe_file)
-
-
-def checkpoint_names(folder: Path) -> list[str]:
-    """Names of the checkpoints in a folder, the newest last; none where there is no folder.
-
-    One that replaces another of the same step has a number behind it: step-00000015.1 is newer than step-00000015.
-
-    Raises OSError when the folder cannot be listed.
-    """
-    try:
-        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
-    except FileNotFoundError:
-        return []
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saved, Saver, prune
 from crate_dist.config import Recipe, derive_batch
@@ -76,7 +76,7 @@ class Trainer:
         self.data = DataIdentity.of(self.train_index, self.val_index)
         if len(set(gather_objects(self.data.digest))) > 1:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
-        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress()
+        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over

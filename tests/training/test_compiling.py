@@ -12,7 +12,7 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe
 from crate_dist.distributed import World
 from crate_dist.training import compiling

@@ -10,7 +10,7 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe, build_recipe
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import World
@@ -133,9 +133,9 @@ def test_what_four_ranks_saved_any_number_of_ranks_holds_bit_for_bit(
         target = tmp_path / str(world_size)
         spawn(load_and_save, world_size, settings, tmp_path / "four", target)
         after = checkpoint.list_checkpoints(target)[0]
-        assert after.world_size == world_size
-        for kind in before.manifest["kinds"]:
-            for group, layout in enumerate(before.layouts):
+        assert after.manifest.world_size == world_size
+        for kind in before.manifest.kinds:
+            for group, layout in enumerate(before.manifest.groups):
                 a, b = torch.empty(layout.numel), torch.empty(layout.numel)
                 before.reader().copy(kind, group, 0, a)
                 after.reader().copy(kind, group, 0, b)
