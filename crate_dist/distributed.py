@@ -14,12 +14,13 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from crate_dist.errors import UserError
 from crate_dist.world import World
 
 T = TypeVar("T")
 
 
-class PortIsTaken(dist.DistNetworkError):
+class PortIsTaken(UserError, dist.DistNetworkError):
     """The ranks cannot meet where they should."""
 
 
