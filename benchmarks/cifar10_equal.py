@@ -14,9 +14,10 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
-from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.models.build import build_model
 from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.world import detect_world
 
 MARKS = (1, 10, 100)
 """Steps up to which the largest difference of the losses is told, beside that of all."""

@@ -24,18 +24,11 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.splits import open_split
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import (
-    PortIsTaken,
-    World,
-    detect_world,
-    gather_objects,
-    init_distributed,
-    leave_distributed,
-    lost_a_rank,
-)
+from crate_dist.distributed import PortIsTaken, gather_objects, init_distributed, leave_distributed, lost_a_rank
 from crate_dist.errors import UserError
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
+from crate_dist.world import World, detect_world
 
 T = TypeVar("T")
 

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
-import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +14,6 @@ from crate_dist.errors import UserError
 from crate_dist.locations import redacted
 from crate_dist.run.checkpoints import checkpoint_names
 from crate_dist.run.folder import RunFolder, read_recipe
-from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
-
-_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
 
 
 @dataclass(frozen=True)
@@ -120,73 +111,6 @@ def preflight(
         accumulation=accumulation,
         init_from=recipe.train.init_from,
         accepted_data=accepted_data,
-    )
-
-
-@contextmanager
-def opened(folder: RunFolder, recipe: Recipe, start_over: bool, brief: bool) -> Iterator[RunLock]:
-    """Holds the lock of a run folder that this launcher has opened with a recipe, so that no other start changes it.
-
-    brief: the lock is held for seconds alone; else until the ranks, which its environment is given to, have it
-
-    Raises
-    ------
-    RecipeError: another job works there, or waits in SLURM's queue to do so; or as RunFolder.open says
-    """
-    folder.make()
-    try:
-        with RunLock(folder.lock, recipe.safety.lease_s, brief, lost=lambda why: None) as lock:
-            check_that_no_job_waits(folder)
-            if start_over:
-                folder.set_aside(lock.check)
-            folder.open(recipe, lock.check)
-            lock.check()
-            yield lock
-    except (RunIsLocked, LostTheRun) as error:
-        raise RecipeError(str(error)) from error
-    except OSError as error:
-        raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
-
-
-def check_that_no_job_waits(folder: RunFolder) -> None:
-    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
-
-    Raises
-    ------
-    RecipeError: one of them waits, or runs; or SLURM does not answer
-    """
-    try:
-        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
-    except FileNotFoundError:
-        return
-    mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
-    if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
-        return
-    for line in _queue(jobs).splitlines():
-        number, name, state, *why = line.split()
-        if jobs & {number, name}:
-            raise RecipeError(
-                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
-                f"wait for it, scancel {name}, or give another --run-dir"
-            )
-
-
-def _queue(jobs: Collection[str]) -> str:
-    """The user's jobs, a line each."""
-    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
-    said = ""
-    for pause_s in _PAUSES_S:
-        time.sleep(pause_s)
-        try:
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-            continue
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip()
-    raise RecipeError(
-        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
     )
 
 

@@ -30,13 +30,14 @@ from crate_dist.data.loader import Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import World, gather_objects, init_distributed
+from crate_dist.distributed import gather_objects, init_distributed
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.tensorboard import Curves
 from crate_dist.training.watchdog import Watchdog
+from crate_dist.world import free_port
 from tests.chaos.stacks import answer_with_stacks, leave_stacks
 from tests.conftest import casts, write_split
-from tests.ranks import free_port, rank_environment
+from tests.ranks import local_world, rank_environment
 
 RANKS, WORKERS = 2, 2
 PATIENCE_S = 60.0
@@ -102,7 +103,7 @@ def _rank(rank: int, port: int, rounds: int, folder: Path) -> None:
     os.environ.update(rank_environment(rank, RANKS, port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     open_server()
-    world = World(rank, RANKS, rank, RANKS, "127.0.0.1", port, "test")
+    world = local_world(rank, RANKS, port)
     device = init_distributed(world)
     index = ShardIndex.load(folder / "val")
     order = Order(index.shard_sizes, seed=1, lanes=4, window=32)
