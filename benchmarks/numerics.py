@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.distributed import init_distributed, leave_distributed
+from crate_dist.world import detect_world
 
 BAND = 0.02
 """The largest mean difference of a quarter that passes."""

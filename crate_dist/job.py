@@ -54,13 +54,13 @@ class TrainJob:
             _end(error)
         try:
             result = train(self.run_dir, accept_changed_data=self.accepted_data)
-        except UserError as error:
-            logger.error("%s", error)
-            _end(error)
         except LostTheRun as error:
             logger.critical("%s", error)
             logging.shutdown()
             os._exit(LOST_THE_RUN)
+        except UserError as error:
+            logger.error("%s", error)
+            _end(error)
         except Exception as error:
             lost = lost_a_rank(error)
             logger.exception("this rank has lost another one" if lost else "unexpected")

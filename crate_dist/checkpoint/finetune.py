@@ -1,4 +1,4 @@
-"""The weights that a fine-tuning run begins from: opened, fitted to the recipe's model, the same on all ranks."""
+"""Begins a fine-tuning run: opens other weights, fits them to the recipe's model, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def begin_from(
 
 
 def weights_digest(weights: StateDict) -> str:
-    """SHA-256 of the names and fp32 values of weights on the CPU, whatever file they came in."""
+    """Returns the SHA-256 of the names and fp32 values of weights on the CPU, whatever file they came in."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())

@@ -54,7 +54,7 @@ class RunIsLocked(UserError):
     """Another job works in the run folder."""
 
 
-class LostTheRun(RuntimeError):
+class LostTheRun(UserError):
     """Another job has taken over the run folder, and nothing may be written there any more."""
 
 

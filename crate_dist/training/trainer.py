@@ -13,13 +13,13 @@ import torch.distributed as dist
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saved, Saver, prune
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
@@ -78,7 +78,7 @@ class Trainer:
         self.data = DataIdentity.of(self.train_index, self.val_index)
         if len(set(gather_objects(self.data.digest))) > 1:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
-        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress()
+        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
         self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
@@ -185,10 +185,11 @@ class Trainer:
         return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
 
     def loader(self, workers: int) -> TrainLoader:
-        """This rank's micro-batches from the current step on, made by `workers` processes, or by this one."""
-        recipe, data = self.recipe, self.recipe.data.model_copy(update={"workers": workers})
-        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, data.window)
-        return TrainLoader(self.train_index, order, self.share, data, recipe.model.image_size, self.progress.step)
+        """Returns this rank's micro-batches from the current step on, made by `workers` processes; 0: by this one."""
+        recipe, step = self.recipe, self.progress.step
+        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
+        return TrainLoader(self.train_index, order, self.share, transform, workers, step)
 
     def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
@@ -266,9 +267,9 @@ class Trainer:
             self.val_index,
             self.world.rank,
             self.world.world_size,
-            self.recipe.data,
-            self.recipe.model.image_size,
+            eval_transform(self.recipe.images, self.recipe.model.image_size),
             self.recipe.train.micro_batch,
+            self.recipe.data.workers,
         )
         began = time.perf_counter()
 
@@ -298,7 +299,7 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, about = self.engine.state(), self.recipe.mathematics()
+        state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
         self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
         self.saved_at = self.progress.step

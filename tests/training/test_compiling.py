@@ -12,10 +12,10 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.loading import Progress
-from crate_dist.config import DataSection, Recipe
+from crate_dist.checkpoint.format import Progress
+from crate_dist.config import AugmentSection, ImageSection, Recipe
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Share, TrainLoader
+from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import World
@@ -107,7 +107,8 @@ def not_finite(world: World, device: torch.device, cache: Path, shards: Path) ->
         take_steps(engine, world, 1, 2)
     index, share = ShardIndex.load(shards), Share(world.rank, 2, GLOBAL_BATCH, GLOBAL_BATCH // 2)
     order = Order(index.shard_sizes, seed=3)
-    again = TrainLoader(index, order, share, DataSection(workers=0), 32, step=1)
+    transform = train_transform(AugmentSection(), ImageSection(), 32)
+    again = TrainLoader(index, order, share, transform, workers=0, step=1)
     said = str(post_mortem(engine, again, 1, Watchdog(world, 60, cache / "unused")))
     untouched = all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
     reader, samples = ShardReader(index), order.samples(share.positions(order, 1)).tolist()
@@ -146,12 +147,12 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference
 
     keep_in(cache)
     golden = torch.load(GOLDEN, weights_only=True)
     model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     images = golden["images"]
     assert compiling.compile_layers(model, device, torch.float32, len(images)) is not None
     return (model(images) - golden["logits"]).abs().max().item()
