@@ -65,7 +65,7 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
             found = next(batches)
             images, labels = theirs(found.images), found.labels.clone()
             lr = learning_rate(step, recipe.optim, schedule)
-            mine = engine.step(iter([found]), lr, step).loss.item()
+            mine = engine.step(iter([(found.images, found.labels)]), lr, step).loss.item()
             losses.append((mine, published.step(images, labels), control.step(images, labels)))
             if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
                 published.scheduler.step()

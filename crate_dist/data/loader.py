@@ -1,4 +1,4 @@
-"""Order + shards + transforms -> batches on the device.
+"""Makes batches on the device from the order, the shards and the transforms.
 
 Each loader worker makes whole micro-batches: positions -> sample ids -> reads by offset -> decode and augment ->
 uint8. The images travel as bytes; they become normalised numbers on the device. Workers write training images into
@@ -37,7 +37,7 @@ HELD_BATCHES = 3
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, height, width, 3); labels: int64 (n,).
+    """Images, uint8 (n, height, width, 3), and their labels, int64 (n,).
 
     bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
     """
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch a rank makes, and in which pieces."""
+    """The part of every global batch that a rank makes, and its pieces."""
 
     rank: int
     world_size: int
@@ -63,14 +63,14 @@ class Share:
         return self.global_batch // (self.world_size * self.micro_batch)
 
     def positions(self, order: Order, number: int) -> Int64:
-        """Global positions of this rank's micro-batch `number`, counted from the start of the run."""
+        """Returns the global positions of this rank's micro-batch `number`, counted from the start of the run."""
         step, part = divmod(number, self.accumulation)
         first = (self.rank * self.accumulation + part) * self.micro_batch
         return order.batch_positions(step, self.global_batch)[first : first + self.micro_batch]
 
 
 class _Filled(NamedTuple):
-    """What a worker sends of a batch whose images lie in the shared memory, in this slot of it."""
+    """A batch as a worker sends it: its images lie in this slot of the shared memory."""
 
     slot: int
     labels: Int64
@@ -90,7 +90,7 @@ class TrainBatches:
         self._reader: ShardReader | None = None
 
     def samples(self, number: int) -> Int64:
-        """The sample ids of micro-batch `number`."""
+        """Returns the sample ids of micro-batch `number`, those that the order asks for."""
         return self.order.samples(self.share.positions(self.order, number))
 
     def __getitem__(self, number: int) -> _Filled:
@@ -124,7 +124,7 @@ class EvalBatches:
         return -(-(self.stop - self.first) // self.batch)
 
     def samples(self, number: int) -> Int64 | None:
-        """The sample ids of batch `number`, None behind the last one."""
+        """Returns the sample ids of batch `number`, None behind the last one."""
         first = self.first + number * self.batch
         return np.arange(first, min(first + self.batch, self.stop), dtype=np.int64) if first < self.stop else None
 
@@ -255,7 +255,7 @@ class Feed(Iterator[Batch]):
 
 
 class Normalize:
-    """uint8 (n, height, width, 3) -> (x / 255 - mean) / std as (n, 3, height, width) on the device."""
+    """The map uint8 (n, height, width, 3) -> (x / 255 - mean) / std, (n, 3, height, width), on the device."""
 
     def __init__(self, mean: Colour, std: Colour, device: torch.device, dtype: torch.dtype) -> None:
         divisor = torch.tensor(std, device=device)
@@ -264,7 +264,7 @@ class Normalize:
         self._device, self._dtype = device, dtype
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The result is a view in channels-last memory order: no pixel is moved."""
+        """Returns a view in channels-last memory order: no pixel is moved."""
         pixels = images.to(self._device, non_blocking=True).float()
         return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
 
@@ -274,9 +274,8 @@ def _assemble(
 ) -> tuple[Int64, list[BadSample], list[int]]:
     """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.
 
-    Returns (labels, what did not decode, rows that were given to another sample).
-
-    The rule depends on the sample alone, so all ranks and all restarts replace it by the same picture and label.
+    Returns (labels, samples that did not decode, rows that were given to another one). The rule depends on the sample
+    alone, so all ranks and all restarts replace it by the same picture and label.
     """
     labels = np.empty(len(samples), dtype=np.int64)
     bad: list[BadSample] = []

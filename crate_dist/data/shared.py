@@ -1,4 +1,4 @@
-"""Arrays that a rank shares with its workers: no copy of them is sent, all map the same memory."""
+"""Shares arrays between a rank and its workers: no copy of them is sent, all map the same memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SharedArray:
 
 
 class _Place(NamedTuple):
-    """Where an array lies: in an open file, or before pickling's other end the nth of them, behind `offset` bytes."""
+    """The place of an array: `offset` bytes into an open file, or once pickled into the nth of those sent along."""
 
     file: int
     offset: int
@@ -55,7 +55,7 @@ def _file_in_memory(size: int) -> int:
 
 
 class Pickler(pickle.Pickler):
-    """Leaves out large arrays: `descriptors` are the files in which they lie, open until `files` is closed.
+    """A pickler that leaves large arrays out: `descriptors` are their files, open until `files` is closed.
 
     One that is mapped from a file which is still the same is mapped again, so that all processes of a node share its
     pages; of another one all workers share one copy.
@@ -68,12 +68,12 @@ class Pickler(pickle.Pickler):
         self.descriptors: list[int] = []
 
     def pickled(self, source: object) -> bytes:
-        """The source, for an Unpickler that has the descriptors."""
+        """Pickles the source for an Unpickler that has the descriptors."""
         self.dump(source)
         return self._data.getvalue()
 
     def persistent_id(self, thing: Any) -> _Place | None:
-        """Called by pickle for every object; None: it is pickled as usual."""
+        """Returns the place of an object that is left out; None: it is pickled as usual. Called by pickle."""
         if isinstance(thing, SharedArray):
             place = _Place(thing.descriptor, 0, thing.array.dtype, thing.array.shape, writable=True)
         elif isinstance(thing, np.ndarray) and thing.nbytes >= _LARGE_BYTES and not thing.dtype.hasobject:
@@ -102,13 +102,13 @@ class Pickler(pickle.Pickler):
 
 
 class Unpickler(pickle.Unpickler):
-    """Of bytes that came from this program's own rank, over a socket that nobody else can open."""
+    """An unpickler of bytes that came from this program's own rank, over a socket that nobody else can open."""
 
     def __init__(self, data: bytes, descriptors: Sequence[int]) -> None:
         super().__init__(io.BytesIO(data))
         self._descriptors = descriptors
 
     def persistent_load(self, place: _Place) -> Any:
-        """Called by pickle for what Pickler has left out."""
+        """Maps an array that Pickler has left out. Called by pickle."""
         descriptor = self._descriptors[place.file]
         return SharedArray(place.shape, descriptor) if place.writable else _mapped(place._replace(file=descriptor))

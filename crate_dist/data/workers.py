@@ -1,4 +1,4 @@
-"""Processes that make batches beside their rank, forked from a server that was forked before the rank had a thread.
+"""Makes batches in processes beside their rank, forked from a server that was forked before the rank had a thread.
 
 POSIX promises next to nothing to the child of a process with threads: a lock that one of them holds at that moment is
 never let go in the child. A rank that trains has threads of gloo or NCCL, of CUDA, of its saver and of its watchdog.
@@ -46,7 +46,7 @@ class LostWorker(RuntimeError):
 
 
 class Source(Protocol):
-    """What workers make items of, by their numbers. It is pickled."""
+    """The maker of items, by their numbers, in each worker. It is pickled."""
 
     def __getitem__(self, number: int, /) -> Any: ...
 
@@ -116,7 +116,7 @@ _ours: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a process that was just forked, as the next server is: what it inherited would keep those waiting for ever."""
+    """Closes what a process that was just forked, as the next server, inherited: those would wait for ever."""
     global _server
     _server = None
     if _ours:
@@ -161,7 +161,7 @@ class _Server:
         _ours.add(self._socket.fileno())
 
     def fork(self, descriptors: Sequence[int]) -> tuple[int, Connection]:
-        """A new worker, which has these descriptors: its process id, and the socket to speak to it."""
+        """Forks a worker, which has these descriptors. Returns its process id, and the socket to speak to it."""
         mine, other = socket.socketpair()
         with other:
             pid = self._ask(0, [other.fileno(), *descriptors])
@@ -169,7 +169,7 @@ class _Server:
         return pid, Connection(mine.detach())
 
     def lost(self, pid: int) -> LostWorker:
-        """The error to raise for a worker that has closed its socket."""
+        """Returns the error to raise for a worker that has closed its socket."""
         return LostWorker(f"DataLoader worker (pid {pid}) {_how(os.waitstatus_to_exitcode(self._ask(pid)))}")
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ _server: _Server | None = None
 
 
 def _serve(orders: socket.socket) -> NoReturn:
-    """0: fork a worker and say its pid; else say how the one of that pid has ended."""
+    """Answers orders. 0: forks a worker and says its pid; else: says how the one of that pid has ended."""
     ended: dict[int, int] = {}
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, _NUMBER.size, _MOST_DESCRIPTORS)
@@ -225,7 +225,7 @@ def _serve(orders: socket.socket) -> NoReturn:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In a process that was just forked: it is killed when its parent ends, though it may be at work for minutes."""
+    """Has this process, just forked, killed when its parent ends, though it may be at work for minutes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above
@@ -237,7 +237,7 @@ def _how(status: int) -> str:
 
 
 def _work(descriptors: Sequence[int]) -> NoReturn:
-    """One worker: its socket, and the files of its arrays."""
+    """Runs one worker. descriptors: its socket, and the files of its arrays."""
     status = 1
     try:
         torch.set_num_threads(1)  # there are as many workers as cores are meant for them
@@ -273,7 +273,7 @@ def _make(rank: Connection, descriptors: Sequence[int], records: queue.SimpleQue
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or where it cannot be raised elsewhere another one that says the same."""
+    """Returns the error with its traceback as a note, or one that says the same where it cannot be pickled."""
     text = "".join(traceback.format_exception(error))
     if isinstance(error, StopIteration):  # would end the items
         return RuntimeError(f"in a DataLoader worker:\n{text}")

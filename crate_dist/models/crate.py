@@ -81,7 +81,7 @@ class Intermediates:
     features: tuple[Tensor, ...]
 
     def attention(self, layer: int) -> Tensor:
-        """The self-attention map softmax(w wᵀ / √p) of one layer in fp32, (b, h, n, n); rows sum to one."""
+        """Returns the self-attention map softmax(w wᵀ / √p) of one layer in fp32, (b, h, n, n); rows sum to one."""
         w = self.projections[layer].float()
         return (w @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -106,11 +106,11 @@ class MSSA(nn.Module):
         self.dropout = nn.Dropout(0.0 if heads == 1 else dropout)
 
     def project(self, z: Tensor) -> Tensor:
-        """Tokens (b, n, d) in the coordinates of each subspace: w = Uᵀ z, (b, h, n, p)."""
+        """Projects tokens (b, n, d) to the coordinates of each subspace: w = Uᵀ z, (b, h, n, p)."""
         return rearrange(self.subspaces(z), "b n (h p) -> b h n p", h=self.heads)
 
     def attend(self, w: Tensor) -> Tensor:
-        """Projections (b, h, n, p) compressed against each other and mixed back to tokens (b, n, d)."""
+        """Compresses projections (b, h, n, p) against each other and mixes them back to tokens (b, n, d)."""
         compressed = F.scaled_dot_product_attention(w, w, w, dropout_p=self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(rearrange(compressed, "b h n p -> b n (h p)")))
 
@@ -158,11 +158,11 @@ class CrateLayer(nn.Module):
         self.ista = ISTA(config.dim, config.ista_step, config.ista_threshold)
 
     def project(self, z: Tensor) -> Tensor:
-        """The projections that `update` needs: (b, n, d) -> (b, h, n, p)."""
+        """Returns the projections that `update` needs: (b, n, d) -> (b, h, n, p)."""
         return self.mssa.project(self.mssa_norm(z))
 
     def update(self, z: Tensor, w: Tensor) -> Tensor:
-        """The layer's output from its input z, (b, n, d), and w = project(z)."""
+        """Returns the layer's output, (b, n, d), from its input z and w = project(z)."""
         return self.ista(self.ista_norm(z + self.mssa.attend(w)))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -227,11 +227,11 @@ class CRATE(nn.Module):
         self._recompute, self._autocast = recompute, autocast
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context in which `forward` computes: torch.autocast to bf16, or none."""
+        """Returns the context in which `forward` computes: torch.autocast to bf16, or none."""
         return torch.autocast(device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (b, 3, image_size, image_size), floating point, of any memory format, to tokens (b, n, d).
+        """Turns images (b, 3, image_size, image_size), floating point, of any memory format, to tokens (b, n, d).
 
         Raises ValueError when the images have another shape.
         """
@@ -241,7 +241,7 @@ class CRATE(nn.Module):
         return self._place(self.patch_embed(images), self.pos_embedding)
 
     def embed_any_size(self, images: Tensor) -> Tensor:
-        """As `embed`, of images (b, 3, height, width) whose sides are whole patches: positions are interpolated.
+        """Does as `embed` to images (b, 3, height, width) whose sides are whole patches: positions are interpolated.
 
         Raises ValueError when the sides are no multiples of the patch.
         """
@@ -259,11 +259,11 @@ class CRATE(nn.Module):
         return self.emb_dropout(tokens + positions)
 
     def classify(self, z: Tensor) -> Tensor:
-        """Tokens after the last layer (b, n, d) to logits (b, classes)."""
+        """Turns tokens after the last layer (b, n, d) to logits (b, classes)."""
         return self.head(z.mean(dim=1) if self.config.pool == "mean" else z[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, classes) of images (b, 3, image_size, image_size) in the dtype of the weights, or under autocast.
+        """Returns logits (b, classes) of images (b, 3, image_size, image_size) in the dtype of the weights.
 
         Raises ValueError when the images have another shape.
         """
@@ -275,7 +275,7 @@ class CRATE(nn.Module):
             return self.classify(z)
 
     def forward_intermediates(self, images: Tensor) -> Intermediates:
-        """The same pass, keeping what white-box measures read, for images of any size in whole patches.
+        """Does the same pass and keeps what white-box measures read, for images of any size in whole patches.
 
         Holds two tensors of the size of the tokens per layer; call it on few images, under no_grad to measure.
         Raises ValueError when the sides are no multiples of the patch.

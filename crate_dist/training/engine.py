@@ -55,7 +55,7 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 
 
 RANKS_REDUCED_TO = 32
-"""Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+"""The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
 
 class NotFinite(UserError):
@@ -68,7 +68,7 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device."""
+    """Loss, the mean over this rank's samples, and gradient norm, of all ranks before clipping; 0-d, on the device."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -139,7 +139,7 @@ class Engine:
         return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device))
 
     def _before_step(self, *_: object) -> None:
-        """Clips, and stops a step that must not be taken; DeepSpeed calls it before the optimizer, on every rank.
+        """Clips, and stops a step that must not be taken. DeepSpeed calls it before the optimizer, on every rank.
 
         This is the one place of a step where the host waits for the device, which is then through with the gradients:
         whether they are finite must be known before the weights change. DeepSpeed would wait three times, to look at
@@ -151,7 +151,7 @@ class Engine:
         self._zero.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0) if largest else None
 
     def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
-        """The mean loss of a micro-batch, 0-d, in the mode that the model is in. model: DeepSpeed's, within a step."""
+        """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
         images, labels = batch
         logits = (model or self.module)(self._normalize(images))
         labels = labels.to(self.device, non_blocking=True)
@@ -159,14 +159,14 @@ class Engine:
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
+        """Returns fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
         self.module.eval()
         with compiling.eagerly():
             logits: torch.Tensor = self.module(self._normalize(images)).float()
         return logits
 
     def state(self) -> RankState:
-        """This rank's partitions of the master weights and the optimizer's state, as views on the live tensors."""
+        """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors."""
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
@@ -210,7 +210,7 @@ class Engine:
         return dist.get_rank() * partition.numel()
 
     def _optimizer_state(self, partition: torch.Tensor, steps: int = 0) -> dict[str, torch.Tensor]:
-        """The optimizer's own state of a partition, made where no step has made it yet."""
+        """Returns the optimizer's own state of a partition, made where no step has made it yet."""
         state: dict[str, torch.Tensor] = self._zero.optimizer.state[partition]
         if not state or steps:
             for kind in STATE_KEYS[self.recipe.optim.name]:

@@ -157,7 +157,7 @@ class Monitor:
         self._ledger.note("whitebox", step=step, seconds=seconds)
 
     def knows(self, step: int, name: str) -> bool:
-        """Whether a value of this name was written for this step, by whatever start. On rank 0."""
+        """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
         return any(name in line for line in self._lines_of(step))
 
     def _lines_of(self, step: int) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ class Monitor:
         )
 
     def _warn_of_waiting(self, fraction: float) -> None:
-        """Once per run and rank: the first intervals have the loader's start in them and do not count."""
+        """Warns once per start: the first intervals have the loader's start in them and do not count."""
         self._reports += 1
         if fraction > _MUCH_WAITING and self._reports > 2 and not self._warned and self._world.is_main:
             self._warned = True
@@ -267,7 +267,7 @@ def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for what is none."""
+    """Parses a line of metrics.jsonl; None for what is none."""
     try:
         line = json.loads(text)
         return line if isinstance(line, dict) and int(line["step"]) >= 0 else None

@@ -1,4 +1,4 @@
-"""The loop, and what is done when it is due."""
+"""Runs the training loop, and what is due after a step: reports, measures, evaluations, saves."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from crate_dist.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 COMPILING = 4.0
-"""What may be compiled, and what libraries do at their first call, may take so many times safety.hang_timeout_s."""
+"""Times safety.hang_timeout_s: the patience with compilers, and with libraries at their first call."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when train returns."""
+    """The state of a run when `train` returns."""
 
     step: int
     finished: bool
@@ -107,7 +107,7 @@ class Trainer:
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:
-        """The loop. After an error a save that is under way may end, while the folder is still ours."""
+        """Runs the loop. After an error a save that is under way may end, while the folder is still ours."""
         try:
             return self.loop()
         except BaseException:
@@ -115,7 +115,7 @@ class Trainer:
             raise
 
     def loop(self) -> TrainResult:
-        """Steps, and what is due after each."""
+        """Takes steps, and does what is due after each."""
         self.greet()
         if not self.catch_up():
             return self.stop_early()
@@ -181,7 +181,7 @@ class Trainer:
         return self.result(finished=False)
 
     def result(self, finished: bool) -> TrainResult:
-        """Where the run stands."""
+        """Returns the state of the run."""
         return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
 
     def loader(self, workers: int) -> TrainLoader:
@@ -192,7 +192,7 @@ class Trainer:
         return TrainLoader(self.train_index, order, self.share, transform, workers, step)
 
     def take_step(self, feed: Feed) -> None:
-        """One optimizer step, timed."""
+        """Takes one optimizer step, timed."""
         lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
         first = not self.startup.over
         self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
@@ -223,11 +223,11 @@ class Trainer:
         self.progress = replace(self.progress, step=self.progress.step + 1)
 
     def reporting_is_due(self) -> bool:
-        """Every so many steps, and before every save, so that a resumed curve has the same points."""
+        """Says whether to report: every log.every_steps, and before a save, so that a resumed curve is the same."""
         return self.progress.step % self.recipe.log.every_steps == 0 or self.saving_is_due()
 
     def evaluation_is_due(self) -> bool:
-        """At the first step after every so many whole epochs, and at the end; once per step."""
+        """Says whether to evaluate: at the first step after every log.eval_every_epochs, and at the end; once."""
         step, every = self.progress.step, self.recipe.log.eval_every_epochs
         if self.val_index is None or step in (0, self.progress.evaluated_at):
             return False
@@ -236,13 +236,13 @@ class Trainer:
         return (ended_just_now and epochs % every == 0) or step == self.last_step
 
     def saving_is_due(self) -> bool:
-        """Every so many steps, after every evaluation, and at the end."""
+        """Says whether to save: every checkpoint.every_steps, after every evaluation, and at the end."""
         step = self.progress.step
         periodic = step % self.recipe.checkpoint.every_steps == 0
         return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
 
     def catch_up(self) -> bool:
-        """A run may have ended between a save and what was due at the same step. Returns False when it is left."""
+        """Does what was due at the step of the checkpoint, after its save. Returns False when that is left."""
         if not self.measure(unless_known=True):
             return False
         if self.evaluation_is_due():
@@ -252,14 +252,14 @@ class Trainer:
         return True
 
     def measure(self, unless_known: bool = False) -> bool:
-        """The white box, when it is due; False, on all ranks, when that was left because of a signal."""
+        """Measures the white box when it is due. Returns False, on all ranks, when that is left for a signal."""
         step = self.progress.step
         if step == 0 or not self.live.is_due(step):
             return True
         return self.live.measure(self.engine.module, step, self.monitor, self.interrupt, unless_known)
 
     def evaluate(self) -> bool:
-        """Exact accuracy over the whole validation split, when it is due; False as for `measure`."""
+        """Counts the accuracy over the whole validation split when it is due. Returns False as `measure` does."""
         if not self.evaluation_is_due():
             return True
         assert self.val_index is not None

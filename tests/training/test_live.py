@@ -211,10 +211,10 @@ def test_measures_that_take_too_much_time_say_how_many_would_not(
     world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
     one = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24))
     for began, seconds in ((0, 50), (149, 1), (249, 1)):  # half a per cent beside the first
-        one._say_when_dear(began, seconds)
+        one._say_when_costly(began, seconds)
     assert not caplog.records
     for began in (295, 395):
-        one._say_when_dear(began, 5)
+        one._say_when_costly(began, 5)
     assert [record.getMessage() for record in caplog.records] == [
         "the white-box measures take 2.8 % of the time; --set log.whitebox_every_steps=600 costs 1 % at most"
     ]
