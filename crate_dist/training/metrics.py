@@ -165,8 +165,11 @@ class Monitor:
         return [line for line in lines if line is not None and line["step"] == step]
 
     def saved(self, saved: Saved | None) -> None:
-        """Writes how long a save took, and where the time has gone so far."""
-        if saved is None or not self._curves or not self._ledger:
+        """Writes how long a save took, and where the time has gone so far; warns of one that takes too long."""
+        if saved is None:
+            return
+        self._warn_of_saving(saved.total_s)
+        if not self._curves or not self._ledger:
             return
         self._ledger.note("save", step=saved.step, stall_s=saved.stall_s, total_s=saved.total_s)
         values = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
@@ -250,6 +253,18 @@ class Monitor:
                 len(os.sched_getaffinity(0)),
                 self._world.local_world_size,
                 self._recipe.data.workers,
+            )
+
+    def _warn_of_saving(self, seconds: float) -> None:
+        """Says in time when the scheduler's notice is too short for a save."""
+        notice_s = self._recipe.cluster.signal_delay_s
+        if seconds > notice_s / 2 and self._world.launcher == "slurm":
+            logger.warning(
+                "a save takes %.0f s, and the job is told only %d s before its end; "
+                "give it --set cluster.signal_delay_s=%d or more",
+                seconds,
+                notice_s,
+                int(4 * seconds),
             )
 
     def _reset(self) -> None:

@@ -15,7 +15,7 @@ from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
-from crate_dist.checkpoint.saving import Saved, Saver, prune
+from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
@@ -157,7 +157,6 @@ class Trainer:
         self.finish_saving()
         if self.world.is_main:
             prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure, self.damaged)
-        if self.world.is_main:
             config, indexes = self.engine.module.config, (self.train_index, self.val_index)
             export(
                 self.folder, self.recipe, config, self.progress, self.schedule.steps_per_epoch, *indexes, self.tenure
@@ -301,25 +300,12 @@ class Trainer:
         self.monitor.flush()
         state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
-        self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
+        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:
         """Waits for the last save. One that has failed is tried again, until it succeeds or too many have failed."""
-        self.note_saved(self.saver.wait())
+        self.monitor.saved(self.saver.wait())
         while self.saver.failures:
             self.save()
-            self.note_saved(self.saver.wait())
-
-    def note_saved(self, saved: Saved | None) -> None:
-        """Reports a finished save, and says in time when the scheduler's notice is too short for one."""
-        self.monitor.saved(saved)
-        notice_s = self.recipe.cluster.signal_delay_s
-        if saved and saved.total_s > notice_s / 2 and self.world.launcher == "slurm":
-            logger.warning(
-                "a save takes %.0f s, and the job is told only %d s before its end; "
-                "give it --set cluster.signal_delay_s=%d or more",
-                saved.total_s,
-                notice_s,
-                int(4 * saved.total_s),
-            )
+            self.monitor.saved(self.saver.wait())
