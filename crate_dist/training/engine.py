@@ -153,7 +153,7 @@ class Engine:
     def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
         images, labels = batch
-        logits = (model or self.module)(self._normalize(images))
+        logits = (self.module if model is None else model)(self._normalize(images))
         labels = labels.to(self.device, non_blocking=True)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
 
