@@ -1,8 +1,8 @@
 """Estimates from shapes the GPU memory of a training step. Imports no torch: a login node asks it.
 
-Counted is what autograd keeps of a forward pass (seven tensors of the tokens' size per layer of models/crate.py), what a
-backward pass has in hand at a time, and ZeRO-2's state. A test holds the first against what torch really keeps. Not
-counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for CUDA's own context.
+Counted is what autograd keeps of a forward pass (per layer seven tensors of the size of the tokens), what a backward
+pass has in hand at a time, and the state of ZeRO-2. A test holds the first against what torch really keeps. Not
+counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
 """
 
 from __future__ import annotations
