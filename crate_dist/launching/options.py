@@ -1,4 +1,4 @@
-"""The options that every way to start a run shares. Imports no torch."""
+"""Options that all ways to start a run share. Imports no torch."""
 
 from __future__ import annotations
 
