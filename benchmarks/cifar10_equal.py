@@ -15,8 +15,8 @@ from crate_dist.data.loader import Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import detect_world, init_distributed, leave_distributed
-from crate_dist.models.archs import build_model
-from crate_dist.optim import Schedule, learning_rate
+from crate_dist.models.build import build_model
+from crate_dist.training.optim import Schedule, learning_rate
 
 MARKS = (1, 10, 100)
 """Steps up to which the largest difference of the losses is told, beside that of all."""
@@ -25,12 +25,12 @@ MARKS = (1, 10, 100)
 def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
     """The largest differences from the published code: of losses, and of logits on all test images; on the CPU.
 
-    Ours is the model under crate_dist.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
+    Ours is the model under training.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
     batches are those of our loader. The control is the published code itself from weights that are changed in their
     last bit: what rounding alone does. Raises RecipeError as Published does.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from crate_dist.engine import Engine
+    from crate_dist.training.engine import Engine
 
     device = init_distributed(detect_world())
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import DataSection, Recipe, RecipeError
-from crate_dist.models.archs import model_config
+from crate_dist.models.build import model_config
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import DataSection
-from crate_dist.data.images import Treatment, treat
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader
 from crate_dist.data.order import Order
 from crate_dist.data.transforms import random_crop
+from crate_dist.prep.images import Treatment, treat
 
 SIZE = 224
 LANES = 4

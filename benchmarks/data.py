@@ -32,9 +32,9 @@ import psutil
 import torch
 from PIL import Image
 
-from crate_dist.data.images import Treatment, treat
 from crate_dist.data.index import checksum
 from crate_dist.data.transforms import TrainTransform, sample_rng
+from crate_dist.prep.images import Treatment, treat
 
 REPO = Path(__file__).resolve().parents[1]
 FOR_SPEED = Treatment(short_side=320, quality=90)

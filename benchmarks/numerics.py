@@ -2,7 +2,7 @@
 
     python benchmarks/numerics.py --source DIR_OF_CLASS_FOLDERS [--steps 200] [--batch 16] [--size 64]
 
-The contestants take the same batches from the same weights, by crate_dist.engine on one rank: decoded, resized to
+The contestants take the same batches from the same weights, by training.engine on one rank: decoded, resized to
 --size, in an order drawn once, with their classes as labels, at a rate that suits the small batch: where a run is not
 stable, two that differ in one rounding part, and their difference says nothing. Printed is the difference of each
 one's loss to fp32's: its mean and its largest over all steps, and its mean over each quarter, in which a drift would
@@ -106,8 +106,8 @@ def run(
     recipe: Recipe, device: torch.device, images: torch.Tensor, labels: torch.Tensor, classes: int, steps: int
 ) -> list[float]:
     """The loss of each step, at the recipe's rate after a rise over the first tenth."""
-    from crate_dist.engine import Engine
-    from crate_dist.models.archs import build_model
+    from crate_dist.models.build import build_model
+    from crate_dist.training.engine import Engine
 
     batch = recipe.train.global_batch
     engine = Engine(build_model(recipe.model, classes, seed=0), recipe, device, batch, 1)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from crate_dist.config import ResizeFilter
 from crate_dist.data.decode import Pixels, open_image, resized_exactly
-from crate_dist.data.gallery import SUFFIXES
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
+from crate_dist.whitebox.pictures import SUFFIXES
 
 SIZE, SHORT_SIDE = 224, 256
 Apart = tuple[float, float, float]

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--arch crate_base] [--step-ms MS --micro-batch N] [--gpus-per-node 8] …
 
 1. Traffic: on 2 and 4 local ranks every collective of three steps is counted as it passes torch.distributed, for
-   crate_dist.engine (ZeRO-2) and for torch's DistributedDataParallel, in each way that the engine can be set.
+   crate_dist.training.engine (ZeRO-2) and for torch's DistributedDataParallel, in each way that the engine can be set.
 2. Weak scaling on 1, 2 and 4 local processes, one thread each, against what the model says of them.
 3. The model, for nodes of GPUs: a step is its compute, plus the gradients' reduction as far as the backward pass does
    not hide it, plus the weights' gathering, which nothing hides. A ring moves (n - 1) / n of a vector per phase.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.memory import parameters
+from crate_dist.launching.memory import parameters
 
 CLASSES = 1000
 WARM_UP, COUNTED = 2, 3
@@ -190,9 +190,9 @@ def listen() -> list[tuple[str, int, int]]:
 
 
 def zero(recipe: Recipe, device: Any, batch: int, to_all: bool) -> Any:
-    """One step of crate_dist.engine. to_all: each gradient goes to all ranks, as by DeepSpeed's default."""
-    from crate_dist import engine
-    from crate_dist.models.archs import build_model
+    """One step of crate_dist.training.engine. to_all: each gradient goes to all ranks, as by DeepSpeed's default."""
+    from crate_dist.models.build import build_model
+    from crate_dist.training import engine
 
     if to_all:
         engine.RANKS_REDUCED_TO = 0
@@ -207,8 +207,8 @@ def ddp(recipe: Recipe) -> Any:
     from torch.nn.parallel import DistributedDataParallel
 
     from crate_dist.data.loader import Normalize
-    from crate_dist.models.archs import build_model
-    from crate_dist.optim import build_optimizer, parameter_groups
+    from crate_dist.models.build import build_model
+    from crate_dist.training.optim import build_optimizer, parameter_groups
 
     bare = build_model(recipe.model, CLASSES, seed=0)
     wrapped = DistributedDataParallel(bare)
@@ -244,8 +244,8 @@ def model(arguments: argparse.Namespace, recipe: Recipe, count: int) -> None:
     """Weak scaling of nodes of GPUs, ZeRO-2 and DDP."""
     from step import forward_flops
 
-    from crate_dist.engine import RANKS_REDUCED_TO
-    from crate_dist.models.archs import model_config
+    from crate_dist.models.build import model_config
+    from crate_dist.training.engine import RANKS_REDUCED_TO
 
     work = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.micro_batch
     compute_s = (arguments.step_ms or work / (arguments.mfu * arguments.peak_tflops * 1e12) * 1e3) / 1e3

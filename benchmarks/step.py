@@ -4,7 +4,7 @@
 
 --reference is a checkout of the published code, whose model is imported from there. Its loop, as its main.py has it:
 under autocast and GradScaler on a GPU, plain fp32 on a CPU; zero_grad, forward, loss, backward, Lion from lion-pytorch.
-Ours is crate_dist.engine on one rank, with ZeRO-2 and all; --compile adds it with train.compile on. --vit adds, for
+Ours is training.engine on one rank, with ZeRO-2 and all; --compile adds it with train.compile on. --vit adds, for
 scale, timm's ViT of the same width, depth and heads in the published loop, where timm is installed.
 
 CPU seconds are those of all threads: what a step costs on a machine where other work takes part of the wall clock.
@@ -39,9 +39,9 @@ from torch import nn
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import detect_world, init_distributed, leave_distributed
-from crate_dist.models.archs import build_model, model_config
+from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.products import linear
+from crate_dist.models.matmul import linear
 
 Step = Callable[[Batch], None]
 CLASSES = 1000
@@ -126,8 +126,8 @@ def parse() -> argparse.Namespace:
 
 
 def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
-    """One optimizer step of crate_dist.engine."""
-    from crate_dist.engine import Engine
+    """One optimizer step of crate_dist.training.engine."""
+    from crate_dist.training.engine import Engine
 
     train = recipe.train.model_copy(update={"compile": compile})
     recipe = recipe.model_copy(update={"train": train})

@@ -26,6 +26,10 @@ class PortIsTaken(dist.DistNetworkError):
     """The ranks cannot meet where they should."""
 
 
+class Left(Exception):
+    """What the ranks did together was left, since the run is told to stop; the next start makes it."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among all."""

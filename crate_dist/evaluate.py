@@ -18,117 +18,30 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from crate_dist.accuracy import ByClass, Tally, class_text
+from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Batch
-from crate_dist.data.reader import BadSample
-from crate_dist.distributed import World, exit_at_once, gather_objects
-from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
-from crate_dist.interrupt import Left
-from crate_dist.matching import Matching, match_classes
-from crate_dist.run import write_whole
-from crate_dist.subject import Subject, load_subject
+from crate_dist.distributed import World, exit_at_once
+from crate_dist.evaluation.accuracy import ByClass, Evaluation, Tally, class_text, evaluate
+from crate_dist.evaluation.matching import Matching, match_classes
+from crate_dist.evaluation.on_ranks import (
+    CannotMeasure,
+    Frozen,
+    add_arguments,
+    check_output,
+    find_split,
+    positive,
+    run_on_ranks,
+)
+from crate_dist.files import write_whole
 
 _NAMED = 5
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy in per cent, mean cross-entropy (without smoothing), and how many samples were counted.
-
-    unreadable: how many do not count, since they could not be read; bad: which
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    samples: int
-    unreadable: int
-    bad: tuple[BadSample, ...]
-
-    def scalars(self) -> dict[str, float]:
-        """As TensorBoard names them."""
-        return {"val/top1": self.top1, "val/top5": self.top5, "val/loss": self.loss}
-
-    def better_than(self, top1: float) -> bool:
-        """Whether this is the model to keep. Of scores that are not numbers some class is the best all the same."""
-        return math.isfinite(self.loss) and self.top1 > top1
-
-    def problem(self, max_bad_fraction: float) -> str:
-        """What is to be said where so few samples could be read that the accuracy means little; "" where it is well.
-
-        A few are let pass, whatever their share: 8, or of a small split an eighth.
-        """
-        total = self.samples + self.unreadable
-        if self.unreadable <= max(max_bad_fraction * total, min(8, total / 8)):
-            return ""
-        first = f"{self.bad[0].key} of {self.bad[0].shard}: {self.bad[0].reason}"
-        return f"{self.unreadable:,} of {total:,} samples could not be read, the first one {first}"
-
-
-@torch.inference_mode()
-def evaluate(
-    predict: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterable[Batch],
-    device: torch.device,
-    tally: Tally | None = None,
-    leave: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
-
-    predict: uint8 images (n, height, width, 3) -> logits (n, classes)
-    tally: takes up what was predicted of every class, where somebody wants to know
-    leave: asked before every batch, whether to make no more of them
-
-    A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
-    counted in its own.
-
-    Raises
-    ------
-    Left: on all ranks, when one of them has left
-    """
-    totals, bad = torch.zeros(6, dtype=torch.float64, device=device), set[BadSample]()
-    for batch in batches:
-        if leave():
-            totals[5] = 1
-            break
-        logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
-        if batch.replaced:
-            bad.update(batch.bad)
-            read = [row for row in range(len(labels)) if row not in batch.replaced]
-            logits, labels = logits[read], labels[read]
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack(
-            [
-                hits[:, 0].sum().double(),
-                hits.sum().double(),
-                loss.double(),
-                torch.tensor(len(labels), dtype=torch.float64, device=device),
-                torch.tensor(len(batch.replaced), dtype=torch.float64, device=device),
-                torch.zeros((), dtype=torch.float64, device=device),
-            ]
-        )
-        if tally is not None:
-            tally.add(labels, ranked)
-    dist.all_reduce(totals)
-    top1, top5, loss_sum, samples, unreadable, left = totals.tolist()
-    if left:
-        raise Left
-    # Ranks meet the same ones, where what stands in for a rank's last samples is the next rank's.
-    named = tuple(sorted(set[BadSample]().union(*gather_objects(bad)))) if unreadable else ()
-    means = 100 * top1 / samples, 100 * top5 / samples, loss_sum / samples
-    return Evaluation(*means, int(samples), int(unreadable), named)
 
 
 def main(argv: list[str] | None = None) -> int:

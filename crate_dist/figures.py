@@ -25,21 +25,21 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_dist import plots
-from crate_dist.checkpoint import CheckpointError
-from crate_dist.components import picture_components
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
-from crate_dist.data.gallery import SUFFIXES, Framing, GalleryError, Picture, from_paths, from_split, read_mask
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_split
 from crate_dist.locations import location
-from crate_dist.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights import WeightsError
-from crate_dist.sketches import enlarged, heat, masked
-from crate_dist.subject import Subject, load_subject
-from crate_dist.whitebox import class_attention_maps, patch_projections, profile
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.whitebox import plots
+from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
+from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
+from crate_dist.whitebox.pca import picture_components
+from crate_dist.whitebox.pictures import SUFFIXES, Framing, GalleryError, Picture, from_paths, from_split, read_mask
+from crate_dist.whitebox.pixels import enlarged, heat, masked
 
 _BATCH = 16
 
@@ -90,7 +90,7 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
 def draw_pca(
     model: CRATE, pictures: Sequence[Picture], layer: int, threshold: float, invert: bool, out: Path
 ) -> list[Path]:
-    """Principal components of the patches of all pictures together, scaled in each; see crate_dist.components."""
+    """Principal components of the patches of all pictures together, scaled in each; see crate_dist.whitebox.pca."""
     features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
     found = picture_components(features, threshold, invert)
     cells: list[list[Pixels]] = []
@@ -116,7 +116,7 @@ def draw_masks(
     objects: int,
     out: Path,
 ) -> list[Path]:
-    """Foreground by attention and by normalised cut (see crate_dist.maskcut), and how much of it lies on the truth."""
+    """Foreground by attention and by normalised cut (see whitebox.maskcut), and how much of it lies on the truth."""
     cells: list[list[Pixels]] = []
     notes: list[list[str]] = []
     overlaps: dict[str, dict[str, float]] = {}

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
 
-from crate_dist.faults import may_pass
-from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.faults import may_pass
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class TrainJob:
         _say(f"start {_start()}: rank {_rank()} on node {_node()}")
         try:
             from crate_dist.distributed import lost_a_rank
-            from crate_dist.lock import LostTheRun
+            from crate_dist.run.lock import LostTheRun
             from crate_dist.train import EXPECTED_ERRORS, train
         except Exception as error:
             logger.exception("while importing")

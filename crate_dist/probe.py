@@ -19,15 +19,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist import knn, linear_probe
+from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes
 from crate_dist.distributed import World, exit_at_once
-from crate_dist.features import Features, extract, pooled
-from crate_dist.frozen import CannotMeasure, Frozen, add_arguments, check_output, find_split, positive, run_on_ranks
+from crate_dist.evaluation import knn
+from crate_dist.evaluation import linear as linear_probe
+from crate_dist.evaluation.features import Features, extract, pooled
+from crate_dist.evaluation.on_ranks import (
+    CannotMeasure,
+    Frozen,
+    add_arguments,
+    check_output,
+    find_split,
+    positive,
+    run_on_ranks,
+)
+from crate_dist.files import write_whole
 from crate_dist.models.crate import CrateConfig, Pool
-from crate_dist.run import write_whole
-from crate_dist.subject import Subject, load_subject
 
 KS = (10, 20, 100, 200)
 

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from crate_dist.checkpoint import CheckpointError
-from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.data.workers import open_server
@@ -30,17 +29,18 @@ from crate_dist.distributed import (
     is_first_start,
     leave_distributed,
 )
-from crate_dist.engine import NotFinite
-from crate_dist.faults import judged, may_pass
-from crate_dist.interrupt import Interrupt, ending_at_once
-from crate_dist.launching import check_that_no_job_waits
-from crate_dist.lock import LostTheRun, RunIsLocked, RunLock, Tenure
-from crate_dist.metrics import TooManyBadSamples, start_logging
-from crate_dist.run import RunFolder, read_recipe
-from crate_dist.startup import Startup
-from crate_dist.status import LOST_THE_RUN, STOPPED, TRY_AGAIN
-from crate_dist.trainer import Trainer, TrainResult
-from crate_dist.watchdog import Watchdog
+from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.preflight import check_that_no_job_waits
+from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
+from crate_dist.run.faults import judged, may_pass
+from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock, Tenure
+from crate_dist.training.engine import NotFinite
+from crate_dist.training.interrupt import Interrupt, ending_at_once
+from crate_dist.training.metrics import TooManyBadSamples, start_logging
+from crate_dist.training.startup import Startup
+from crate_dist.training.trainer import Trainer, TrainResult
+from crate_dist.training.watchdog import Watchdog
 
 EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
 """What a person can act on: shown as a message, without a traceback."""

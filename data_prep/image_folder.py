@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crate_dist.data.convert import add_conversion_arguments, convert, options_from
-from crate_dist.data.folders import image_folder
-from crate_dist.data.program import proper_fraction, run_program
+from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+from crate_dist.prep.folders import image_folder
+from crate_dist.prep.program import proper_fraction, run_program
 
 EPILOG = """
 the source is one of:

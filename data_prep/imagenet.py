@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crate_dist.data.convert import add_conversion_arguments, convert, options_from
-from crate_dist.data.ilsvrc import imagenet
-from crate_dist.data.program import run_program
+from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+from crate_dist.prep.ilsvrc import imagenet
+from crate_dist.prep.program import run_program
 
 EPILOG = """
 the source is found in any of these layouts, also mixed:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_dist.data.check import Classes, build_indexes, link_shards, split_folders
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.program import available_cpus, counted, human_bytes, positive, run_program, tell, warn
-from crate_dist.data.scan import LabelRule
+from crate_dist.prep.check import Classes, build_indexes, link_shards, split_folders
+from crate_dist.prep.program import available_cpus, counted, human_bytes, positive, run_program, tell, warn
+from crate_dist.prep.tar import LabelRule
 
 EPILOG = """
 example:

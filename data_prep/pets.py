@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crate_dist.data.convert import add_conversion_arguments, convert, options_from
-from crate_dist.data.pets import WITHIN, pets
-from crate_dist.data.program import run_program
-from crate_dist.data.published import Place, add_any_digest, add_val_fraction, working_folder
+from crate_dist.prep.archives import Place, add_any_digest, add_val_fraction, working_folder
+from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+from crate_dist.prep.pets import WITHIN, pets
+from crate_dist.prep.program import run_program
 
 EPILOG = """
 the source is a folder with these in it, as https://www.robots.ox.ac.uk/~vgg/data/pets/ has them:

@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from crate_dist.data.check import split_folders, verify_split
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.program import available_cpus, counted, human_time, positive, run_program, tell
+from crate_dist.prep.check import split_folders, verify_split
+from crate_dist.prep.program import available_cpus, counted, human_time, positive, run_program, tell
 
 EPILOG = """
 example:

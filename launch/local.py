@@ -13,10 +13,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import Recipe, RecipeError
-from crate_dist.launching import opened, preflight
-from crate_dist.local_ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.preflight import opened, preflight
+from crate_dist.launching.ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,14 +27,14 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import crate_dist
-from crate_dist.cli import add_recipe_arguments, default_run_dir, recipe_from
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
-from crate_dist.faults import DEVICE_FAULT
 from crate_dist.job import TrainJob
-from crate_dist.launching import Preflight, folder_of_weights, opened, preflight
+from crate_dist.launching.memory import advice
+from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.preflight import Preflight, folder_of_weights, opened, preflight
 from crate_dist.locations import is_private
-from crate_dist.memory import advice
-from crate_dist.status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
+from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
+from crate_dist.run.faults import DEVICE_FAULT
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from crate_dist.data.index import ROW, Shard, ShardIndex
-from crate_dist.data.scan import scan_shard
+from crate_dist.prep.tar import scan_shard
 
 if TYPE_CHECKING:
     from tests.chaos.trial import Trial

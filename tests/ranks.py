@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from crate_dist.distributed import World, init_distributed
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 
 from crate_dist import config, evaluate, figures, probe
+from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import DataSection, RecipeError, load_recipe
-from crate_dist.data import remote
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.remote import Patience
+from crate_dist.data.remote.fetch import Patience
+from crate_dist.data.remote.fetch import fetch as remote
 from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
-from crate_dist.models import weights
-from crate_dist.run import RunFolder
-from crate_dist.subject import load_subject
+from crate_dist.models.weights import __main__ as weights
+from crate_dist.run.folder import RunFolder
 from tests.conftest import SMALL_RECIPE
+from tests.launching.test_launchers import sbatch  # noqa: F401
 from tests.ranks import REPOSITORY
 from tests.servers import serving
-from tests.test_launch import sbatch  # noqa: F401
 
 PASSWORD, TOKEN, KEY = "hunter2pass", "tok3nvalue", "s3cretkey"
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import ShardIndex
-from crate_dist.manifest import MANIFEST, read_manifest
-from crate_dist.run import checkpoint_names
 
 _ROWS_AT_ONCE = 2**20
 
@@ -104,21 +102,6 @@ def first_difference(one: Sequence[str], other: Sequence[str], here: str = "ther
         if a != b:
             return f"number {number} is {a!r} {here} and {b!r} {there}"
     return ""
-
-
-def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
-    """What the newest checkpoint in a folder says, without torch; None where there is none with a whole manifest.
-
-    For a first look: whether its other files are whole is found out when the run starts.
-
-    Raises OSError when the folder cannot be listed.
-    """
-    for name in reversed(checkpoint_names(checkpoints)):
-        try:
-            return read_manifest(checkpoints / name / MANIFEST)
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def refusal(run: Path, differences: Mapping[str, str]) -> str:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crate_dist.data.ahead import CachedShards, Plan
 from crate_dist.data.decode import MAX_BYTES, BadImage
 from crate_dist.data.index import TAR_BLOCK, ShardError, ShardIndex, checksum
+from crate_dist.data.remote.prefetch import CachedShards, Plan
 
 _OPEN_SHARDS = 64
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crate_dist.config import DataSection, Recipe, RecipeError
-from crate_dist.data.cache import locked
-from crate_dist.data.cache_folder import cache_folder, make_subfolder, open_file, unwritable
 from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
-from crate_dist.data.remote import Damaged, below, fetch
+from crate_dist.data.remote.cache import locked
+from crate_dist.data.remote.cache_folder import cache_folder, make_subfolder, open_file, unwritable
+from crate_dist.data.remote.fetch import Damaged, below, fetch
 from crate_dist.locations import redacted
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 
-from crate_dist.faults import judged
+from crate_dist.run.faults import judged
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """To the whole process group they are for the ranks to answer; the workers go on until their rank ends them."""

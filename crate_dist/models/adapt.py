@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from crate_dist.models.archs import find_arch
+from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
-from crate_dist.models.layout import StateDict, WeightsError
 from crate_dist.models.positions import interpolate_positions
+from crate_dist.models.weights.names import StateDict, WeightsError
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crate_dist.models.matmul import Linear, linear
 from crate_dist.models.positions import interpolate_positions
-from crate_dist.models.products import Linear, linear
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crate_dist.checkpoint import PREFIX, UNFINISHED
+from crate_dist.checkpoint.format import manifest_digest
+from crate_dist.checkpoint.loading import PREFIX, UNFINISHED
 from crate_dist.data.loader import Batch
-from crate_dist.manifest import manifest_digest
 
 Action = Literal["stand still", "slow", "disk full", "clock"]
 
@@ -44,22 +44,22 @@ POINTS = {
     "joining the other ranks": Point("crate_dist.train", "init_distributed"),
     "locking the run folder": Point("os", "link", lambda _, new: Path(new).parent.name == "lock"),
     "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
-    "writing the recipe": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "recipe.toml"),
-    "noting the start": Point("crate_dist.run", "write_whole", lambda path, _: path.name == "run.json"),
-    "building the engine": Point("crate_dist.trainer", "Engine"),
+    "writing the recipe": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "recipe.toml"),
+    "noting the start": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "run.json"),
+    "building the engine": Point("crate_dist.training.trainer", "Engine"),
     # a step
-    "loading a checkpoint": Point("crate_dist.engine", "Engine.load"),
-    "taking a step": Point("crate_dist.engine", "Engine.step"),
+    "loading a checkpoint": Point("crate_dist.training.engine", "Engine.load"),
+    "taking a step": Point("crate_dist.training.engine", "Engine.step"),
     "reading a batch": Point("crate_dist.data.loader", "TrainBatches.__getitem__"),
-    "writing a line of metrics": Point("crate_dist.metrics", "Monitor._write"),
+    "writing a line of metrics": Point("crate_dist.training.metrics", "Monitor._write"),
     # a save
-    "copying the state": Point("crate_dist.saving", "Saver._copy"),
+    "copying the state": Point("crate_dist.checkpoint.saving", "Saver._copy"),
     "making the folder of a save": Point(
         "pathlib", "Path.mkdir", lambda path, *_, **__: path.name.startswith(UNFINISHED)
     ),
-    "writing a rank's file": Point("crate_dist.saving", "_Digesting.write"),
+    "writing a rank's file": Point("crate_dist.checkpoint.saving", "_Digesting.write"),
     "syncing a rank's file": Point("os", "fsync", lambda number: _is_rank_file(_file(number).name)),
-    "writing the manifest": Point("crate_dist.saving", "write_whole"),
+    "writing the manifest": Point("crate_dist.checkpoint.saving", "write_whole"),
     "syncing the manifest": Point("os", "fsync", lambda number: ".manifest.json" in _file(number).name),
     "syncing the folder of a save": Point("os", "fsync", lambda number: _file(number).name.startswith(UNFINISHED)),
     "renaming the folder of a save": Point("pathlib", "Path.replace", lambda _, new: Path(new).name.startswith(PREFIX)),
@@ -73,14 +73,14 @@ POINTS = {
     "removing a checkpoint's files": Point("os", "unlink", lambda path, **_: _is_rank_file(path)),
     "removing a checkpoint's folder": Point("os", "rmdir", lambda path, **_: Path(path).name.startswith(UNFINISHED)),
     # an evaluation
-    "evaluating": Point("crate_dist.engine", "Engine.predict"),
-    "measuring the white box": Point("crate_dist.live", "profile"),
-    "noting an evaluation": Point("crate_dist.metrics", "Monitor.evaluation"),
-    "beginning to save": Point("crate_dist.saving", "Saver.save"),
+    "evaluating": Point("crate_dist.training.engine", "Engine.predict"),
+    "measuring the white box": Point("crate_dist.training.live", "profile"),
+    "noting an evaluation": Point("crate_dist.training.metrics", "Monitor.evaluation"),
+    "beginning to save": Point("crate_dist.checkpoint.saving", "Saver.save"),
     # the end
-    "exporting the weights": Point("crate_dist.exporting", "export_model"),
+    "exporting the weights": Point("crate_dist.checkpoint.export", "export_model"),
     "syncing the weights": Point("os", "fsync", lambda number: "model-" in _file(number).name),
-    "noting the end": Point("crate_dist.metrics", "Monitor.close"),
+    "noting the end": Point("crate_dist.training.metrics", "Monitor.close"),
 }
 
 
@@ -141,7 +141,7 @@ class Fault:
 
 def note_samples(path: Path) -> None:
     """Has this process write down which samples each of its steps is made of."""
-    from crate_dist.engine import Engine, StepResult
+    from crate_dist.training.engine import Engine, StepResult
 
     take_step = Engine.step
 

@@ -155,8 +155,8 @@ def _rank(arguments: list[str], rank: int, world_size: int, port: int, notes: Pa
     import torch
 
     from crate_dist import train
-    from crate_dist.interrupt import ToldToStop
-    from crate_dist.status import STOPPED
+    from crate_dist.run.exit_status import STOPPED
+    from crate_dist.training.interrupt import ToldToStop
     from tests.chaos.faults import note_samples
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the tests

@@ -26,14 +26,14 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.config import DataSection
-from crate_dist.curves import Curves
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import World, gather_objects, init_distributed
-from crate_dist.interrupt import Interrupt
-from crate_dist.watchdog import Watchdog
+from crate_dist.training.interrupt import Interrupt
+from crate_dist.training.tensorboard import Curves
+from crate_dist.training.watchdog import Watchdog
 from tests.chaos.stacks import answer_with_stacks, leave_stacks
 from tests.conftest import casts, write_split
 from tests.ranks import free_port, rank_environment

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crate_dist.checkpoint import list_checkpoints
-from crate_dist.run import RunFolder
+from crate_dist.checkpoint.loading import list_checkpoints
+from crate_dist.run.folder import RunFolder
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks
 from tests.ranks import lock_is_free

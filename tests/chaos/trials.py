@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from crate_dist.checkpoint import list_checkpoints
-from crate_dist.status import STOPPED, TRY_AGAIN
+from crate_dist.checkpoint.loading import list_checkpoints
+from crate_dist.run.exit_status import STOPPED, TRY_AGAIN
 from tests.chaos import faults
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import wait_until

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from crate_dist.ledger import Ledger, Totals
-from crate_dist.run import RunFolder
+from crate_dist.run.folder import RunFolder
+from crate_dist.training.ledger import Ledger, Totals
 from tests.cluster import places
 from tests.cluster.testbed import Cluster, wait_until
 from tests.ranks import REPOSITORY

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_dist.checkpoint import list_checkpoints
+from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.distributed import expand_nodelist
-from crate_dist.run import RunFolder
-from crate_dist.status import NEEDS_A_PERSON
+from crate_dist.run.exit_status import NEEDS_A_PERSON
+from crate_dist.run.folder import RunFolder
 from tests.cluster.runs import (
     ONE_THREAD,
     Arguments,

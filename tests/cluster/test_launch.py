@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist.run import read_recipe
+from crate_dist.run.folder import read_recipe
 from tests.cluster.runs import ONE_THREAD, Arguments, check_finished, starts, submit, wait_for_step
 from tests.cluster.testbed import Cluster, wait_until
 from tests.ranks import REPOSITORY

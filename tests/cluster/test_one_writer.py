@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist.run import RunFolder, read_recipe
+from crate_dist.run.folder import RunFolder, read_recipe
 from tests.cluster.runs import (
     Arguments,
     check_finished,

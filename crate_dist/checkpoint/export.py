@@ -1,0 +1,63 @@
+"""What a complete run leaves: the weights alone of its last and of its best checkpoint, each with a model card."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from crate_dist.checkpoint.loading import Checkpoint, Progress, list_checkpoints
+from crate_dist.config import Recipe
+from crate_dist.data.index import ShardIndex
+from crate_dist.models.crate import CrateConfig
+from crate_dist.models.weights.card import facts_of, write_card
+from crate_dist.models.weights.write import export_model
+from crate_dist.run.folder import RunFolder, code_version
+from crate_dist.run.lock import Tenure
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    folder: RunFolder,
+    recipe: Recipe,
+    config: CrateConfig,
+    progress: Progress,
+    steps_per_epoch: float,
+    train: ShardIndex,
+    val: ShardIndex | None,
+    tenure: Tenure,
+) -> None:
+    """Writes model-last.pt and model-best.pt; one whose checkpoint is damaged is not written, and the log says so."""
+    there = {saved.step: saved for saved in list_checkpoints(folder.checkpoints)}
+    for which, step in (("last", progress.step), ("best", progress.best_step)):
+        if step < 0:
+            continue
+        saved, path = there.get(step), folder.model(which)
+        problem = saved.damaged() if saved else f"step {step} could not be saved"
+        if saved is None or problem:
+            logger.error("%s is not written: %s", path, problem)
+            continue
+        about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, steps_per_epoch)}
+        about["changed_data"] = [note for note in folder.changed_data() if note["step"] <= saved.step]
+        tenure.check()
+        export_model(path, config, saved.weights(), about)
+        tenure.check()
+        write_card(path, config, about)
+
+
+def _about(saved: Checkpoint, recipe: Recipe, steps_per_epoch: float) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "step": saved.step,
+        "epochs": saved.step / steps_per_epoch,
+        "metrics": dict(saved.progress.metrics),
+        "evaluated_at": saved.progress.evaluated_at,
+        "recipe_values": recipe.mathematics(),
+        "code": code_version(),
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "precision": recipe.train.precision,
+        "eval_fit": recipe.data.eval_fit,
+        "eval_crop": recipe.data.eval_crop,
+        "resize_filter": recipe.data.resize_filter,
+    }

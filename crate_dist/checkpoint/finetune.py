@@ -1,0 +1,96 @@
+"""The weights that a fine-tuning run begins from: opened, fitted to the recipe's model, the same on all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject, are_numbers, load_subject
+from crate_dist.config import RecipeError
+from crate_dist.distributed import gather_objects
+from crate_dist.models.adapt import adapt
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights.names import StateDict, WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights came from, what they were (SHA-256 of names and fp32 values), and what was changed in them."""
+
+    weights: str
+    sha256: str
+    changes: tuple[str, ...]
+
+
+def begin_from(
+    source: Path,
+    model: CRATE,
+    classes: Sequence[str],
+    head: Literal["auto", "new", "keep"] = "auto",
+    heads: int | None = None,
+) -> Origin:
+    """Copies the weights of a run, a checkpoint or a file into a model that is freshly initialised. A collective.
+
+    classes: ids of the data's classes
+    head: "new" and "keep" as they say; "auto" keeps the head where the classes are the same. A file that knows only
+    how many classes it has, as all of the published code's, is believed to know the same ones, and so are classes that
+    have numbers for names on both sides; the log says so.
+    heads: of MSSA, where a file of weights does not tell how many
+
+    Raises
+    ------
+    RecipeError: on every rank, when one of them cannot use the weights, or they do not all find the same ones
+    """
+    problem, digest, adapted = "", "", None
+    try:
+        subject = load_subject(source, heads)
+        weights = subject.model.state_dict()
+        digest = weights_digest(weights)
+        new_head = head == "new" or (head == "auto" and not _same_classes(subject, model, classes))
+        adapted = adapt(weights, subject.model.config, model.config, new_head)
+    except (CheckpointError, WeightsError, RecipeError) as error:
+        problem = f"--init-from {source}: {error}"
+    found = gather_objects((problem, digest))
+    if problem := next((text for text, _ in found if text), ""):
+        raise RecipeError(problem)
+    if len(set(found)) > 1:
+        raise RecipeError(f"--init-from {source}: the ranks find different weights there; is it being written to?")
+    assert adapted is not None
+    own = model.state_dict()
+    model.load_state_dict({**own, **adapted.state_dict})
+    changes = adapted.notes
+    if "head.linear.weight" in adapted.state_dict and (subject.classes is None or are_numbers(subject.classes)):
+        why = "the names of which it does not tell" if subject.classes is None else "which have numbers for names there"
+        remedy = "" if head == "keep" else "; --set train.init_head=new if they are others"
+        changes += (f"head kept by number for {model.config.num_classes} classes, {why}{remedy}",)
+    logger.info(
+        "began from %s: %d of %d tensors; %s; sha256 %s",
+        subject.name,
+        len(adapted.state_dict),
+        len(own),
+        "; ".join(changes) or "as they are",
+        digest[:16],
+    )
+    return Origin(subject.name, digest, changes)
+
+
+def weights_digest(weights: StateDict) -> str:
+    """SHA-256 of the names and fp32 values of weights on the CPU, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _same_classes(subject: Subject, model: CRATE, classes: Sequence[str]) -> bool:
+    if subject.model.config.num_classes != model.config.num_classes:
+        return False
+    return subject.classes is None or list(subject.classes) == list(classes)

@@ -1,0 +1,46 @@
+"""What a checkpoint's run knew, held against the data that there are now: the same, or a refusal."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Progress
+from crate_dist.data.identity import DataIdentity, refusal
+from crate_dist.distributed import World, gather_objects
+from crate_dist.run.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def progress_on(
+    data: DataIdentity, found: Checkpoint, folder: RunFolder, world: World, accept_changed: bool | str
+) -> Progress:
+    """The progress of a checkpoint, less the best accuracy when it is of another validation split. A collective.
+
+    accept_changed: whether other data than the checkpoint's are good enough; a digest: those data alone. What was
+    accepted is put down in the run folder, and then holds for every start from the same checkpoint.
+
+    Raises
+    ------
+    CheckpointError: on every rank, when the data are others, naming the difference
+    """
+    if not found.manifest.get("data"):
+        logger.info("%s is from before checkpoints knew their data, so these are taken for the same", found.path)
+    changed = data.differences(found.manifest)
+    if not changed:
+        return found.progress
+    accepted = False
+    if world.is_main:
+        noted = folder.data_was_accepted(found.step, data.digest)
+        accepted = noted or accept_changed in (True, data.digest)
+        if accepted and not noted:
+            folder.note_changed_data(found.step, data.digest, changed)
+    if not gather_objects(accepted)[0]:
+        raise CheckpointError(refusal(found.path, changed))
+    what = "; ".join(f"{split}: {words}" for split, words in changed.items())
+    logger.warning("going on from step %d with OTHER DATA, as accepted: %s", found.step, what)
+    if not changed.keys() & {"val", "classes"}:
+        return found.progress
+    logger.warning("the best accuracy so far was that of another validation split, and counts no more")
+    return replace(found.progress, evaluated_at=-1, best_top1=-1.0, best_step=-1, metrics={})

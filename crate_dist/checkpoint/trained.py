@@ -1,0 +1,76 @@
+"""Opens what was trained, wherever it lies: a run, one of its checkpoints, or a file of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from crate_dist.checkpoint.loading import CheckpointError, list_checkpoints, open_checkpoint
+from crate_dist.config import DataSection
+from crate_dist.models.build import build_model
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.read import load_model
+from crate_dist.run.folder import read_recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
+
+    model: CRATE
+    data: DataSection
+    precision: str
+    name: str
+    classes: tuple[str, ...] | None = None
+
+
+def load_subject(source: Path, heads: int | None = None) -> Subject:
+    """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
+
+    heads: for files of weights that do not tell them
+    Raises
+    ------
+    CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
+    """
+    if not source.is_dir():
+        model, meta = load_model(source, heads)
+        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
+        try:
+            data = DataSection(**known)
+        except ValidationError as error:
+            raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
+        precision, classes = meta.get("precision", "fp32"), meta.get("classes")
+        return Subject(model.float(), data, precision, str(source), _names(classes))
+    folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
+    if folder is not None:
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            raise CheckpointError(f"the run {source} has no checkpoint yet")
+        saved = checkpoints[-1]
+    else:
+        saved = open_checkpoint(source)
+    if problem := saved.damaged():
+        raise CheckpointError(problem)
+    recipe = read_recipe(saved.path.resolve().parents[1])
+    model = build_model(recipe.model, saved.num_classes, seed=0)
+    saved.load_into(model)
+    if heads not in (None, model.config.heads):
+        raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
+    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
+
+    That two models or splits have such classes says nothing of what these are.
+    """
+    return all(name == str(number) for number, name in enumerate(classes))
+
+
+def _names(classes: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, classes)) if isinstance(classes, list) else None

@@ -1,0 +1,105 @@
+"""Which outputs of a model stand for which classes of the data: by name, or, where names are not known, by position."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crate_dist.checkpoint.trained import Subject, are_numbers
+from crate_dist.data.index import ShardIndex
+from crate_dist.evaluation.on_ranks import CannotMeasure
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How logits are held against the labels of a split.
+
+    by: "order" where model and data have the same classes in the same order; "number" where the model's classes were
+    given no names but their numbers, "position" where it does not tell any
+    columns: outputs that compete, those of the data's classes first, in their order; None: all, as they are
+    competing: how many; outputs: how many the model has
+    classes, names: of the columns, as far as they are known
+    """
+
+    by: Literal["order", "name", "number", "position"]
+    columns: Sequence[int] | None
+    competing: int
+    outputs: int
+    classes: Sequence[str]
+    names: Sequence[str]
+
+    def select(self, logits: Tensor) -> Tensor:
+        """(n, outputs) -> (n, competing), such that label k of the data is column k."""
+        if self.columns is None:
+            return logits
+        return logits[:, torch.tensor(self.columns, device=logits.device)]
+
+    def describe(self) -> str:
+        """What has to be said of it; "" for the same classes in the same order."""
+        if self.by == "order":
+            return ""
+        how = {
+            "name": "by name",
+            "number": "by position, as the shards that the model was trained on have numbers for names",
+            "position": "by position, as the model does not tell the names of its classes",
+        }[self.by]
+        return f"classes are matched {how}; {self.competing:,} of the model's {self.outputs:,} compete"
+
+
+def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False) -> Matching:
+    """Finds the outputs for the classes of a split.
+
+    all_classes: lets the outputs compete that stand for none of them, too. They do in any case where the classes are
+    those that the model was trained on, as in training.
+
+    Raises
+    ------
+    CannotMeasure: the model does not know all of the classes, or a name does not say which class it is
+    """
+    outputs, known, wanted = subject.model.config.num_classes, subject.classes, list(index.classes)
+    if known is not None and len(known) > outputs:
+        raise CannotMeasure(f"{subject.name} names {len(known):,} classes, and has {outputs:,} outputs")
+    numbers = known is not None and are_numbers(known)
+    most = len(known) if known is not None and numbers else outputs
+    if len(wanted) > most:
+        raise CannotMeasure(f"{index.place} has {len(wanted):,} classes, the model only {most:,}")
+    if known is not None and list(known) == wanted:
+        return Matching("number" if numbers else "order", None, outputs, outputs, wanted, index.class_names)
+    named = None if numbers else known
+    columns = list(range(len(wanted))) if named is None else _by_name(subject.name, named, index)
+    classes, names = wanted, list(index.class_names)
+    if all_classes:
+        taken = set(columns)
+        others = [output for output in range(outputs) if output not in taken]
+        rest = [known[output] if known and output < len(known) else f"output {output}" for output in others]
+        columns, classes, names = columns + others, classes + rest, names + rest
+    by: Literal["name", "number", "position"] = "number" if numbers else "position" if known is None else "name"
+    return Matching(by, columns, len(columns), outputs, classes, names)
+
+
+def _by_name(model: str, known: Sequence[str], index: ShardIndex) -> list[int]:
+    """The output of every class of a split."""
+    places = {name: output for output, name in enumerate(known)}
+    if unknown := [name for name in index.classes if name not in places]:
+        more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
+        raise CannotMeasure(
+            f"{model} does not know {len(unknown):,} of the {index.num_classes:,} classes of {index.place}: "
+            f"{', '.join(map(repr, unknown[:_SHOWN]))}{more}; it knows {', '.join(map(repr, known[:_SHOWN]))}"
+            f"{' …' if len(known) > _SHOWN else ''}. If these are the same under other names, "
+            "`data_prep/index.py DIR --classes FILE` gives the shards the model's"
+        )
+    times = Counter(known)
+    twice = [name for name, count in Counter(index.classes).items() if count > 1 or times[name] > 1]
+    if twice:
+        raise CannotMeasure(
+            f"{', '.join(map(repr, twice[:_SHOWN]))} is the name of several classes of {model} or of {index.place}, "
+            "which are not in the same order: which is which cannot be told"
+        )
+    return [places[name] for name in index.classes]

@@ -1,0 +1,170 @@
+"""A trained model that is held against splits of data: what evaluate.py and probe.py have in common.
+
+Under torchrun or srun every rank takes its share of each split, else one process takes all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.trained import Subject
+from crate_dist.config import DATA_VARIABLE, DataSection, RecipeError
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.loader import Batch, Normalize, eval_loader
+from crate_dist.data.splits import open_split
+from crate_dist.data.workers import open_server
+from crate_dist.distributed import (
+    PortIsTaken,
+    World,
+    detect_world,
+    gather_objects,
+    init_distributed,
+    leave_distributed,
+    lost_a_rank,
+)
+from crate_dist.locations import location
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights.names import WeightsError
+
+T = TypeVar("T")
+
+
+class CannotMeasure(ValueError):
+    """What was asked for does not fit the model or the data; the message says what would do."""
+
+
+EXPECTED_ERRORS = (CheckpointError, WeightsError, RecipeError, ShardError, CannotMeasure, PortIsTaken, OSError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model and --data, --heads, --batch, --workers, --precision, --json."""
+    parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what is to be measured")
+    parser.add_argument(
+        "--data", type=location, metavar="DIR", help=f"folder or URL of the shards [the run's, then ${DATA_VARIABLE}]"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
+    parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
+    parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+
+
+def positive(text: str) -> int:
+    """An option's value, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def find_split(arguments: argparse.Namespace, subject: Subject, split: str) -> ShardIndex:
+    """The index of a split below --data, the run's folder of data, or the environment's.
+
+    Raises
+    ------
+    RecipeError, ShardError
+    """
+    return open_split(subject.data.place(arguments.data), split, subject.data)
+
+
+def check_output(path: Path | None) -> None:
+    """Raises CannotMeasure for a file that could not be written after all the work."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        reason = "it is a folder" if path.is_dir() else f"{path.absolute().parent} is no folder to write in"
+        raise CannotMeasure(f"cannot write {path}: {reason}")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model in eval mode on this rank's device, and how images come to it."""
+
+    model: CRATE
+    name: str
+    world: World
+    device: torch.device
+    data: DataSection
+    batch: int
+    normalize: Normalize
+
+    @classmethod
+    def place(cls, subject: Subject, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
+        """Brings the model to the device in the precision that was asked for."""
+        precision = arguments.precision or subject.precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        subject.model.autocast = precision == "autocast"
+        return cls(
+            subject.model.to(device, dtype).eval().requires_grad_(False),
+            subject.name,
+            world,
+            device,
+            subject.data.model_copy(update={"workers": arguments.workers}),
+            arguments.batch,
+            Normalize(subject.data, device, dtype),
+        )
+
+    def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
+        """This rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name."""
+        side = self.model.config.image_size
+        loader = eval_loader(index, self.world.rank, self.world.world_size, self.data, side, self.batch)
+        return tqdm(loader, desc=split, unit="batch", disable=not self.shows, dynamic_ncols=True)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 images (n, height, width, 3) -> (n, classes)"""
+        logits: Tensor = self.model(self.normalize(images))
+        return logits
+
+    @property
+    def shows(self) -> bool:
+        """Whether this rank shows progress to somebody."""
+        return self.world.is_main and sys.stderr.isatty()
+
+
+def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.device], Any]) -> int:
+    """Lets the ranks meet, calls `prepare`, and `work` with what it gave. Returns the exit status.
+
+    What a user can mend becomes a line on rank 0's stderr, for each different error, and ends all ranks.
+    """
+    open_server()
+    world = detect_world()
+    if not world.is_main:
+        logging.getLogger("crate_dist").setLevel(logging.ERROR)  # rank 0 says for all what files do not tell
+    try:
+        device = init_distributed(world)
+        try:
+            prepared, problem = None, ""
+            try:
+                prepared = prepare()
+            except EXPECTED_ERRORS as error:
+                problem = str(error)
+            problems = gather_objects(problem)
+            if any(problems):
+                for text in dict.fromkeys(filter(None, problems)) if world.is_main else ():
+                    where = "" if all(problems) else f"rank {problems.index(text)}: "
+                    print(f"error: {where}{text}", file=sys.stderr)  # noqa: T201
+                return 1
+            assert prepared is not None
+            work(prepared, world, device)
+        finally:
+            leave_distributed()
+    except EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        print(f"error: rank {world.rank} has lost another rank, which says why", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0

@@ -1,0 +1,231 @@
+"""What every launcher does before it starts anything: look whether the run can work at all. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from crate_dist.checkpoint.format import newest_manifest
+from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.data.identity import DataIdentity, refusal
+from crate_dist.data.index import ShardError
+from crate_dist.data.splits import open_splits
+from crate_dist.locations import redacted
+from crate_dist.run.folder import RunFolder, checkpoint_names, read_recipe
+from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
+
+_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was looked at and found in order."""
+
+    folder: RunFolder
+    resumes: bool
+    data_root: Path | str
+    train_images: int
+    val_images: int
+    classes: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    init_from: Path | None
+    accepted_data: str | bool
+    """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
+
+    def __str__(self) -> str:
+        batch = self.micro_batch * self.accumulation * self.world_size
+        begins = [] if self.resumes else [("begins from", str(self.init_from or "random weights"))]
+        lines = [
+            ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
+            *begins,
+            (
+                "data",
+                f"{redacted(self.data_root)}: {self.train_images:,} images to train on and {self.val_images:,} to "
+                f"validate on, {self.classes:,} classes",
+            ),
+            (
+                "global batch",
+                f"{batch} = {self.micro_batch} images at a time x {self.accumulation} accumulated "
+                f"x {self.world_size} ranks",
+            ),
+        ]
+        return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def preflight(
+    recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False, accept_changed_data: bool = False
+) -> Preflight:
+    """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
+
+    start_over: what the folder holds will be set aside; accept_changed_data: other data than before are no problem
+
+    Raises
+    ------
+    RecipeError: with everything that is wrong, one paragraph each
+    """
+    problems: list[str] = []
+    accepted_data: str | bool = False
+    folder = RunFolder(run_dir)
+    micro_batch = accumulation = 0
+    train = val = None
+    try:
+        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world_size, recipe.train.micro_batch)
+    except RecipeError as error:
+        problems.append(str(error))
+    try:
+        train, val = open_splits(recipe)
+        if not start_over and (manifest := newest_manifest(folder.checkpoints)):
+            data = DataIdentity.of(train, val)
+            if changed := data.differences(manifest):
+                accepted_data = accept_changed_data and data.digest
+                if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
+                    problems.append(refusal(run_dir, changed))
+    except (RecipeError, ShardError) as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot see whether {run_dir} holds a run: {error}")
+    try:
+        if not start_over:
+            folder.check(recipe)
+        _check_writable(run_dir)
+    except RecipeError as error:
+        problems.append(str(error))
+    try:
+        if recipe.train.init_from and (start_over or not folder.has_begun()):  # else it goes on from its own
+            check_init_from(recipe.train.init_from, recipe)
+    except RecipeError as error:
+        problems.append(str(error))
+    if problems:
+        raise RecipeError("\n\n".join(problems))
+    assert train is not None
+    return Preflight(
+        folder=folder,
+        resumes=not start_over and folder.has_begun(),
+        data_root=recipe.data_root(),
+        train_images=train.num_samples,
+        val_images=val.num_samples if val else 0,
+        classes=train.num_classes,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        init_from=recipe.train.init_from,
+        accepted_data=accepted_data,
+    )
+
+
+@contextmanager
+def opened(folder: RunFolder, recipe: Recipe, start_over: bool, brief: bool) -> Iterator[RunLock]:
+    """Holds the lock of a run folder that this launcher has opened with a recipe, so that no other start changes it.
+
+    brief: the lock is held for seconds alone; else until the ranks, which its environment is given to, have it
+
+    Raises
+    ------
+    RecipeError: another job works there, or waits in SLURM's queue to do so; or as RunFolder.open says
+    """
+    folder.make()
+    try:
+        with RunLock(folder.lock, recipe.safety.lease_s, brief, lost=lambda why: None) as lock:
+            check_that_no_job_waits(folder)
+            if start_over:
+                folder.set_aside(lock.check)
+            folder.open(recipe, lock.check)
+            lock.check()
+            yield lock
+    except (RunIsLocked, LostTheRun) as error:
+        raise RecipeError(str(error)) from error
+    except OSError as error:
+        raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
+
+
+def check_that_no_job_waits(folder: RunFolder) -> None:
+    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
+
+    Raises
+    ------
+    RecipeError: one of them waits, or runs; or SLURM does not answer
+    """
+    try:
+        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
+    except FileNotFoundError:
+        return
+    mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
+    if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
+        return
+    for line in _queue(jobs).splitlines():
+        number, name, state, *why = line.split()
+        if jobs & {number, name}:
+            raise RecipeError(
+                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
+                f"wait for it, scancel {name}, or give another --run-dir"
+            )
+
+
+def _queue(jobs: Collection[str]) -> str:
+    """The user's jobs, a line each."""
+    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
+    said = ""
+    for pause_s in _PAUSES_S:
+        time.sleep(pause_s)
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+            continue
+        if done.returncode == 0:
+            return done.stdout
+        said = done.stderr.strip()
+    raise RecipeError(
+        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
+    )
+
+
+def check_init_from(source: Path, recipe: Recipe) -> None:
+    """Looks at --init-from as far as that goes without reading the weights.
+
+    Raises
+    ------
+    RecipeError: there is nothing, nothing that could be weights, or the run of a model of another size
+    """
+    given = f"--init-from {source}"
+    if not source.exists():
+        raise RecipeError(
+            f"{given}: there is nothing; it takes a run folder, a checkpoint in one, or a file of weights"
+        )
+    if not os.access(source, os.R_OK):
+        raise RecipeError(f"{given}: no permission to read it")
+    if source.is_file():
+        return
+    run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
+    if run == source and not checkpoint_names(RunFolder(run).checkpoints):
+        raise RecipeError(f"{given}: this run has no checkpoint yet")
+    if run != source and not (source / "manifest.json").is_file():
+        raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
+    there, here = read_recipe(run).model, recipe.model
+    if there.arch != here.arch:
+        raise RecipeError(
+            f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "
+            f"--set model.arch={there.arch} would fit"
+        )
+
+
+def folder_of_weights(source: Path) -> Path:
+    """What has to be seen for --init-from to be read: of a checkpoint, its whole run."""
+    return source.parent.parent if (source / "manifest.json").is_file() else source.parent
+
+
+def _check_writable(run_dir: Path) -> None:
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"the run folder {run_dir} cannot be made: {there} is a file; --run-dir takes a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"no permission to write the run folder {run_dir} in {there}; --run-dir names another")

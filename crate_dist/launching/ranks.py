@@ -1,0 +1,182 @@
+"""Runs ranks as processes of this machine: all of them end well, or all of them end. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from crate_dist.run.folder import RunFolder
+
+STOP_GRACE_S = 60.0
+"""After a Ctrl-C or SIGTERM, which every rank gets; a second one ends them at once."""
+SIBLING_GRACE_S = 5.0
+"""After the death of a rank, for the others: without it they can save nothing any more."""
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailed(RuntimeError):
+    """A rank ended badly and took the others with it; the message has the end of its log."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables by which distributed.detect_world knows a local rank, and its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks)),
+    }
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """How many GPUs a rank will be able to see, found without importing torch."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi"):
+        try:
+            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return 0
+        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def run_ranks(
+    command: Sequence[str], ranks: int, folder: RunFolder, environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs `command` as every rank, with more variables in its environment, and returns when all have ended well.
+
+    Rank 0 speaks to the terminal; what the others print goes to their logs. Ctrl-C, SIGTERM and SIGHUP reach the
+    ranks as SIGTERM. No rank outlives this process, not even when it is killed.
+
+    Raises
+    ------
+    RankFailed: a rank ended with an error or by a signal, and the others were ended
+    KeyboardInterrupt, SystemExit: the ranks ended because this process was told to stop
+    """
+    port = free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    with _signals() as caught:
+        try:
+            for rank in range(ranks):
+                variables = {**rank_environment(rank, ranks, port), **(environment or {})}
+                processes.append(_start(command, rank, variables, folder.log_file(rank)))
+            failed = _wait(processes, caught)
+        finally:
+            _kill(processes)
+    if caught and any(process.returncode for process in processes):
+        raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+    if failed is not None:
+        raise _explain(failed, processes[failed].returncode, folder.log_file(failed))
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else file,
+            stderr=None if rank == 0 else file,
+            # A group for the rank and its loader workers: a Ctrl-C reaches them through this process alone.
+            process_group=0,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], caught: Sequence[int]) -> int | None:
+    """Waits for all to end, as signals or the death of one may have it; gives the first that ended badly."""
+    failed: int | None = None
+    told_to_stop = False
+    deadline = float("inf")
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        if failed is None:
+            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+            if failed is not None and not caught:
+                _send(running, signal.SIGTERM)
+                deadline = time.monotonic() + SIBLING_GRACE_S
+        if caught and not told_to_stop:
+            # Not SIGINT: an exception somewhere within a step leaves the other ranks waiting in a collective.
+            _send(running, signal.SIGTERM)
+            told_to_stop, deadline = True, min(deadline, time.monotonic() + STOP_GRACE_S)
+        if not running or len(caught) > 1 or time.monotonic() > deadline:
+            return failed
+        time.sleep(0.05)
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], signum: int) -> None:
+    for process in processes:
+        process.send_signal(signum)
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends what is left of every rank's group, loader workers included."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for process in processes:
+        process.wait()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that came in meanwhile, instead of their usual effect."""
+    caught: list[int] = []
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+
+    before = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            before[signum] = signal.signal(signum, remember)
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _explain(rank: int, status: int, log: Path, lines: int = 20) -> RankFailed:
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    if rank == 0 and status == 1:  # it has said on the terminal what a person can do
+        return RankFailed("rank 0 ended with exit status 1, for the reason above, so the others were ended", status)
+    end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if log.is_file() else []
+    text = "\n".join([f"rank {rank} {how}, so the others were ended; the end of {log}:", *(f"  {x}" for x in end)])
+    return RankFailed(text, 128 - status if status < 0 else status)

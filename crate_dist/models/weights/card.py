@@ -1,0 +1,197 @@
+"""The model card beside exported weights: where they come from, how good they are, how to load and to cite them.
+
+A card says what the weights' own `meta` says, so that a file which was converted or passed on can still be described;
+what is not known is left out. The licence is for the user to name, and kept when a card is written anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_dist.data.identity import Identity
+from crate_dist.data.index import ShardIndex
+from crate_dist.files import write_whole
+from crate_dist.locations import name_above
+from crate_dist.models.build import find_arch
+from crate_dist.models.crate import CRATE, CrateConfig
+
+_LICENCE = "licence"
+_NO_LICENCE = "*to be named by whoever shares these weights*"
+_ENDINGS = (".pth.tar", ".safetensors", ".pth", ".pt")
+_CITATIONS = """\
+```bibtex
+@inproceedings{yu2023whitebox,
+  title     = {White-Box Transformers via Sparse Rate Reduction},
+  author    = {Yu, Yaodong and Buchanan, Sam and Pai, Druv and Chu, Tianzhe and Wu, Ziyang and Tong, Shengbang and
+               Haeffele, Benjamin D. and Ma, Yi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {36},
+  year      = {2023},
+  note      = {arXiv:2306.01129}
+}
+
+@article{yu2023compression,
+  title   = {White-Box Transformers via Sparse Rate Reduction: Compression Is All There Is?},
+  author  = {Yu, Yaodong and Buchanan, Sam and Pai, Druv and Chu, Tianzhe and Wu, Ziyang and Tong, Shengbang and
+             Bai, Hao and Zhai, Yuexiang and Haeffele, Benjamin D. and Ma, Yi},
+  journal = {arXiv preprint arXiv:2311.13110},
+  year    = {2023}
+}
+```"""
+
+
+def card_path(weights: Path) -> Path:
+    """Where the card of a file of weights stands: model-best.md beside model-best.pt."""
+    stem = next((weights.name.removesuffix(end) for end in _ENDINGS if weights.name.endswith(end)), weights.name)
+    return weights.with_name(f"{stem}.md")
+
+
+def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, Any]]:
+    """What `meta` says of the splits: the name of their folder, not where it lies, and what their indexes say."""
+    return {
+        name: {
+            "name": name_above(index.place),
+            "samples": index.num_samples,
+            "classes": index.num_classes,
+            "origin": index.made_by.get("layout"),
+            "fingerprint": Identity.of(index).digest,
+        }
+        for name, index in (("train", train), ("val", val))
+        if index is not None
+    }
+
+
+def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> Path:
+    """Writes the card of a file of weights, whole or not at all, and returns where it stands.
+
+    meta: as of the export; a licence that was filled in into the card that stands there is kept. Raises OSError.
+    """
+    path = card_path(weights)
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(rf"^\| {_LICENCE} \| (.+) \|$", before, re.MULTILINE)
+    write_whole(path, model_card(weights.name, config, meta, found[1] if found else _NO_LICENCE))
+    return path
+
+
+def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
+    """The text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
+    title = _cell(meta.get("recipe") or find_arch(config) or "CRATE")
+    parts = [
+        f"# {title}",
+        f"A [CRATE](https://arxiv.org/abs/2306.01129) image classifier for {config.num_classes:,} classes, trained "
+        "or converted with crate-dist.",
+        _table([*_origin(config, meta), (_LICENCE, licence)]),
+        "## Loading",
+        _loading(name, config, meta),
+    ]
+    if isinstance(values := meta.get("recipe_values"), Mapping):
+        parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(values.items())])]
+    return "\n\n".join([*parts, "## Citation", _CITATIONS]) + "\n"
+
+
+def _origin(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in CRATE(config).parameters())
+    yield (
+        "architecture",
+        f"{find_arch(config) or 'of no published size'}: {config.depth} layers of width {config.dim}, {config.heads} "
+        f"heads; images of {config.image_size} pixels in patches of {config.patch_size}",
+    )
+    yield "parameters", f"{parameters:,}"
+    data = meta.get("data")
+    for split, facts in data.items() if isinstance(data, Mapping) else ():
+        if isinstance(facts, Mapping):
+            yield f"data, {split}", _data(facts)
+    for note in _mappings(meta.get("changed_data")):
+        changes = note.get("changes")
+        words = "; ".join(f"{what}: {how}" for what, how in changes.items()) if isinstance(changes, Mapping) else ""
+        yield f"data changed after step {_cell(note.get('step'))}", words
+    yield "steps", meta.get("step")
+    epochs = meta.get("epochs", meta.get("epoch"))
+    yield "epochs", f"{epochs:.4g}" if isinstance(epochs, (int, float)) else epochs
+    yield from _accuracy(meta)
+    yield "precision in training", meta.get("precision")
+    code = meta.get("code")
+    if isinstance(code, Mapping):
+        commit = code.get("commit")
+        yield "code", commit and f"crate-dist, commit {commit}{', with changes' if code.get('changed') else ''}"
+        packages = code.get("packages")
+        if isinstance(packages, Mapping):
+            versions = {"python": code.get("python"), **packages}
+            yield "versions", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _data(facts: Mapping[str, Any]) -> str:
+    shown = [str(facts["name"])] if facts.get("name") else []
+    shown += [f"{facts[key]:,} {key}" for key in ("samples", "classes") if isinstance(facts.get(key), int)]
+    shown += [str(facts["origin"])] if facts.get("origin") else []
+    shown += [f"fingerprint {facts['fingerprint']}"] if facts.get("fingerprint") else []
+    return ", ".join(shown)
+
+
+def _accuracy(meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    metrics = meta.get("metrics")
+    if isinstance(metrics, Mapping):
+        units = {"val/top1": ("top-1", " %"), "val/top5": ("top-5", " %"), "val/loss": ("loss", "")}
+        known = {key: metrics[key] for key in units if isinstance(metrics.get(key), (int, float))}
+        shown = [f"{units[key][0]} {value:.4g}{units[key][1]}" for key, value in known.items()]
+        at = meta.get("evaluated_at", meta.get("step"))
+        yield "validation", shown and ", ".join(shown) + (f", after step {at:,}" if isinstance(at, int) else "")
+    for key in ("best_acc1", "acc"):  # as the published code calls it
+        if isinstance(accuracy := meta.get(key), (int, float)):
+            yield "validation", f"top-1 {accuracy:.4g} %, the best of its run"
+
+
+def _loading(name: str, config: CrateConfig, meta: Mapping[str, Any]) -> str:
+    side = config.image_size
+    text = f"""\
+```python
+import torch
+from crate_dist.models.weights import load_model
+
+model, meta = load_model("{name}")
+with torch.inference_mode():
+    logits = model.eval()(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
+```"""
+    if all(isinstance(meta.get(key), (list, tuple)) for key in ("mean", "std")):
+        mean, std = (", ".join(map(str, meta[key])) for key in ("mean", "std"))
+        text += (
+            f"\n\nImages are RGB from 0 to 1: {_fitting(side, meta)}, less the mean ({mean}), divided by ({std}). "
+            f"`python -m crate_dist.evaluate {name} --data DIR` does all of it."
+        )
+    if meta.get("classes"):
+        text += ' `meta["classes"]` names the classes in the order of the logits.'
+    return text
+
+
+def _fitting(side: int, meta: Mapping[str, Any]) -> str:
+    if meta.get("eval_fit") == "stretch":
+        return f"both sides resized to {side} pixels{_filter(meta)}"
+    crop = meta.get("eval_crop")
+    resized = ""
+    if isinstance(crop, float) and crop > 0:
+        resized = f"the short side resized to {round(side / crop)} pixels{_filter(meta)}, "
+    return f"{resized}the central {side} x {side} cut out"
+
+
+def _filter(meta: Mapping[str, Any]) -> str:
+    return f" ({_cell(meta['resize_filter'])})" if meta.get("resize_filter") else ""
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {key} | {_cell(value)} |" for key, value in rows if value not in (None, "", [])]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    """A value on one line of a table: `meta` may come from a file of anybody's making."""
+    return re.sub(r"\s+", " ", str(value)).replace("|", r"\|")[:1000]

@@ -1,0 +1,176 @@
+"""What the weights of a CRATE are called and how they are shaped: here, and in the published code.
+
+And how a file of ours says which architecture they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crate_dist.models.build import find_arch, find_published
+from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
+from crate_dist.models.sizes import ARCHS
+
+FORMAT = "crate-dist/1"
+UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
+"""Of the function that a CrateConfig means, what leaves no trace in the shapes."""
+RECORDED = ("mean", "std", "eval_fit", "eval_crop", "resize_filter", "precision", "classes")
+"""Of a run, what decides how its model is evaluated."""
+StateDict = Mapping[str, Tensor]
+
+# Ours and the published code's names; {} stands for the number of the layer.
+REFERENCE_NAMES = {
+    "pos_embedding": "pos_embedding",
+    "cls_token": "cls_token",
+    "patch_embed.norm_in": "to_patch_embedding.1",
+    "patch_embed.proj": "to_patch_embedding.2",
+    "patch_embed.norm_out": "to_patch_embedding.3",
+    "layers.{}.mssa_norm": "transformer.layers.{}.0.norm",
+    "layers.{}.mssa.subspaces": "transformer.layers.{}.0.fn.qkv",
+    "layers.{}.mssa.out": "transformer.layers.{}.0.fn.to_out.0",
+    "layers.{}.ista_norm": "transformer.layers.{}.1.norm",
+    "layers.{}.ista.dictionary": "transformer.layers.{}.1.fn.weight",
+    "head.norm": "mlp_head.0",
+    "head.linear": "mlp_head.1",
+}
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message names the file or the tensors and what would do."""
+
+
+def plain_config(config: CrateConfig) -> dict[str, Any]:
+    """The architecture as our files say it; `arch` is for people."""
+    return {"arch": find_arch(config), **dataclasses.asdict(config)}
+
+
+def config_from(plain: Mapping[str, Any]) -> CrateConfig:
+    """The other way. Raises TypeError, ValueError or AttributeError for what is no architecture."""
+    return CrateConfig(**{key: value for key, value in plain.items() if key != "arch"})
+
+
+def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
+    """The same tensors under crate-dist's names; "module." is dropped, unknown names are kept as they are."""
+    table = {theirs: ours for ours, theirs in REFERENCE_NAMES.items()}
+    return _rename({name.removeprefix("module."): tensor for name, tensor in state_dict.items()}, table)
+
+
+def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
+    """(weights with one head, what was done in words) of weights under crate-dist's names with `head.*` beside theirs.
+
+    Two kinds of files have both. In the demo of segmentation `mlp_head` gives as many features as it takes, from which
+    `head` makes the scores: one linear map after the other is one linear map. In all others `head` was left over from
+    another model, and the published code's `forward` never calls it.
+    """
+    beside = {name: state_dict[name] for name in ("head.weight", "head.bias") if name in state_dict}
+    rest = {name: tensor for name, tensor in state_dict.items() if name not in beside}
+    first, bias = rest.get("head.linear.weight"), rest.get("head.linear.bias")
+    if not beside or first is None or bias is None:
+        return dict(state_dict), ""
+    weight, shift = beside.get("head.weight", torch.empty(0)), beside.get("head.bias", torch.empty(0))
+    features = bias.shape
+    if weight.ndim != 2 or shift.shape != weight.shape[:1] or not first.shape == features * 2 == weight.shape[1:] * 2:
+        return rest, "head.* left out: it stands beside mlp_head.*, which is the head that the published code calls"
+    joined = weight.double() @ first.double(), weight.double() @ bias.double() + shift.double()
+    for name, tensor in zip(("head.linear.weight", "head.linear.bias"), joined, strict=True):
+        rest[name] = tensor.to(first.dtype)
+    return rest, "head.* joined with mlp_head.1, whose features it reads, into one linear map"
+
+
+def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
+    """The same tensors under the published code's names, with `prefix` ("module." or nothing) before each."""
+    return {prefix + name: tensor for name, tensor in _rename(state_dict, REFERENCE_NAMES).items()}
+
+
+def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig:
+    """The architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
+
+    The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width,
+    depth and patch. Raises WeightsError when neither is at hand or when the weights are not those of a CRATE.
+    """
+
+    def shape(name: str, ndim: int) -> torch.Size:
+        if name not in state_dict:
+            near = _nearest(name, state_dict)
+            raise WeightsError(f"these are not the weights of a CRATE: there is no {name!r}{near}")
+        if state_dict[name].ndim != ndim:
+            raise WeightsError(f"{name} has shape {tuple(state_dict[name].shape)}; expected {ndim} axes")
+        return state_dict[name].shape
+
+    _, tokens, dim = shape("pos_embedding", 3)
+    patch_size = math.isqrt(shape("patch_embed.proj.weight", 2)[1] // CHANNELS)
+    num_classes = shape("head.linear.weight", 2)[0]
+    shape("layers.0.mssa.subspaces.weight", 2)
+    depth = len({match[0] for name in state_dict if (match := re.match(r"layers\.\d+\.", name))})
+    if "layers.0.mssa.out.weight" not in state_dict:
+        heads = heads or 1  # a single head has no output projection
+    if heads is None:
+        published = find_published(dim, depth, patch_size)
+        if published is None:
+            raise WeightsError(
+                f"no published CRATE has width {dim} and depth {depth} with patches of {patch_size} pixels, and the "
+                "number of heads cannot be read off the weights; give it (heads=, --heads)"
+            )
+        heads = ARCHS[published].heads
+    try:
+        return CrateConfig(
+            image_size=math.isqrt(max(tokens - 1, 0)) * patch_size,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"these weights fit no CRATE: {error}") from error
+
+
+def check_fit(state_dict: StateDict, config: CrateConfig) -> None:
+    """Raises WeightsError that names each tensor of `state_dict` which is missing, unexpected or of another shape."""
+    if config.depth > len(state_dict):  # a file may say anything; a model so deep is not built to find out
+        raise WeightsError(f"{len(state_dict)} tensors are too few for a CRATE of {config.depth:,} layers")
+    with torch.device("meta"):
+        expected = CRATE(config).state_dict()
+    missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
+    problems = [f"missing {name!r}" for name in expected if name in missing]
+    problems += [f"unexpected {name!r}{_nearest(name, missing)}" for name in state_dict if name in unexpected]
+    problems += [
+        f"{name!r} has shape {tuple(state_dict[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise WeightsError("the weights do not fit the model:\n" + "\n".join(f"  {line}" for line in shown))
+
+
+def load_weights(model: CRATE, state_dict: StateDict) -> None:
+    """Copies weights into a model, in the model's dtype and on its device. Raises WeightsError as check_fit does."""
+    check_fit(state_dict, model.config)
+    model.load_state_dict(state_dict)
+
+
+def _rename(state_dict: StateDict, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Every name by the first row of `table` whose left side is a whole module path at its start."""
+    rows = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"), new) for old, new in table.items()]
+
+    def rename(name: str) -> str:
+        for pattern, new in rows:
+            if match := pattern.match(name):
+                return new.format(*match.groups()) + name[match.end() :]
+        return name
+
+    return {rename(name): tensor for name, tensor in state_dict.items()}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (nearest: {close[0]!r})" if close else ""

@@ -1,0 +1,240 @@
+"""Weights in: our model-only exports, and every checkpoint that the published code writes.
+
+    crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
+    the published training code's      {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
+    a bare state dict, a safetensors file of any origin
+
+each under crate-dist's names or the published code's, with or without the "module." of DataParallel and
+DistributedDataParallel. Files are opened with weights_only=True, so that no code in them runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from crate_dist.models.build import find_arch
+from crate_dist.models.crate import CRATE, CrateConfig, Pool
+from crate_dist.models.weights.names import (
+    FORMAT,
+    RECORDED,
+    UNSEEN,
+    WeightsError,
+    check_fit,
+    config_from,
+    from_reference,
+    infer_config,
+    join_heads,
+)
+
+logger = logging.getLogger(__name__)
+
+_STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
+_KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
+_PREPARED = {
+    "reference": {"resize_filter": "bilinear"},
+    "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
+}
+"""How the published code prepares images to be evaluated, where it is not as our recipes do by default."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one file of weights holds.
+
+    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
+    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
+    config: the architecture, where the file says it; meta: plain values that came along
+    told: where it does not, what it says of what the shapes leave open, by the names of CrateConfig
+    notes: what was changed in reading, in words
+    """
+
+    kind: str
+    state_dict: dict[str, Tensor]
+    config: CrateConfig | None
+    meta: dict[str, Any]
+    told: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
+        """The model that the weights fit, and what has to be said of how that and they were found.
+
+        heads: of the model, for files that do not tell
+        Raises WeightsError when the weights fit none, when neither the file nor `heads` nor a published size tells the
+        heads, or when the file tells others.
+        """
+        told = self.config.heads if self.config else self.told.get("heads")
+        if None not in (heads, told) and heads != told:
+            raise WeightsError(f"its model has {told} heads, and {heads} were given")
+        config = self.config or replace(infer_config(self.state_dict, heads or told), **self.told)
+        check_fit(self.state_dict, config)
+        if heads or told or config.heads == 1:
+            return config, self.notes
+        taken = (
+            f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
+            "width, depth and patches; --heads N would say otherwise"
+        )
+        return config, (*self.notes, taken)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Reads a file of any of the kinds above.
+
+    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no tensors.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
+    if "format" in content:
+        return _read_export(path, content)
+    for key, kind in _STATE_DICTS.items():
+        if isinstance(content.get(key), Mapping):
+            state = _tensors(path, content[key])
+            plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
+            told = {name: content[name] for name in UNSEEN if _could_be(name, content.get(name))}
+            return _foreign(kind, state, plain, told)
+    return _foreign("state dict", _tensors(path, content))
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of any kind, on the CPU, under crate-dist's names. Raises as read_weights does."""
+    return read_weights(path).state_dict
+
+
+def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
+    """(model, meta) from a file of any kind; the model is on the CPU, in training mode, in the dtype of the file.
+
+    heads: for weights of a size that was not published, in files that do not say it
+    Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
+    """
+    weights = read_weights(path)
+    try:
+        config, notes = weights.architecture(heads)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    for note in notes:
+        logger.warning("%s: %s", path, note)
+    with torch.device("meta"):
+        model = CRATE(config)
+    model.load_state_dict(weights.state_dict, assign=True)
+    return model, weights.meta
+
+
+def _foreign(
+    kind: str,
+    state: Mapping[str, Tensor],
+    meta: dict[str, Any] | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> Weights:
+    """meta: None for tensors alone, of which the published code's are known by their names."""
+    renamed = from_reference(state)
+    if meta is None:
+        published = any(name not in state and f"module.{name}" not in state for name in renamed)
+        meta = dict(_PREPARED["reference"]) if published else {}
+    state_dict, note = join_heads(renamed)
+    return Weights(kind, state_dict, None, meta, told or {}, (note,) if note else ())
+
+
+def _could_be(name: str, value: Any) -> bool:
+    """Whether a value of somebody's file could be that of a CrateConfig's field."""
+    if name == "heads":
+        return type(value) is int and value > 0
+    if name == "pool":
+        return isinstance(value, str) and value in get_args(Pool)
+    return type(value) in (int, float)
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles
+            if is_zip and (record := zipfile.ZipFile(file).testzip()):  # torch.load looks at no checksum
+                raise WeightsError(f"{path} is damaged: the checksum of {record} in it is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    except zipfile.BadZipFile as error:
+        raise WeightsError(f"{path} is truncated or damaged") from error
+    except Exception as error:  # what a pickle of anything else raises is anyone's guess
+        if "nsupported global" in str(error) or "nsupported class" in str(error):
+            raise WeightsError(
+                f"{path} holds Python objects beside its tensors, which are not opened because they could run code; "
+                "save its state_dict alone"
+            ) from error
+        raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+
+
+def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
+    _check_format(path, content["format"])
+    try:
+        config = config_from(content["model"])
+        state_dict, meta = _tensors(path, content["state_dict"]), dict(content["meta"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
+    return Weights("crate-dist", state_dict, config, meta)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one: the length of a JSON header, and the header."""
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give a file of weights in it")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    return start[8:] == b"{" or path.suffix == ".safetensors"
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about: dict[str, str] = file.metadata() or {}
+            names: list[str] = file.keys()
+            tensors = _tensors(path, {name: file.get_tensor(name) for name in names})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
+    if "crate_dist" not in about:
+        return _foreign("safetensors", tensors)
+    _check_format(path, about["crate_dist"])
+    try:
+        return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
+
+
+def _check_format(path: Path, found: Any) -> None:
+    if found != FORMAT:
+        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
+
+
+def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    strange = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if strange or not state_dict:
+        found = f"holds {', '.join(strange[:4])}" if strange else "is empty"
+        raise WeightsError(f"{path}: expected a state dict, names and tensors, but it {found}")
+    return dict(state_dict)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return value

@@ -1,0 +1,155 @@
+"""Weights out, each file whole or not at all: our exports, safetensors, and what the published code reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from crate_dist.config import DataSection
+from crate_dist.models.build import find_arch
+from crate_dist.models.crate import CrateConfig
+from crate_dist.models.weights.names import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
+
+logger = logging.getLogger(__name__)
+
+
+def export_model(
+    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Writes weights alone, such that load_model and torch.load(weights_only=True) read them.
+
+    state_dict: model.state_dict(), or fp32 master weights under the same names; views are cut from their storage
+    meta: plain values that JSON can say, such as the step and the accuracy
+    Raises WeightsError when the weights do not fit `config`, TypeError when `meta` is not plain, OSError.
+    """
+    check_fit(state_dict, config)
+    content = {
+        "format": FORMAT,
+        "model": plain_config(config),
+        "state_dict": _compact(state_dict),
+        "meta": json.loads(json.dumps(dict(meta or {}))),
+    }
+    _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def export_safetensors(
+    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a safetensors file; architecture and `meta` are JSON in its header. Arguments and errors: export_model."""
+    from safetensors.torch import save
+
+    check_fit(state_dict, config)
+    about = {
+        "format": "pt",  # by which other programs know whose tensors these are
+        "crate_dist": FORMAT,
+        "model": json.dumps(plain_config(config)),
+        "meta": json.dumps(dict(meta or {})),
+    }
+    data = save(_compact(state_dict), about)
+    _save_whole(lambda file: file.write(data), Path(path))
+
+
+def export_reference(
+    path: str | Path,
+    config: CrateConfig,
+    state_dict: StateDict,
+    meta: Mapping[str, Any] | None = None,
+    prefix: str = "module.",
+) -> None:
+    """Writes what the published code's training script writes and reads back with --resume, and what it leaves out.
+
+    That is what no shape tells of the architecture, and how the run prepared images and called its classes. Reading
+    gives it back; the published code looks at what it knows, and the log says where it would compute something else.
+
+    Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e, and training goes
+    on with new moments.
+
+    meta: "epoch", "arch" and "best_acc1" are taken from it where they are given, else what our runs say of these
+    prefix: "module." as the published code expects it, whose models are always wrapped; "" for the bare class
+    Raises WeightsError when the weights do not fit `config`, OSError.
+    """
+    check_fit(state_dict, config)
+    meta = meta or {}
+    arch = find_arch(config)
+    accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
+    epoch = int(meta.get("epoch", meta.get("epochs", 0)))
+    recipe = meta.get("recipe_values")
+    content = {
+        "epoch": epoch,
+        "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
+        "state_dict": to_reference(_compact(state_dict), prefix),
+        "best_acc1": torch.tensor(float(accuracy)),
+        **{name: getattr(config, name) for name in UNSEEN},
+        **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **{key: meta[key] for key in RECORDED if key in meta},
+    }
+    for departure in _departures(config, meta):
+        logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
+    _save_whole(lambda file: torch.save(content, file), Path(path))
+
+
+def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
+    """What the published code has as constants, which are our defaults, and this model otherwise."""
+    for name in ("pool", "ista_step", "ista_threshold"):
+        published, here = getattr(CrateConfig, name), getattr(config, name)
+        if here != published:
+            yield f"its {name} is {published}, this model's {here}"
+    for name, published in (("mean", DataSection().mean), ("std", DataSection().std)):
+        if name in meta and meta[name] not in (published, list(published)):
+            yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
+
+
+def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """States of torch's AdamW or of Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
+
+    parameters: how many; recipe: flat keys of the run, the published code's defaults where it says nothing
+    """
+    rate, lion = recipe.get("optim.lr", 4e-4), recipe.get("optim.name") == "lion"
+    group = {
+        "lr": rate,
+        "initial_lr": rate,
+        "weight_decay": recipe.get("optim.weight_decay", 0.1),
+        "betas": tuple(recipe.get("optim.betas") or ((0.9, 0.99) if lion else (0.9, 0.999))),
+        "eps": recipe.get("optim.eps", 1e-8),
+        "params": list(range(parameters)),
+    }
+    schedule = {"base_lrs": [rate], "last_epoch": epoch, "_step_count": epoch + 1, "_last_lr": [rate]}
+    return {
+        "optimizer": {"state": {}, "param_groups": [group]},
+        "scheduler": {**schedule, "lr_lambdas": [None]},
+    }
+
+
+def _compact(state_dict: StateDict) -> dict[str, Tensor]:
+    """On the CPU and each in a storage of its own: torch.save writes the whole buffer that a view looks into."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state_dict.items()
+    }
+
+
+def _save_whole(write: Callable[[BinaryIO], object], path: Path) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk has no name of its own
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a power cut
+    finally:
+        os.close(folder)

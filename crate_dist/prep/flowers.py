@@ -1,0 +1,112 @@
+"""Oxford Flowers 102 as its site publishes it, packed or unpacked.
+
+Nilsback and Zisserman, "Automated flower classification over a large number of classes", 2008;
+https://www.robots.ox.ac.uk/~vgg/data/flowers/102/
+
+The images are numbered; imagelabels.mat has the class of each, from 1 on, and setid.mat the numbers in each split.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from crate_dist.data.index import ShardError
+from crate_dist.data.order import Int64
+from crate_dist.prep.archives import Files, Place, Published
+from crate_dist.prep.folders import Reading, Source, Split, some, whats_in
+from crate_dist.prep.samples import Found, Samples
+
+_SITE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+IMAGES = Published("102flowers.tgz", f"{_SITE}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")
+LABELS = Published("imagelabels.mat", f"{_SITE}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d")
+SPLITS = Published("setid.mat", f"{_SITE}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c")
+WITHIN = ("flowers-102",)
+_FOLDER = "jpg"
+_KEYS = {"train": "trnid", "val": "valid", "test": "tstid"}
+
+CLASS_NAMES = tuple(
+    """
+pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
+bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
+globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily, pincushion flower,
+fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, sweet
+william, carnation, garden phlox, love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape
+flower, great masterwort, siam tulip, lenten rose, barberton daisy, daffodil, sword lily, poinsettia, bolero deep
+blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower,
+pelargonium, bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese
+anemone, black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus, bearded iris, windflower,
+tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory, passion flower, lotus, toad lily,
+anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress,
+canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia,
+blanket flower, trumpet creeper, blackberry lily
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
+"""In the order of the labels; the files themselves have numbers only."""
+
+
+def flowers(place: Place, reading: Reading, join_val: bool) -> Source:
+    """Finds the data set and lists its splits train, val and test; with `join_val`, train and val in one, and test.
+
+    Raises ShardError: something is missing, damaged or not what was published, or the parts do not fit each other.
+    """
+    files = place.files(IMAGES, _FOLDER)
+    if files is None:
+        raise ShardError(
+            f"no Flowers 102 in {place.source}: looked for {IMAGES.name} and for the folder {_FOLDER}/ that it unpacks "
+            f"to; {whats_in(place.source)}. The archive, {LABELS.name} and {SPLITS.name} are at {_SITE}"
+        )
+    labels = _integers(place.file(LABELS), "labels", LABELS.name)
+    if labels.min() < 1 or labels.max() > len(CLASS_NAMES):
+        wrong = int(labels.min() if labels.min() < 1 else labels.max())
+        raise ShardError(f"{LABELS.name} has an image of class {wrong}; the classes are 1 to {len(CLASS_NAMES)}")
+    setid = place.file(SPLITS)
+    ids = {split: _integers(setid, key, SPLITS.name) for split, key in _KEYS.items()}
+    _check_apart(ids)
+    images, ignored, unreadable = files.images(reading)
+    listed = {split: Split(_samples(files, images, labels, numbers)) for split, numbers in ids.items()}
+    if join_val:  # the test images stand in for validation, as they do where nothing else is
+        both = Samples.concatenate([listed["train"].samples, listed["val"].samples])
+        listed = {"train": Split(both), "val": listed["test"]}
+    listed["train"] = Split(listed["train"].samples, ignored, unreadable)
+    classes = [f"{number:03d}" for number in range(1, len(CLASS_NAMES) + 1)]
+    return Source(place.source, f"Flowers 102, {files.place.name}", classes, CLASS_NAMES, listed)
+
+
+def _integers(mat: bytes, key: str, name: str) -> Int64:
+    from scipy.io import loadmat
+
+    try:
+        values = np.asarray(loadmat(io.BytesIO(mat), variable_names=[key])[key]).ravel()
+        if not np.issubdtype(values.dtype, np.integer) or not len(values):
+            raise ValueError(f"{key} holds no whole numbers but {values.dtype}")
+        return values.astype(np.int64)
+    except Exception as error:  # loadmat raises whatever the bytes make it trip over
+        raise ShardError(f"{name} is not the one of Flowers 102: {type(error).__name__}: {error}") from error
+
+
+def _check_apart(ids: dict[str, Int64]) -> None:
+    numbers, counts = np.unique(np.concatenate(list(ids.values())), return_counts=True)
+    if (counts > 1).any():
+        twice = some(f"image_{number:05d}" for number in numbers[counts > 1])
+        raise ShardError(f"{SPLITS.name}: more than once in the splits: {twice}")
+
+
+def _samples(files: Files, images: dict[str, Found], labels: Int64, numbers: Int64) -> Samples:
+    names: Sequence[str] = [f"image_{number:05d}" for number in np.sort(numbers)]
+    if missing := [name for name in names if name not in images]:
+        raise ShardError(
+            f"{files.place} has no {some(f'{name}.jpg' for name in missing)}, which {SPLITS.name} names: it is "
+            "incomplete, or another data set"
+        )
+    if numbers.max() > len(labels) or numbers.min() < 1:
+        raise ShardError(
+            f"{SPLITS.name} names image {int(numbers.max())}, and {LABELS.name} has the classes of {len(labels):,}: "
+            "they do not belong together"
+        )
+    found = [images[name] for name in names]
+    return Samples.collect(files.root, found, [int(label) - 1 for label in labels[np.sort(numbers) - 1]], files.tar)

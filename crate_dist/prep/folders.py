@@ -1,0 +1,274 @@
+"""Sources that are folders: one folder per class, images anywhere below it.
+
+What a folder holds is judged once, here, before anything is written. Hidden files and files without an image's
+extension are passed over and counted. A thing that is called like an image and is no readable file (a folder, a
+dangling link, a pipe) is an error, or with `skip_bad` left out and listed. Symbolic links are followed within the
+source; one that leads out of it is an error unless `follow_links` is set, so that converting a folder from elsewhere
+does not quietly collect files from all over the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from crate_dist.data.index import ShardError
+from crate_dist.data.order import hash64
+from crate_dist.prep.samples import Found, Samples, called_image
+
+_LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
+_HELD_OUT = 0x686F6C64  # keeps the choice of held-out images apart from the shuffle
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is to be read; both as the options of the same names."""
+
+    follow_links: bool = False
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, in an order that depends on their names alone.
+
+    ignored: files that were passed over; unreadable: names of images that were left out at the user's wish
+    """
+
+    samples: Samples
+    ignored: int = 0
+    unreadable: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that there is to convert.
+
+    layout: for people; classes: ids, position = label, shared by all splits; class_names: for people, same length
+    notes: what the user should know before the conversion starts
+    """
+
+    root: Path
+    layout: str
+    classes: Sequence[str]
+    class_names: Sequence[str]
+    splits: Mapping[str, Split]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+class _Listing(NamedTuple):
+    samples: Samples
+    ignored: int
+    unreadable: list[str]
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out, sorted. Raises ShardError when it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError as error:
+        raise ShardError(f"cannot read the folder {folder}: {error.strerror}") from error
+
+
+def list_classes(
+    root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], reading: Reading
+) -> Split:
+    """All images below folder/<class> for each of `classes`, sorted by label and name; names start from `root`.
+
+    Raises ShardError: a class without an image, something that cannot be read, a link that leads out of `root`.
+    """
+
+    def one(name: str) -> _Listing:
+        found, ignored, unreadable = list_images(root, folder / name, reading)
+        return _Listing(Samples.collect(root, found, labels[name]), ignored, unreadable)
+
+    ordered = sorted(classes, key=labels.__getitem__)
+    listings = list(with_threads(one, ordered, f"listing {folder.name}", "class"))
+    empty = [name for name, listing in zip(ordered, listings, strict=True) if not len(listing.samples)]
+    if empty:
+        raise ShardError(
+            f"{some(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
+            f"{folder}; remove what is no class, or fill what is incomplete"
+        )
+    return Split(
+        Samples.concatenate([listing.samples for listing in listings]),
+        sum(listing.ignored for listing in listings),
+        [name for listing in listings for name in listing.unreadable],
+    )
+
+
+def list_images(root: Path, folder: Path, reading: Reading) -> tuple[list[Found], int, list[str]]:
+    """(images anywhere below `folder` sorted by name, number of files passed over, names of unreadable images)."""
+    walk = _Walk(os.fspath(root), os.path.realpath(root), reading)
+    walk.descend(os.fspath(folder), (walk.check_link(os.fspath(folder)),))
+    return sorted(walk.found), walk.ignored, sorted(walk.unreadable)
+
+
+def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: int = 0) -> Source:
+    """A tree of class folders, or of splits that hold class folders.
+
+    `train` is a split when it holds folders itself; beside it `val`, `valid`, `validation` or `test` is the validation
+    split, and a `test` beside one of the others stays a split of its own. Where there is no validation split,
+    `val_fraction` of every class is held out, as hold_out does it.
+
+    Raises ShardError that says what was found instead.
+    """
+    top = class_folders(root)
+    splits = _split_folders(root, top)
+    if "val" in splits and val_fraction:
+        raise ShardError(f"--val-fraction: {root} has a validation split already, in {splits['val'].name}/")
+    train = splits["train"]
+    classes = class_folders(train)
+    if not classes:
+        raise ShardError(
+            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; {whats_in(train)}"
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    listed = {"train": list_classes(root, train, classes, labels, reading)}
+    notes = [f"{name}/ is not read: beside train/ only splits are" for name in _not_splits(top, splits, root)]
+    for name, folder in splits.items():
+        if name == "train":
+            continue
+        present = class_folders(folder)
+        if unknown := [wrong for wrong in present if wrong not in labels]:
+            raise ShardError(
+                f"{folder} has classes that {train} has not: {some(unknown)}; labels come from {train.name}/"
+            )
+        if missing := len(classes) - len(present):
+            notes.append(f"{folder.name}/ has no folder for {missing} of the {len(classes)} classes")
+        listed[name] = list_classes(root, folder, present, labels, reading)
+    if val_fraction:
+        listed["train"], listed["val"] = hold_out(listed["train"], val_fraction, seed)
+    elif "val" not in listed:
+        notes.append("no validation split: --val-fraction 0.05 would hold out 5 % of every class")
+    layout = "split folders of class folders" if train != root else "class folders"
+    return Source(root, layout, classes, classes, listed, notes)
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """(rest, held out): a seeded share of every class, at least one image of it where it has two, and never all.
+
+    Raises ShardError when no class has two images.
+    """
+    samples = split.samples
+    counts = np.bincount(samples.labels)
+    if counts.max() < 2:
+        raise ShardError("--val-fraction: no class has more than one image, there is none to hold out")
+    by_class = np.lexsort((hash64(seed, _HELD_OUT, np.arange(len(samples))), samples.labels))
+    rank = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+    share = np.clip(np.rint(counts * fraction).astype(np.int64), np.minimum(1, counts - 1), counts - 1)
+    held = rank < np.repeat(share, counts)
+    rest = Split(samples.take(np.sort(by_class[~held])), split.ignored, split.unreadable)
+    return rest, Split(samples.take(np.sort(by_class[held])))
+
+
+def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
+    """Results in the order of `items`, with a progress bar; the first error ends it."""
+    pool = ThreadPoolExecutor(_LISTING_THREADS)
+    try:
+        yield from tqdm(
+            pool.map(function, items), what, len(items), unit=f" {unit}", leave=False, disable=None, delay=1
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def whats_in(folder: Path) -> str:
+    """What a folder holds, for a message that says that it is not what was expected."""
+    if not folder.is_dir():
+        return "it is a file of another name"
+    names = sorted(name + ("/" if (folder / name).is_dir() else "") for name in os.listdir(folder))
+    return f"found {some(names)}" if names else "the folder is empty"
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few names and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _split_folders(root: Path, top: Sequence[str]) -> dict[str, Path]:
+    if "train" not in top or not class_folders(root / "train"):
+        return {"train": root}
+    splits = {"train": root / "train"}
+    given = [name for name in ("val", "valid", "validation") if name in top]
+    if len(given) > 1:
+        raise ShardError(f"{root} has several validation splits: {', '.join(given)}; leave one")
+    if given:
+        splits["val"] = root / given[0]
+    if "test" in top:
+        splits["test" if given else "val"] = root / "test"
+    return splits
+
+
+def _not_splits(top: Sequence[str], splits: Mapping[str, Path], root: Path) -> list[str]:
+    return [] if splits["train"] == root else [name for name in top if root / name not in splits.values()]
+
+
+class _Walk:
+    def __init__(self, root: str, real_root: str, reading: Reading) -> None:
+        self.root, self.real_root, self.reading = root, real_root, reading
+        self.prefix = len(os.path.join(root, ""))
+        self.found: list[Found] = []
+        self.ignored = 0
+        self.unreadable: list[str] = []
+
+    def descend(self, folder: str, above: tuple[str, ...]) -> None:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self._visit(entry, above)
+        except OSError as error:
+            raise ShardError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+
+    def check_link(self, path: str) -> str:
+        target = os.path.realpath(path)
+        if not self.reading.follow_links and os.path.commonpath((target, self.real_root)) != self.real_root:
+            raise ShardError(
+                f"{path} leads by a link out of {self.root}, to {target}; --follow-links takes what such links lead to"
+            )
+        return target
+
+    def _visit(self, entry: os.DirEntry[str], above: tuple[str, ...]) -> None:
+        if entry.name.startswith("."):
+            self.ignored += not entry.is_dir(follow_symlinks=False)
+            return
+        if entry.is_dir() and not called_image(entry.name):
+            target = self.check_link(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+            if target in above:
+                raise ShardError(f"{entry.path} is a link to a folder that it stands in, {target}: remove it")
+            self.descend(entry.path, (*above, target))
+        elif not called_image(entry.name):
+            self.ignored += 1
+        elif (size := self._size_of_image(entry)) is not None:
+            self.found.append(Found(entry.path[self.prefix :], size))
+
+    def _size_of_image(self, entry: os.DirEntry[str]) -> int | None:
+        try:
+            if entry.is_symlink():
+                self.check_link(entry.path)
+            status = entry.stat()
+            if stat.S_ISREG(status.st_mode):
+                return status.st_size
+            problem = "a folder" if entry.is_dir() else "neither a file nor a folder"
+        except OSError as error:
+            problem = "a link to nothing" if entry.is_symlink() else (error.strerror or str(error))
+        if not self.reading.skip_bad:
+            raise ShardError(
+                f"{entry.path} is called like an image and is {problem}; "
+                "remove it, or leave out and list such images with --skip-bad"
+            )
+        self.unreadable.append(f"{entry.path[self.prefix :]}: {problem}")
+        return None

@@ -1,0 +1,164 @@
+"""Where the images of a conversion lie before they are in shards: cheap to hold by the million, cheap to cut.
+
+An image is a file below a folder, or a stretch of bytes in a tar that is read in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from crate_dist.data.index import ShardError
+from crate_dist.data.order import Int64
+from crate_dist.prep.tar import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
+
+_WHOLE_FILE = -1
+
+
+class Found(NamedTuple):
+    """One image of a source: its name (path below the root, or name in the archive), size and offset in bytes."""
+
+    name: str
+    size: int
+    offset: int = _WHOLE_FILE
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images with labels, in arrays of one entry per image.
+
+    root: folder that the names start from; archive: tar that holds all of them, or None when they are files
+    names: all names, laid end to end; ends: int64, where each one ends
+    sizes: int64 bytes; offsets: int64, in the archive, -1 for files; labels: int32
+    """
+
+    root: str
+    archive: str | None
+    names: bytes
+    ends: np.ndarray
+    sizes: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def collect(
+        cls, root: Path, found: Iterable[Found], label: int | Sequence[int], archive: Path | None = None
+    ) -> Samples:
+        """Images in their order, all with the same label or each with its own."""
+        entries = list(found)
+        names = [os.fsencode(entry.name) for entry in entries]
+        return cls(
+            str(root),
+            str(archive) if archive else None,
+            b"".join(names),
+            np.cumsum([len(name) for name in names], dtype=np.int64),
+            np.array([entry.size for entry in entries], dtype=np.int64),
+            np.array([entry.offset for entry in entries], dtype=np.int64),
+            np.broadcast_to(np.asarray(label, dtype=np.int32), len(entries)).copy(),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Samples]) -> Samples:
+        """All parts after each other; they come from the same root and archive."""
+        shifts = np.cumsum([0, *(len(part.names) for part in parts[:-1])])
+        return cls(
+            parts[0].root,
+            parts[0].archive,
+            b"".join(part.names for part in parts),
+            np.concatenate([part.ends + shift for part, shift in zip(parts, shifts, strict=True)]),
+            np.concatenate([part.sizes for part in parts]),
+            np.concatenate([part.offsets for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def take(self, ids: Int64) -> Samples:
+        """The images with these numbers, in this order."""
+        names = [self._raw_name(int(i)) for i in ids]
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        return Samples(
+            self.root, self.archive, b"".join(names), ends, self.sizes[ids], self.offsets[ids], self.labels[ids]
+        )
+
+    def name(self, i: int) -> str:
+        """Path below the root, or the name in the archive."""
+        return os.fsdecode(self._raw_name(i))
+
+    def describe(self, i: int) -> str:
+        """The image's place, for messages."""
+        return f"{self.archive}: {self.name(i)}" if self.archive else os.path.join(self.root, self.name(i))
+
+    def read(self, i: int) -> bytes:
+        """The bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
+        try:
+            if self.archive is None:
+                data = _read_file(os.path.join(self.root, self.name(i)))
+            else:
+                data = os.pread(_open_archive(self.archive), int(self.sizes[i]), int(self.offsets[i]))
+        except OSError as error:
+            raise ShardError(f"cannot read {self.describe(i)}: {error.strerror or error}") from error
+        if len(data) != self.sizes[i]:
+            raise ShardError(
+                f"{self.describe(i)} has {len(data)} bytes and had {self.sizes[i]} when it was listed: "
+                "the source changes while it is converted"
+            )
+        return data
+
+    def digest(self) -> str:
+        """Of all names, sizes and labels; not of where the source lies."""
+        digest = hashlib.sha256(self.names)
+        for array in (self.ends, self.sizes, self.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def _raw_name(self, i: int) -> bytes:
+        return self.names[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
+
+
+def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[Found], int]:
+    """(images in a tar sorted by name, number of other files). Raises ShardError."""
+    found, others = [], 0
+    for member in walk_tar(path, start, size):
+        if called_image(member.name):
+            found.append(Found(member.name, member.size, member.offset))
+        else:
+            others += 1
+    return sorted(found), others
+
+
+def called_image(name: str) -> bool:
+    """Whether a file's name has the extension of an image and is not hidden."""
+    stem, extension = os.path.splitext(os.path.basename(name))
+    return not stem.startswith(".") and extension.lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
+def _read_file(path: str) -> bytes:
+    # A FIFO would block an ordinary open for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise OSError(f"{status.st_size} bytes, more than an image may have")
+        parts = []
+        while part := os.read(descriptor, max(status.st_size, 1)):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=4)
+def _open_archive(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,222 @@
+"""Images with labels -> WebDataset tars.
+
+One seeded shuffle of all samples, cut into shards of equal length (the last one may be shorter). Each shard is a
+task of its own that depends on nothing else, so the bytes are the same at any number of workers and after any number
+of interruptions. A shard is written under a hidden name, synced, read back for its index rows, and renamed.
+
+Sample number p of the shuffled split has the key `<p, eight digits>-<stem of its file>`: unique, ASCII, and telling
+where the image came from. An image that is left out (`skip_bad`) leaves a gap in the numbers and a shorter shard;
+the other samples stay where they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from crate_dist.data.index import ROW, Shard, ShardError, checksum
+from crate_dist.data.order import Int64, permutation
+from crate_dist.prep.images import BadImage, Treatment, extension, treat
+from crate_dist.prep.pool import advance
+from crate_dist.prep.samples import Samples
+from crate_dist.prep.tar import scan_shard
+
+_SHUFFLE = 0x73687566  # keeps the shuffle apart from what else is derived from the same seed
+_PROGRESS_EVERY = 16
+_TAR_BLOCK, _TAR_RECORD = 512, 10240
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known about a written shard: one line of the conversion's journal.
+
+    counted: oddities and re-encodings, name -> images; skipped: images that were left out, and why
+    """
+
+    shard: Shard
+    counted: Mapping[str, int]
+    skipped: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard; rows: its part of the index; kept: it stood already."""
+
+    finished: Finished
+    rows: np.ndarray
+    kept: bool
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be written, with its own samples only. first: number of its first sample in the shuffled split."""
+
+    folder: Path
+    name: str
+    first: int
+    samples: Samples
+    treatment: Treatment
+    skip_bad: bool
+    finished: Finished | None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which sample goes into which shard of a split."""
+
+    folder: Path
+    samples: Samples
+    seed: int
+    shard_samples: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that will be written."""
+        return -(-len(self.samples) // self.shard_samples)
+
+    def names(self) -> list[str]:
+        """File names of all shards, train-000000.tar and so on."""
+        return shard_names(self.folder, self.num_shards)
+
+    def order(self) -> Int64:
+        """Sample ids in the order in which they are written."""
+        return permutation(len(self.samples), self.seed, _SHUFFLE)
+
+    def estimated_bytes(self, ratio: float = 1.0) -> int:
+        """Bytes of all shards when an image shrinks to `ratio` of its size; exact for images that are not changed."""
+        images = (self.samples.sizes * ratio).astype(np.int64)
+        blocks = -(-images // _TAR_BLOCK) + 3  # two headers and the label
+        return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
+
+    def tasks(self, treatment: Treatment, skip_bad: bool, finished: Mapping[str, Finished]) -> Iterator[ShardTask]:
+        """All shards in order, each made as it is taken."""
+        order = self.order()
+        for number, name in enumerate(self.names()):
+            first = number * self.shard_samples
+            samples = self.samples.take(order[first : first + self.shard_samples])
+            yield ShardTask(self.folder, name, first, samples, treatment, skip_bad, finished.get(name))
+
+
+def make_shard(task: ShardTask) -> ShardResult:
+    """Writes one shard, or keeps it when it stands and is what the journal says.
+
+    Raises ShardError that names the file when an image cannot be read or used or the disk is full; nothing is left
+    under the shard's name then, nor under its temporary one.
+    """
+    path = task.folder / task.name
+    if task.finished and (rows := _rows_if_intact(path, task.finished)) is not None:
+        advance(len(task.samples))
+        return ShardResult(task.finished, rows, kept=True)
+    temporary = task.folder / f".{task.name}.{os.getpid()}.tmp"
+    counted: Counter[str] = Counter()
+    skipped: list[str] = []
+    try:
+        with _full_disk_explained(path):
+            with temporary.open("wb") as file:
+                written = _write(file, task, counted, skipped)
+                file.flush()
+                os.fsync(file.fileno())
+            scan = scan_shard(temporary)
+            shard = Shard(task.name, scan.shard.samples, scan.shard.bytes, scan.shard.sha256)
+            if scan.rows["checksum"].tolist() != written:
+                raise ShardError(f"{temporary} does not read back as it was written: memory or disk are at fault")
+            if shard.samples:
+                temporary.replace(path)
+                _sync_folder(task.folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ShardResult(Finished(shard, dict(counted), skipped), scan.rows, kept=False)
+
+
+def shard_names(folder: Path, number: int) -> list[str]:
+    """File names of a split's shards, called after its folder."""
+    return [f"{folder.name}-{shard:06d}.tar" for shard in range(number)]
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is one that a conversion which was killed left behind."""
+    return bool(re.fullmatch(r"\..*\.[0-9]+\.tmp", name))
+
+
+def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
+    if not finished.shard.samples:
+        return np.empty(0, dtype=ROW)
+    try:
+        if path.stat().st_size != finished.shard.bytes:
+            return None
+        scan = scan_shard(path)
+    except (OSError, ShardError):
+        return None
+    return scan.rows if scan.shard == finished.shard else None
+
+
+def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list[str]) -> list[int]:
+    """Returns the checksums of the images, in their order."""
+    from webdataset.writer import TarWriter  # here, because the program itself need not import it
+
+    # The tar is made in memory, sample by sample, so that a full disk is met by our own write() below.
+    buffer = io.BytesIO()
+    samples, checksums = task.samples, []
+    with TarWriter(buffer, encoder=False, mtime=0, user="crate", group="crate", mode=0o644) as writer:
+        for i in range(len(samples)):
+            if i % _PROGRESS_EVERY == 0:
+                advance(min(_PROGRESS_EVERY, len(samples) - i))
+            data = samples.read(i)
+            try:
+                image, oddities = treat(data, task.treatment)
+            except BadImage as error:
+                if not task.skip_bad:
+                    raise ShardError(
+                        f"{samples.describe(i)}: {error}; --skip-bad leaves out and lists such images"
+                    ) from None
+                skipped.append(f"{samples.name(i)}: {error}")
+                continue
+            counted.update(oddities)
+            key = f"{task.first + i:08d}-{_ascii_stem(samples.name(i))}"
+            writer.write({"__key__": key, "cls": str(samples.labels[i]).encode(), extension(image): image})
+            checksums.append(checksum(image))
+            _drain(buffer, file)
+    _drain(buffer, file)
+    return checksums
+
+
+def _drain(buffer: io.BytesIO, file: BinaryIO) -> None:
+    file.write(buffer.getvalue())
+    buffer.seek(0)
+    buffer.truncate()
+
+
+def _ascii_stem(name: str) -> str:
+    """The file's name without extension, in characters that a key may have, and short enough for a plain header."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:64]
+
+
+@contextmanager
+def _full_disk_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ShardError(
+                f"cannot write {path}: {_FULL[error.errno]}; make room, then the same command continues"
+            ) from error
+        raise ShardError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

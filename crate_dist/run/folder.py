@@ -1,0 +1,300 @@
+"""The run folder: one run, one folder, one curve. Imports no torch.
+
+recipe.toml          the resolved recipe
+run.json             where the code came from, each start of the run, the weights that it began from if not new ones,
+                     and changes of its data that were accepted
+checkpoints/         step-00000500/ …, published whole or not at all
+published.json       the newest step that was ever among them
+tensorboard/         event files
+metrics.jsonl        one line per logged step
+bad_samples.jsonl    samples that could not be read, by split and name
+ledger.jsonl         where the time went
+lock/                who works here now
+failed-start-…/      what starts that never made a step have left to a start with another recipe
+logs/                one log per rank
+slurm/               what submitit wrote
+model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.files import write_whole
+from crate_dist.run.lock import ALONE
+
+_BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
+_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what stands where in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def record_file(self) -> Path:
+        """Code version and starts."""
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of published checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        """One JSON object per sample that could not be read."""
+        return self.path / "bad_samples.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object per start, report, evaluation and save."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def published(self) -> Path:
+        """The newest step that was ever published."""
+        return self.path / "published.json"
+
+    @property
+    def lock(self) -> Path:
+        """Names the job that works in the folder; see lock.py."""
+        return self.path / "lock"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of rank logs."""
+        return self.path / "logs"
+
+    @property
+    def slurm(self) -> Path:
+        """Folder that submitit writes to."""
+        return self.path / "slurm"
+
+    def model(self, which: str) -> Path:
+        """The exported weights, `which` being "last" or "best"."""
+        return self.path / f"model-{which}.pt"
+
+    def log_file(self, rank: int) -> Path:
+        """The log of one rank."""
+        return self.logs / f"rank-{rank:05d}.log"
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises RecipeError unless the folder is new, empty, or of a run with the same mathematics."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RecipeError(f"{self.path} is a file; --run-dir takes a folder")
+        if not self.recipe_file.is_file():
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
+            if foreign:
+                raise RecipeError(
+                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
+                    "give --run-dir a new or empty folder"
+                )
+            return
+        changed = self._changed(recipe)
+        if changed and self.has_begun():
+            listing = "\n".join(f"  {line}" for line in changed)
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe:\n{listing}\n"
+                "to continue that run, give the same values; to start a new one, another --run-dir, or --start-over, "
+                "which sets that one aside"
+            )
+
+    def has_begun(self) -> bool:
+        """Whether the run has made steps that somebody may want.
+
+        Raises RecipeError when that cannot be seen.
+        """
+        try:
+            return bool(_size(self.metrics) or _size(self.published) or checkpoint_names(self.checkpoints))
+        except OSError as error:
+            raise RecipeError(f"cannot see whether {self.path} holds a run: {error}") from error
+
+    def set_aside(self, check: Callable[[], None] = ALONE.check) -> None:
+        """Moves all that the run has left to PATH.before-TIME, where nothing is lost. The caller holds the lock.
+
+        check: called before each move; raises LostTheRun when the lock is another's
+        Raises RecipeError when it is no run, or when something cannot be moved.
+        """
+        there = {path.name for path in self.path.iterdir() if path.name[0] != "."} - {self.lock.name}
+        if not there:
+            return
+        if not self.recipe_file.is_file() and not there <= set(_BEFORE_A_RUN):
+            raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
+        place = self.path.resolve()
+        beside = f"{place.name}.before-{_stamp()}"
+        aside = (place if place.is_mount() else place.parent) / beside  # a rename leads from no file system to another
+        try:
+            aside.mkdir()
+            for name in sorted(there, key=lambda name: (name == self.recipe_file.name, name)):  # a run until the end
+                check()
+                (place / name).rename(aside / name)
+        except OSError as error:
+            raise RecipeError(f"cannot move {self.path} to {aside}: {error.strerror}") from error
+
+    def make(self) -> None:
+        """Creates the folder. Raises RecipeError when that cannot be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+
+    def open(self, recipe: Recipe, check: Callable[[], None] = ALONE.check) -> None:
+        """Creates the folder, or checks an existing one; then writes the recipe and the record.
+
+        The caller holds the lock. What starts with another recipe have left that came to nothing is put aside.
+
+        check: called before whatever changes something; raises LostTheRun when the lock is another's
+        Raises RecipeError as `check` does, or when the folder cannot be written.
+        """
+        self.check(recipe)
+        self.make()
+        try:
+            if self.recipe_file.is_file() and self._changed(recipe):
+                self._put_failed_starts_aside(check)
+            check()
+            write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
+            for folder in (self.checkpoints, self.tensorboard, self.logs):
+                folder.mkdir(exist_ok=True)
+            if not self.record_file.exists():
+                write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
+        except OSError as error:
+            raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+
+    def _changed(self, recipe: Recipe) -> list[str]:
+        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+
+    def _put_failed_starts_aside(self, check: Callable[[], None]) -> None:
+        aside = self.path / f"failed-start-{_stamp()}"
+        aside.mkdir()
+        for path in (self.record_file, self.tensorboard, self.metrics, self.ledger, self.recipe_file):
+            if path.exists():
+                check()
+                path.rename(aside / path.name)
+
+    def note_origin(self, origin: Mapping[str, Any]) -> None:
+        """Puts down which weights the run began from."""
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        write_whole(self.record_file, json.dumps({**record, "began_from": origin}, indent=1))
+
+    def note_changed_data(self, step: int, digest: str, changes: Mapping[str, str]) -> None:
+        """Puts down that the run went on from a step with other data, of which `digest` is known, and what changed."""
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        note = {"step": step, "digest": digest, "changes": dict(changes)}
+        record["changed_data"] = [*record.get("changed_data", []), note]
+        write_whole(self.record_file, json.dumps(record, indent=1))
+
+    def changed_data(self) -> list[dict[str, Any]]:
+        """What note_changed_data has put down, the oldest first."""
+        if not self.record_file.exists():
+            return []
+        notes: list[dict[str, Any]] = json.loads(self.record_file.read_text(encoding="utf-8")).get("changed_data", [])
+        return notes
+
+    def data_was_accepted(self, step: int, digest: str) -> bool:
+        """Whether going on from this step with these data was put down before: the start died before its first save."""
+        return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
+
+    def note_start(self, check: Callable[[], None] = ALONE.check, **facts: Any) -> int:
+        """Adds this start (time, host, and `facts`) to the record; returns how many there were before it.
+
+        check: called before it is written; raises LostTheRun when the lock is another's
+        """
+        now, commit = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code_version()["commit"]
+        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        record["starts"].append({"time": now, "host": platform.node(), "commit": commit, **facts})
+        check()
+        write_whole(self.record_file, json.dumps(record, indent=1))
+        return len(record["starts"]) - 1
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run folder. Raises RecipeError when there is none."""
+    folder = RunFolder(Path(run_dir))
+    if not folder.recipe_file.is_file():
+        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
+    return load_recipe(folder.recipe_file)
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest last; none where there is no folder.
+
+    One that replaces another of the same step has a number behind it: step-00000015.1 is newer than step-00000015.
+
+    Raises OSError when the folder cannot be listed.
+    """
+    try:
+        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
+    except FileNotFoundError:
+        return []
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
+
+
+def _size(path: Path) -> int:
+    """Bytes; 0 when there is no such file. Raises OSError when that cannot be seen, as Path.exists does not."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _stamp() -> str:
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def code_version() -> dict[str, Any]:
+    """The git commit of the code (None outside a checkout), whether it was changed since, package versions."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for package in _VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": versions,
+    }

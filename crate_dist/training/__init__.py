@@ -1,0 +1,1 @@
+"""The training itself: the engine, the loop, and everything that watches over it."""

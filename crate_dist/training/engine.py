@@ -1,0 +1,303 @@
+"""The training step: DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+
+What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
+gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
+inside and round once. When it says "autocast": weights, tokens and gradients are fp32, and products and attention read
+them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
+between the master weights and the model, which at small learning rates is felt.
+
+In both the loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their norm, the master
+weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
+
+Saving and loading go through the room checkpoint and not through DeepSpeed, whose own checkpoints belong to one
+world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.ops import __compatible_ops__
+
+from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Layout, RankState
+from crate_dist.config import Recipe
+from crate_dist.data.loader import Batch, Normalize
+from crate_dist.data.order import hash64
+from crate_dist.data.reader import BadSample
+from crate_dist.distributed import gather_objects
+from crate_dist.models.crate import CRATE
+from crate_dist.training import compiling
+from crate_dist.training.finite import where_not_finite
+from crate_dist.training.lion import Lion
+from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
+
+with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
+    # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
+    import deepspeed.runtime.zero.muon.original_muon
+
+logger = logging.getLogger(__name__)
+
+# What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+
+
+RANKS_REDUCED_TO = 32
+"""Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+
+
+class NotFinite(RuntimeError):
+    """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
+
+    def __init__(self, message: str, samples: list[int]) -> None:
+        super().__init__(message)
+        self.samples = samples
+
+
+class _GradientsNotFinite(Exception):
+    """Leaves DeepSpeed's step before the optimizer's."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device.
+
+    bad: samples of the batch that were replaced
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    bad: list[BadSample]
+
+
+class Engine:
+    """A model in training on this rank."""
+
+    def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
+        self.recipe, self.device, self.accumulation = recipe, device, accumulation
+        self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self._normalize = Normalize(recipe.data, device, self.dtype)
+        self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
+        if device.type == "cpu":
+            # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
+            __compatible_ops__["deepspeed_shm_comm"] = False
+        model.recompute, model.autocast = recipe.train.recompute, recipe.train.precision == "autocast"
+        groups = parameter_groups(model, recipe.optim)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.layouts = [_layout(group, shapes) for group in groups]
+        first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        optimizer = build_optimizer(groups, recipe.optim)
+        optimizer.register_step_pre_hook(self._before_step)
+        parameters = sum(p.numel() for p in model.parameters())
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(recipe, micro_batch, accumulation, parameters, device),
+            dist_init_required=False,
+        )
+        self._check_partitions()
+        # DeepSpeed makes the master weights from the ones it has rounded to bf16; they start from the exact ones.
+        self._fill_partitions(
+            lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
+        )
+        if compiling.wanted(recipe.train.compile, device):
+            seconds = compiling.compile_layers(self.module, device, self.dtype, micro_batch)
+            if seconds is not None:
+                logger.info("compiled the layers in %.1f s", seconds)
+                if isinstance(optimizer, Lion) and device.type == "cuda":  # on a CPU it goes by what fits the cache
+                    optimizer.compile()
+
+    @property
+    def module(self) -> CRATE:
+        """The model with the weights of the products' precision."""
+        module: CRATE = self._engine.module
+        return module
+
+    def step(self, batches: Iterator[Batch], lr: float, step: int) -> StepResult:
+        """One optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
+
+        Raises
+        ------
+        NotFinite: on every rank, before the step is taken
+        """
+        if self._dropout:
+            torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        losses: list[torch.Tensor] = []
+        used: list[Batch] = []
+        try:
+            for _ in range(self.accumulation):
+                batch = next(batches)
+                used.append(batch if self.device.type != "cpu" else batch._replace(images=batch.images.clone()))
+                loss = self._loss(self._engine, batch)
+                self._engine.backward(loss)
+                self._engine.step()
+                losses.append(loss.detach())
+        except _GradientsNotFinite:
+            raise self._not_finite(used) from None
+        if self._zero.overflow:  # in fp32 DeepSpeed has looked at the norm itself, and has not taken the step
+            raise self._not_finite(used)
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            torch.stack(losses).mean(),
+            torch.as_tensor(norm, device=self.device),
+            [item for batch in used for item in batch.bad],
+        )
+
+    def _before_step(self, *_: object) -> None:
+        """Clips, and stops a step that must not be taken; DeepSpeed calls it before the optimizer, on every rank.
+
+        This is the one place of a step where the host waits for the device, which is then through with the gradients:
+        whether they are finite must be known before the weights change. DeepSpeed would wait three times, to look at
+        each gradient, at their norm, and at it again while clipping, and go through the gradients once more to clip.
+        """
+        norm, largest = self._zero._global_grad_norm, self.recipe.optim.grad_clip
+        if not bool(torch.isfinite(norm)):
+            raise _GradientsNotFinite
+        self._zero.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0) if largest else None
+
+    def _loss(self, model: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
+        logits = model(self._normalize(batch.images))
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
+
+    def _not_finite(self, used: list[Batch]) -> NotFinite:
+        """Looks for the place where it began, on each rank in its own batch. A collective."""
+        places_of = ((where_not_finite(self.module, partial(self._loss, self.module, batch)), batch) for batch in used)
+        with compiling.eagerly():
+            mine = next(((place, batch) for place, batch in places_of if place), None)
+        places = gather_objects(mine[0] if mine else None)
+        found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places) if place)
+        message = f"not finite: {found or 'the gradients, though those of each rank are when computed again'}"
+        return NotFinite(message, mine[1].samples.tolist() if mine else [])
+
+    @torch.inference_mode()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
+        self.module.eval()
+        with compiling.eagerly():
+            logits: torch.Tensor = self.module(self._normalize(images)).float()
+        return logits
+
+    def state(self) -> RankState:
+        """This rank's partitions of the master weights and the optimizer's state, as views on the live tensors."""
+        state: RankState = {"fp32": [part.detach() for part in self._partitions]}
+        for kind in STATE_KEYS[self.recipe.optim.name]:
+            state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
+        return state
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes up weights and optimizer state that any number of ranks saved. A collective.
+
+        Raises
+        ------
+        CheckpointError: of another model or another optimizer
+        """
+        if [(list(a.names), a.numel) for a in checkpoint.layouts] != [(list(b.names), b.numel) for b in self.layouts]:
+            raise CheckpointError(
+                f"{checkpoint.path} holds another model, or other parameter groups, than the recipe's"
+            )
+        kinds = {"fp32", *STATE_KEYS[self.recipe.optim.name]}
+        if kinds != set(checkpoint.manifest["kinds"]):
+            raise CheckpointError(
+                f"{checkpoint.path} holds {checkpoint.manifest['kinds']}, "
+                f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
+            )
+        reader = checkpoint.reader()
+        self._fill_partitions(reader.copy)
+        for group, part in enumerate(self._partitions):
+            optimizer_state = self._optimizer_state(part, checkpoint.step)
+            for kind in STATE_KEYS[self.recipe.optim.name]:
+                staging = torch.empty(part.numel(), dtype=torch.float32)
+                reader.copy(kind, group, self._start(part), staging)
+                optimizer_state[kind].copy_(staging)
+
+    @property
+    def _partitions(self) -> list[torch.Tensor]:
+        partitions: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
+        return partitions
+
+    def _start(self, partition: torch.Tensor) -> int:
+        return dist.get_rank() * partition.numel()
+
+    def _optimizer_state(self, partition: torch.Tensor, steps: int = 0) -> dict[str, torch.Tensor]:
+        """The optimizer's own state of a partition, made where no step has made it yet."""
+        state: dict[str, torch.Tensor] = self._zero.optimizer.state[partition]
+        if not state or steps:
+            for kind in STATE_KEYS[self.recipe.optim.name]:
+                state[kind] = torch.zeros_like(partition, requires_grad=False)
+            if self.recipe.optim.name == "adamw":
+                state["step"] = torch.tensor(float(steps), device=partition.device)
+        return state
+
+    @torch.no_grad()
+    def _fill_partitions(self, fill: Any) -> None:
+        for group, part in enumerate(self._partitions):
+            staging = torch.empty(part.numel(), dtype=torch.float32)
+            fill("fp32", group, self._start(part), staging)
+            part.data.copy_(staging)
+        self._zero.update_lp_params()
+
+    def _check_partitions(self) -> None:
+        """What crate_dist.checkpoint.loading believes of ZeRO's flat vectors holds: equal parts, no gaps, our order."""
+        world_size = dist.get_world_size()
+        assert not any(any(padding) for padding in self._zero.round_robin_bit16_padding)
+        assert all(p.dtype == torch.float32 for p in self._partitions)
+        for part, layout in zip(self._partitions, self.layouts, strict=True):
+            assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
+
+
+def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Layout:
+    return Layout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor], layout: Layout, start: int, out: torch.Tensor) -> None:
+    """Copies [start, start + len(out)) of the flattened tensors; zeros behind their end."""
+    flat = torch.cat([tensors[name].reshape(-1) for name in layout.names])[start : start + out.numel()]
+    out.zero_()
+    out[: flat.numel()].copy_(flat)
+
+
+def _deepspeed_config(
+    recipe: Recipe, micro_batch: int, accumulation: int, parameters: int, device: torch.device
+) -> dict[str, Any]:
+    # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
+    # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
+    bucket = max(parameters // 8, 1 << 20)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,  # _before_step clips
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 2,
+            "round_robin_gradients": False,
+            "contiguous_gradients": True,
+            "overlap_comm": device.type == "cuda",  # a CPU has no streams to overlap
+            "reduce_bucket_size": bucket,
+            # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
+            # rank, which in a large job would be many small ones.
+            "use_multi_rank_bucket_allreduce": dist.get_world_size() > RANKS_REDUCED_TO,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
+        "steps_per_print": 1 << 60,
+    }
+    if recipe.train.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # _before_step checks
+    return config

@@ -1,0 +1,77 @@
+"""The curves that TensorBoard shows: event files that go on over restarts, whatever the clock and the disk do."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+from crate_dist.data.decode import Pixels
+from crate_dist.files import AppendedFile
+from crate_dist.run.lock import ALONE
+
+_PREFIX = "events.out.tfevents."
+
+
+class Curves:
+    """One event file per start.
+
+    TensorBoard reads the files of a folder in the order of the times in their names. A clock that was set back would
+    put the newest first: it gets a time behind all others instead.
+
+    purge_step: what the files before say of this step and of later ones is not shown any more; None: all is
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None, check: Callable[[], None] = ALONE.check) -> None:
+        stamps = [int(path.name.split(".")[3]) for path in folder.glob(f"{_PREFIX}[0-9]*.*")]
+        stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
+        self._file = AppendedFile(folder / f"{_PREFIX}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
+        self._append(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="crate-dist")))
+        if purge_step is not None:
+            self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, values: Summary, step: int) -> None:
+        """Whatever torch.utils.tensorboard.summary makes: scalars, images, histograms."""
+        self._append(Event(step=step, summary=values))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        self.add(summary.scalar(name, value), step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Markdown."""
+        self.add(summary.text(name, text), step)
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """uint8 (height, width, 3)"""
+        self.add(summary.image(name, pixels, dataformats="HWC"), step)
+
+    def charts(self, layout: Mapping[str, Mapping[str, str]], step: int) -> None:
+        """Charts of several curves, for TensorBoard's "Custom Scalars": group -> title -> expression of their names."""
+        groups = {
+            group: {title: ["Multiline", [names]] for title, names in charts.items()}
+            for group, charts in layout.items()
+        }
+        self.add(summary.custom_scalars(groups), step)
+
+    def sync(self) -> None:
+        """Brings everything to disk."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())

@@ -1,0 +1,330 @@
+"""The loop, and what is done when it is due."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint.export import export
+from crate_dist.checkpoint.finetune import begin_from
+from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.resuming import progress_on
+from crate_dist.checkpoint.saving import Saved, Saver, prune
+from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.identity import DataIdentity
+from crate_dist.data.index import ShardError
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.order import Order
+from crate_dist.data.reader import ShardReader
+from crate_dist.data.splits import open_splits
+from crate_dist.distributed import Left, World, gather_objects
+from crate_dist.evaluation.accuracy import evaluate
+from crate_dist.models.build import build_model
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.lock import Tenure
+from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.interrupt import Interrupt
+from crate_dist.training.live import Live
+from crate_dist.training.metrics import Monitor
+from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.startup import Startup
+from crate_dist.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+COMPILING = 4.0
+"""What may be compiled, and what libraries do at their first call, may take so many times safety.hang_timeout_s."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when train returns."""
+
+    step: int
+    finished: bool
+    best_top1: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """One rank of one run."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        world: World,
+        device: torch.device,
+        interrupt: Interrupt,
+        watchdog: Watchdog,
+        startup: Startup,
+        tenure: Tenure,
+        accept_changed_data: bool | str = False,
+    ) -> None:
+        self.folder, self.recipe, self.world, self.device = folder, recipe, world, device
+        self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
+        interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
+        self.damaged: list[str] = []
+        found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
+        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        self.train_index, self.val_index = open_splits(recipe)
+        self.data = DataIdentity.of(self.train_index, self.val_index)
+        if len(set(gather_objects(self.data.digest))) > 1:
+            raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
+        self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress()
+        self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
+        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
+            logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
+            self.last_step = self.progress.step
+        self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
+        startup.mark("checkpoint and index")
+        watchdog.beat("building the engine", COMPILING)
+        model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
+        if recipe.train.init_from and not found:
+            how = recipe.train.init_head, recipe.train.init_heads
+            origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
+            if world.is_main:
+                tenure.check()
+                folder.note_origin(asdict(origin))
+        self.engine = Engine(model, recipe, device, micro_batch, accumulation)
+        if found:
+            self.engine.load(found)
+            logger.info("resumed from %s", found.path)
+        startup.mark("engine")
+        keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
+        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, self.damaged)
+        self.saved_at = self.progress.step
+        steps = self.progress.step, self.last_step
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
+        self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
+
+    def run(self) -> TrainResult:
+        """The loop. After an error a save that is under way may end, while the folder is still ours."""
+        try:
+            return self.loop()
+        except BaseException:
+            self.saver.leave()
+            raise
+
+    def loop(self) -> TrainResult:
+        """Steps, and what is due after each."""
+        self.greet()
+        if not self.catch_up():
+            return self.stop_early()
+        feed, told_to_stop = self.feed(), False
+        while self.progress.step < self.last_step and not told_to_stop:
+            self.take_step(feed)
+            if self.reporting_is_due():
+                self.monitor.report(self.progress.step)
+            # What is left here is made by the next start, from the checkpoint of this step.
+            if not self.measure() or not self.evaluate():
+                told_to_stop = True
+                break
+            if self.saving_is_due():
+                self.save()
+            told_to_stop = self.interrupt.agreed() and self.progress.step < self.last_step
+        del feed  # ends its workers: their cores and memory are free for what is left to do
+        return self.stop_early() if told_to_stop else self.complete()
+
+    def greet(self) -> None:
+        """Says what is about to happen."""
+        model, share = self.engine.module, self.share
+        logger.info(
+            "%s, %.2f M parameters, %s on %d x %s; global batch %d = %d x %d accumulated x %d ranks; steps %d to %d",
+            self.recipe.model.arch,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            self.recipe.train.precision,
+            self.world.world_size,
+            self.device.type,
+            share.global_batch,
+            share.micro_batch,
+            share.accumulation,
+            share.world_size,
+            self.progress.step,
+            self.last_step,
+        )
+
+    def complete(self) -> TrainResult:
+        """Exports the weights and says what has come of it."""
+        self.finish_saving()
+        if self.world.is_main:
+            prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure, self.damaged)
+        if self.world.is_main:
+            config, indexes = self.engine.module.config, (self.train_index, self.val_index)
+            export(
+                self.folder, self.recipe, config, self.progress, self.schedule.steps_per_epoch, *indexes, self.tenure
+            )
+        dist.barrier()
+        self.monitor.close()
+        best = self.progress
+        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
+        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
+        return self.result(finished=True)
+
+    def stop_early(self) -> TrainResult:
+        """Saves what there is, after a signal; the same command goes on from there."""
+        logger.info("told to stop: saving step %d", self.progress.step)
+        if self.saved_at != self.progress.step:
+            self.monitor.report(self.progress.step)
+            self.save()
+        self.finish_saving()
+        self.monitor.close()
+        logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
+        return self.result(finished=False)
+
+    def result(self, finished: bool) -> TrainResult:
+        """Where the run stands."""
+        return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
+
+    def feed(self) -> Feed:
+        """This rank's micro-batches from the current step on."""
+        train, data = self.recipe.train, self.recipe.data
+        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
+        size = self.recipe.model.image_size
+        return Feed(TrainLoader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+
+    def take_step(self, feed: Feed) -> None:
+        """One optimizer step, timed."""
+        lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
+        first = not self.startup.over
+        self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
+        began, waited = time.perf_counter(), feed.wait_s
+        try:
+            result = self.engine.step(feed, lr, self.progress.step)
+        except NotFinite as error:
+            raise self.with_names(error) from None
+        self.monitor.add(
+            result.loss,
+            result.grad_norm,
+            lr,
+            images=self.share.micro_batch * self.share.accumulation,
+            wait_s=feed.wait_s - waited,
+            step_s=time.perf_counter() - began,
+        )
+        if first:
+            self.startup.mark("step", ("batch", feed.wait_s))
+            self.startup.report()
+        self.interrupt.hold()
+        self.monitor.add_bad(result.bad)
+        self.progress = replace(self.progress, step=self.progress.step + 1)
+
+    def with_names(self, error: NotFinite) -> NotFinite:
+        """The same error with the step and the batches' samples by name. A collective."""
+        reader = ShardReader(self.train_index)
+        named = [reader.describe(sample, "") for sample in error.samples]
+        keys = [f"{item.shard}:{item.key}" for rank in gather_objects(named) for item in rank]
+        listed = ", ".join(keys[:64]) + (f" and {len(keys) - 64} more" if len(keys) > 64 else "")
+        return NotFinite(
+            f"step {self.progress.step + 1}, {error}. The step was not taken and the checkpoints are intact. "
+            f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
+            f"Samples: {listed}",
+            error.samples,
+        )
+
+    def reporting_is_due(self) -> bool:
+        """Every so many steps, and before every save, so that a resumed curve has the same points."""
+        return self.progress.step % self.recipe.log.every_steps == 0 or self.saving_is_due()
+
+    def evaluation_is_due(self) -> bool:
+        """At the first step after every so many whole epochs, and at the end; once per step."""
+        step, every = self.progress.step, self.recipe.log.eval_every_epochs
+        if self.val_index is None or step in (0, self.progress.evaluated_at):
+            return False
+        epochs = self.schedule.epochs_completed(step)
+        ended_just_now = epochs > self.schedule.epochs_completed(step - 1)
+        return (ended_just_now and epochs % every == 0) or step == self.last_step
+
+    def saving_is_due(self) -> bool:
+        """Every so many steps, after every evaluation, and at the end."""
+        step = self.progress.step
+        periodic = step % self.recipe.checkpoint.every_steps == 0
+        return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
+
+    def catch_up(self) -> bool:
+        """A run may have ended between a save and what was due at the same step. Returns False when it is left."""
+        if not self.measure(unless_known=True):
+            return False
+        if self.evaluation_is_due():
+            if not self.evaluate():
+                return False
+            self.save()
+        return True
+
+    def measure(self, unless_known: bool = False) -> bool:
+        """The white box, when it is due; False, on all ranks, when that was left because of a signal."""
+        step = self.progress.step
+        if step == 0 or not self.live.is_due(step):
+            return True
+        return self.live.measure(self.engine.module, step, self.monitor, self.interrupt, unless_known)
+
+    def evaluate(self) -> bool:
+        """Exact accuracy over the whole validation split, when it is due; False as for `measure`."""
+        if not self.evaluation_is_due():
+            return True
+        assert self.val_index is not None
+        batches = eval_loader(
+            self.val_index,
+            self.world.rank,
+            self.world.world_size,
+            self.recipe.data,
+            self.recipe.model.image_size,
+            self.recipe.train.micro_batch,
+        )
+        began = time.perf_counter()
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            self.watchdog.beat("evaluating")
+            return self.engine.predict(images)
+
+        try:
+            result = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
+        except Left:
+            logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
+            return False
+        self.interrupt.hold()
+        self.monitor.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
+        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
+        best = result.better_than(self.progress.best_top1)
+        self.progress = replace(
+            self.progress,
+            evaluated_at=self.progress.step,
+            best_top1=result.top1 if best else self.progress.best_top1,
+            best_step=self.progress.step if best else self.progress.best_step,
+            metrics=result.scalars(),
+        )
+        return True
+
+    def save(self) -> None:
+        """Begins to save this step; its writing goes on beside the training."""
+        self.watchdog.beat(f"saving step {self.progress.step}")
+        self.monitor.flush()
+        state, about = self.engine.state(), self.recipe.mathematics()
+        data = {"classes": list(self.data.classes), "data": self.data.facts()}
+        self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
+        self.saved_at = self.progress.step
+
+    def finish_saving(self) -> None:
+        """Waits for the last save. One that has failed is tried again, until it succeeds or too many have failed."""
+        self.note_saved(self.saver.wait())
+        while self.saver.failures:
+            self.save()
+            self.note_saved(self.saver.wait())
+
+    def note_saved(self, saved: Saved | None) -> None:
+        """Reports a finished save, and says in time when the scheduler's notice is too short for one."""
+        self.monitor.saved(saved)
+        notice_s = self.recipe.cluster.signal_delay_s
+        if saved and saved.total_s > notice_s / 2 and self.world.launcher == "slurm":
+            logger.warning(
+                "a save takes %.0f s, and the job is told only %d s before its end; "
+                "give it --set cluster.signal_delay_s=%d or more",
+                saved.total_s,
+                notice_s,
+                int(4 * saved.total_s),
+            )

@@ -1,0 +1,189 @@
+"""How figures look, in one place: sizes for a page of text 6.3 inches wide, set in the type of the formulas.
+
+Drawn with matplotlib's Agg renderer through its objects: there is no global figure, no backend is chosen for anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from crate_dist.data.decode import Pixels
+from crate_dist.whitebox.pixels import BLUE, HEAT, ORANGE, heat, lit
+
+Float = NDArray[np.floating]
+_Arguments = ParamSpec("_Arguments")
+
+TEXT_WIDTH_IN = 6.3
+DPI = 300
+_STYLE: Any = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#d8d8d8",
+    "axes.axisbelow": True,
+}
+_HEAT_MAP = LinearSegmentedColormap.from_list("heat", [tuple(part / 255 for part in colour) for colour in HEAT])
+_GAP_IN, _LABEL_IN, _TITLE_IN, _BAR_IN = 0.05, 0.22, 0.2, 0.62
+
+
+def _styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
+    @wraps(draw)
+    def styled(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> Figure:
+        with rc_context(_STYLE):
+            return draw(*arguments, **options)
+
+    return styled
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG at 300 dots per inch, whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with rc_context(_STYLE):
+        FigureCanvasAgg(figure).print_figure(beside, format="png", dpi=DPI)
+    beside.replace(path)
+
+
+@_styled
+def layer_profile(rate: Float, rate_std: Float, nonzero: Float, nonzero_std: Float) -> Figure:
+    """Coding rate after MSSA's projection and share of non-zeros after ISTA, over the layers, each (L,) with spread."""
+    figure = Figure(figsize=(TEXT_WIDTH_IN, 2.35), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _curve(left, rate, rate_std, _hex(BLUE), "o", r"coding rate  $R^c(Z^\ell;\, U^\ell)$  [nats]")
+    _curve(right, 100 * nonzero, 100 * nonzero_std, _hex(ORANGE), "s", r"non-zeros  $\|Z^{\ell+1}\|_0\,/\,(d\,n)$  [%]")
+    left.set_title("MSSA compresses")
+    right.set_title("ISTA sparsifies")
+    return figure
+
+
+@_styled
+def attention_grid(image: Pixels, maps: Float) -> Figure:
+    """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
+    layers, heads = maps.shape[:2]
+    cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
+    columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
+    return _table(cells, columns, [f"layer {layer + 1}" for layer in range(layers)], bar=True)
+
+
+@_styled
+def picture_table(
+    cells: Sequence[Sequence[Pixels]],
+    columns: Sequence[str],
+    rows: Sequence[str] = (),
+    notes: Sequence[Sequence[str]] = (),
+    bar: bool = False,
+) -> Figure:
+    """Pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
+    return _table(cells, columns, rows, notes, bar)
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label: str) -> None:
+    layers = np.arange(1, len(mean) + 1)
+    axes.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+    axes.errorbar(
+        layers,
+        mean,
+        yerr=std,
+        color=colour,
+        marker=marker,
+        markersize=4 if len(layers) < 16 else 3,
+        linewidth=1.3,
+        capsize=2,
+        elinewidth=0.8,
+    )
+    axes.set_xlabel(r"layer $\ell$")
+    axes.set_ylabel(label)
+    axes.set_xticks(layers[:: -(-len(layers) // 12)])
+
+
+def _table(
+    cells: Sequence[Sequence[Pixels]],
+    columns: Sequence[str],
+    rows: Sequence[str] = (),
+    notes: Sequence[Sequence[str]] = (),
+    bar: bool = False,
+) -> Figure:
+    """Laid out in inches, cell by cell: every column as wide as the others, every row as high as its first picture."""
+    left = _LABEL_IN if rows else 0.02
+    right = _BAR_IN if bar else 0.02
+    below = 0.16 if notes else 0.0
+    width = min((TEXT_WIDTH_IN - left - right + _GAP_IN) / len(columns) - _GAP_IN, 1.7)
+    shapes = [row[0].shape for row in cells]
+    heights = [width * shape[0] / shape[1] for shape in shapes]
+    total = _TITLE_IN + sum(heights) + (len(cells) - 1) * _GAP_IN + len(cells) * below + 0.02
+    figure = Figure(figsize=(left + len(columns) * (width + _GAP_IN) - _GAP_IN + right, total))
+    across, down = figure.get_size_inches()
+    y = total - _TITLE_IN
+    for number, row in enumerate(cells):
+        y -= heights[number]
+        for column, cell in enumerate(row):
+            x = left + column * (width + _GAP_IN)
+            if number == 0:
+                title, size = _label(columns[column], width)
+                figure.text((x + width / 2) / across, 1 - 0.05 / down, title, ha="center", va="top", fontsize=size)
+            axes = figure.add_axes((x / across, y / down, width / across, heights[number] / down))
+            axes.imshow(cell, interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+            if notes:
+                note = notes[number][column]
+                figure.text((x + width / 2) / across, (y - 0.03) / down, note, ha="center", va="top", fontsize=7)
+        if rows:
+            title, size = _label(rows[number], heights[number])
+            x, middle, turn = 0.1 / across, (y + heights[number] / 2) / down, 90 if " " in title else 0
+            figure.text(x, middle, title, ha="center", va="center", rotation=turn, fontsize=size)
+        y -= below + _GAP_IN
+    corner: dict[str, Any] = {"va": "top", "fontsize": 6}
+    if rows and " " not in _label(rows[0], heights[0])[0]:  # numbers alone: say of what
+        figure.text(0.1 / across, 1 - 0.05 / down, rows[0].split()[0], ha="center", **corner)
+    if bar and " " not in _label(columns[-1], width)[0]:
+        figure.text(1 - (right - 0.06) / across, 1 - 0.05 / down, columns[-1].split()[0], ha="left", **corner)
+    if bar:
+        _scale(figure, across, down, total)
+    return figure
+
+
+def _label(text: str, room_in: float) -> tuple[str, float]:
+    """What of a title such as "head 12" fits in so many inches, and its size: at worst the number or the first word."""
+    if room_in > 0.4:
+        return text, 8 if room_in > 0.55 else 6
+    first, *_, last = text.split() if " " in text else (text, text)
+    return last if last.isdigit() else first, 6
+
+
+def _scale(figure: Figure, across: float, down: float, total: float) -> None:
+    length = min(1.8, total - _TITLE_IN - 0.1)
+    x, y = across - _BAR_IN + 0.1, (total - _TITLE_IN - length) / 2
+    axes = figure.add_axes((x / across, y / down, 0.09 / across, length / down))
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=[0, 0.5, 1] if length > 0.4 else [0, 1]
+    )
+    bar.ax.tick_params(labelsize=7 if length > 0.4 else 5, length=2)
+    if total > 0.75:
+        bar.set_label("attention / max", fontsize=7)
+    bar.outline.set_linewidth(0.5)

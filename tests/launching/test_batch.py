@@ -1,0 +1,138 @@
+"""What the batch script remembers and reads, in a real shell without a scheduler. On a real one: tests/cluster."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.faults import DEVICE_FAULT
+from tests.ranks import REPOSITORY
+
+START = "crate-dist start 2.1: rank {rank} on node {node}\n"
+BEFORE = "crate-dist start 1.1: rank {rank} on node {node}\n"
+
+
+def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> str:
+    """What `commands` print after launch/batch.sh has been read, as in a job that was requeued twice."""
+    lines = [
+        f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
+        f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
+        f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
+        f"source {REPOSITORY}/launch/batch.sh",
+        "crate_start=1",
+        "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
+        *commands,
+    ]
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "PATH": "/usr/bin:/bin", **(env or {})}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_a_task_of_an_array_knows_itself_and_its_run(tmp_path: Path) -> None:
+    say = "echo $crate_job $crate_run_dir"
+    assert batch(tmp_path, say) == f"7 {tmp_path}/one"
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    assert batch(tmp_path, say, env=array) == f"7_1 {tmp_path}/two"
+
+
+@pytest.mark.parametrize(
+    ("ends", "stuck"),
+    [
+        ([(TRY_AGAIN, None)], 0),  # with nothing before it to be compared to
+        ([(TRY_AGAIN, 100), (TRY_AGAIN, 100), (TRY_AGAIN, 100), (TRY_AGAIN, 100)], 3),
+        ([(TRY_AGAIN, 100), (TRY_AGAIN, 100), (TRY_AGAIN, 100), (TRY_AGAIN, 105)], 0),
+        ([(TRY_AGAIN, 100), (TRY_AGAIN, 90), (STOPPED, 95), (TRY_AGAIN, 100)], 2),  # a later one was damaged
+    ],
+)
+def test_starts_that_get_no_further_are_counted_over_requeues(
+    ends: list[tuple[int, int | None]], stuck: int, tmp_path: Path
+) -> None:
+    for status, step in ends:
+        shutil.rmtree(tmp_path / "one", ignore_errors=True)
+        if step is not None:
+            (tmp_path / "one" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        said = batch(tmp_path, f"crate_note_progress {status}; echo $crate_stuck")
+    assert said == str(stuck)
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "expected"),
+    [
+        ("", 1, "over"),  # it never came to train
+        ("", TRY_AGAIN, "again"),
+        ("-1 1", 1, "again"),  # it did before, so srun could not start the ranks
+        ("-1 2", TRY_AGAIN, "GIVEN UP: three starts in a row ended no further than one before them, before the first"),
+        ("100 2", STOPPED, "again"),
+        ("100 2", NEEDS_A_PERSON, "over"),
+        ("100 0", LOST_THE_RUN, "over"),
+        ("100 x", TRY_AGAIN, "again"),
+    ],
+)
+def test_whether_another_start_is_worth_it(before: str, status: int, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text(before)
+    (tmp_path / "one" / "checkpoints" / "step-00000100").mkdir(parents=True)
+    if before.startswith("-1"):
+        shutil.rmtree(tmp_path / "one")
+    said = batch(tmp_path, f"crate_note_progress {status}", f"crate_is_worth_it {status} && echo again || echo over")
+    assert expected in said
+
+
+def test_the_end_of_a_start_that_was_told_to_stop_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text("100 1")
+    assert batch(tmp_path, "kill -TERM $$", "crate_note_progress 143; echo $crate_stuck") == "1"
+
+
+def test_the_node_of_a_broken_device_is_found_in_the_logs_of_this_start_alone(tmp_path: Path) -> None:
+    logs = tmp_path / "logs" / "7"
+    logs.mkdir(parents=True)
+    ecc = "what():  CUDA error: uncorrectable ECC error encountered\n"
+    (logs / "7_0_log.out").write_text(BEFORE.format(rank=0, node="n1") + ecc + START.format(rank=0, node="n1"))
+    (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + "step 5\n" + ecc)
+    (logs / "7_2_log.out").write_text(START.format(rank=2, node="n9;reboot") + ecc)
+    (logs / "7_3_log.out").write_text(BEFORE.format(rank=3, node="n1") + ecc)
+    said = batch(tmp_path, "crate_look_at_logs; echo broken: $crate_broken")
+    assert said.splitlines()[0].startswith(
+        "crate-dist: node n2 shows a broken device: rank 1 on node n2: what():  CUDA"
+    )
+    assert said.splitlines()[1:] == ["broken: n2"]
+
+
+def test_the_name_of_a_sample_makes_no_node_a_broken_one(tmp_path: Path) -> None:
+    (logs := tmp_path / "logs" / "7").mkdir(parents=True)
+    name = "2026-11-21 10:00:00 W replaced NVRM: Xid.png of train-000000.tar: it does not decode\n"
+    (logs / "7_0_log.out").write_text(START.format(rank=0, node="n1") + name)
+    assert batch(tmp_path, "crate_look_at_logs; echo broken: $crate_broken") == "broken:"
+
+
+def test_a_checkpoint_that_replaced_another_is_progress_too(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "progress").write_text("100 2")
+    (tmp_path / "one" / "checkpoints" / "step-00000105.1").mkdir(parents=True)
+    assert batch(tmp_path, f"crate_note_progress {TRY_AGAIN}; echo $crate_furthest $crate_stuck") == "105 0"
+
+
+def test_a_rank_that_was_killed_is_named_where_no_rank_says_a_fault(tmp_path: Path) -> None:
+    logs = tmp_path / "logs" / "7"
+    logs.mkdir(parents=True)
+    killed = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 75\n"
+    (logs / "7_0_log.out").write_text("crate-dist start 2.1: on n[1-2]\n" + killed)
+    assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault"') == "n2: task 1: Killed"
+
+
+def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_path: Path) -> None:
+    logs = tmp_path / "logs" / "7"
+    logs.mkdir(parents=True)
+    fault = "rank 1 on node n2: ShardError: cannot read /data/x.tar: Input/output error"
+    (logs / "7_0_log.out").write_text(
+        START.format(rank=0, node="n1") + "crate-dist lost: rank 0 on node n1: DistBackendError: …\n"
+    )
+    (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + f"crate-dist fault: {fault}\n")
+    assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault/$crate_broken"') == f"{fault}/"

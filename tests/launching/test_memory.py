@@ -1,0 +1,58 @@
+"""The memory that the launcher foretells is what torch keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crate_dist.config import Recipe, load_recipe
+from crate_dist.launching.memory import advice, kept_bytes_per_image, largest_micro_batch, parameters, step_bytes
+from crate_dist.models.build import build_model
+from crate_dist.models.sizes import ARCHS
+
+
+def recipe(arch: str = "crate_tiny", *overrides: str) -> Recipe:
+    return load_recipe(arch, ["train.precision=fp32", *overrides])
+
+
+@pytest.mark.parametrize("arch", ["crate_tiny", "crate_small", "crate_base", "crate_large"])
+def test_the_parameters_are_counted_without_torch_as_torch_has_them(arch: str) -> None:
+    with torch.device("meta"):
+        from crate_dist.models.build import model_config
+        from crate_dist.models.crate import CRATE
+
+        model = CRATE(model_config(recipe(arch).model, 1000))
+    assert parameters(recipe(arch)) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("again", [0, 5, 12])
+def test_what_autograd_keeps_is_what_was_foretold(again: int) -> None:
+    settings = recipe("crate_tiny", "model.image_size=112", f"train.recompute={again}")
+    model = build_model(settings.model, 1000, seed=0)
+    model.recompute = again
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.randn(4, 3, 112, 112)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(images)
+    assert logits.requires_grad
+    assert kept_bytes_per_image(settings) == pytest.approx(sum(kept.values()) / 4, rel=0.1)
+
+
+def test_recomputing_needs_less_and_what_fits_is_proposed() -> None:
+    plain, again = recipe("crate_large", "train.precision=bf16"), recipe("crate_large", "train.recompute=24")
+    again = again.model_copy(update={"train": again.train.model_copy(update={"precision": "bf16"})})
+    assert step_bytes(again, 128, 32) < step_bytes(plain, 128, 32) / 3
+    fits = largest_micro_batch(plain, 16, 40e9)
+    assert step_bytes(plain, fits, 16) < 40e9
+    assert (2048 // 16) % fits == 0
+    assert f"train.micro_batch={fits}" in advice(plain, 2048, 16, 40)
+    assert f"train.recompute={ARCHS['crate_large'].depth}" in advice(plain, 2048, 16, 40)
+    assert largest_micro_batch(plain, 16, 1e6) == 0

@@ -1,0 +1,131 @@
+"""Weights of one model begin another: what fits is taken, what can be fitted is, and the rest is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from crate_dist.config import ModelSection
+from crate_dist.models.adapt import adapt
+from crate_dist.models.build import build_model, initialise, model_config
+from crate_dist.models.crate import CRATE
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.read import load_model
+
+SOURCE = model_config(ModelSection(arch="crate_demo", image_size=32, patch_size=8), num_classes=10)
+
+PUBLISHED = Path(__file__).parents[1] / "golden" / "crate_reference_checkpoint.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return initialise(SOURCE, seed=5).state_dict()
+
+
+def test_at_the_same_size_everything_is_taken_as_it_is(weights: dict[str, Tensor]) -> None:
+    adapted = adapt(weights, SOURCE, SOURCE, new_head=False)
+    assert adapted.notes == ()
+    assert adapted.state_dict.keys() == weights.keys()
+    assert all(torch.equal(adapted.state_dict[name], weights[name]) for name in weights)
+
+
+def test_a_new_head_is_the_new_model_s_own_and_nothing_else_is(weights: dict[str, Tensor]) -> None:
+    target = replace(SOURCE, num_classes=3)
+    adapted = adapt(weights, SOURCE, target, new_head=True)
+    assert weights.keys() - adapted.state_dict.keys() == {
+        "head.norm.weight",
+        "head.norm.bias",
+        "head.linear.weight",
+        "head.linear.bias",
+    }
+    assert adapted.notes == ("head new, 10 classes there and 3 here",)
+    CRATE(target).load_state_dict(adapted.state_dict, strict=False)
+
+
+def test_positions_of_another_grid_are_interpolated_and_the_class_token_s_is_kept(weights: dict[str, Tensor]) -> None:
+    adapted = adapt(weights, SOURCE, replace(SOURCE, image_size=48), new_head=False)
+    assert adapted.notes == ("positions interpolated from 4 x 4 to 6 x 6 patches",)
+    positions = adapted.state_dict["pos_embedding"]
+    assert positions.shape == (1, 37, SOURCE.dim)
+    assert torch.equal(positions[:, 0], weights["pos_embedding"][:, 0])
+    assert torch.equal(weights["pos_embedding"], initialise(SOURCE, seed=5).state_dict()["pos_embedding"])
+
+
+def test_half_precision_becomes_fp32(weights: dict[str, Tensor]) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    assert {t.dtype for t in adapt(half, SOURCE, SOURCE, new_head=False).state_dict.values()} == {torch.float32}
+
+
+def test_another_width_names_every_tensor_and_the_arch_that_would_fit(weights: dict[str, Tensor]) -> None:
+    target = model_config(ModelSection(arch="crate_tiny", image_size=48, patch_size=8), num_classes=3)
+    with pytest.raises(WeightsError) as caught:
+        adapt(weights, SOURCE, target, new_head=True)
+    message = str(caught.value)
+    assert "--set model.arch=crate_demo" in message
+    assert "layers.0-3.ista.dictionary: (96, 96) there, (384, 384) here" in message
+    assert "layers.4-11.ista.dictionary: none there, (384, 384) here" in message
+    for module in ("pos_embedding", "cls_token", "patch_embed.proj", "mssa.out.weight", "head.linear.weight"):
+        assert module in message
+
+
+def test_what_has_the_same_shapes_and_means_something_else_is_refused_or_told(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"4 heads.*2 heads"):
+        adapt(weights, SOURCE, replace(SOURCE, heads=2), new_head=True)
+    adapted = adapt(weights, SOURCE, replace(SOURCE, ista_step=0.2, pool="mean"), new_head=False)
+    assert adapted.notes == ("pool cls there and mean here", "ista_step 0.1 there and 0.2 here")
+
+
+def test_a_head_that_does_not_fit_is_not_kept(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"10 classes.*11.*init_head"):
+        adapt(weights, SOURCE, replace(SOURCE, num_classes=11), new_head=False)
+
+
+@pytest.mark.parametrize("new", [16, 12, 4])
+def test_patches_of_another_size_that_show_the_same_are_embedded_alike(weights: dict[str, Tensor], new: int) -> None:
+    changed = {name: torch.rand_like(t) if "norm_in" in name else t for name, t in weights.items()}
+    target = replace(SOURCE, image_size=4 * new, patch_size=new)
+    adapted = adapt(changed, SOURCE, target, new_head=False)
+    assert adapted.notes == (f"patch embedding resized from 8 to {new} pixels",)
+    before, after = CRATE(SOURCE), CRATE(target)
+    before.load_state_dict(changed)
+    after.load_state_dict(adapted.state_dict)
+    coarse = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    here, there = (interpolate(coarse, (side, side), mode="bicubic") for side in (32, 4 * new))
+    with torch.no_grad():
+        one, other = before.patch_embed(here).flatten(), after.patch_embed(there).flatten()
+    assert torch.cosine_similarity(one, other, dim=0) > 0.98
+
+
+def test_weights_that_are_not_finite_are_named(weights: dict[str, Tensor]) -> None:
+    broken = {**weights, "cls_token": torch.full_like(weights["cls_token"], torch.nan)}
+    with pytest.raises(WeightsError, match="not finite: cls_token"):
+        adapt(broken, SOURCE, SOURCE, new_head=False)
+
+
+def test_adapted_features_are_those_of_the_source_up_to_the_head(weights: dict[str, Tensor]) -> None:
+    source, target = CRATE(SOURCE), build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 3, seed=9)
+    source.load_state_dict(weights)
+    target.load_state_dict(adapt(weights, SOURCE, target.config, new_head=True).state_dict, strict=False)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        there, here = source.forward_intermediates(images), target.forward_intermediates(images)
+    assert torch.equal(there.features[-1], here.features[-1])
+    assert here.logits.shape == (2, 3)
+
+
+def test_a_checkpoint_of_the_published_code_begins_a_model_of_another_resolution_and_other_classes() -> None:
+    published, _ = load_model(PUBLISHED, heads=4)
+    target = initialise(replace(published.config, image_size=48, num_classes=37), seed=0)
+    adapted = adapt(published.state_dict(), published.config, target.config, new_head=True)
+    missing = target.load_state_dict(adapted.state_dict, strict=False).missing_keys
+    assert len(missing) == 4
+    assert all(name.startswith("head.") for name in missing)
+    theirs = torch.load(PUBLISHED, weights_only=True)["state_dict"]
+    assert torch.equal(
+        target.state_dict()["layers.2.ista.dictionary"], theirs["module.transformer.layers.2.1.fn.weight"]
+    )

@@ -1,0 +1,217 @@
+"""Compiled layers compute the same, once compiled, for every batch; where that fails, training goes on without."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crate_dist.checkpoint import loading as checkpoint
+from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.loading import Progress
+from crate_dist.config import Recipe
+from crate_dist.distributed import World
+from crate_dist.training import compiling
+from crate_dist.training.lion import Lion
+from tests.ranks import spawn
+from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
+
+pytestmark = [
+    pytest.mark.spawn,
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, as one for all restarts of a run."""
+    return tmp_path_factory.mktemp("inductor")
+
+
+def with_train(**train: Any) -> Recipe:
+    settings = recipe()
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"precision": "fp32", **train})})
+
+
+def keep_in(cache: Path) -> None:
+    import os
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+
+
+def weights_after(engine: Any, world: World, first: int, stop: int) -> list[torch.Tensor]:
+    take_steps(engine, world, first, stop)
+    return [part.clone() for part in engine.state()["fp32"]]
+
+
+def disturbed_and_not(world: World, device: torch.device, cache: Path, folder: Path) -> bool:
+    keep_in(cache)
+    undisturbed = weights_after(make_engine(world, device, with_train(compile=True)), world, 0, 5)
+    engine = make_engine(world, device, with_train(compile=True))
+    take_steps(engine, world, 0, 3)
+    saving.publish(folder, engine.state(), engine.layouts, Progress(step=3), world)
+    again = make_engine(world, device, with_train(compile=True))
+    found = checkpoint.find_newest(folder, world)
+    assert found is not None
+    again.load(found)
+    resumed = weights_after(again, world, 3, 5)
+    return all(torch.equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
+
+
+def test_a_compiled_run_resumed_ends_bit_for_bit_the_same(cache: Path, tmp_path: Path) -> None:
+    assert spawn(disturbed_and_not, 2, cache, tmp_path / "saved") == [True, True]
+
+
+def count_graphs(world: World, device: torch.device, cache: Path) -> tuple[int, float]:
+    keep_in(cache)
+    compiled, eager = (make_engine(world, device, with_train(compile=choice)) for choice in (True, False))
+    take_steps(eager, world, 0, 2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        take_steps(compiled, world, 0, 1)
+    for count in (GLOBAL_BATCH, 5, 1):  # an evaluation, with its last batches
+        compiled.predict(batch_of(9).images[:count])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        take_steps(compiled, world, 1, 2)
+    images = batch_of(9).images
+    off = (compiled.predict(images) - eager.predict(images)).abs().max().item()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], off
+
+
+def test_all_layers_are_one_graph_and_nothing_is_compiled_again(cache: Path) -> None:
+    graphs, off = spawn(count_graphs, 1, cache)[0]
+    assert graphs == 1
+    assert off < 0.05  # Lion turns a gradient that is zero up to rounding into a whole step
+
+
+def not_finite(world: World, device: torch.device, cache: Path) -> tuple[str, bool]:
+    from crate_dist.training.engine import NotFinite
+
+    keep_in(cache)
+    engine = make_engine(world, device, with_train(compile=True))
+    take_steps(engine, world, 0, 1)
+    before = [part.clone() for part in engine.state()["fp32"]]
+    with torch.no_grad():
+        engine.module.layers[1].ista.dictionary[0, 0] = float("inf")
+    with pytest.raises(NotFinite) as caught:
+        take_steps(engine, world, 1, 2)
+    return str(caught.value), all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
+
+
+def test_the_layer_where_it_stopped_being_finite_is_found_behind_a_compiled_one(cache: Path) -> None:
+    for said, untouched in spawn(not_finite, 2, cache):
+        assert "rank 0: the output of layers.1.ista" in said
+        assert untouched
+
+
+def broken_compiler(world: World, device: torch.device, folder: Path) -> tuple[str, list[bool]]:
+    import torch._inductor.config
+
+    logging.basicConfig(filename=folder / str(world.rank), force=True, level=logging.WARNING)
+    if world.rank == 1:  # on one rank alone: both must train without
+        torch._inductor.config.cpp.cxx = ("/nonexistent/g++",)  # type: ignore[assignment]
+        keep_in(folder / "empty")
+    engine = make_engine(world, device, with_train(compile=True))
+    plain = make_engine(world, device, with_train(compile=False))
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(weights_after(engine, world, 0, 2), weights_after(plain, world, 0, 2), strict=True)
+    ]
+    return (folder / str(world.rank)).read_text(), same
+
+
+def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: Path) -> None:
+    for log, same in spawn(broken_compiler, 2, tmp_path):
+        assert log.count("torch.compile does not work here, training goes on without it") == 1
+        assert all(same)
+
+
+def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
+    from crate_dist.models.crate import CRATE, CrateConfig
+    from crate_dist.models.weights.names import from_reference, load_weights
+
+    keep_in(cache)
+    golden = torch.load(GOLDEN, weights_only=True)
+    model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
+    load_weights(model, from_reference(golden["state_dict"]))
+    images = golden["images"]
+    assert compiling.compile_layers(model, device, torch.float32, len(images)) is not None
+    return (model(images) - golden["logits"]).abs().max().item()
+
+
+def test_compiled_logits_equal_the_published_codes(cache: Path) -> None:
+    assert spawn(golden_outputs, 1, cache)[0] < 1e-5
+
+
+def test_auto_leaves_a_cpu_alone() -> None:
+    cpu = torch.device("cpu")
+    assert [compiling.wanted(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]
+
+
+def compiled_lion(world: World, device: torch.device, cache: Path) -> tuple[float, int]:
+    keep_in(cache)
+    both = []
+    for compiled in (True, False):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5000))
+        optimizer = Lion([weight], lr=1e-3, weight_decay=0.1)
+        optimizer.grad_scale = torch.tensor(3.0)
+        if compiled:
+            optimizer.compile()
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            weight.grad = torch.sin(torch.arange(5000.0) * (step + 1))
+            optimizer.step()
+        both.append(weight.detach())
+    return (both[0] - both[1]).abs().max().item(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_lion_is_lion_and_a_new_rate_compiles_nothing_again(cache: Path) -> None:
+    off, graphs = spawn(compiled_lion, 1, cache)[0]
+    assert off < 1e-6
+    assert graphs == 1
+
+
+def recomputed(world: World, device: torch.device) -> list[bool]:
+    plain, again = (make_engine(world, device, with_train(recompute=count)) for count in (0, 3))
+    return [
+        torch.equal(a, b)
+        for a, b in zip(weights_after(plain, world, 0, 3), weights_after(again, world, 0, 3), strict=True)
+    ]
+
+
+def test_layers_that_are_computed_again_give_the_same_weights_bit_for_bit() -> None:
+    assert spawn(recomputed, 1) == [[True]]
+
+
+def losses_of(world: World, device: torch.device, cache: Path) -> list[list[float]]:
+    """Of fp32, eager, and of bf16 and autocast, compiled, on images of four colours."""
+    keep_in(cache)
+    curves = []
+    for train in (
+        {"precision": "fp32"},
+        {"precision": "bf16", "compile": True},
+        {"precision": "autocast", "compile": True},
+    ):
+        engine = make_engine(world, device, with_train(**train))
+        losses = []
+        for step in range(40):
+            batch = batch_of(step % 5)
+            labels = torch.arange(GLOBAL_BATCH) % 4
+            images = batch.images // 2
+            images[torch.arange(GLOBAL_BATCH), :, :, labels.clamp(max=2)] += (labels < 3).byte()[:, None, None] * 60
+            losses.append(engine.step(iter([batch._replace(images=images, labels=labels)]), 3e-4, step).loss.item())
+        curves.append(losses)
+    return curves
+
+
+def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) -> None:
+    exact, *fast = (torch.tensor(losses) for losses in spawn(losses_of, 1, cache)[0])
+    assert exact[-5:].mean() < exact[:5].mean() - 0.2
+    for losses in fast:
+        off = losses - exact
+        assert off.abs().max() < 0.1
+        assert off[0].abs() > 1e-5, "no product was bf16: fp32, compiled, is some 1e-6 off at the first step"
+        assert all(abs(quarter.mean()) < 0.05 for quarter in off.chunk(4))

@@ -1,0 +1,254 @@
+"""The white box while it trains: seen in TensorBoard, without a trace in the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from crate_dist.config import load_recipe
+from crate_dist.data.index import ShardIndex
+from crate_dist.data.loader import eval_loader
+from crate_dist.distributed import World
+from crate_dist.models.build import build_model
+from crate_dist.models.crate import CRATE
+from crate_dist.run.folder import RunFolder
+from crate_dist.training.live import Live, first_images
+from crate_dist.training.optim import Schedule
+from tests.conftest import SMALL_RECIPE, write_split
+from tests.ranks import train_to_the_end
+
+MEASURES = {
+    "coding_rate",
+    "coding_rate_change",
+    "zeros",
+    "dead_tokens",
+    "dead_features",
+    "coherence",
+    "gradient_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[str, Path]:
+    """Eight steps on two ranks: without measures, with them, and with them when all after the fourth is done again."""
+    folder = tmp_path_factory.mktemp("live")
+    recipe = folder / "small.toml"
+    recipe.write_text(SMALL_RECIPE.replace("every_steps = 5", "every_steps = 4"))
+    arguments: list[object] = ["--config", recipe, "--data", cast_shards, "--set", "model.dropout=0.1"]
+    measured = [*arguments, "--set", "log.whitebox_every_steps=3", "--set", "log.whitebox_images=5"]
+    steps = ("--set", "train.max_steps=8")
+    train_to_the_end([*arguments, *steps, "--set", "log.whitebox_every_steps=0", "--run-dir", folder / "off"], 2)
+    train_to_the_end([*measured, *steps, "--run-dir", folder / "on"], 2)
+    shutil.copytree(folder / "on", folder / "killed")
+    shutil.rmtree(RunFolder(folder / "killed").checkpoints / "step-00000008")
+    train_to_the_end([*measured, *steps, "--run-dir", folder / "killed"], 2)
+    return {name: folder / name for name in ("off", "on", "killed")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(RunFolder(run).model("last"), weights_only=True)["state_dict"]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
+
+
+def events(run: Path) -> EventAccumulator:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    found = EventAccumulator(str(RunFolder(run).tensorboard), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+@pytest.mark.spawn
+def test_a_run_that_is_measured_ends_with_the_same_weights(runs: dict[str, Path]) -> None:
+    off, on = weights(runs["off"]), weights(runs["on"])
+    assert off.keys() == on.keys()
+    assert all(torch.equal(off[name], on[name]) for name in off)
+    killed = weights(runs["killed"])
+    assert all(torch.equal(killed[name], on[name]) for name in on)  # dropout, too, is drawn again as it was
+    losses = [[line["train/loss"] for line in lines(runs[name]) if "train/loss" in line] for name in ("off", "on")]
+    assert losses[0] == losses[1]
+    assert not any("whitebox/coding_rate" in line for line in lines(runs["off"]))
+
+
+@pytest.mark.spawn
+@pytest.mark.parametrize("name", ["on", "killed"])
+def test_every_layer_has_its_curves_at_the_same_steps_however_often_it_was_resumed(
+    runs: dict[str, Path], name: str
+) -> None:
+    found = events(runs[name])
+    tags = {f"whitebox/{measure}/layer-{layer:02d}" for measure in MEASURES for layer in range(1, 5)}
+    assert {tag for tag in found.Tags()["scalars"] if tag.startswith("whitebox/")} == tags
+    for tag in tags:
+        assert [event.step for event in found.Scalars(tag)] == [1, 3, 6]
+    stored = [line for line in lines(runs[name]) if "whitebox/zeros" in line]
+    assert [line["step"] for line in stored] == [1, 3, 6]
+    for line in stored:
+        assert {key.removeprefix("whitebox/") for key in line if key.startswith("whitebox/")} == MEASURES
+        assert all(0.2 < share < 0.9 for share in line["whitebox/zeros"])
+        assert all(0 < norm < 100 for norm in line["whitebox/gradient_norm"])
+    shown = [event.value for event in found.Scalars("whitebox/coding_rate/layer-02")]
+    assert shown == pytest.approx([line["whitebox/coding_rate"][1] for line in stored], rel=1e-6)
+
+
+@pytest.mark.spawn
+def test_a_resumed_run_measures_what_it_would_have_measured(runs: dict[str, Path]) -> None:
+    measured = [
+        {key: value for key, value in line.items() if key != "time"}
+        for name in ("on", "killed")
+        for line in lines(runs[name])
+        if "whitebox/zeros" in line
+    ]
+    assert measured[:3] == measured[3:]
+
+
+@pytest.mark.spawn
+def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]) -> None:
+    found = events(runs["on"])
+    tags = ["attention_of_the_last_layers_heads", "attention_of_the_layers", "profile"]
+    assert sorted(found.Tags()["images"]) == [f"whitebox/{tag}" for tag in tags]
+    for tag, columns in ((tags[0], 5), (tags[1], 5)):  # the picture, and four heads or four layers
+        pictures = found.Images(f"whitebox/{tag}")
+        assert [picture.step for picture in pictures] == [1, 3, 6]
+        assert (pictures[0].width, pictures[0].height) == (columns * 74 - 2, 4 * 74 - 2)
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    (category,) = layout.category
+    assert category.title == "white box, layer by layer"
+    assert len(category.chart) == len(MEASURES)
+    assert category.chart[0].multiline.tag[0] == r"whitebox/coding_rate/layer-\d+"
+
+
+@pytest.mark.spawn
+def test_the_ledger_knows_what_it_cost(runs: dict[str, Path]) -> None:
+    noted = [json.loads(line) for line in RunFolder(runs["on"]).ledger.read_text().splitlines()]
+    costs = [line for line in noted if line["event"] == "whitebox"]
+    assert [line["step"] for line in costs] == [1, 3, 6]
+    assert all(line["seconds"] > 0 for line in costs)
+    assert "white-box measures" in RunFolder(runs["on"]).log_file(0).read_text()
+
+
+class Notes:
+    """Takes what Live would write."""
+
+    def __init__(self) -> None:
+        self.layers: list[dict[str, list[float]]] = []
+
+    def white_box(self, step: int, layers: dict[str, list[float]], *_: object) -> None:
+        self.layers.append(layers)
+
+
+class Untold:
+    """An Interrupt that never comes."""
+
+    def go_on(self) -> None: ...
+
+    def hold(self) -> None: ...
+
+
+def live(cast_shards: Path, small_recipe: Path, model: CRATE, steps: list[int]) -> Notes:
+    """Measures of a model at these steps, on one rank; an epoch has 8.3 steps, the first of which is the warm-up."""
+    recipe = load_recipe(small_recipe, data__root=str(cast_shards), log__whitebox_every_steps=10)
+    world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
+    one, notes = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24)), Notes()
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setattr("crate_dist.training.live.gather_objects", lambda value: [value])
+        for step in steps:
+            assert one.is_due(step)
+            one.measure(model, step, notes, Untold())  # type: ignore[arg-type]
+    return notes
+
+
+def test_layers_that_stop_compressing_are_named_once_and_not_before_the_warm_up(
+    cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model(load_recipe(small_recipe).model, 4, seed=0)
+    of = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in (f"layers.{number}.mssa" for number in range(4)):
+            of[f"{layer}.out.weight"].copy_(0.2 * of[f"{layer}.subspaces.weight"].T)  # the derivation's: it compresses
+            of[f"{layer}.out.bias"].zero_()
+        of["layers.2.mssa.out.weight"].zero_()  # adds nothing: the rate stays as it is
+    with caplog.at_level(logging.WARNING):
+        notes = live(cast_shards, small_recipe, model, [1])
+        assert "compresses" not in caplog.text
+        live(cast_shards, small_recipe, model, [10, 20])
+    change = notes.layers[0]["whitebox/coding_rate_change"]
+    assert change[2] == 0
+    assert max(change[:2]) < 0
+    warned = [record.getMessage() for record in caplog.records if "compresses no longer" in record.getMessage()]
+    assert len(warned) == 1
+    assert warned[0].startswith("layer 3 compresses no longer: at step 10")
+
+
+def test_tokens_that_die_are_reported_with_their_layer(
+    cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model(load_recipe(small_recipe).model, 4, seed=0)
+    with torch.no_grad():
+        dict(model.named_parameters())["layers.3.ista_norm.weight"].zero_()
+    with caplog.at_level(logging.WARNING):
+        live(cast_shards, small_recipe, model, [1, 10])
+    warned = [record.getMessage() for record in caplog.records if "all zero" in record.getMessage()]
+    assert len(warned) == 1
+    assert warned[0].startswith("100 % of the tokens are all zero after layer 4 at step 1")
+
+
+def test_measures_that_take_too_much_time_say_how_many_would_not(
+    cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(small_recipe, log__whitebox_every_steps=200)
+    world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
+    one = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24))
+    for began, seconds in ((0, 50), (149, 1), (249, 1)):  # half a per cent beside the first
+        one._say_when_dear(began, seconds)
+    assert not caplog.records
+    for began in (295, 395):
+        one._say_when_dear(began, 5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the white-box measures take 2.8 % of the time; --set log.whitebox_every_steps=600 costs 1 % at most"
+    ]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+def test_a_model_that_has_burst_is_measured_too(cast_shards: Path, small_recipe: Path, broken: float) -> None:
+    model = build_model(load_recipe(small_recipe).model, 4, seed=0).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(broken)
+    assert len(live(cast_shards, small_recipe, model, [1]).layers) == 1
+
+
+def test_bad_images_are_passed_over_and_the_first_good_ones_are_taken(small_recipe: Path, tmp_path: Path) -> None:
+    from tests.conftest import casts
+
+    samples = [
+        (key, image[:40] if number in (0, 3) else image, label)
+        for number, (key, image, label) in enumerate(casts(12, seed=3))
+    ]
+    index = write_split(tmp_path / "val", iter(samples), shard_samples=5, classes=4)
+    recipe = load_recipe(small_recipe, log__whitebox_images=4)
+    pixels, labels = first_images(index, recipe)
+    assert labels.tolist() == [1, 2, 0, 1]  # samples 1, 2, 4 and 5
+    assert pixels.shape == (4, 32, 32, 3)
+    assert np.array_equal(first_images(index, recipe)[0], pixels)
+
+
+def test_the_images_are_those_of_evaluation_prepared_as_for_it(small_recipe: Path, cast_shards: Path) -> None:
+    index = ShardIndex.load(cast_shards / "val")
+    for fit in ("crop", "stretch"):
+        recipe = load_recipe(small_recipe, data__eval_fit=fit, data__eval_crop=0.5, data__workers=0)
+        pixels, labels = first_images(index, recipe)
+        batch = next(iter(eval_loader(index, 0, 1, recipe.data, recipe.model.image_size, len(pixels))))
+        assert torch.equal(torch.from_numpy(pixels), batch.images), fit
+        assert torch.equal(labels, batch.labels)

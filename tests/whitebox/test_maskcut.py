@@ -1,0 +1,144 @@
+"""Foreground is found where it was put."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.linalg import eigh
+
+from crate_dist.whitebox.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
+from crate_dist.whitebox.pca import picture_components, principal_components
+
+
+def planted(grid: tuple[int, int], *boxes: tuple[slice, slice], noise: float = 0.05, seed: int = 0) -> np.ndarray:
+    """Features (rows, cols, 8): each box points in a direction of its own, and so does the ground."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(0, noise, (*grid, 8))
+    features[..., 0] += 1
+    for number, box in enumerate(boxes, start=1):
+        features[box] -= np.eye(8)[0]
+        features[box] += np.eye(8)[number]
+    return features
+
+
+def test_the_second_eigenvector_is_that_of_the_generalised_problem() -> None:
+    rng = np.random.default_rng(1)
+    weights = rng.random((30, 30))
+    weights = weights + weights.T
+    degrees = np.diag(weights.sum(axis=1))
+    expected = eigh(degrees - weights, degrees)[1][:, 1]
+    found = second_eigenvector(weights)
+    cosine = found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert abs(cosine) == pytest.approx(1, abs=1e-9)
+
+
+def test_two_blocks_are_cut_between_them() -> None:
+    block = np.repeat([0, 1], [12, 20])
+    weights = np.where(block[:, None] == block, 1.0, 1e-5)
+    vector = second_eigenvector(weights)
+    assert len(np.unique(np.sign(vector[block == 0]))) == 1
+    assert np.array_equal(vector > vector.mean(), block == (1 if vector[-1] > 0 else 0))
+
+
+def test_affinity_joins_what_is_alike_and_leaves_out_what_is_taken() -> None:
+    features = np.array([[1.0, 0], [3, 0.1], [0, 2], [0, 0]])
+    joined = affinity(features, tau=0.15)
+    assert (joined == 1).tolist() == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, False],
+    ]
+    assert joined.min() > 0
+    assert (affinity(features, tau=-0.5)[3] < 1).all()
+
+
+def test_objects_are_cut_out_one_after_the_other() -> None:
+    large, small = (slice(2, 8), slice(2, 7)), (slice(3, 6), slice(10, 13))
+    masks = mask_cut(planted((10, 16), large, small), objects=2)
+    truth = [np.zeros((10, 16), dtype=bool) for _ in range(2)]
+    truth[0][large], truth[1][small] = True, True
+    assert sorted(round(max(iou(mask, one) for mask in masks), 2) for one in truth) == [1, 1]
+
+
+def test_what_has_three_corners_is_the_ground() -> None:
+    middle = (slice(1, 9), slice(1, 9))  # larger than the ground around it
+    (mask,) = mask_cut(planted((10, 10), middle), objects=1)
+    assert mask[1:9, 1:9].all()
+    assert mask.sum() == 64
+
+
+def test_no_object_is_empty_or_a_speck() -> None:
+    counts = []
+    for seed in range(20):
+        features = planted((10, 16), (slice(2, 8), slice(2, 7)), (slice(5, 9), slice(10, 14)), noise=0.3, seed=seed)
+        masks = mask_cut(features, objects=4)
+        counts.append(len(masks))
+        assert all(mask.sum() > 0.01 * mask.size for mask in masks)
+    assert max(counts) > 1
+
+
+def test_no_more_objects_are_named_than_there_are() -> None:
+    masks = mask_cut(planted((10, 16), (slice(2, 8), slice(2, 7))), objects=5)
+    assert 1 <= len(masks) <= 5
+    assert np.sum(masks, axis=0).max() == 1  # none of them overlap
+    with pytest.raises(ValueError, match="two patches at least"):
+        mask_cut(np.ones((1, 1, 4)))
+
+
+def test_attention_masks_are_the_fewest_patches_with_their_share() -> None:
+    attention = np.array([[0.4, 0.1], [0.2, 0.3]])
+    assert attention_mask(attention, 0.6).tolist() == [[True, False], [False, True]]
+    assert attention_mask(attention, 0.7).tolist() == [[True, False], [False, True]]
+    assert attention_mask(attention, 0.71).tolist() == [[True, False], [True, True]]
+    assert attention_mask(0.001 * attention, 1).all()
+    with pytest.raises(ValueError, match=r"not 1\.5"):
+        attention_mask(attention, 1.5)
+
+
+def test_components_are_those_of_a_singular_value_decomposition() -> None:
+    features = np.random.default_rng(2).normal(size=(40, 6)) * [5, 3, 2, 1, 1, 1]
+    centred = features - features.mean(axis=0)
+    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    assert np.allclose(np.abs(principal_components(features, 3)), np.abs(left * values)[:, :3])
+    assert principal_components(features[:, :2], 3)[:, 2].tolist() == [0] * 40
+
+
+def test_the_first_component_tells_the_foreground_over_pictures_of_any_shape() -> None:
+    here, there = (slice(2, 7), slice(3, 6)), (slice(1, 4), slice(4, 10))
+    found = picture_components([planted((9, 9), here), planted((6, 12), there)])
+    truths = [np.zeros((9, 9), dtype=bool), np.zeros((6, 12), dtype=bool)]
+    truths[0][here], truths[1][there] = True, True
+    for one, truth in zip(found, truths, strict=True):
+        assert np.array_equal(one.foreground, truth)
+        assert one.first.min() == 0
+        assert one.first.max() == 1
+        assert (one.colours[~truth] == 0).all()
+        assert one.colours[truth].max(axis=0).tolist() == [1, 1, 1]
+    (other,) = picture_components([planted((9, 9), (slice(2, 7), slice(0, 4)))], invert=True)
+    assert not other.foreground[2:7, 0:4].any()
+    assert other.foreground.sum() == 81 - 20
+
+
+def test_colours_are_those_of_the_published_figure() -> None:
+    """Scikit-learn's PCA, and its scaling in each picture: the ground has a score of one below the smallest."""
+    PCA = pytest.importorskip("sklearn.decomposition").PCA
+    rng = np.random.default_rng(3)
+    features = [planted((9, 9), (slice(2, 7), slice(3, 6))), planted((6, 12), (slice(1, 4), slice(4, 10)))]
+    features = [one + rng.normal(0, 0.3, one.shape) * [0, 1, 0, 2, 0, 3, 0, 0] for one in features]
+    found = picture_components(features)
+    kept = PCA(3).fit_transform(np.concatenate([f[one.foreground] for f, one in zip(features, found, strict=True)]))
+    for one, scores in zip(found, np.split(kept, [found[0].foreground.sum()]), strict=True):
+        least = min(0.0, scores.min()) - 1
+        expected = (scores - least) / (scores.max(axis=0) - least)
+        assert np.allclose(one.colours[one.foreground], expected)
+        assert not one.colours[~one.foreground].any()
+
+
+def test_holes_in_the_foreground_are_filled() -> None:
+    features = planted((9, 9), (slice(2, 7), slice(2, 7)))
+    features[4, 4] = features[0, 0]
+    (one,) = picture_components([features])
+    assert one.foreground[2:7, 2:7].all()
+    with pytest.raises(ValueError, match=r"between 0 and 1, not at 1\.5"):
+        picture_components([features], threshold=1.5)
