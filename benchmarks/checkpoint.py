@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config import load_recipe
-from crate_dist.launching.ranks import free_port, rank_environment
+from crate_dist.launching.ranks import rank_environment
+from crate_dist.world import free_port
 
 COLUMNS = ("DeepSpeed save", "our stall", "our save in all", "DeepSpeed load", "our load")
 
@@ -83,11 +84,13 @@ def as_rank(rank: int, ranks: int, port: int, arch: str, rounds: int, place: Pat
     import torch
     import torch.distributed as dist
 
-    from crate_dist.checkpoint.loading import Progress, find_newest
+    from crate_dist.checkpoint.format import Progress
+    from crate_dist.checkpoint.loading import find_newest
     from crate_dist.checkpoint.saving import Saver
-    from crate_dist.distributed import detect_world, init_distributed
+    from crate_dist.distributed import init_distributed
     from crate_dist.models.build import build_model
     from crate_dist.training.engine import Engine
+    from crate_dist.world import detect_world
 
     logging.disable(logging.WARNING)
     world = detect_world()

@@ -24,7 +24,8 @@ from PIL import Image
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Batch
-from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.distributed import init_distributed, leave_distributed
+from crate_dist.world import detect_world
 
 BAND = 0.02
 """The largest mean difference of a quarter that passes."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from typing import Any
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.launching.memory import parameters
+from crate_dist.launching.ranks import rank_environment
+from crate_dist.world import free_port
 
 CLASSES = 1000
 WARM_UP, COUNTED = 2, 3
@@ -103,16 +104,12 @@ def measured(arguments: argparse.Namespace, count: int) -> None:
 
 
 def start_ranks(arguments: argparse.Namespace, kind: str, ranks: int) -> dict[str, Any]:
-    """What rank 0 of so many local processes reports."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    place |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Starts local processes as `ranks` ranks, and returns what rank 0 reports."""
+    port, alone = free_port(), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     processes = [
         subprocess.Popen(
             [sys.executable, *sys.argv, "--as-rank", kind],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **rank_environment(rank, ranks, port), **alone},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -131,7 +128,8 @@ def as_rank(arguments: argparse.Namespace) -> int:
     import torch
 
     from crate_dist.data.loader import Batch
-    from crate_dist.distributed import detect_world, init_distributed
+    from crate_dist.distributed import init_distributed
+    from crate_dist.world import detect_world
 
     passed = listen()  # before anything binds the functions
     world = detect_world()
@@ -215,7 +213,7 @@ def ddp(recipe: Recipe) -> Any:
     # torch's DDP reduces in C++, past torch.distributed: a hook does the same where it is heard.
     wrapped.register_comm_hook(None, _reduce_aloud)
     optimizer = build_optimizer(parameter_groups(bare, recipe.optim), recipe.optim)
-    normalize = Normalize(recipe.data, torch.device("cpu"), torch.float32)
+    normalize = Normalize(recipe.images.mean, recipe.images.std, torch.device("cpu"), torch.float32)
 
     def step(given: Any) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):

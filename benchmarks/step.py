@@ -38,10 +38,11 @@ from torch import nn
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Batch
-from crate_dist.distributed import detect_world, init_distributed, leave_distributed
+from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.matmul import linear
+from crate_dist.world import VARIABLES, detect_world
 
 Step = Callable[[Batch], None]
 CLASSES = 1000
@@ -175,8 +176,8 @@ def published(recipe: Recipe, model: nn.Module, device: torch.device) -> Step:
     """One step of the published code's loop on a model."""
     model = model.to(device)
     optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
-    mean = torch.tensor(recipe.data.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(recipe.data.std, device=device).view(3, 1, 1)
+    mean = torch.tensor(recipe.images.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(recipe.images.std, device=device).view(3, 1, 1)
     on_gpu = device.type == "cuda"
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
 
@@ -221,8 +222,8 @@ def memory_of(name: str) -> int:
     """Peak bytes of a contestant after a few steps, in a process of its own."""
     with tempfile.NamedTemporaryFile("r") as said:
         command = [sys.executable, *sys.argv, "--memory-of", name]
-        ours = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process's place is taken
-        env = {key: value for key, value in os.environ.items() if key not in ours} | {"STEP_MEMORY": said.name}
+        # This process's place is taken.
+        env = {key: value for key, value in os.environ.items() if key not in VARIABLES} | {"STEP_MEMORY": said.name}
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         return int(said.read())
 

@@ -25,15 +25,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
-from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_split
+from crate_dist.errors import UserError
+from crate_dist.files import written_whole
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights.names import WeightsError
 from crate_dist.whitebox import plots
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
@@ -180,9 +179,8 @@ def _draw(figure: Figure, path: Path) -> Path:
 
 
 def _numbers(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
-    beside = path.with_name(f".{path.name}.tmp.npz")
-    np.savez_compressed(beside, **dict[str, Any](arrays))
-    beside.replace(path)
+    with written_whole(path) as file:
+        np.savez_compressed(file, **dict[str, Any](arrays))
     return path
 
 
@@ -232,16 +230,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
     config, data = subject.model.config, subject.data
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", data)
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", subject.images)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
-        pictures = from_paths(options.images, framing, data, count)
+        pictures = from_paths(options.images, framing, count)
     else:
         try:
             root = data.place(options.data)
         except RecipeError as error:
             raise GalleryError(f"no pictures: give --images PATH, or else the data: {error}") from error
-        pictures = from_split(open_split(root, options.split, data), framing, data, count)
+        pictures = from_split(open_split(root, options.split, data), framing, count)
     return [Picture(f"{n:02d}-{p.name}", p.pixels, p.tensor) for n, p in enumerate(pictures, start=1)]
 
 
@@ -271,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 truths = _read_truths(options.masks, pictures) if options.masks else {}
                 written = draw_masks(model, pictures, layer, truths, options.mass, options.tau, options.objects, out)
-    except (CheckpointError, WeightsError, RecipeError, ShardError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     print(f"{subject.name}, {len(pictures)} pictures:", *written, sep="\n  ")  # noqa: T201

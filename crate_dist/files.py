@@ -5,25 +5,55 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small text file so that a reader sees the old one or the new one, also after a crash."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that takes its name when the block ends well, so that nobody ever sees a part of it.
+
+    Before that it is synced, after that its folder. When the block raises, what stood under the name still does.
+
+    Raises
+    ------
+    OSError: it cannot be written; its filename is `path`
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(beside)):  # a full disk has no name of its own
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small text file as `written_whole` does."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, so that they survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class AppendedFile:

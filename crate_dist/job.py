@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
 
+from crate_dist.errors import UserError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import may_pass
 
@@ -47,19 +48,19 @@ class TrainJob:
         try:
             from crate_dist.distributed import lost_a_rank
             from crate_dist.run.lock import LostTheRun
-            from crate_dist.train import EXPECTED_ERRORS, train
+            from crate_dist.train import train
         except Exception as error:
             logger.exception("while importing")
             _end(error)
         try:
             result = train(self.run_dir, accept_changed_data=self.accepted_data)
-        except EXPECTED_ERRORS as error:
-            logger.error("%s", error)
-            _end(error)
         except LostTheRun as error:
             logger.critical("%s", error)
             logging.shutdown()
             os._exit(LOST_THE_RUN)
+        except UserError as error:
+            logger.error("%s", error)
+            _end(error)
         except Exception as error:
             lost = lost_a_rank(error)
             logger.exception("this rank has lost another one" if lost else "unexpected")

@@ -1,9 +1,10 @@
 """Trains the recipe of a run folder, from wherever its newest checkpoint stands.
 
     python -m crate_dist.train --arch crate_tiny --data /data/imagenet-shards
+    python -m crate_dist.train --run-dir runs/crate_tiny
 
-starts one process; under torchrun or srun the same line is one rank of many. launch/local.py and launch/slurm.py
-start it for you.
+The first starts one process; under torchrun or srun the same line is one rank of many. launch/local.py and
+launch/slurm.py start it for you. The second goes on with a run by the recipe that its folder holds.
 """
 
 from __future__ import annotations
@@ -15,54 +16,40 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from crate_dist.checkpoint.loading import CheckpointError
-from crate_dist.config import Recipe, RecipeError
-from crate_dist.data.index import ShardError
+from crate_dist.config import Recipe
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import (
-    PortIsTaken,
-    World,
-    detect_world,
-    exit_at_once,
-    gather_objects,
-    init_distributed,
-    is_first_start,
-    leave_distributed,
-)
+from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed
+from crate_dist.errors import UserError
+from crate_dist.launching.opening import opened
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
-from crate_dist.launching.preflight import check_that_no_job_waits
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
-from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock, Tenure
-from crate_dist.training.engine import NotFinite
+from crate_dist.run.lock import LostTheRun, Tenure
 from crate_dist.training.interrupt import Interrupt, ending_at_once
-from crate_dist.training.metrics import TooManyBadSamples, start_logging
+from crate_dist.training.metrics import start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
-
-EXPECTED_ERRORS = (RecipeError, RunIsLocked, ShardError, CheckpointError, NotFinite, TooManyBadSamples)
-"""What a person can act on: shown as a message, without a traceback."""
+from crate_dist.world import World, detect_world, is_first_start
 
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
 
 
 def train(
-    run_dir: Path, recipe: Recipe | None = None, start_over: bool = False, accept_changed_data: bool | str = False
+    run_dir: Path, accept_changed_data: bool | str = False, recipe: Recipe | None = None, start_over: bool = False
 ) -> TrainResult:
-    """Runs this process as one rank until the recipe is complete. Resumes by itself. A collective.
+    """Runs this process as one rank until the recipe of the run folder is complete. Resumes by itself. A collective.
 
-    recipe: opens the run folder with it, on rank 0; None: the folder has been opened, and knows its recipe
-    start_over: sets aside what the folder holds; not when SLURM or torchrun starts the same job again
     accept_changed_data: goes on though the data are not those of the checkpoint; a digest: if they are those of it
+    recipe, start_over: with which rank 0 opens the folder first, as a launcher does; None: a launcher has done so
 
     Raises
     ------
     RecipeError, RunIsLocked, ShardError, CheckpointError: before the first step, for what cannot work
     NotFinite, TooManyBadSamples: in the middle, with the checkpoints before it intact
-    LostTheRun: in the middle, when another job has taken over the run folder
+    LostTheRun: when another job has taken over the run folder
     ToldToStop: a signal came before the first step, and there was nothing to save
     """
     startup = Startup()
@@ -74,82 +61,64 @@ def train(
         device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
     startup.mark("process group")
     try:
-        with (
-            Interrupt() as interrupt,
-            _folder_in_hand(folder, recipe, world, start_over) as (resolved, tenure),
-            Watchdog(world, resolved.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog,
-        ):
-            startup.mark("run folder")
-            together = interrupt, watchdog, startup, tenure
-            return Trainer(folder, resolved, world, device, *together, accept_changed_data).run()
+        with Interrupt() as interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
+            start_logging(folder, world)
+            recipe = read_recipe(folder.path)
+            with Watchdog(world, recipe.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog:
+                startup.mark("run folder")
+                together = interrupt, watchdog, startup, tenure
+                return Trainer(folder, recipe, world, device, *together, accept_changed_data).run()
     finally:
         leave_distributed()
 
 
 @contextmanager
-def _folder_in_hand(
-    folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool
-) -> Iterator[tuple[Recipe, Tenure]]:
-    """Rank 0 locks the run folder and opens it, the others learn how that went. Gives the folder's recipe.
+def _opened_by_rank_0(folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool) -> Iterator[Tenure]:
+    """Gives the tenure of rank 0, which holds the lock of the run folder; the other ranks learn how that went.
 
     Raises
     ------
-    RecipeError, RunIsLocked: on every rank
+    RecipeError, RunIsLocked, LostTheRun: on every rank
     """
     with ExitStack() as stack:
-        problem: Exception | None = None
-        tenure = Tenure()
+        problem, tenure = None, Tenure()
         if world.is_main:
             try:
-                starts_over = start_over and is_first_start()
-                if recipe is not None:
-                    if not starts_over:
-                        folder.check(recipe)
-                    folder.make()
-                lock = RunLock(folder.lock, (recipe or read_recipe(folder.path)).safety.lease_s)
-                tenure = stack.enter_context(lock).tenure
-                check_that_no_job_waits(folder)
-                if starts_over:
-                    folder.set_aside(tenure.check)
-                if recipe is not None:
-                    folder.open(recipe, tenure.check)
-            except (RecipeError, RunIsLocked) as error:
+                tenure = stack.enter_context(opened(folder, recipe, start_over and is_first_start())).tenure
+            except UserError as error:
                 problem = judged(error)
-            except OSError as error:
-                problem = RecipeError(f"cannot lock the run folder {folder.path}: {error}")
-                problem.__cause__ = error
-                judged(problem)
         problem = gather_objects(problem)[0]
         if problem is not None:
             raise problem
-        start_logging(folder, world)
-        yield read_recipe(folder.path), tenure
+        yield tenure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: resolves a recipe, opens the run folder, trains."""
+    """Trains what the command line names, and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m crate_dist.train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, required=False)
     arguments = parser.parse_args(argv)
+    run_dir, recipe = arguments.run_dir, None
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    if not given & {"arch", "config"} and ("run_dir" not in given or given - {"run_dir", "accept_changed_data"}):
+        parser.error("--arch or --config is required, but for --run-dir alone, which goes on with that run as it is")
     try:
-        recipe = recipe_from(arguments)
-        run_dir = arguments.run_dir or default_run_dir(recipe)
-        result = train(run_dir, recipe, arguments.start_over, arguments.accept_changed_data)
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return TRY_AGAIN if may_pass(error) else 1
+        if given & {"arch", "config"}:
+            recipe = recipe_from(arguments)
+            run_dir = run_dir or default_run_dir(recipe)
+        result = train(run_dir, arguments.accept_changed_data, recipe, arguments.start_over)
     except LostTheRun as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return LOST_THE_RUN
-    except PortIsTaken as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return TRY_AGAIN
     except Exception as error:
-        if not may_pass(error):
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        elif may_pass(error):
+            traceback.print_exc()
+        else:
             raise
-        traceback.print_exc()
-        return TRY_AGAIN
+        return TRY_AGAIN if may_pass(error) else 1
     return 0 if result.finished else STOPPED
 
 

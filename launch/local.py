@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError
+from crate_dist.errors import UserError
+from crate_dist.launching.opening import opened
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
-from crate_dist.launching.preflight import opened, preflight
-from crate_dist.launching.ranks import RankFailed, free_port, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching.preflight import preflight
+from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.world import free_port
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,15 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         print(found, flush=True)
         if arguments.dry_run:
             return 0
-        with opened(found.folder, recipe, arguments.start_over, brief=False) as lock:
+        with opened(found.folder, recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
             print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
             run_ranks(command, ranks, found.folder, lock.environment())
-    except RecipeError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RankFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return error.exit_status if isinstance(error, RankFailed) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
@@ -70,8 +70,7 @@ def _ranks(asked: int | None) -> int:
 
 
 def _command(run_dir: Path, accept_changed_data: bool) -> list[str]:
-    recipe_file = str(run_dir / "recipe.toml")
-    command = [sys.executable, "-u", "-m", "crate_dist.train", "--config", recipe_file, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-u", "-m", "crate_dist.train", "--run-dir", str(run_dir)]
     return command + (["--accept-changed-data"] if accept_changed_data else [])
 
 

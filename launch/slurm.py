@@ -28,13 +28,16 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import crate_dist
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
+from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
 from crate_dist.launching.memory import advice
+from crate_dist.launching.opening import opened
 from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
-from crate_dist.launching.preflight import Preflight, folder_of_weights, opened, preflight
+from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
 from crate_dist.locations import is_private
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.world import VARIABLES
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         if not arguments.dry_run:
             _submit(executor, recipes, found, arguments.start_over)
-    except RecipeError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -288,7 +291,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
     _check_environment_goes_along(recipes[0])
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
-            locks.enter_context(opened(run.folder, recipe, start_over, brief=True))
+            locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
         _leave_other_jobs()
         try:
             jobs = executor.submit_array([TrainJob(run.folder.path, run.accepted_data) for run in found])
@@ -323,9 +326,8 @@ def _check_environment_goes_along(recipe: Recipe) -> None:
 def _leave_other_jobs() -> None:
     """Forgets the ranks and, inside a job, the job that this process belongs to: the new one would believe it."""
     job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in list(os.environ):
-        if (name.startswith(job) and name != "SLURM_CONF") or name in ranks:
+        if (name.startswith(job) and name != "SLURM_CONF") or name in VARIABLES:
             del os.environ[name]
 
 

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
-from crate_dist.distributed import World, init_distributed
+from crate_dist.distributed import init_distributed
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -29,24 +29,14 @@ def lock_is_free(folder: RunFolder) -> bool:
     return bool(json.loads((folder.lock / newest).read_text())["free"])
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun would set."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    """What torchrun would set, and one thread for each."""
+    return {**local_world(rank, world_size, port).environment(), "OMP_NUM_THREADS": "1"}
+
+
+def local_world(rank: int, world_size: int, port: int) -> World:
+    """The place of a rank of this machine."""
+    return World(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
 
 
 def spawn(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -87,7 +77,7 @@ def _as_rank(
 
     os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
-    world = World(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
+    world = local_world(rank, world_size, port)
     try:
         device = init_distributed(world)
         torch.save(function(world, device, *arguments), Path(folder, f"{rank}.pt"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crate_dist.distributed import detect_world, expand_nodelist, is_first_start
+from crate_dist.world import detect_world, expand_nodelist, is_first_start
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

@@ -18,8 +18,8 @@ from crate_dist.checkpoint.trained import load_subject
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
+from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote.fetch import Patience
-from crate_dist.data.remote.fetch import fetch as remote
 from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
 from crate_dist.models.weights import __main__ as weights

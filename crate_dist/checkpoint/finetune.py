@@ -1,4 +1,4 @@
-"""The weights that a fine-tuning run begins from: opened, fitted to the recipe's model, the same on all ranks."""
+"""Begins a fine-tuning run: opens other weights, fits them to the recipe's model, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crate_dist.checkpoint.loading import CheckpointError
 from crate_dist.checkpoint.trained import Subject, are_numbers, load_subject
 from crate_dist.config import RecipeError
 from crate_dist.distributed import gather_objects
+from crate_dist.errors import UserError
 from crate_dist.models.adapt import adapt
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights.names import StateDict, WeightsError
+from crate_dist.models.weights.names import StateDict
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def begin_from(
         digest = weights_digest(weights)
         new_head = head == "new" or (head == "auto" and not _same_classes(subject, model, classes))
         adapted = adapt(weights, subject.model.config, model.config, new_head)
-    except (CheckpointError, WeightsError, RecipeError) as error:
+    except UserError as error:
         problem = f"--init-from {source}: {error}"
     found = gather_objects((problem, digest))
     if problem := next((text for text, _ in found if text), ""):
@@ -82,7 +82,7 @@ def begin_from(
 
 
 def weights_digest(weights: StateDict) -> str:
-    """SHA-256 of the names and fp32 values of weights on the CPU, whatever file they came in."""
+    """Returns the SHA-256 of the names and fp32 values of weights on the CPU, whatever file they came in."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())

@@ -1,7 +1,18 @@
-"""What a checkpoint's manifest.json says, and what it cannot: the format, without torch.
+"""The format of a checkpoint, and the only place that knows it. Imports no torch.
 
-version, progress (step, …), world_size, tenure; groups (names and shapes) and partitions (elements per rank) of the
-flat vectors, kinds of them; files with bytes and sha256; recipe, data, classes; digest, of all of this
+    checkpoints/step-00000500/
+        manifest.json     step, world size, parameter groups, recipe, and a digest of every other file and of itself
+        rank-00000.pt     this rank's partition of the fp32 master weights and of the optimizer's state
+        rank-00001.pt     …
+
+ZeRO flattens each parameter group and cuts the flat vector into equal parts, one per rank, padding the last. So the
+files of a checkpoint are consecutive pieces of one vector per group and per kind of state, and a rank of any other
+world size copies from them the interval that is its own.
+
+A kind is nothing but a name in `kinds`: an average of the weights would be one more, and is read and resharded as the
+others are. Tensors that are the same on all ranks, as buffers, would stand once, in one more entry of `files`, which
+`_files_of` then names, with their names and shapes in a field of Manifest beside `groups`. A program that does not
+know the field would lose them, so a manifest that has it says a higher version, and one that has not says 1.
 """
 
 from __future__ import annotations
@@ -9,25 +20,43 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from crate_dist.run.folder import checkpoint_names
+from pydantic import ConfigDict, Field, InstanceOf, Strict, TypeAdapter, ValidationError
+
+from crate_dist.errors import UserError
+from crate_dist.files import write_whole
+from crate_dist.run.checkpoints import checkpoint_names
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+WEIGHTS = "fp32"
+"""The kind of state that every checkpoint has: the master weights."""
+
 _MOST_PADDING = 4096  # elements per rank; DeepSpeed pads to two
 _BYTES = 4  # per element of the fp32 weights, of which the files hold all
 
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_StepOrNone = Annotated[int, Field(strict=True, ge=-1, lt=2**63)]
+_Number = Annotated[float, Strict()]
+_Text = InstanceOf[str]  # names of folders may be no Unicode, which a plain str would have to be
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be written or used; the message names the file and what would do."""
+
 
 @dataclass(frozen=True)
-class Layout:
+class GroupLayout:
     """How one parameter group is flattened: names and shapes in order, nothing between them."""
 
-    names: Sequence[str]
-    shapes: Sequence[Sequence[int]]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    names: Sequence[_Text]
+    shapes: Sequence[Sequence[_Count]]
 
     @property
     def sizes(self) -> list[int]:
@@ -42,49 +71,104 @@ class Layout:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run knows beside its weights. The data pipeline's whole state is the step.
+    """The state of a run beside its weights. The data pipeline's whole state is the step.
 
-    optimizer_steps: updates done, as the optimizer counts them; evaluated_at: step of the last evaluation, -1 for none
+    step: optimizer steps done; evaluated_at: step of the last evaluation, -1 for none
     best_top1: best validation accuracy so far, in per cent; best_step: when it was reached
     """
 
-    step: int = 0
-    evaluated_at: int = -1
-    best_top1: float = -1.0
-    best_step: int = -1
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    step: _Count
+    evaluated_at: _StepOrNone = -1
+    best_top1: _Number = -1.0
+    best_step: _StepOrNone = -1
+    metrics: Mapping[str, _Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size and SHA-256 of a file beside the manifest."""
+
+    bytes: _Count
+    sha256: _Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of manifest.json; the first versions did not say what has a default here.
+
+    world_size: ranks that saved it; tenure: which holder of the run folder did, see run/lock.py
+    groups, partitions: the flat vectors, and elements of each per rank; kinds: of state, one vector per group each
+    files: by name; recipe: the values that decide the result
+    classes: ids in the order of the labels; data: facts that tell one split from another, see data/identity.py
+    """
+
+    world_size: Annotated[int, Field(strict=True, gt=0)]
+    tenure: _Count = 0
+    progress: Progress
+    groups: Sequence[GroupLayout]
+    partitions: Sequence[_Count]
+    kinds: Sequence[_Text]
+    files: Mapping[str, StoredFile]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[_Text] | None = None
+    data: Mapping[str, Mapping[str, Any] | None] | None = None
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the weights, by parameter name."""
+        return {name: [*shape] for group in self.groups for name, shape in zip(group.names, group.shapes, strict=True)}
+
+
+_PLAIN = TypeAdapter(Manifest)
 
 
 def rank_file(rank: int) -> str:
-    """The name of one rank's file."""
+    """Returns the name of one rank's file."""
     return f"rank-{rank:05d}.pt"
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a manifest says but this."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def manifest_digest(said: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of all that a manifest says but this."""
+    rest = {key: value for key, value in said.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a manifest says. Raises ValueError for one that no save wrote, with its name; OSError."""
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes a manifest with its version and its digest. Raises OSError."""
+    said = {"version": FORMAT_VERSION, **asdict(manifest)}
+    write_whole(folder / MANIFEST, json.dumps({**said, "digest": manifest_digest(said)}, indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a checkpoint.
+
+    Raises CheckpointError for one that no save of this version wrote, with its name; OSError when it cannot be read.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["version"] != FORMAT_VERSION:
-            problem = f"has format {manifest['version']}, this program reads {FORMAT_VERSION}"
-        elif manifest["digest"] != manifest_digest(manifest):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if said["version"] != FORMAT_VERSION:
+            problem = f"has format {said['version']!r}, which this program does not know: it reads {FORMAT_VERSION}"
+        elif said["digest"] != manifest_digest(said):
             problem = "does not have the digest in it"
         else:
-            problem = f"cannot be right: {wrong}" if (wrong := _malformed(manifest)) else ""
+            manifest = _PLAIN.validate_python(said)
+            contradiction = _contradiction(manifest)
+            if not contradiction:
+                return manifest
+            problem = f"cannot be right: {contradiction}"
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        where = ".".join(map(str, wrong["loc"]))
+        problem = f"cannot be right: {where} is {reprlib.repr(wrong['input'])}: {wrong['msg']}"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"is damaged ({type(error).__name__}: {error})"
-    if problem:
-        raise ValueError(f"{path} {problem}")
-    return manifest
+    raise CheckpointError(f"{path} {problem}")
 
 
-def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
-    """What the newest checkpoint in a folder says, without torch; None where there is none with a whole manifest.
+def newest_manifest(checkpoints: Path) -> Manifest | None:
+    """Reads the manifest of the newest checkpoint in a folder that has a whole one; None where there is none.
 
     For a first look: whether its other files are whole is found out when the run starts.
 
@@ -92,73 +176,35 @@ def newest_manifest(checkpoints: Path) -> Mapping[str, Any] | None:
     """
     for name in reversed(checkpoint_names(checkpoints)):
         try:
-            return read_manifest(checkpoints / name / MANIFEST)
-        except (OSError, ValueError):
+            return read_manifest(checkpoints / name)
+        except (OSError, CheckpointError):
             continue
     return None
 
 
-def _malformed(manifest: Mapping[str, Any]) -> str:
-    """What no save writes, in a manifest whose digest is right; "" for nothing.
-
-    Raises KeyError and TypeError where something is missing or there is more than there should be.
-    """
-    world_size, files, progress = manifest["world_size"], manifest["files"], manifest["progress"]
-    if not _is_count(world_size) or world_size < 1:
-        return f"world_size is {world_size!r}, expected a whole number from 1 on"
-    if (
-        not isinstance(files, dict)
-        or len(files) != world_size
-        or files.keys() != set(map(rank_file, range(len(files))))
-    ):
-        return f"it does not list the files of {world_size} ranks"
-    for name, entry in files.items():
-        if not _is_count(entry["bytes"]) or not isinstance(entry["sha256"], str):
-            return f"files.{name} is {entry!r}, expected bytes and a sha256"
-    if not _are_names(manifest["kinds"]) or "fp32" not in manifest["kinds"]:
-        return f"kinds are {manifest['kinds']!r}, expected names with fp32 among them"
-    if not _is_count(manifest.get("tenure", 0)):
-        return f"tenure is {manifest['tenure']!r}, expected a whole number"
-    groups, partitions = manifest["groups"], manifest["partitions"]
-    if not isinstance(groups, list) or not isinstance(partitions, list) or len(groups) != len(partitions):
+def _contradiction(manifest: Manifest) -> str:
+    """Says what no save writes, though each value alone might be right; "" for nothing."""
+    files, ranks = manifest.files, manifest.world_size
+    if len(files) != ranks or files.keys() != _files_of(ranks):
+        return f"it does not list the files of {ranks} ranks"
+    if WEIGHTS not in manifest.kinds:
+        return f"kinds are {manifest.kinds!r}, expected names with {WEIGHTS} among them"
+    if len(manifest.groups) != len(manifest.partitions):
         return "groups and partitions are no lists of one length"
-    names: list[str] = []
-    elements = 0
-    for number, (group, partition) in enumerate(zip(groups, partitions, strict=True)):
-        layout = Layout(**group)
-        if not all(isinstance(part, list) for part in (layout.names, layout.shapes, *layout.shapes)):
-            return f"groups[{number}] has no lists of names and shapes"
-        if len(layout.names) != len(layout.shapes) or not all(isinstance(name, str) for name in layout.names):
-            return f"groups[{number}] has other names than shapes"
-        if not all(_is_count(length) for shape in layout.shapes for length in shape):
-            return f"groups[{number}] has a shape that is none"
-        names += layout.names
-        numel = layout.numel
-        elements += numel
-        least = -(-numel // world_size)
-        if not _is_count(partition) or not max(least, 1) <= partition <= least + _MOST_PADDING:
-            return f"partitions[{number}] is {partition!r}, and {world_size} of them are to hold {numel} elements"
+    for number, (group, partition) in enumerate(zip(manifest.groups, manifest.partitions, strict=True)):
+        if len(group.names) != len(group.shapes):
+            return f"groups.{number} has other names than shapes"
+        least = -(-group.numel // ranks)
+        if not max(least, 1) <= partition <= least + _MOST_PADDING:
+            return f"partitions.{number} is {partition!r}, and {ranks} of them are to hold {group.numel} elements"
+    names = [name for group in manifest.groups for name in group.names]
     if len(set(names)) < len(names):
         return "two of its parameters have the same name"
-    if elements * _BYTES > (there := sum(entry["bytes"] for entry in files.values())):
+    elements, there = sum(group.numel for group in manifest.groups), sum(file.bytes for file in files.values())
+    if elements * _BYTES > there:
         return f"groups have {elements} elements, more than files of {there} bytes hold"
-    data, classes = manifest.get("data") or {}, manifest.get("classes")
-    if not isinstance(data, dict) or not all(isinstance(data.get(split) or {}, dict) for split in ("train", "val")):
-        return "data are no facts of train and val"
-    if classes is not None and not _are_names(classes):
-        return "classes are no list of names"
-    known = Progress(**progress)
-    if not _is_count(progress["step"]) or not all(type(at) is int for at in (known.evaluated_at, known.best_step)):
-        return f"progress has a step that is none: {progress!r}"
-    numbers = [known.best_top1, *known.metrics.values()] if isinstance(known.metrics, dict) else [None]
-    if not all(type(number) in (int, float) for number in numbers):
-        return f"progress has metrics that are no numbers: {progress!r}"
     return ""
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _files_of(ranks: int) -> set[str]:
+    return set(map(rank_file, range(ranks)))

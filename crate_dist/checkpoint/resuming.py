@@ -1,11 +1,12 @@
-"""What a checkpoint's run knew, held against the data that there are now: the same, or a refusal."""
+"""Holds the data that there are now against those of a checkpoint: the same, or a refusal."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
 
-from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Progress
+from crate_dist.checkpoint.format import CheckpointError, Progress
+from crate_dist.checkpoint.loading import Checkpoint
 from crate_dist.data.identity import DataIdentity, refusal
 from crate_dist.distributed import World, gather_objects
 from crate_dist.run.folder import RunFolder
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 def progress_on(
     data: DataIdentity, found: Checkpoint, folder: RunFolder, world: World, accept_changed: bool | str
 ) -> Progress:
-    """The progress of a checkpoint, less the best accuracy when it is of another validation split. A collective.
+    """Returns the progress of a checkpoint, without a best accuracy that is of another validation split. A collective.
 
     accept_changed: whether other data than the checkpoint's are good enough; a digest: those data alone. What was
     accepted is put down in the run folder, and then holds for every start from the same checkpoint.
@@ -25,9 +26,9 @@ def progress_on(
     ------
     CheckpointError: on every rank, when the data are others, naming the difference
     """
-    if not found.manifest.get("data"):
+    if not found.manifest.data:
         logger.info("%s is from before checkpoints knew their data, so these are taken for the same", found.path)
-    changed = data.differences(found.manifest)
+    changed = data.differences(found.manifest.data, found.manifest.classes)
     if not changed:
         return found.progress
     accepted = False

@@ -1,36 +1,36 @@
-"""Saving while training goes on: copied to host memory, written beside, published by one rename."""
+"""Saves while training goes on: copied to host memory, written beside, published by one rename."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
-from crate_dist.checkpoint.format import FORMAT_VERSION, MANIFEST, Layout, Progress, manifest_digest, rank_file
-from crate_dist.checkpoint.loading import (
-    UNFINISHED,
-    Checkpoint,
+from crate_dist.checkpoint.format import (
+    WEIGHTS,
     CheckpointError,
-    RankState,
-    list_checkpoints,
-    note_published,
-    step_name,
+    GroupLayout,
+    Manifest,
+    Progress,
+    StoredFile,
+    rank_file,
+    write_manifest,
 )
+from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
 from crate_dist.distributed import World, gather_objects
-from crate_dist.files import write_whole
-from crate_dist.run.folder import checkpoint_names
+from crate_dist.files import sync_folder
+from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name
 from crate_dist.run.lock import ALONE, Tenure
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _LEAVE_S = 60.0
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished save: how long training stood still for it, and how long it took in all."""
+    """A finished save: the seconds that training stood still for it, and those that it took in all."""
 
     step: int
     stall_s: float
@@ -48,7 +48,7 @@ class Saved:
 
 
 class Saver:
-    """Saves beside the training, one save at a time.
+    """A thread that saves beside the training, one save at a time.
 
     The ranks' writers agree with each other over a gloo group of their own, in threads, so that they meet neither the
     device nor the collectives of the step.
@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        layouts: Sequence[Layout],
+        layouts: Sequence[GroupLayout],
         world: World,
         keep: int,
         max_failures: int,
@@ -83,7 +83,7 @@ class Saver:
         self._saved: Saved | None = None
 
     def save(self, state: RankState, progress: Progress, **about: Any) -> Saved | None:
-        """Copies `state` and returns, leaving the rest to a thread; gives the save before it, when that succeeded.
+        """Copies `state` and returns, leaving the rest to a thread; returns the save before it if that succeeded.
 
         A collective only in that it waits for the save before. Raises CheckpointError as `wait` does.
         """
@@ -98,7 +98,7 @@ class Saver:
         return before
 
     def wait(self) -> Saved | None:
-        """Waits for the save that is under way; gives it when it succeeded, None when there was none or it failed.
+        """Waits for the save that is under way; returns it, or None when there was none or it failed.
 
         Raises
         ------
@@ -125,12 +125,12 @@ class Saver:
         return None
 
     def leave(self) -> None:
-        """Before an error ends the training: lets the save that is under way end, for a while."""
+        """Lets the save that is under way end, for a minute, before an error ends the training."""
         if self._thread is not None:
             self._thread.join(_LEAVE_S)
 
     def _copy(self, state: RankState) -> None:
-        """Into buffers that are kept: memory is found once, at the first save, and pinned for a GPU."""
+        """Copies into buffers that are kept: memory is found once, at the first save, and pinned for a GPU."""
         for kind, parts in state.items():
             if kind not in self._host:
                 self._host[kind] = [torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda) for p in parts]
@@ -155,7 +155,7 @@ class Saver:
 def publish(
     folder: Path,
     state: RankState,
-    layouts: Sequence[Layout],
+    layouts: Sequence[GroupLayout],
     progress: Progress,
     world: World,
     group: dist.ProcessGroup | None = None,
@@ -164,7 +164,7 @@ def publish(
 ) -> Checkpoint:
     """Writes a checkpoint and makes it visible by one rename, after every rank has agreed. A collective of `group`.
 
-    state: partitions on the CPU; tenure: rank 0's; about: what else the manifest shall say
+    state: partitions on the CPU; tenure: rank 0's; about: recipe, classes and data, as Manifest has them
 
     Raises
     ------
@@ -186,25 +186,23 @@ def publish(
         raise CheckpointError(f"checkpoint of step {progress.step} was not saved: {no_folder}")
     outcomes = gather_objects(_write_rank_file(beside / rank_file(world.rank), state), group)
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    manifest = {
-        "version": FORMAT_VERSION,
-        "world_size": world.world_size,
-        "tenure": number,
-        "progress": asdict(progress),
-        "groups": [asdict(layout) for layout in layouts],
-        "partitions": [part.numel() for part in state["fp32"]],
-        "kinds": sorted(state),
-        "files": {rank_file(rank): entry for rank, (entry, _) in enumerate(outcomes)},
+    manifest = Manifest(
+        world_size=world.world_size,
+        tenure=number,
+        progress=progress,
+        groups=layouts,
+        partitions=[part.numel() for part in state[WEIGHTS]],
+        kinds=sorted(state),
+        files={rank_file(rank): file for rank, (file, _) in enumerate(outcomes) if file},
         **about,
-    }
-    manifest["digest"] = manifest_digest(manifest)
+    )
     if not failures and world.is_main:
         try:
-            write_whole(beside / MANIFEST, json.dumps(manifest, indent=1))
-            _sync(beside)
+            write_manifest(beside, manifest)
+            sync_folder(beside)
             tenure.check()
             beside.replace(final)  # of the same step there may be another, which goes when this one stands
-            _sync(folder)
+            sync_folder(folder)
             note_published(folder, progress.step)
         except OSError as error:
             failures = [f"rank 0: {error}"]
@@ -217,14 +215,14 @@ def publish(
 
 
 def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, damaged: Collection[str] = ()) -> None:
-    """Removes all but the newest `keep` up to this step, and the best one. On one rank.
+    """Removes all checkpoints but the newest `keep` up to this step, and the best one. On one rank.
 
     Only what it has opened is removed: not what cannot be read, at the moment or at all, nor what a later version has
     written; nor what is of a later step, or of a later holder of the folder.
 
     damaged: names of those that are known to be so: they are none of the newest, and go when a whole one is as new
 
-    Raises LostTheRun when there is one.
+    Raises LostTheRun when another holder of the run folder has taken over.
     """
     try:
         there = [saved for saved in list_checkpoints(folder) if saved.step <= progress.step]
@@ -233,7 +231,7 @@ def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, d
         for saved in there:
             old = saved.step in newest or saved.step < min(recent, default=0)
             stays = saved is newest.get(saved.step) and saved.step in (*recent, progress.best_step)
-            if old and not stays and saved.tenure <= tenure.number:
+            if old and not stays and saved.manifest.tenure <= tenure.number:
                 tenure.check()
                 _remove(saved.path, tenure)
     except (OSError, CheckpointError) as error:
@@ -246,8 +244,11 @@ def _unfinished(folder: Path, tenure: Tenure, name: str) -> Path:
 
 
 def _free_name(folder: Path, step: int) -> str:
-    """Of a checkpoint of this step. There may be a damaged one, which loading has passed over, or one of before an
-    evaluation: it is not touched before the new one stands, so that there is a whole one at every moment."""
+    """Returns a name for a checkpoint of this step.
+
+    There may be a damaged one, which loading has passed over, or one of before an evaluation: it is not touched before
+    the new one stands, so that there is a whole one at every moment.
+    """
     there = set(checkpoint_names(folder))
     return next(name for count in itertools.count() if (name := step_name(step, count)) not in there)
 
@@ -291,22 +292,14 @@ class _Digesting:
         self._file.flush()
 
 
-def _write_rank_file(path: Path, state: RankState) -> tuple[dict[str, Any], str]:
-    """(entry for the manifest, "") or ({}, what went wrong)."""
+def _write_rank_file(path: Path, state: RankState) -> tuple[StoredFile | None, str]:
+    """Writes one rank's state and returns (the file, "") or (None, what went wrong)."""
     try:
         with path.open("wb") as file:
             digesting = _Digesting(file)
             torch.save(state, digesting)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        return {"bytes": digesting.bytes, "sha256": digesting.sha256.hexdigest()}, ""
+        return StoredFile(digesting.bytes, digesting.sha256.hexdigest()), ""
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        return {}, f"{path}: {error}"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return None, f"{path}: {error}"

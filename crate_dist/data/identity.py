@@ -72,15 +72,17 @@ class DataIdentity:
         return _digest(self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the splits, beside the classes."""
+        """Returns what a checkpoint keeps of the splits, beside the classes."""
         return {"train": asdict(self.train), "val": asdict(self.val) if self.val else None}
 
-    def differences(self, manifest: Mapping[str, Any]) -> dict[str, str]:
-        """What differs from the data of a checkpoint, in words, by split; nothing when it is the same.
+    def differences(
+        self, facts: Mapping[str, Mapping[str, Any] | None] | None, classes: Sequence[str] | None
+    ) -> dict[str, str]:
+        """Says by split what differs from the data of a checkpoint; nothing when it is the same.
 
-        manifest: of the checkpoint; one from before there were identities may say its classes, or nothing at all
+        facts, classes: of that data, as a checkpoint keeps them; None where one of before they were kept does not
         """
-        before, now = manifest.get("data") or {}, self.facts()
+        before, now = facts or {}, self.facts()
         found = {}
         for split in ("train", "val"):
             there, here = before.get(split), now[split]
@@ -88,8 +90,7 @@ class DataIdentity:
                 found[split] = words
             elif before and bool(there) != bool(here):
                 found[split] = "none there" if here else "none now"
-        classes = manifest.get("classes")
-        if isinstance(classes, list) and (words := first_difference(classes, self.classes)):
+        if classes is not None and (words := first_difference(classes, self.classes)):
             found["classes"] = words
         return found
 

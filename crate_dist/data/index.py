@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from xxhash import xxh3_64_intdigest
 
+from crate_dist.errors import UserError
+from crate_dist.files import written_whole
 from crate_dist.locations import redacted
 
 INDEX_JSON = "index.json"
@@ -40,7 +41,7 @@ FORMATS = {1: ROW_WITHOUT_CHECKSUM, 2: ROW}
 _MOST = 2**63 - 1
 
 
-class ShardError(ValueError):
+class ShardError(UserError, ValueError):
     """Shards or an index that cannot be used; the message names the file and what would do."""
 
 
@@ -217,22 +218,10 @@ class ShardIndex:
             "class_names": list(self.class_names),
             "made_by": dict(self.made_by),
         }
-        rows = self.root / f".{INDEX_ROWS}.{os.getpid()}.tmp"
-        text = self.root / f".{INDEX_JSON}.{os.getpid()}.tmp"
-        try:
-            with rows.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            with text.open("w", encoding="utf-8") as out:
-                json.dump(meta, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            rows.replace(self.root / INDEX_ROWS)
-            text.replace(self.root / INDEX_JSON)
-        finally:
-            rows.unlink(missing_ok=True)
-            text.unlink(missing_ok=True)
+        with written_whole(self.root / INDEX_JSON) as text:  # which has its name only when the rows have theirs
+            text.write(json.dumps(meta, indent=1).encode())
+            with written_whole(self.root / INDEX_ROWS) as rows:
+                rows.write(buffer.getbuffer())
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import argparse
 import os
 from pathlib import Path
 
-from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config import DATA_VARIABLE, Recipe, load_recipe
 from crate_dist.locations import is_private, location
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --arch/--config, --data, --run-dir, --init-from, --heads, --accept-changed-data, --seed and --set."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the options that name a run and its recipe: --arch/--config, --data, --run-dir, --set and others.
+
+    required: one of --arch and --config must be given
+    """
     group = parser.add_argument_group("recipe")
-    which = group.add_mutually_exclusive_group(required=True)
+    which = group.add_mutually_exclusive_group(required=required)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
     which.add_argument("--config", metavar="FILE", type=Path, help="any recipe file")
     group.add_argument(
@@ -48,7 +51,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the options of add_recipe_arguments name. Raises RecipeError.
+    """Loads the recipe that the options of add_recipe_arguments name. Raises RecipeError.
 
     A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
     """
@@ -72,9 +75,6 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 
 def default_run_dir(recipe: Recipe) -> Path:
-    """runs/NAME, with the seed behind it when it is not 0."""
+    """Returns runs/NAME, with the seed behind it when it is not 0."""
     seed = recipe.train.seed
     return Path("runs") / (recipe.name + (f"-seed{seed}" if seed else ""))
-
-
-__all__ = ["RecipeError", "add_recipe_arguments", "default_run_dir", "recipe_from"]

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
-import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_dist.checkpoint.format import newest_manifest
+from crate_dist.checkpoint.format import MANIFEST, newest_manifest
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, refusal
-from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
+from crate_dist.errors import UserError
 from crate_dist.locations import redacted
-from crate_dist.run.folder import RunFolder, checkpoint_names, read_recipe
-from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
-
-_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
+from crate_dist.run.checkpoints import checkpoint_names
+from crate_dist.run.folder import RunFolder, read_recipe
 
 
 @dataclass(frozen=True)
@@ -85,11 +77,11 @@ def preflight(
         train, val = open_splits(recipe)
         if not start_over and (manifest := newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
-            if changed := data.differences(manifest):
+            if changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
-                if not accepted_data and not folder.data_was_accepted(manifest["progress"]["step"], data.digest):
+                if not accepted_data and not folder.data_was_accepted(manifest.progress.step, data.digest):
                     problems.append(refusal(run_dir, changed))
-    except (RecipeError, ShardError) as error:
+    except UserError as error:
         problems.append(str(error))
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
@@ -122,73 +114,6 @@ def preflight(
     )
 
 
-@contextmanager
-def opened(folder: RunFolder, recipe: Recipe, start_over: bool, brief: bool) -> Iterator[RunLock]:
-    """Holds the lock of a run folder that this launcher has opened with a recipe, so that no other start changes it.
-
-    brief: the lock is held for seconds alone; else until the ranks, which its environment is given to, have it
-
-    Raises
-    ------
-    RecipeError: another job works there, or waits in SLURM's queue to do so; or as RunFolder.open says
-    """
-    folder.make()
-    try:
-        with RunLock(folder.lock, recipe.safety.lease_s, brief, lost=lambda why: None) as lock:
-            check_that_no_job_waits(folder)
-            if start_over:
-                folder.set_aside(lock.check)
-            folder.open(recipe, lock.check)
-            lock.check()
-            yield lock
-    except (RunIsLocked, LostTheRun) as error:
-        raise RecipeError(str(error)) from error
-    except OSError as error:
-        raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
-
-
-def check_that_no_job_waits(folder: RunFolder) -> None:
-    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
-
-    Raises
-    ------
-    RecipeError: one of them waits, or runs; or SLURM does not answer
-    """
-    try:
-        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
-    except FileNotFoundError:
-        return
-    mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
-    if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
-        return
-    for line in _queue(jobs).splitlines():
-        number, name, state, *why = line.split()
-        if jobs & {number, name}:
-            raise RecipeError(
-                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
-                f"wait for it, scancel {name}, or give another --run-dir"
-            )
-
-
-def _queue(jobs: Collection[str]) -> str:
-    """The user's jobs, a line each."""
-    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
-    said = ""
-    for pause_s in _PAUSES_S:
-        time.sleep(pause_s)
-        try:
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-            continue
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip()
-    raise RecipeError(
-        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
-    )
-
-
 def check_init_from(source: Path, recipe: Recipe) -> None:
     """Looks at --init-from as far as that goes without reading the weights.
 
@@ -208,7 +133,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
     if run == source and not checkpoint_names(RunFolder(run).checkpoints):
         raise RecipeError(f"{given}: this run has no checkpoint yet")
-    if run != source and not (source / "manifest.json").is_file():
+    if run != source and not (source / MANIFEST).is_file():
         raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
     there, here = read_recipe(run).model, recipe.model
     if there.arch != here.arch:
@@ -220,7 +145,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
 
 def folder_of_weights(source: Path) -> Path:
     """What has to be seen for --init-from to be read: of a checkpoint, its whole run."""
-    return source.parent.parent if (source / "manifest.json").is_file() else source.parent
+    return source.parent.parent if (source / MANIFEST).is_file() else source.parent
 
 
 def _check_writable(run_dir: Path) -> None:

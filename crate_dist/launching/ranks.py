@@ -6,7 +6,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World, free_port
 
 STOP_GRACE_S = 60.0
 """After a Ctrl-C or SIGTERM, which every rank gets; a second one ends them at once."""
@@ -24,7 +25,7 @@ SIBLING_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-class RankFailed(RuntimeError):
+class RankFailed(UserError):
     """A rank ended badly and took the others with it; the message has the end of its log."""
 
     def __init__(self, message: str, exit_status: int) -> None:
@@ -33,17 +34,11 @@ class RankFailed(RuntimeError):
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables by which distributed.detect_world knows a local rank, and its share of the cores."""
+    """The variables by which world.detect_world knows a local rank, and its share of the cores."""
     cores = len(os.sched_getaffinity(0))
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks)),
-    }
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks))
+    world = World(rank, ranks, rank, ranks, "127.0.0.1", port, "local")
+    return {**world.environment(), "OMP_NUM_THREADS": threads}
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
@@ -87,13 +82,6 @@ def run_ranks(
         raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
     if failed is not None:
         raise _explain(failed, processes[failed].returncode, folder.log_file(failed))
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crate_dist.data.index import ShardError
+from crate_dist.errors import UserError
 
 INTERRUPTED = 130
 
@@ -24,7 +24,7 @@ def run_program(main: Callable[[], int]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's warning: end as cleanly as on Ctrl-C
     try:
         return main()
-    except (ShardError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, the same command continues", file=sys.stderr)  # noqa: T201

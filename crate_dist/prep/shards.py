@@ -26,6 +26,7 @@ import numpy as np
 
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
+from crate_dist.files import sync_folder
 from crate_dist.prep.images import BadImage, Treatment, extension, treat
 from crate_dist.prep.pool import advance
 from crate_dist.prep.samples import Samples
@@ -133,7 +134,7 @@ def make_shard(task: ShardTask) -> ShardResult:
                 raise ShardError(f"{temporary} does not read back as it was written: memory or disk are at fault")
             if shard.samples:
                 temporary.replace(path)
-                _sync_folder(task.folder)
+                sync_folder(task.folder)
     finally:
         temporary.unlink(missing_ok=True)
     return ShardResult(Finished(shard, dict(counted), skipped), scan.rows, kept=False)
@@ -146,7 +147,7 @@ def shard_names(folder: Path, number: int) -> list[str]:
 
 def is_temporary(name: str) -> bool:
     """Whether a file is one that a conversion which was killed left behind."""
-    return bool(re.fullmatch(r"\..*\.[0-9]+\.tmp", name))
+    return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
 
 
 def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
@@ -212,11 +213,3 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
                 f"cannot write {path}: {_FULL[error.errno]}; make room, then the same command continues"
             ) from error
         raise ShardError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 from crate_dist.files import write_whole
+from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
-_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
 
@@ -83,7 +82,7 @@ class RunFolder:
     @property
     def published(self) -> Path:
         """The newest step that was ever published."""
-        return self.path / "published.json"
+        return published_file(self.checkpoints)
 
     @property
     def lock(self) -> Path:
@@ -109,7 +108,7 @@ class RunFolder:
         return self.logs / f"rank-{rank:05d}.log"
 
     def check(self, recipe: Recipe) -> None:
-        """Raises RecipeError unless the folder is new, empty, or of a run with the same mathematics."""
+        """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -193,7 +192,7 @@ class RunFolder:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def _changed(self, recipe: Recipe) -> list[str]:
-        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
+        before, now = load_recipe(self.recipe_file).deciding_values(), recipe.deciding_values()
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 
@@ -247,20 +246,6 @@ def read_recipe(run_dir: Path) -> Recipe:
     if not folder.recipe_file.is_file():
         raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
     return load_recipe(folder.recipe_file)
-
-
-def checkpoint_names(folder: Path) -> list[str]:
-    """Names of the checkpoints in a folder, the newest last; none where there is no folder.
-
-    One that replaces another of the same step has a number behind it: step-00000015.1 is newer than step-00000015.
-
-    Raises OSError when the folder cannot be listed.
-    """
-    try:
-        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
-    except FileNotFoundError:
-        return []
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
 
 
 def _size(path: Path) -> int:

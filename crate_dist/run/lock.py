@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from crate_dist.errors import UserError
 from crate_dist.run.exit_status import LOST_THE_RUN
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,11 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 _OLD_LOCK, _OLD_LEASE_S = "run.lock", 30.0  # until 2026: a file whose modification time was the sign of life
 
 
-class RunIsLocked(RuntimeError):
+class RunIsLocked(UserError):
     """Another job works in the run folder."""
 
 
-class LostTheRun(RuntimeError):
+class LostTheRun(UserError):
     """Another job has taken over the run folder, and nothing may be written there any more."""
 
 

@@ -32,12 +32,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
 
-from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, Layout, RankState
+from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
+from crate_dist.checkpoint.loading import Checkpoint, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Batch, Normalize
 from crate_dist.data.order import hash64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import gather_objects
+from crate_dist.errors import UserError
 from crate_dist.models.crate import CRATE
 from crate_dist.training import compiling
 from crate_dist.training.finite import where_not_finite
@@ -59,7 +61,7 @@ RANKS_REDUCED_TO = 32
 """Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
 
-class NotFinite(RuntimeError):
+class NotFinite(UserError):
     """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
 
     def __init__(self, message: str, samples: list[int]) -> None:
@@ -89,7 +91,7 @@ class Engine:
     def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
         self.recipe, self.device, self.accumulation = recipe, device, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self._normalize = Normalize(recipe.data, device, self.dtype)
+        self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
@@ -196,7 +198,7 @@ class Engine:
 
     def state(self) -> RankState:
         """This rank's partitions of the master weights and the optimizer's state, as views on the live tensors."""
-        state: RankState = {"fp32": [part.detach() for part in self._partitions]}
+        state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
         return state
@@ -208,14 +210,17 @@ class Engine:
         ------
         CheckpointError: of another model or another optimizer
         """
-        if [(list(a.names), a.numel) for a in checkpoint.layouts] != [(list(b.names), b.numel) for b in self.layouts]:
+        there, here = (
+            [(list(g.names), g.numel) for g in groups] for groups in (checkpoint.manifest.groups, self.layouts)
+        )
+        if there != here:
             raise CheckpointError(
                 f"{checkpoint.path} holds another model, or other parameter groups, than the recipe's"
             )
-        kinds = {"fp32", *STATE_KEYS[self.recipe.optim.name]}
-        if kinds != set(checkpoint.manifest["kinds"]):
+        kinds = {WEIGHTS, *STATE_KEYS[self.recipe.optim.name]}
+        if kinds != set(checkpoint.manifest.kinds):
             raise CheckpointError(
-                f"{checkpoint.path} holds {checkpoint.manifest['kinds']}, "
+                f"{checkpoint.path} holds {checkpoint.manifest.kinds}, "
                 f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
             )
         reader = checkpoint.reader()
@@ -249,7 +254,7 @@ class Engine:
     def _fill_partitions(self, fill: Any) -> None:
         for group, part in enumerate(self._partitions):
             staging = torch.empty(part.numel(), dtype=torch.float32)
-            fill("fp32", group, self._start(part), staging)
+            fill(WEIGHTS, group, self._start(part), staging)
             part.data.copy_(staging)
         self._zero.update_lp_params()
 
@@ -262,11 +267,11 @@ class Engine:
             assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
 
 
-def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Layout:
-    return Layout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
+def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:
+    return GroupLayout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
 
 
-def _from_tensors(tensors: dict[str, torch.Tensor], layout: Layout, start: int, out: torch.Tensor) -> None:
+def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: int, out: torch.Tensor) -> None:
     """Copies [start, start + len(out)) of the flattened tensors; zeros behind their end."""
     flat = torch.cat([tensors[name].reshape(-1) for name in layout.names])[start : start + out.numel()]
     out.zero_()

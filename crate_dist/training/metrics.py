@@ -24,6 +24,7 @@ from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World, gather_objects
+from crate_dist.errors import UserError
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
@@ -38,7 +39,7 @@ _MUCH_WAITING = 0.1
 _NAMED = 16
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(UserError):
     """More samples than data.max_bad_fraction did not decode."""
 
 

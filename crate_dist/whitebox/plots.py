@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from crate_dist.data.decode import Pixels
+from crate_dist.files import written_whole
 from crate_dist.whitebox.pixels import BLUE, HEAT, ORANGE, heat, lit
 
 Float = NDArray[np.floating]
@@ -60,10 +61,8 @@ def _styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG at 300 dots per inch, whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with rc_context(_STYLE):
-        FigureCanvasAgg(figure).print_figure(beside, format="png", dpi=DPI)
-    beside.replace(path)
+    with rc_context(_STYLE), written_whole(path) as file:
+        FigureCanvasAgg(figure).print_figure(file, format="png", dpi=DPI)
 
 
 @_styled

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crate_dist.checkpoint.format import manifest_digest
-from crate_dist.checkpoint.loading import PREFIX, UNFINISHED
 from crate_dist.data.loader import Batch
+from crate_dist.run.checkpoints import PREFIX, UNFINISHED
 
 Action = Literal["stand still", "slow", "disk full", "clock"]
 
@@ -59,7 +59,7 @@ POINTS = {
     ),
     "writing a rank's file": Point("crate_dist.checkpoint.saving", "_Digesting.write"),
     "syncing a rank's file": Point("os", "fsync", lambda number: _is_rank_file(_file(number).name)),
-    "writing the manifest": Point("crate_dist.checkpoint.saving", "write_whole"),
+    "writing the manifest": Point("crate_dist.checkpoint.format", "write_whole"),
     "syncing the manifest": Point("os", "fsync", lambda number: ".manifest.json" in _file(number).name),
     "syncing the folder of a save": Point("os", "fsync", lambda number: _file(number).name.startswith(UNFINISHED)),
     "renaming the folder of a save": Point("pathlib", "Path.replace", lambda _, new: Path(new).name.startswith(PREFIX)),

@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from crate_dist.world import free_port
 from tests.chaos.faults import Fault
 from tests.chaos.stacks import answer_with_stacks, leave_stacks
-from tests.ranks import free_port, rank_environment
+from tests.ranks import local_world, rank_environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the fork server, which reads it once
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -139,10 +140,10 @@ def spawn_statuses(
 
 
 def _call(function: Callable[..., None], rank: int, world_size: int, port: int, folder: Path) -> None:
-    from crate_dist.distributed import World, init_distributed
+    from crate_dist.distributed import init_distributed
 
     os.environ.update(rank_environment(rank, world_size, port))
-    world = World(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
+    world = local_world(rank, world_size, port)
     function(world, init_distributed(world), folder)
     os._exit(0)
 

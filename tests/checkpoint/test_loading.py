@@ -18,17 +18,24 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.format import FORMAT_VERSION, manifest_digest
-from crate_dist.checkpoint.loading import CheckpointError, Layout, Progress, StateReader
+from crate_dist.checkpoint.format import (
+    FORMAT_VERSION,
+    CheckpointError,
+    GroupLayout,
+    Progress,
+    StoredFile,
+    manifest_digest,
+)
+from crate_dist.checkpoint.loading import StateReader
 from crate_dist.distributed import World
-from crate_dist.run.folder import checkpoint_names
+from crate_dist.run.checkpoints import checkpoint_names, note_published
 from crate_dist.run.lock import ALONE, LostTheRun, Tenure
 from tests.chaos.ranks import spawn_statuses
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.spawn
 
-LAYOUTS = [Layout(["a", "b"], [[3, 5], [4]]), Layout(["c"], [[7]])]
+LAYOUTS = [GroupLayout(["a", "b"], [[3, 5], [4]]), GroupLayout(["c"], [[7]])]
 
 
 def vectors(step: int) -> dict[str, list[torch.Tensor]]:
@@ -55,6 +62,29 @@ def save(world: World, device: torch.device, folder: Path, steps: list[int], ten
     for step in steps:
         state = partitioned(step, world.rank, world.world_size)
         saving.publish(folder, state, LAYOUTS, Progress(step=step), world, tenure=tenure)
+
+
+def with_an_average(step: int, rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
+    share = partitioned(step, rank, world_size)
+    return {**share, "average": [part / 2 for part in share["fp32"]]}
+
+
+def save_with_an_average(world: World, device: torch.device, folder: Path) -> None:
+    state = with_an_average(10, world.rank, world.world_size)
+    saving.publish(folder, state, LAYOUTS, Progress(step=10), world)
+
+
+def finds_its_share(world: World, device: torch.device, folder: Path) -> bool:
+    found = checkpoint.find_newest(folder, world)
+    assert found is not None
+    for kind, parts in with_an_average(10, world.rank, world.world_size).items():
+        for group, part in enumerate(parts):
+            mine = torch.full_like(part, torch.nan)
+            found.reader().copy(kind, group, world.rank * len(part), mine)
+            inside = min(len(part), max(0, LAYOUTS[group].numel - world.rank * len(part)))  # padding is not kept
+            if not torch.equal(mine[:inside], part[:inside]) or mine[inside:].any():
+                return False
+    return True
 
 
 def find(world: World, device: torch.device, folder: Path) -> int | str | None:
@@ -150,7 +180,7 @@ def fail_while_a_save_is_under_way(world: World, device: torch.device, folder: P
     saver = saving.Saver(folder, LAYOUTS, world, keep=3, max_failures=3)
     write = saving._write_rank_file
 
-    def slowly(path: Path, state: checkpoint.RankState) -> tuple[dict[str, object], str]:
+    def slowly(path: Path, state: checkpoint.RankState) -> tuple[StoredFile | None, str]:
         time.sleep(1.0)
         return write(path, state)
 
@@ -190,6 +220,16 @@ def test_every_interval_reads_back_as_it_was_saved(saved_on_three_ranks: Path) -
                     reader.copy(kind, group, start, out)
                     expected = torch.cat([flat, torch.zeros(4)])[start:stop]
                     assert torch.equal(out, expected)
+
+
+def test_a_kind_that_is_none_of_the_optimizer_s_is_kept_and_resharded_as_the_others_are(tmp_path: Path) -> None:
+    spawn(save_with_an_average, 2, tmp_path / "checkpoints")
+    saved = checkpoint.list_checkpoints(tmp_path / "checkpoints")[0]
+    assert saved.manifest.kinds == ["average", "exp_avg", "fp32"]
+    flat = vectors(10)["fp32"][0] / 2
+    assert torch.equal(saved.weights("average")["a"], flat[:15].view(3, 5))
+    for world_size in (1, 3):
+        assert spawn(finds_its_share, world_size, tmp_path / "checkpoints") == [True] * world_size
 
 
 def test_the_weights_come_back_by_name(saved_on_three_ranks: Path) -> None:
@@ -357,10 +397,17 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_at_step_0(folder: Path,
     shutil.rmtree(folder)
     if gone == "checkpoints":
         folder.mkdir()
-    checkpoint.note_published(folder, 30)
+    note_published(folder, 30)
     for said in spawn(find, 2, folder):
         assert "this run has published one of step 30" in said
         assert "--start-over" in said
+
+
+def test_a_damaged_note_of_what_was_published_stops_a_run_only_where_there_is_no_checkpoint(folder: Path) -> None:
+    folder.with_name("published.json").write_text("{}")
+    assert spawn(find, 1, folder) == [30]
+    shutil.rmtree(folder)
+    assert "published.json is damaged" in spawn(find, 1, folder)[0]
 
 
 def test_a_run_that_publishes_puts_it_down_outside_the_folder(folder: Path) -> None:
@@ -391,7 +438,7 @@ def test_killed_twice_while_the_only_checkpoint_is_replaced_there_is_always_a_wh
         assert spawn(find, 1, folder) == [30]
     spawn(save, 1, folder, [30])
     saving.prune(folder, keep=1, progress=Progress(step=30))
-    assert [saved.world_size for saved in checkpoint.list_checkpoints(folder)] == [1]
+    assert [saved.manifest.world_size for saved in checkpoint.list_checkpoints(folder)] == [1]
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
@@ -409,4 +456,4 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
 def test_one_of_the_same_step_is_replaced(folder: Path) -> None:
     spawn(save, 2, folder, [30])
     assert spawn(find, 2, folder) == [30, 30]
-    assert checkpoint.list_checkpoints(folder)[-1].world_size == 2
+    assert checkpoint.list_checkpoints(folder)[-1].manifest.world_size == 2

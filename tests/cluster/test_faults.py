@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from crate_dist.checkpoint.loading import list_checkpoints
-from crate_dist.distributed import expand_nodelist
 from crate_dist.run.exit_status import NEEDS_A_PERSON
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import expand_nodelist
 from tests.cluster.runs import (
     ONE_THREAD,
     Arguments,

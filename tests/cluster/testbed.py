@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from crate_dist.distributed import expand_nodelist
+from crate_dist.world import expand_nodelist
 from tests.cluster import places
 from tests.cluster.daemons import Daemons, missing_programs, tail
 from tests.cluster.slurm_conf import plan

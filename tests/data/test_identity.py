@@ -6,13 +6,15 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from crate_dist.checkpoint.loading import Checkpoint, CheckpointError, list_checkpoints
+from crate_dist.checkpoint.format import CheckpointError
+from crate_dist.checkpoint.loading import Checkpoint, list_checkpoints
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.config import RecipeError, load_recipe
 from crate_dist.data.identity import DataIdentity
@@ -67,7 +69,7 @@ def test_what_was_moved_or_indexed_anew_is_the_same_data(
     texts = [(root / "train/index.json").read_bytes() for root in (cast_shards, moved)]
     assert texts[0] != texts[1]  # the second names its maker
     assert identity(moved) == identity(cast_shards)
-    assert identity(moved).differences(checkpoint.manifest) == {}
+    assert identity(moved).differences(checkpoint.manifest.data, checkpoint.manifest.classes) == {}
 
 
 def test_an_index_with_more_columns_is_the_same_data(cast_shards: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_checkpoint_from_before_this_is_accepted_with_a_line(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    older = {key: value for key, value in checkpoint.manifest.items() if key not in ("data", "classes")}
+    older = replace(checkpoint.manifest, data=None, classes=None)
     shutil.copytree(cast_shards, tmp_path / "data")
     other_shards(tmp_path / "data")
     caplog.set_level(logging.INFO)
@@ -163,7 +165,7 @@ def test_a_checkpoint_from_before_this_is_accepted_with_a_line(
     assert progress_on(identity(tmp_path / "data"), found, RunFolder(begun / "run"), alone, False) == found.progress
     assert "from before checkpoints knew their data" in caplog.text
     reverse_classes(tmp_path / "data")  # the classes were known before
-    found = Checkpoint(checkpoint.path, {**older, "classes": checkpoint.manifest["classes"]})
+    found = Checkpoint(checkpoint.path, replace(checkpoint.manifest, data=None))
     with pytest.raises(CheckpointError, match="number 0 is '0' there and '3' now"):
         progress_on(identity(tmp_path / "data"), found, RunFolder(begun / "run"), alone, False)
 
@@ -189,7 +191,7 @@ def test_changed_data_that_are_accepted_count_from_there_on_and_are_put_down(
     last = list_checkpoints(folder.checkpoints)[-1]
     assert last.progress.best_step == 12  # with the labels turned round, below that of step 9
     assert last.progress.best_top1 < checkpoint.progress.best_top1
-    assert data.differences(last.manifest) == {}
+    assert data.differences(last.manifest.data, last.manifest.classes) == {}
     model, meta = load_model(folder.model("last"))
     assert "| data changed after step 10 | val: other labels |" in model_card("model-last.pt", model.config, meta)
     assert folder.data_was_accepted(10, data.digest)

@@ -16,8 +16,9 @@ from submitit.core.utils import DelayedSubmission
 
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
-from crate_dist.launching import preflight as launching
-from crate_dist.launching.preflight import check_that_no_job_waits, preflight
+from crate_dist.launching import opening
+from crate_dist.launching.opening import check_that_no_job_waits
+from crate_dist.launching.preflight import preflight
 from crate_dist.run.folder import RunFolder
 from tests.ranks import REPOSITORY
 
@@ -375,7 +376,7 @@ def test_slurm_is_asked_whether_a_job_of_the_folder_waits(
     squeue.write_text(f"#!/bin/sh\n{says}\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(launching, "_PAUSES_S", (0.0, 0.1))
+    monkeypatch.setattr(opening, "_PAUSES_S", (0.0, 0.1))
     if refusal:
         with pytest.raises(RecipeError, match=refusal):
             check_that_no_job_waits(folder)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import UnidentifiedImageError
 
-from crate_dist.checkpoint.loading import CheckpointError
+from crate_dist.checkpoint.format import CheckpointError
 from crate_dist.config import RecipeError
 from crate_dist.data.index import ShardError
 from crate_dist.run.faults import judged, may_pass

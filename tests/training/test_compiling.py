@@ -12,7 +12,7 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe
 from crate_dist.distributed import World
 from crate_dist.training import compiling
@@ -131,12 +131,12 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference
 
     keep_in(cache)
     golden = torch.load(GOLDEN, weights_only=True)
     model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     images = golden["images"]
     assert compiling.compile_layers(model, device, torch.float32, len(images)) is not None
     return (model(images) - golden["logits"]).abs().max().item()

@@ -10,7 +10,7 @@ import torch
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
-from crate_dist.checkpoint.loading import Progress
+from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe, build_recipe
 from crate_dist.data.loader import Batch
 from crate_dist.distributed import World
@@ -28,7 +28,7 @@ def recipe(**optim: Any) -> Recipe:
         {
             "name": "engine",
             "model": {"arch": "crate_demo", "image_size": 32, "patch_size": 8},
-            "data": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+            "images": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
             "optim": {"lr": 2e-4, "weight_decay": 0.05, **optim},
             "train": {"global_batch": GLOBAL_BATCH, "epochs": 1, "precision": optim.pop("precision", "bf16")},
         },
@@ -39,14 +39,14 @@ def recipe(**optim: Any) -> Recipe:
 def golden_losses(world: World, device: torch.device, accumulation: int) -> list[float]:
     """Twelve Lion steps of the golden model through the engine, without clipping, in fp32."""
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference
     from crate_dist.training.engine import Engine
 
     golden = torch.load(GOLDEN, weights_only=True)
     given, training = dict(golden["config"]), golden["train"]
     given.pop("dim_head")
     model = CRATE(CrateConfig(**given))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     images, labels = training["images"], training["labels"]
     settings = recipe(
         lr=training["lr"],
@@ -133,9 +133,9 @@ def test_what_four_ranks_saved_any_number_of_ranks_holds_bit_for_bit(
         target = tmp_path / str(world_size)
         spawn(load_and_save, world_size, settings, tmp_path / "four", target)
         after = checkpoint.list_checkpoints(target)[0]
-        assert after.world_size == world_size
-        for kind in before.manifest["kinds"]:
-            for group, layout in enumerate(before.layouts):
+        assert after.manifest.world_size == world_size
+        for kind in before.manifest.kinds:
+            for group, layout in enumerate(before.manifest.groups):
                 a, b = torch.empty(layout.numel), torch.empty(layout.numel)
                 before.reader().copy(kind, group, 0, a)
                 after.reader().copy(kind, group, 0, b)

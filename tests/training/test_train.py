@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_dist.checkpoint.loading import list_checkpoints
+from crate_dist.config import load_recipe
 from crate_dist.run.folder import RunFolder
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end
@@ -131,6 +132,21 @@ def test_another_recipe_in_the_same_folder_is_refused(undisturbed: tuple[list[ob
         output = refused.output()
     assert "optim.lr: 0.0003 there, 0.001 now" in output
     assert "Traceback" not in output
+
+
+def test_a_run_named_by_its_folder_alone_goes_on_by_its_own_recipe_and_takes_no_other_value(
+    undisturbed: tuple[list[object], Path], small_recipe: Path, cast_shards: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_recipe(small_recipe, data__root=cast_shards, train__max_steps=3))
+    with Training(["--run-dir", folder.path, "--set", "train.max_steps=4"], world_size=1) as refused:
+        assert refused.wait() == [2]
+        assert "--arch or --config is required, but for --run-dir alone" in refused.output()
+    train_to_the_end(["--run-dir", folder.path], world_size=2)
+    assert losses(folder.path) == {step: loss for step, loss in losses(undisturbed[1]).items() if step <= 3}
+    with Training(["--run-dir", tmp_path / "none"], world_size=1) as nowhere:
+        assert nowhere.wait() == [1]
+        assert f"error: {tmp_path / 'none'} is no run folder" in nowhere.output()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_checkpoint_intact(

@@ -1,0 +1,97 @@
+"""Opens a run folder with a recipe, under its lock: the one way in which a recipe gets there. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+from crate_dist.config import Recipe, RecipeError
+from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.run.lock import RunLock
+
+_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
+
+
+@contextmanager
+def opened(
+    folder: RunFolder,
+    recipe: Recipe | None,
+    start_over: bool = False,
+    brief: bool = False,
+    lost: Callable[[str], None] | None = None,
+) -> Iterator[RunLock]:
+    """Holds the lock of a run folder that was opened with a recipe, so that no other start changes it.
+
+    recipe: what the folder is opened with; None: a launcher has done that
+    start_over: sets aside first what the folder holds
+    brief, lost: of the lock, as RunLock has them
+
+    Raises
+    ------
+    RecipeError: a job waits in SLURM's queue to work there; or as RunFolder.open says
+    RunIsLocked, LostTheRun: another job works there
+    """
+    with ExitStack() as stack:
+        try:
+            if recipe:
+                if not start_over:
+                    folder.check(recipe)  # before a lock is put into a folder that is no run
+                folder.make()
+            lease_s = (recipe or read_recipe(folder.path)).safety.lease_s
+            lock = stack.enter_context(RunLock(folder.lock, lease_s, brief, lost))
+            check_that_no_job_waits(folder)
+            if recipe and start_over:
+                folder.set_aside(lock.check)
+            if recipe:
+                folder.open(recipe, lock.check)
+            lock.check()
+        except OSError as error:
+            raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
+        yield lock
+
+
+def check_that_no_job_waits(folder: RunFolder) -> None:
+    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
+
+    Raises
+    ------
+    RecipeError: one of them waits, or runs; or SLURM does not answer
+    """
+    try:
+        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
+    except FileNotFoundError:
+        return
+    mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
+    if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
+        return
+    for line in _queue(jobs).splitlines():
+        number, name, state, *why = line.split()
+        if jobs & {number, name}:
+            raise RecipeError(
+                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
+                f"wait for it, scancel {name}, or give another --run-dir"
+            )
+
+
+def _queue(jobs: Collection[str]) -> str:
+    """The user's jobs, a line each."""
+    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
+    said = ""
+    for pause_s in _PAUSES_S:
+        time.sleep(pause_s)
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+            continue
+        if done.returncode == 0:
+            return done.stdout
+        said = done.stderr.strip()
+    raise RecipeError(
+        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
+    )
