@@ -215,7 +215,7 @@ def ddp(recipe: Recipe) -> Any:
     # torch's DDP reduces in C++, past torch.distributed: a hook does the same where it is heard.
     wrapped.register_comm_hook(None, _reduce_aloud)
     optimizer = build_optimizer(parameter_groups(bare, recipe.optim), recipe.optim)
-    normalize = Normalize(recipe.data, torch.device("cpu"), torch.float32)
+    normalize = Normalize(recipe.images.mean, recipe.images.std, torch.device("cpu"), torch.float32)
 
     def step(given: Any) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -175,8 +175,8 @@ def published(recipe: Recipe, model: nn.Module, device: torch.device) -> Step:
     """One step of the published code's loop on a model."""
     model = model.to(device)
     optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
-    mean = torch.tensor(recipe.data.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(recipe.data.std, device=device).view(3, 1, 1)
+    mean = torch.tensor(recipe.images.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(recipe.images.std, device=device).view(3, 1, 1)
     on_gpu = device.type == "cuda"
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
 

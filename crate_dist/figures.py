@@ -230,16 +230,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
     config, data = subject.model.config, subject.data
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", data)
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", subject.images)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
-        pictures = from_paths(options.images, framing, data, count)
+        pictures = from_paths(options.images, framing, count)
     else:
         try:
             root = data.place(options.data)
         except RecipeError as error:
             raise GalleryError(f"no pictures: give --images PATH, or else the data: {error}") from error
-        pictures = from_split(open_split(root, options.split, data), framing, data, count)
+        pictures = from_split(open_split(root, options.split, data), framing, count)
     return [Picture(f"{n:02d}-{p.name}", p.pixels, p.tensor) for n, p in enumerate(pictures, start=1)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from crate_dist.checkpoint.loading import CheckpointError, list_checkpoints, open_checkpoint
-from crate_dist.config import DataSection
+from crate_dist.config import DataSection, ImageSection
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError
@@ -24,6 +24,7 @@ class Subject:
 
     model: CRATE
     data: DataSection
+    images: ImageSection
     precision: str
     name: str
     classes: tuple[str, ...] | None = None
@@ -39,13 +40,13 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     """
     if not source.is_dir():
         model, meta = load_model(source, heads)
-        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
+        known = {key: meta[key] for key in ImageSection.model_fields if key in meta}
         try:
-            data = DataSection(**known)
+            images = ImageSection(**known)
         except ValidationError as error:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), data, precision, str(source), _names(classes))
+        return Subject(model.float(), DataSection(), images, precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -61,7 +62,8 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     saved.load_into(model)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.get("classes")))
+    classes, precision = _names(saved.manifest.get("classes")), recipe.train.precision
+    return Subject(model, recipe.data, recipe.images, precision, str(saved.path), classes)
 
 
 def are_numbers(classes: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, Colour
 from crate_dist.data.decode import Pixels
 
 Augmentation = Callable[[Pixels, random.Random], None]
@@ -28,14 +28,14 @@ _ERASE_RATIO = (0.3, 3.3)
 _ERASE_TRIES = 10
 
 
-def augmentations(data: DataSection) -> tuple[Augmentation, ...]:
-    """What a recipe asks for beside crop and flip, in the order in which it is applied."""
+def augmentations(augment: AugmentSection, mean: Colour) -> tuple[Augmentation, ...]:
+    """Returns what a recipe asks for beside crop and flip, in the order in which it is applied."""
     chosen: list[Augmentation] = []
-    if data.randaugment_ops:
-        chosen.append(RandAugment(data.randaugment_ops, data.randaugment_magnitude))
-    if data.erase:
-        red, green, blue = (round(255 * value) for value in data.mean)
-        chosen.append(RandomErasing(data.erase, (red, green, blue)))
+    if augment.randaugment_ops:
+        chosen.append(RandAugment(augment.randaugment_ops, augment.randaugment_magnitude))
+    if augment.erase:
+        red, green, blue = (round(255 * value) for value in mean)
+        chosen.append(RandomErasing(augment.erase, (red, green, blue)))
     return tuple(chosen)
 
 

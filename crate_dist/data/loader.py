@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, Colour, ImageSection
 from crate_dist.data.augment import augmentations
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
@@ -147,19 +147,14 @@ class TrainLoader(Iterator[Batch]):
     """
 
     def __init__(
-        self, index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int = 0
+        self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform, workers: int, step: int = 0
     ) -> None:
-        transform = TrainTransform(
-            size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data), data.resize_filter
-        )
         # When a batch is handed over, its worker has just been asked for the one _PREFETCH * workers further on.
-        batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
+        batches = TrainBatches(index, order, share, transform, _PREFETCH * workers + HELD_BATCHES)
         self.slots = torch.from_numpy(batches.slots.array)
         first = step * share.accumulation
         self._filled: Iterator[_Filled] = (
-            Workers(batches, data.workers, _PREFETCH, first)
-            if data.workers
-            else map(batches.__getitem__, itertools.count(first))
+            Workers(batches, workers, _PREFETCH, first) if workers else map(batches.__getitem__, itertools.count(first))
         )
 
     def __next__(self) -> Batch:
@@ -190,16 +185,24 @@ class EvalLoader:
             yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
 
 
-def eval_transform(data: DataSection, size: int) -> EvalTransform:
-    """How a recipe prepares an image of `size` pixels to be evaluated."""
-    short_side = round(size / data.eval_crop) if data.eval_fit == "crop" else None
-    return EvalTransform(size, short_side, data.resize_filter)
+def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
+    """Returns what makes a training image of `size` pixels as a recipe says."""
+    further = augmentations(augment, images.mean)
+    return TrainTransform(size, augment.crop_scale, augment.crop_ratio, augment.flip, further, images.resize_filter)
 
 
-def eval_loader(index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int) -> EvalLoader:
-    """This rank's share of a split."""
-    slots = _PREFETCH * data.workers + 1
-    return EvalLoader(EvalBatches(index, rank, world_size, batch, eval_transform(data, size), slots), data.workers)
+def eval_transform(images: ImageSection, size: int) -> EvalTransform:
+    """Returns what makes an image of `size` pixels to be evaluated as a recipe says."""
+    short_side = round(size / images.eval_crop) if images.eval_fit == "crop" else None
+    return EvalTransform(size, short_side, images.resize_filter)
+
+
+def eval_loader(
+    index: ShardIndex, rank: int, world_size: int, transform: EvalTransform, batch: int, workers: int
+) -> EvalLoader:
+    """Returns the loader of this rank's share of a split."""
+    slots = _PREFETCH * workers + 1
+    return EvalLoader(EvalBatches(index, rank, world_size, batch, transform, slots), workers)
 
 
 class Feed(Iterator[Batch]):
@@ -255,10 +258,10 @@ class Feed(Iterator[Batch]):
 class Normalize:
     """uint8 (n, height, width, 3) -> (x / 255 - mean) / std as (n, 3, height, width) on the device."""
 
-    def __init__(self, data: DataSection, device: torch.device, dtype: torch.dtype) -> None:
-        std = torch.tensor(data.std, device=device)
-        self._scale = 1 / (255 * std)
-        self._shift = torch.tensor(data.mean, device=device) / std
+    def __init__(self, mean: Colour, std: Colour, device: torch.device, dtype: torch.dtype) -> None:
+        divisor = torch.tensor(std, device=device)
+        self._scale = 1 / (255 * divisor)
+        self._shift = torch.tensor(mean, device=device) / divisor
         self._device, self._dtype = device, dtype
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crate_dist.checkpoint.trained import Subject
-from crate_dist.config import DATA_VARIABLE, DataSection
+from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Batch, Normalize, eval_loader
+from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.splits import open_split
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import (
@@ -94,8 +94,9 @@ class Frozen:
     name: str
     world: World
     device: torch.device
-    data: DataSection
+    images: ImageSection
     batch: int
+    workers: int
     normalize: Normalize
 
     @classmethod
@@ -109,15 +110,17 @@ class Frozen:
             subject.name,
             world,
             device,
-            subject.data.model_copy(update={"workers": arguments.workers}),
+            subject.images,
             arguments.batch,
-            Normalize(subject.data, device, dtype),
+            arguments.workers,
+            Normalize(subject.images.mean, subject.images.std, device, dtype),
         )
 
     def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
         """This rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name."""
-        side = self.model.config.image_size
-        loader = eval_loader(index, self.world.rank, self.world.world_size, self.data, side, self.batch)
+        transform = eval_transform(self.images, self.model.config.image_size)
+        rank, world_size = self.world.rank, self.world.world_size
+        loader = eval_loader(index, rank, world_size, transform, self.batch, self.workers)
         return tqdm(loader, desc=split, unit="batch", disable=not self.shows, dynamic_ncols=True)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Engine:
     def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
         self.recipe, self.device, self.accumulation = recipe, device, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self._normalize = Normalize(recipe.data, device, self.dtype)
+        self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.

@@ -116,8 +116,8 @@ class Live:
     ) -> tuple[dict[str, list[float]], dict[str, Pixels]]:
         self._batch = self._batch or first_images(self._index, self._recipe, interrupt.go_on)
         pixels, labels = self._batch
-        normalize = Normalize(self._recipe.data, self._device, next(model.parameters()).dtype)
-        images = normalize(torch.from_numpy(pixels))
+        prepared, dtype = self._recipe.images, next(model.parameters()).dtype
+        images = Normalize(prepared.mean, prepared.std, self._device, dtype)(torch.from_numpy(pixels))
         interrupt.go_on()
         seen = profile(model, [images])
         interrupt.go_on()
@@ -182,7 +182,7 @@ def first_images(
     ShardError: none decodes, or a shard cannot be read
     """
     size, reader = recipe.model.image_size, ShardReader(index)
-    transform = eval_transform(recipe.data, size)
+    transform = eval_transform(recipe.images, size)
     pixels: list[Pixels] = []
     labels: list[int] = []
     for sample in range(index.num_samples):

@@ -18,7 +18,7 @@ from crate_dist.checkpoint.saving import Saved, Saver, prune
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
@@ -184,10 +184,11 @@ class Trainer:
 
     def feed(self) -> Feed:
         """This rank's micro-batches from the current step on."""
-        train, data = self.recipe.train, self.recipe.data
-        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
-        size = self.recipe.model.image_size
-        return Feed(TrainLoader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+        recipe = self.recipe
+        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
+        workers, step = recipe.data.workers, self.progress.step
+        return Feed(TrainLoader(self.train_index, order, self.share, transform, workers, step), self.device)
 
     def take_step(self, feed: Feed) -> None:
         """One optimizer step, timed."""
@@ -272,9 +273,9 @@ class Trainer:
             self.val_index,
             self.world.rank,
             self.world.world_size,
-            self.recipe.data,
-            self.recipe.model.image_size,
+            eval_transform(self.recipe.images, self.recipe.model.image_size),
             self.recipe.train.micro_batch,
+            self.recipe.data.workers,
         )
         began = time.perf_counter()
 
@@ -304,7 +305,7 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, about = self.engine.state(), self.recipe.mathematics()
+        state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
         self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
         self.saved_at = self.progress.step

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.data.decode import BadImage, Pixels, open_image, resized_exactly
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
@@ -51,7 +51,7 @@ class Framing:
     side: int
     patch: int
     square: bool
-    prepared: DataSection
+    prepared: ImageSection
 
     def __post_init__(self) -> None:
         if self.side % self.patch or self.side < self.patch:
@@ -94,22 +94,22 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
     return np.asarray(marked.resize((width, height), Image.Resampling.NEAREST))
 
 
-def from_paths(paths: Sequence[Path], framing: Framing, data: DataSection, count: int) -> list[Picture]:
+def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Picture]:
     """The first `count` pictures of files and folders, the latter's in the order of their names.
 
     A `.pt` file holds images as the model reads them, a tensor (b, 3, height, width) or {"imgs": tensor}, the input
     of the published vis_utils; they are taken as they are.
     Raises GalleryError when there are none, and at the first that cannot be used.
     """
-    pictures = list(islice(_from_paths(_files(paths), framing, data), count))
+    pictures = list(islice(_from_paths(_files(paths), framing), count))
     if not pictures:
         raise GalleryError(f"no images in {', '.join(map(str, paths))}; known are {', '.join(SUFFIXES)} and .pt")
     return pictures
 
 
-def from_split(index: ShardIndex, framing: Framing, data: DataSection, count: int) -> list[Picture]:
+def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]:
     """The first `count` pictures of a split in the order of its index. Raises GalleryError, ShardError."""
-    reader, normalize = ShardReader(index), _normalize(data)
+    reader, normalize = ShardReader(index), _normalize(framing.prepared)
     pictures = []
     for sample in range(min(count, index.num_samples)):
         try:
@@ -130,11 +130,11 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
 
 
-def _from_paths(files: Iterable[Path], framing: Framing, data: DataSection) -> Iterator[Picture]:
-    normalize = _normalize(data)
+def _from_paths(files: Iterable[Path], framing: Framing) -> Iterator[Picture]:
+    normalize = _normalize(framing.prepared)
     for file in files:
         if file.suffix == ".pt":
-            yield from _from_tensors(file, framing.patch, data)
+            yield from _from_tensors(file, framing)
             continue
         try:
             pixels = framing(file.read_bytes())
@@ -143,7 +143,7 @@ def _from_paths(files: Iterable[Path], framing: Framing, data: DataSection) -> I
         yield Picture(file.stem, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0])
 
 
-def _from_tensors(file: Path, patch: int, data: DataSection) -> Iterator[Picture]:
+def _from_tensors(file: Path, framing: Framing) -> Iterator[Picture]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -153,18 +153,18 @@ def _from_tensors(file: Path, patch: int, data: DataSection) -> Iterator[Picture
         not isinstance(images, Tensor)
         or images.ndim != 4
         or images.shape[1] != 3
-        or any(side % patch for side in images.shape[2:])
+        or any(side % framing.patch for side in images.shape[2:])
     ):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise GalleryError(
             f'{file}: expected a tensor (b, 3, height, width) or {{"imgs": tensor}}, with sides that are multiples of '
-            f"the patch {patch}, got {found}"
+            f"the patch {framing.patch}, got {found}"
         )
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (framing.prepared.mean, framing.prepared.std))
     for number, image in enumerate(images.float()):
         pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         yield Picture(f"{file.stem}-{number:03d}", pixels, image)
 
 
-def _normalize(data: DataSection) -> Normalize:
-    return Normalize(data, torch.device("cpu"), torch.float32)
+def _normalize(images: ImageSection) -> Normalize:
+    return Normalize(images.mean, images.std, torch.device("cpu"), torch.float32)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.data import decode
 from crate_dist.data.decode import MAX_BYTES, MAX_SCANNED_PIXELS, BadImage, Pixels, open_image
 from crate_dist.data.transforms import EvalTransform, TrainTransform
@@ -26,7 +26,7 @@ from tests.pictures import encode, photo, psnr_db, with_scans
 WAYS: dict[str, Callable[[bytes], object]] = {
     "training": lambda data: TrainTransform(224)(data, random.Random(0)),
     "evaluation": EvalTransform(224, 256),
-    "figures": Framing(224, 16, square=False, prepared=DataSection()),
+    "figures": Framing(224, 16, square=False, prepared=ImageSection()),
     "conversion": lambda data: treat(data, Treatment(short_side=320, quality=90)),
     "verification": lambda data: treat(data, Treatment(verify=True)),
 }

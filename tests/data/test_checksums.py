@@ -20,6 +20,7 @@ from crate_dist.data.index import ROW, ROW_WITHOUT_CHECKSUM, ShardError, ShardIn
 from crate_dist.data.loader import eval_loader
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_split
+from crate_dist.data.transforms import EvalTransform
 from crate_dist.prep import shards
 from crate_dist.prep.check import build_indexes, verify_split
 from crate_dist.prep.images import Treatment
@@ -82,7 +83,7 @@ def test_a_changed_sample_is_replaced_counted_and_named(split: ShardIndex) -> No
     rng, changed = random.Random(1), [3, 40, 41, 99]
     for sample in changed:
         flip_in(split, sample, rng)
-    batches = list(eval_loader(split, 0, 1, DataSection(workers=0, eval_crop=1.0), 24, batch=25))
+    batches = list(eval_loader(split, 0, 1, EvalTransform(24, 24), batch=25, workers=0))
     bad = [item for batch in batches for item in batch.bad]
     assert [item.key for item in bad] == ["000003.png", "000040.png", "000041.png", "000041.png", "000099.png"]
     assert all("does not have the checksum in its index" in item.reason for item in bad)

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from crate_dist.config import DataSection, ModelSection
+from crate_dist.config import ImageSection, ModelSection
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Normalize, eval_loader
+from crate_dist.data.loader import Normalize, eval_loader, eval_transform
 from crate_dist.distributed import World
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
@@ -32,7 +32,7 @@ from crate_dist.probe import find_layer, main
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, spawn
 
-DATA = DataSection(workers=0, eval_crop=1.0)
+IMAGES = ImageSection(eval_crop=1.0)
 KS = [1, 5, 30, 200]
 CLASSES = 6
 L2S = [1e-1, 1e-4]
@@ -96,8 +96,8 @@ class OnRanks(NamedTuple):
 
 def everything_on_ranks(world: World, device: torch.device, shards: Path) -> OnRanks:
     """In one go, since starting ranks takes longer than all of it."""
-    index, net, normalize = ShardIndex.load(shards), model(), Normalize(DATA, device, torch.float32)
-    batches = eval_loader(index, world.rank, world.world_size, DATA, 32, batch=8)
+    index, net, normalize = ShardIndex.load(shards), model(), Normalize(IMAGES.mean, IMAGES.std, device, torch.float32)
+    batches = eval_loader(index, world.rank, world.world_size, eval_transform(IMAGES, 32), batch=8, workers=0)
     features = extract(
         lambda images: pooled(net, normalize(images), 4, "cls"), batches, net.config.dim, index.num_samples, device
     )

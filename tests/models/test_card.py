@@ -45,7 +45,7 @@ def meta(tmp_path: Path) -> dict[str, Any]:
         "metrics": {"val/top1": 70.123, "val/top5": 89.5, "val/loss": 1.25},
         "evaluated_at": 93700,
         "data": facts_of(train, val),
-        "recipe_values": recipe.mathematics(),
+        "recipe_values": recipe.deciding_values(),
         "code": code_version(),
         "classes": train.classes,
         "mean": [0.5, 0.4, 0.3],

@@ -28,7 +28,7 @@ def recipe(**optim: Any) -> Recipe:
         {
             "name": "engine",
             "model": {"arch": "crate_demo", "image_size": 32, "patch_size": 8},
-            "data": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+            "images": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
             "optim": {"lr": 2e-4, "weight_decay": 0.05, **optim},
             "train": {"global_batch": GLOBAL_BATCH, "epochs": 1, "precision": optim.pop("precision", "bf16")},
         },

@@ -16,7 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import eval_loader
+from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.distributed import World
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
@@ -247,8 +247,9 @@ def test_bad_images_are_passed_over_and_the_first_good_ones_are_taken(small_reci
 def test_the_images_are_those_of_evaluation_prepared_as_for_it(small_recipe: Path, cast_shards: Path) -> None:
     index = ShardIndex.load(cast_shards / "val")
     for fit in ("crop", "stretch"):
-        recipe = load_recipe(small_recipe, data__eval_fit=fit, data__eval_crop=0.5, data__workers=0)
+        recipe = load_recipe(small_recipe, images__eval_fit=fit, images__eval_crop=0.5)
         pixels, labels = first_images(index, recipe)
-        batch = next(iter(eval_loader(index, 0, 1, recipe.data, recipe.model.image_size, len(pixels))))
+        transform = eval_transform(recipe.images, recipe.model.image_size)
+        batch = next(iter(eval_loader(index, 0, 1, transform, len(pixels), workers=0)))
         assert torch.equal(torch.from_numpy(pixels), batch.images), fit
         assert torch.equal(labels, batch.labels)

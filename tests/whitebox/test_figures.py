@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.figures import main
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
@@ -174,8 +174,8 @@ def test_models_that_cannot_be_used_are_named(photos: Path, tmp_path: Path, caps
 
 
 def test_a_tensor_file_is_read_as_the_model_does_and_shown_as_it_was(golden_files: tuple[Path, Path]) -> None:
-    framing = Framing(32, 8, square=True, prepared=DataSection(eval_crop=1.0))
-    pictures = from_paths([golden_files[1]], framing, DataSection(), count=2)
+    framing = Framing(32, 8, square=True, prepared=ImageSection(eval_crop=1.0))
+    pictures = from_paths([golden_files[1]], framing, count=2)
     stored = torch.load(golden_files[1], weights_only=True)["imgs"]
     assert len(pictures) == 2
     assert torch.equal(pictures[1].tensor, stored[1])

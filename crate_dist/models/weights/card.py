@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from crate_dist.config import new_names
 from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
 from crate_dist.files import write_whole
@@ -90,7 +91,7 @@ def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence:
         _loading(name, config, meta),
     ]
     if isinstance(values := meta.get("recipe_values"), Mapping):
-        parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(values.items())])]
+        parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(new_names(values).items())])]
     return "\n\n".join([*parts, "## Citation", _CITATIONS]) + "\n"
 
 

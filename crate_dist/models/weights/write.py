@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
@@ -104,7 +104,7 @@ def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
         published, here = getattr(CrateConfig, name), getattr(config, name)
         if here != published:
             yield f"its {name} is {published}, this model's {here}"
-    for name, published in (("mean", DataSection().mean), ("std", DataSection().std)):
+    for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):
         if name in meta and meta[name] not in (published, list(published)):
             yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
 
