@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
+from crate_dist.data.splits import open_split
 from crate_dist.distributed import World, exit_at_once
 from crate_dist.evaluation.accuracy import ByClass, Evaluation, Tally, class_text, evaluate
 from crate_dist.evaluation.matching import Matching, match_classes
@@ -35,7 +36,6 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    find_split,
     positive,
     run_on_ranks,
 )
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output(arguments.json)
         check_output(arguments.csv)
         subject = load_subject(arguments.model, arguments.heads)
-        index = find_split(arguments, subject, arguments.split)
+        index = open_split(arguments.data, arguments.split, subject.data)
         if not index.num_samples:
             raise CannotMeasure(f"{index.place} has no samples")
         return subject, index, match_classes(subject, index, arguments.all_classes)

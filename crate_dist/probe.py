@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject, load_subject
+from crate_dist.checkpoint.trained import Subject, find_layer, load_subject
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.splits import check_same_classes
+from crate_dist.data.splits import check_same_classes, open_split
 from crate_dist.distributed import World, exit_at_once
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
@@ -31,12 +31,11 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    find_split,
     positive,
     run_on_ranks,
 )
 from crate_dist.files import write_whole
-from crate_dist.models.crate import CrateConfig, Pool
+from crate_dist.models.crate import Pool
 
 KS = (10, 20, 100, 200)
 
@@ -68,7 +67,8 @@ def question(arguments: argparse.Namespace) -> Question:
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
     subject = load_subject(arguments.model, arguments.heads)
-    train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
+    names = arguments.train_split, arguments.split
+    train, val = (open_split(arguments.data, name, subject.data) for name in names)
     check_same_classes(train, val)
     for split in (train, val):
         if not split.num_samples:
@@ -79,15 +79,9 @@ def question(arguments: argparse.Namespace) -> Question:
             f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
             f"--k {' '.join(fitting)} would do"
         )
-    return Question(subject, train, val, find_layer(arguments.layer, subject.model.config), _pool(arguments, subject))
-
-
-def find_layer(asked: int | None, config: CrateConfig) -> int:
-    """1 … depth from what was asked for: None is the last, -1 too. Raises CannotMeasure."""
-    layer = config.depth if asked is None else asked + config.depth + 1 if asked < 0 else asked
-    if not 1 <= layer <= config.depth:
-        raise CannotMeasure(f"--layer {asked}: the model has layers 1 to {config.depth}, the last also being -1")
-    return layer
+    return Question(
+        subject, train, val, find_layer(arguments.layer, subject.model.config.depth), _pool(arguments, subject)
+    )
 
 
 def features(model: Frozen, asked: Question) -> tuple[Features, Features]:

@@ -58,10 +58,6 @@ class Recipe(Section):
         batch = self.train.global_batch
         return next(n for n in range(min(self.order.lanes, batch), 0, -1) if batch % n == 0)
 
-    def data_root(self) -> Path | str:
-        """The folder or URL of the shards, as DataSection.place has it. Raises RecipeError when there is none."""
-        return self.data.place()
-
     def to_toml(self) -> str:
         """The recipe as TOML that load_recipe reads back.
 

@@ -83,8 +83,8 @@ class DataSection(Section):
     workers: int = Field(8, ge=0, description="loader processes per rank")
     max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
 
-    def place(self, given: Path | str | None = None) -> Path | str:
-        """The folder or URL of the shards: what was given on the command line, data.root, or the environment's.
+    def find_root(self, given: Path | str | None = None) -> Path | str:
+        """Returns the folder or URL of the shards: the one given, else data.root, else the environment's.
 
         Raises RecipeError when there is none of them, or only one that a recipe may not give.
         """

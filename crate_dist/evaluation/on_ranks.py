@@ -22,7 +22,6 @@ from crate_dist.checkpoint.trained import Subject
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
-from crate_dist.data.splits import open_split
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import (
     PortIsTaken,
@@ -67,16 +66,6 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
     return number
-
-
-def find_split(arguments: argparse.Namespace, subject: Subject, split: str) -> ShardIndex:
-    """The index of a split below --data, the run's folder of data, or the environment's.
-
-    Raises
-    ------
-    RecipeError, ShardError
-    """
-    return open_split(subject.data.place(arguments.data), split, subject.data)
 
 
 def check_output(path: Path | None) -> None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.linalg import eigh
 
+from crate_dist.errors import UserError
+
 Mask = NDArray[np.bool_]
 Float = NDArray[np.float64]
 
@@ -28,12 +30,10 @@ _SAME_OBJECT = 0.5
 def attention_mask(attention: NDArray[np.floating], mass: float = 0.6) -> Mask:
     """The fewest patches that hold the share `mass` of an attention map over patches (rows, cols); same shape.
 
-    Raises
-    ------
-    ValueError: when `mass` is no share above 0
+    Raises UserError when `mass` is no share above 0.
     """
     if not 0 < mass <= 1:
-        raise ValueError(f"mass is a share above 0 and up to 1, not {mass}")
+        raise UserError(f"--mass is a share above 0 and up to 1, not {mass}")
     flat = np.asarray(attention, dtype=np.float64).ravel()
     order = np.argsort(-flat, kind="stable")
     held = np.cumsum(flat[order]) - flat[order]  # before each patch is added
@@ -77,13 +77,11 @@ def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3
 
     It departs from CutLER's code: see docs/published-code.md.
 
-    Raises
-    ------
-    ValueError: when there are fewer than two patches
+    Raises UserError when there are fewer than two patches.
     """
     rows, cols, width = features.shape
     if rows * cols < 2:
-        raise ValueError(f"a cut needs two patches at least, and the picture has {rows * cols}")
+        raise UserError(f"a cut needs two patches at least, and the picture has {rows * cols}")
     found: list[Mask] = []
     taken = np.zeros((rows, cols), dtype=bool)
     cuts = _cuts(np.array(features, dtype=np.float64).reshape(-1, width), (rows, cols), tau)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from crate_dist.errors import UserError
+
 Float = NDArray[np.float64]
 
 
@@ -41,12 +43,12 @@ def picture_components(
     A component has no sign of its own. Foreground is the side that has the smaller share of the pictures' borders;
     `invert` takes the other one.
 
-    Raises
-    ------
-    ValueError: when `threshold` does not lie between 0 and 1
+    Raises UserError when `threshold` does not lie between 0 and 1, or features are not finite.
     """
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold lies between 0 and 1, not at {threshold}")
+        raise UserError(f"--threshold lies between 0 and 1, not at {threshold}")
+    if not np.isfinite(_flat(features)).all():
+        raise UserError("the model's patches have features that are not finite, which have no components")
     grids = [picture.shape[:2] for picture in features]
     scores = principal_components(_flat(features), 1)[:, 0]
     sides = [[_scaled(sign * part) for part in _split(scores, grids)] for sign in (1, -1)]

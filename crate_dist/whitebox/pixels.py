@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from crate_dist.data.decode import Pixels
+from crate_dist.whitebox.measures import Profile
 
 Float = NDArray[np.floating]
 Colour = tuple[int, int, int]
@@ -39,15 +40,7 @@ HEAT = (
 )
 """Colours from the least to the most, evenly spaced, of even steps in lightness (matplotlib's "inferno")."""
 _FINE = 2
-
-
-class Panel(NamedTuple):
-    """A curve over the layers: title, mean and spread (L,), and its colour."""
-
-    title: str
-    mean: Float
-    std: Float
-    colour: Colour
+_PROFILE = (660, 230)
 
 
 def heat(values: Float) -> Pixels:
@@ -101,24 +94,35 @@ def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
     return sheet
 
 
-def panels(curves: Sequence[Panel], width: int = 330, height: int = 230) -> Pixels:
-    """Curves over the layers with their spread, side by side, each `width` x `height` pixels."""
-    sheet = Image.new("RGB", (len(curves) * width * _FINE, height * _FINE), "white")
-    for number, curve in enumerate(curves):
-        _panel(ImageDraw.Draw(sheet), curve, number * width * _FINE, width * _FINE, height * _FINE)
-    return np.asarray(sheet.resize((len(curves) * width, height), Image.Resampling.BOX))
+def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
+    """Coding rate of what MSSA reads and non-zeros after ISTA, over the layers, with their spread over the images.
+
+    Figure 3 of arXiv 2306.01129. note: behind both titles; width: pixels. Some 6 ms, where matplotlib takes 200.
+    """
+    rate, nonzero = seen.coding_rate.mean(dim=1).numpy(), 100 - 100 * seen.zeros.mean(dim=1).numpy()
+    height = round(width * _PROFILE[1] / _PROFILE[0])
+    sheet = Image.new("RGB", (width * _FINE, height * _FINE), "white")
+    draw, unit = ImageDraw.Draw(sheet), width * _FINE / _PROFILE[0]
+    _curve(draw, 0, unit, f"coding rate of MSSA [nats]{note}", rate, seen.coding_rate_std.numpy(), BLUE)
+    left = _PROFILE[0] / 2
+    _curve(draw, left, unit, f"non-zeros after ISTA [%]{note}", nonzero, 100 * seen.zeros_std.numpy(), ORANGE)
+    return np.asarray(sheet.resize((width, height), Image.Resampling.BOX))
 
 
-def _panel(draw: ImageDraw.ImageDraw, curve: Panel, left: int, width: int, height: int) -> None:
-    font = ImageFont.load_default(11 * _FINE)
-    x0, x1, y0, y1 = left + 44 * _FINE, left + width - 12 * _FINE, height - 36 * _FINE, 24 * _FINE
-    low, high = float((curve.mean - curve.std).min()), float((curve.mean + curve.std).max())
+def _curve(
+    draw: ImageDraw.ImageDraw, left: float, unit: float, title: str, mean: Float, std: Float, colour: Colour
+) -> None:
+    """Mean and spread (L,) in the half of the sheet that begins at `left` units, of `unit` pixels each."""
+    font, thin = ImageFont.load_default(11 * unit), round(unit)
+    width, height = _PROFILE[0] / 2, _PROFILE[1]
+    x0, x1, y0, y1 = (length * unit for length in (left + 44, left + width - 12, height - 36, 24))
+    low, high = float((mean - std).min()), float((mean + std).max())
     if not math.isfinite(high - low):
-        draw.text((left + width // 2, height // 2), "not finite", "black", font, anchor="mm")
+        draw.text(((left + width / 2) * unit, height / 2 * unit), "not finite", "black", font, anchor="mm")
         return
     step = _round_step((high - low) or abs(high) or 1.0)
     low, high = math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step
-    layers = len(curve.mean)
+    layers = len(mean)
 
     def at(layer: int, value: float) -> tuple[float, float]:
         share = layer / (layers - 1) if layers > 1 else 0.5
@@ -127,22 +131,22 @@ def _panel(draw: ImageDraw.ImageDraw, curve: Panel, left: int, width: int, heigh
     for tick in range(round((high - low) / step) + 1):
         value = low + tick * step
         y = at(0, value)[1]
-        draw.line((x0, y, x1, y), (216, 216, 216), _FINE)
-        draw.text((x0 - 5 * _FINE, y), f"{value:.6g}", "black", font, anchor="rm")
+        draw.line((x0, y, x1, y), (216, 216, 216), thin)
+        draw.text((x0 - 5 * unit, y), f"{value:.6g}", "black", font, anchor="rm")
     for layer in range(0, layers, -(-layers // 12)):
-        draw.text((at(layer, low)[0], y0 + 5 * _FINE), str(layer + 1), "black", font, anchor="mt")
-    tint = tuple(255 - (255 - part) // 5 for part in curve.colour)
-    above = [at(layer, value) for layer, value in enumerate((curve.mean + curve.std).tolist())]
-    below = [at(layer, value) for layer, value in enumerate((curve.mean - curve.std).tolist())]
-    mean = [at(layer, value) for layer, value in enumerate(curve.mean.tolist())]
+        draw.text((at(layer, low)[0], y0 + 5 * unit), str(layer + 1), "black", font, anchor="mt")
+    tint = tuple(255 - (255 - part) // 5 for part in colour)
+    above, below, middle = (
+        [at(layer, value) for layer, value in enumerate(values.tolist())] for values in (mean + std, mean - std, mean)
+    )
     draw.polygon([*above, *reversed(below)], tint)
-    draw.line(mean, curve.colour, 2 * _FINE)
-    for (x, y), (_, top), (_, bottom) in zip(mean, above, below, strict=True):
-        draw.line((x, top, x, bottom), curve.colour, _FINE)
-        draw.ellipse((x - 3 * _FINE, y - 3 * _FINE, x + 3 * _FINE, y + 3 * _FINE), curve.colour)
-    draw.line((x0, y1, x0, y0, x1, y0), "black", _FINE)
-    draw.text(((x0 + x1) / 2, 6 * _FINE), curve.title, "black", font, anchor="mt")
-    draw.text(((x0 + x1) / 2, height - 5 * _FINE), "layer", "black", font, anchor="mb")
+    draw.line(middle, colour, 2 * thin)
+    for (x, y), (_, top), (_, bottom) in zip(middle, above, below, strict=True):
+        draw.line((x, top, x, bottom), colour, thin)
+        draw.ellipse((x - 3 * unit, y - 3 * unit, x + 3 * unit, y + 3 * unit), colour)
+    draw.line((x0, y1, x0, y0, x1, y0), "black", thin)
+    draw.text(((x0 + x1) / 2, 6 * unit), title, "black", font, anchor="mt")
+    draw.text(((x0 + x1) / 2, (height - 5) * unit), "layer", "black", font, anchor="mb")
 
 
 def _round_step(extent: float) -> float:

@@ -12,7 +12,6 @@ from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from crate_dist.data.decode import Pixels
 from crate_dist.files import written_whole
-from crate_dist.whitebox.pixels import BLUE, HEAT, ORANGE, heat, lit
+from crate_dist.whitebox.pixels import HEAT, heat, lit
 
 Float = NDArray[np.floating]
 _Arguments = ParamSpec("_Arguments")
@@ -66,18 +65,6 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @_styled
-def layer_profile(rate: Float, rate_std: Float, nonzero: Float, nonzero_std: Float) -> Figure:
-    """Coding rate after MSSA's projection and share of non-zeros after ISTA, over the layers, each (L,) with spread."""
-    figure = Figure(figsize=(TEXT_WIDTH_IN, 2.35), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _curve(left, rate, rate_std, _hex(BLUE), "o", r"coding rate  $R^c(Z^\ell;\, U^\ell)$  [nats]")
-    _curve(right, 100 * nonzero, 100 * nonzero_std, _hex(ORANGE), "s", r"non-zeros  $\|Z^{\ell+1}\|_0\,/\,(d\,n)$  [%]")
-    left.set_title("MSSA compresses")
-    right.set_title("ISTA sparsifies")
-    return figure
-
-
-@_styled
 def attention_grid(image: Pixels, maps: Float) -> Figure:
     """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
     layers, heads = maps.shape[:2]
@@ -96,29 +83,6 @@ def picture_table(
 ) -> Figure:
     """Pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
     return _table(cells, columns, rows, notes, bar)
-
-
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label: str) -> None:
-    layers = np.arange(1, len(mean) + 1)
-    axes.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-    axes.errorbar(
-        layers,
-        mean,
-        yerr=std,
-        color=colour,
-        marker=marker,
-        markersize=4 if len(layers) < 16 else 3,
-        linewidth=1.3,
-        capsize=2,
-        elinewidth=0.8,
-    )
-    axes.set_xlabel(r"layer $\ell$")
-    axes.set_ylabel(label)
-    axes.set_xticks(layers[:: -(-len(layers) // 12)])
 
 
 def _table(
