@@ -1,4 +1,4 @@
-"""The figures of CRATE's papers, of any trained model and any pictures.
+"""Draws the figures of CRATE's papers, of any trained model and any pictures.
 
     python -m crate_dist.figures attention runs/crate_base --images photos --out figures
     python -m crate_dist.figures layers    runs/crate_base --data /data/imagenet-shards --out figures
@@ -46,8 +46,8 @@ _BATCH = 16
 
 
 def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, out: Path) -> list[Path]:
-    """Class-token attention of every head over each picture in one layer (figure 4 of arXiv 2306.01129), its mean over
-    the heads in every layer, and for each picture the grid of all layers and heads.
+    """Draws class-token attention of all heads over each picture in one layer (figure 4 of arXiv 2306.01129), its mean
+    over the heads in every layer, and for each picture the grid of all layers and heads.
 
     layer: counted from 0
     """
@@ -71,7 +71,7 @@ def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, out: P
 
 
 def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Path]:
-    """Coding rate after MSSA's projection and non-zeros after ISTA over the layers (figure 3 of arXiv 2306.01129)."""
+    """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
     device = next(model.parameters()).device
     tensors = [picture.tensor for picture in pictures]
     batches = [torch.stack(tensors[first : first + _BATCH]).to(device) for first in range(0, len(tensors), _BATCH)]
@@ -92,7 +92,7 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
 def draw_pca(
     model: CRATE, pictures: Sequence[Picture], layer: int, threshold: float, invert: bool, out: Path
 ) -> list[Path]:
-    """Principal components of the patches of all pictures together, scaled in each; see crate_dist.whitebox.pca."""
+    """Draws principal components of the patches of all pictures together, scaled in each; see whitebox.pca."""
     features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
     found = picture_components(features, threshold, invert)
     cells: list[list[Pixels]] = []
@@ -118,7 +118,7 @@ def draw_masks(
     objects: int,
     out: Path,
 ) -> list[Path]:
-    """Foreground by attention and by normalised cut (see whitebox.maskcut), and how much of it lies on the truth."""
+    """Draws foreground by attention and by normalised cut (see whitebox.maskcut), and its overlap with the truth."""
     cells: list[list[Pixels]] = []
     notes: list[list[str]] = []
     overlaps: dict[str, dict[str, float]] = {}
@@ -159,7 +159,7 @@ _OVERLAPS = ("attention", "best_head", "cut", "best_object")
 
 
 def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequence[Mask]) -> dict[str, float]:
-    """IoU with the truth, in pixels: of all objects of the cut together, and of the best one; likewise of the heads."""
+    """Returns IoU with the truth in pixels: of the whole cut, its best object, the attention, and its best head."""
     full = [[enlarged(mask, truth.shape) for mask in masks] for masks in (by_head, found)]
     everything = np.logical_or.reduce(full[1]) if found else np.zeros_like(truth)
     return {
@@ -188,7 +188,7 @@ def _numbers(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
 
 
 def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, NDArray[np.bool_]]:
-    """The mask of each picture: the image file of the same name, without its suffix, in `folder`."""
+    """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`."""
     truths = {}
     for picture in pictures:
         stem = picture.name.partition("-")[2]
@@ -247,7 +247,7 @@ def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: draws one figure, and says what was written."""
+    """Draws one figure, as the command line says, and names the files written."""
     options = _parser().parse_args(argv)
     try:
         subject = load_subject(options.model, options.heads)

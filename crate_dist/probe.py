@@ -1,4 +1,4 @@
-"""How good the features of a frozen model are: nearest neighbours, and a linear classifier on top of them.
+"""Probes the features of a frozen model: by nearest neighbours, and by a linear classifier on top of them.
 
     python -m crate_dist.probe knn runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.probe linear runs/crate_base --data /data/flowers-shards
@@ -42,7 +42,7 @@ KS = (10, 20, 100, 200)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and held against model and data. layer: 1 … depth; pool: what of its tokens is the feature."""
+    """A probe that fits model and data. layer: 1 … depth; pool: the token, or the mean of them, that is the feature."""
 
     subject: Subject
     train: ShardIndex
@@ -51,7 +51,7 @@ class Question:
     pool: Pool
 
     def describe(self) -> str:
-        """The feature, in words."""
+        """Names the feature in words."""
         tokens = "mean of the tokens" if self.pool == "mean" else "class token"
         return f"{tokens} after layer {self.layer} of {self.subject.model.config.depth} and the head's norm"
 
@@ -85,7 +85,7 @@ def question(arguments: argparse.Namespace) -> Question:
 
 
 def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
-    """Of the training and of the validation split. A collective."""
+    """Extracts the features of the training and of the validation split. A collective."""
 
     def read(images: torch.Tensor) -> torch.Tensor:
         return pooled(model.model, model.normalize(images), asked.layer, asked.pool)
@@ -99,7 +99,7 @@ def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: one probe of one model on two splits."""
+    """Makes one probe of one model on two splits, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

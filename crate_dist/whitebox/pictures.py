@@ -1,4 +1,4 @@
-"""Pictures to look at: from image files, a folder, a tensor file or a split of shards, as a model reads them."""
+"""Reads pictures to look at: from image files, a folder, a tensor file or a split of shards, as a model reads them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from crate_dist.data.reader import ShardReader
 from crate_dist.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-"""What is taken for an image in a folder, also in capitals."""
+"""Endings of images in a folder, also in capitals."""
 _MOST_LENGTHS = 8
 
 
 class PictureError(UserError):
-    """No pictures, or one that cannot be used; the message names it."""
+    """A picture that cannot be used, which the message names, or none at all."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of its files; pixels: uint8 (height, width, 3); tensor: the same, normalised, fp32 (3, height, width)."""
+    """A picture as pixels, uint8 (height, width, 3), and as a normalised tensor, fp32 (3, height, width)."""
 
     name: str
     pixels: Pixels
@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image becomes pixels whose sides are whole patches.
+    """The way from an image to pixels whose sides are whole patches.
 
     side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image,
     its short side as long, its proportions kept up to half a patch.
@@ -62,7 +62,7 @@ class Framing:
             )
 
     def __call__(self, data: bytes) -> Pixels:
-        """The image as uint8 (height, width, 3). Raises BadImage."""
+        """Returns the image as uint8 (height, width, 3). Raises BadImage."""
         if self.square:
             return eval_transform(self.prepared, self.side)(data)
         image = open_image(data)
@@ -72,13 +72,13 @@ class Framing:
         return resized_exactly(image, whole, self.size(*image.size), self.prepared.resize_filter)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the whole image in whole patches."""
+        """Returns (width, height) of the whole image in whole patches."""
         patches = self.side / self.patch / min(width, height)
         return max(round(width * patches), 1) * self.patch, max(round(height * patches), 1) * self.patch
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask file, not zero where the object is, at the size of its picture: bool of `shape` (height, width).
+    """Reads a mask file, not zero where the object is, at the size of its picture: bool of `shape` (height, width).
 
     Raises PictureError when it is no image, or has other proportions than the picture.
     """
@@ -95,7 +95,7 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Picture]:
-    """The first `count` pictures of files and folders, the latter's in the order of their names.
+    """Reads the first `count` pictures of files and folders, the latter's in the order of their names.
 
     A `.pt` file holds images as the model reads them, a tensor (b, 3, height, width) or {"imgs": tensor}, the input
     of the published vis_utils; they are taken as they are.
@@ -108,7 +108,7 @@ def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Pict
 
 
 def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]:
-    """The first `count` pictures of a split in the order of its index. Raises PictureError, ShardError."""
+    """Reads the first `count` pictures of a split in the order of its index. Raises PictureError, ShardError."""
     reader, normalize = ShardReader(index), _normalize(framing.prepared)
     pictures = []
     for sample in range(min(count, index.num_samples)):

@@ -1,4 +1,4 @@
-"""Pictures of maps, masks and curves as plain pixels: what figures are put together from, and what training shows.
+"""Draws maps, masks and curves as plain pixels, for figures and for TensorBoard while training.
 
 numpy and Pillow alone: matplotlib takes longer to load and to draw a figure than a small model to take some steps, and
 looks for fonts in places that a compute node may not have.
@@ -44,7 +44,7 @@ _PROFILE = (660, 230)
 
 
 def heat(values: Float) -> Pixels:
-    """A map (rows, cols) in colours, from 0 to its largest value: uint8 (rows, cols, 3). What is no number is 0."""
+    """Colours a map (rows, cols) from 0 to its largest value: uint8 (rows, cols, 3). What is no number is 0."""
     values = np.nan_to_num(np.asarray(values, dtype=np.float64))
     top = float(values.max())
     places = values / top if top > 0 else values
@@ -54,14 +54,14 @@ def heat(values: Float) -> Pixels:
 
 
 def lit(image: Pixels, values: Float) -> Pixels:
-    """A picture, the brighter the larger a map (rows, cols) is there; dim where it is 0."""
+    """Shows a picture, the brighter the larger a map (rows, cols) is there; dim where it is 0."""
     bright = enlarged(np.asarray(values, dtype=np.float64), image.shape[:2])[..., None]
     top = float(bright.max())
     return np.round(image * (0.15 + 0.85 * (bright / top if top > 0 else bright))).astype(np.uint8)
 
 
 def masked(image: Pixels, masks: Sequence[NDArray[np.bool_]]) -> Pixels:
-    """A picture, grey and dim but for its objects, which have a tint and an edge each; masks of any coarser grid."""
+    """Shows a picture, grey and dim but for its objects, each with a tint and an edge; masks of any coarser grid."""
     grey = image.mean(axis=2, keepdims=True) * 0.35 + 20
     shown = np.repeat(grey, 3, axis=2)
     for number, mask in enumerate(masks):
@@ -74,13 +74,13 @@ def masked(image: Pixels, masks: Sequence[NDArray[np.bool_]]) -> Pixels:
 
 
 def enlarged(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Values on a grid of patches (rows, cols, …) for every pixel of (height, width): each patch its own."""
+    """Gives every pixel of (height, width) its patch's value, of a grid (rows, cols, …)."""
     rows, cols = (np.arange(size) * count // size for size, count in zip(shape[:2], values.shape[:2], strict=True))
     return values[rows][:, cols]
 
 
 def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
-    """Square pictures of any sizes side by side on white, each of `side` pixels."""
+    """Puts square pictures of any sizes side by side on white, each of `side` pixels."""
     resized = [
         [np.asarray(Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)) for cell in row]
         for row in rows
@@ -95,7 +95,7 @@ def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
 
 
 def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
-    """Coding rate of what MSSA reads and non-zeros after ISTA, over the layers, with their spread over the images.
+    """Draws the coding rate that MSSA reads and the non-zeros after ISTA, over the layers, with their spread.
 
     Figure 3 of arXiv 2306.01129. note: behind both titles; width: pixels. Some 6 ms, where matplotlib takes 200.
     """
@@ -112,7 +112,7 @@ def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
 def _curve(
     draw: ImageDraw.ImageDraw, left: float, unit: float, title: str, mean: Float, std: Float, colour: Colour
 ) -> None:
-    """Mean and spread (L,) in the half of the sheet that begins at `left` units, of `unit` pixels each."""
+    """Draws mean and spread (L,) in the half of the sheet that begins at `left` units, of `unit` pixels each."""
     font, thin = ImageFont.load_default(11 * unit), round(unit)
     width, height = _PROFILE[0] / 2, _PROFILE[1]
     x0, x1, y0, y1 = (length * unit for length in (left + 44, left + width - 12, height - 36, 24))
@@ -150,7 +150,7 @@ def _curve(
 
 
 def _round_step(extent: float) -> float:
-    """1, 2 or 5 times a power of ten, such that three to eight of them are the extent."""
+    """Returns 1, 2 or 5 times a power of ten, such that three to eight of them are the extent."""
     power = 10.0 ** math.floor(math.log10(extent))
     return next(factor * power for factor in (2, 1, 0.5, 0.2) if extent / (factor * power) >= 3)
 

@@ -1,4 +1,4 @@
-"""How figures look, in one place: sizes for a page of text 6.3 inches wide, set in the type of the formulas.
+"""Draws tables of pictures for a page of text 6.3 inches wide, set in the type of the formulas.
 
 Drawn with matplotlib's Agg renderer through its objects: there is no global figure, no backend is chosen for anyone.
 """
@@ -66,7 +66,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @_styled
 def attention_grid(image: Pixels, maps: Float) -> Figure:
-    """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
+    """Draws attention maps (L, h, rows, cols) of one picture: rows are layers, columns heads, the first their mean."""
     layers, heads = maps.shape[:2]
     cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
     columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
@@ -81,7 +81,7 @@ def picture_table(
     notes: Sequence[Sequence[str]] = (),
     bar: bool = False,
 ) -> Figure:
-    """Pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
+    """Draws pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
     return _table(cells, columns, rows, notes, bar)
 
 
@@ -92,7 +92,7 @@ def _table(
     notes: Sequence[Sequence[str]] = (),
     bar: bool = False,
 ) -> Figure:
-    """Laid out in inches, cell by cell: every column as wide as the others, every row as high as its first picture."""
+    """Lays a table out in inches, cell by cell: columns of one width, every row as high as its first picture."""
     left = _LABEL_IN if rows else 0.02
     right = _BAR_IN if bar else 0.02
     below = 0.16 if notes else 0.0
@@ -132,7 +132,7 @@ def _table(
 
 
 def _label(text: str, room_in: float) -> tuple[str, float]:
-    """What of a title such as "head 12" fits in so many inches, and its size: at worst the number or the first word."""
+    """Returns the part of a title such as "head 12" that fits, at worst the number or first word, and its size."""
     if room_in > 0.4:
         return text, 8 if room_in > 0.55 else 6
     first, *_, last = text.split() if " " in text else (text, text)

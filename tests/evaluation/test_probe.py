@@ -85,7 +85,7 @@ def test_layers_count_from_one_and_the_last_is_minus_one() -> None:
 
 
 class OnRanks(NamedTuple):
-    """What one rank found."""
+    """The findings of one rank."""
 
     features: Features
     neighbours: list[knn.Neighbours]
@@ -138,13 +138,13 @@ def odd_split(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def alone(odd_split: ShardIndex) -> OnRanks:
-    """What a single rank found."""
+    """The findings of a single rank."""
     return spawn(everything_on_ranks, 1, odd_split.root)[0]
 
 
 @pytest.fixture(scope="module")
 def together(odd_split: ShardIndex) -> list[OnRanks]:
-    """What each of three ranks found."""
+    """The findings of each of three ranks."""
     return spawn(everything_on_ranks, 3, odd_split.root)
 
 
