@@ -35,14 +35,14 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
-from crate_dist.whitebox.pixels import BLUE, ORANGE, Panel, heat, panels, tiles
+from crate_dist.whitebox.pixels import heat, layer_profile, tiles
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 4
 _CELL_PIXELS = 72
 _DEAD = 0.1
-_DEAR = 0.01
+_COSTLY = 0.01
 _TITLES = {
     "coding_rate": "coding rate",
     "coding_rate_change": "change of the coding rate by MSSA",
@@ -108,7 +108,7 @@ class Live:
                 seconds = time.perf_counter() - began
                 interrupt.hold()
                 monitor.white_box(step, layers, pictures, CHARTS, seconds)
-                self._say_when_dear(began, seconds)
+                self._say_when_costly(began, seconds)
         return not gather_objects(left)[0]
 
     def _measured(
@@ -149,15 +149,15 @@ class Live:
                     step,
                 )
 
-    def _say_when_dear(self, began: float, seconds: float) -> None:
+    def _say_when_costly(self, began: float, seconds: float) -> None:
         """Looks at all that has passed since the first time, in which images are read and libraries loaded."""
         if self._first_end is None:
             self._first_end = began + seconds
             return
         self._spent_s += seconds
         share = self._spent_s / (began + seconds - self._first_end)
-        if share > _DEAR and self._first_time("dear", 0):
-            enough = math.ceil(self._every * share / _DEAR / 100) * 100
+        if share > _COSTLY and self._first_time("costly", 0):
+            enough = math.ceil(self._every * share / _COSTLY / 100) * 100
             logger.warning(
                 "the white-box measures take %.1f %% of the time; --set log.whitebox_every_steps=%d costs 1 %% at most",
                 100 * share,
@@ -201,15 +201,10 @@ def first_images(
 
 def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dict[str, Pixels]:
     """maps: attention (L, b, h, rows, cols)"""
-    rate, zeros = seen.coding_rate.mean(dim=1).numpy(), seen.zeros.mean(dim=1).numpy()
-    curves = [
-        Panel(f"coding rate of MSSA [nats], step {step:,}", rate, seen.coding_rate_std.numpy(), BLUE),
-        Panel(f"non-zeros after ISTA [%], step {step:,}", 100 - 100 * zeros, 100 * seen.zeros_std.numpy(), ORANGE),
-    ]
     by_layer = [[image, *map(heat, maps[:, n].mean(axis=1))] for n, image in enumerate(pixels)]
     by_head = [[image, *map(heat, maps[-1, n])] for n, image in enumerate(pixels)]
     return {
-        "whitebox/profile": panels(curves),
+        "whitebox/profile": layer_profile(seen, f", step {step:,}"),
         "whitebox/attention_of_the_layers": tiles(by_layer, _CELL_PIXELS),
         "whitebox/attention_of_the_last_layers_heads": tiles(by_head, _CELL_PIXELS),
     }
