@@ -1,4 +1,4 @@
-"""Exact top-1 and top-5 over every sample of a split that can be read, each counted once, at any number of ranks.
+"""Measures exact top-1 and top-5 over every sample of a split that can be read, once each, at any number of ranks.
 
     python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.evaluate runs/crate_base --worst 20 --confusions 20 --json evaluation.json
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
+from crate_dist.data.splits import open_split
 from crate_dist.distributed import World, exit_at_once
 from crate_dist.evaluation.accuracy import ByClass, Evaluation, Tally, class_text, evaluate
 from crate_dist.evaluation.matching import Matching, match_classes
@@ -35,7 +36,6 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    find_split,
     positive,
     run_on_ranks,
 )
@@ -45,7 +45,7 @@ _NAMED = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: evaluates one model on one split."""
+    """Evaluates one model on one split, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output(arguments.json)
         check_output(arguments.csv)
         subject = load_subject(arguments.model, arguments.heads)
-        index = find_split(arguments, subject, arguments.split)
+        index = open_split(arguments.data, arguments.split, subject.data)
         if not index.num_samples:
             raise CannotMeasure(f"{index.place} has no samples")
         return subject, index, match_classes(subject, index, arguments.all_classes)
@@ -114,7 +114,7 @@ def _report(
     by_class: ByClass,
     seconds: float,
 ) -> None:
-    """seconds: of the whole pass, the start of the loader's workers among them."""
+    """Prints and writes the result. seconds: of the whole pass, the start of the loader's workers among them."""
     rate = result.samples / seconds
     print(  # noqa: T201
         f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "

@@ -116,7 +116,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
         init_from = recipe.train.init_from
         places = [
             CLONE,
-            recipe.data_root(),
+            recipe.data.find_root(),
             init_from and folder_of_weights(init_from),
             *(run_dir.parent for run_dir in run_dirs),
         ]
@@ -315,7 +315,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
 def _check_environment_goes_along(recipe: Recipe) -> None:
     """Raises RecipeError when data whose location recipe.toml does not keep would be out of the job's sight."""
     exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
-    if is_private(recipe.data_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
+    if is_private(recipe.data.find_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
         raise RecipeError(
             f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
             f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"

@@ -1,7 +1,7 @@
-"""The pages keep their word: commands run, links lead somewhere, and files, keys and messages are those of the program.
+"""The pages keep their word: commands run, links lead somewhere, and files, keys and messages are the program's.
 
-Every command in README.md and docs/ is run here on a small world, with the paths of the pages as they are; or it stands in
-ELSEWHERE, with the reason why not and with what runs it. A command that is in neither place fails.
+Every command in README.md and docs/ is run here on a small world, with the paths of the pages as they are; or it stands
+in ELSEWHERE, with the reason why not and with what runs it. A command that is in neither place fails.
 """
 
 from __future__ import annotations

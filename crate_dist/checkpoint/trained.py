@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from crate_dist.checkpoint.format import MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection, ImageSection
+from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError, check_fit
@@ -74,6 +75,14 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     classes, precision = _names(saved.manifest.classes), recipe.train.precision
     return Subject(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+
+
+def find_layer(asked: int | None, depth: int) -> int:
+    """Returns the layer, 1 … depth, that --layer asks for: the last for None and -1. Raises UserError."""
+    layer = depth if asked is None else asked + depth + 1 if asked < 0 else asked
+    if not 1 <= layer <= depth:
+        raise UserError(f"--layer {asked}: the model has layers 1 to {depth}, the last also being -1")
+    return layer
 
 
 def are_numbers(classes: Sequence[str]) -> bool:

@@ -282,7 +282,7 @@ def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> tuple[dict[str, Any], str]:
-    """What the command writes and says."""
+    """Returns what the command writes and says."""
     assert main([*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]) == 0
     return json.loads((folder / "out.json").read_text()), capsys.readouterr().out
 
