@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject, load_subject
+from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes
 from crate_dist.distributed import World, exit_at_once
@@ -45,7 +45,7 @@ KS = (10, 20, 100, 200)
 class Question:
     """What is asked, and held against model and data. layer: 1 … depth; pool: what of its tokens is the feature."""
 
-    subject: Subject
+    trained: Trained
     train: ShardIndex
     val: ShardIndex
     layer: int
@@ -54,7 +54,7 @@ class Question:
     def describe(self) -> str:
         """The feature, in words."""
         tokens = "mean of the tokens" if self.pool == "mean" else "class token"
-        return f"{tokens} after layer {self.layer} of {self.subject.model.config.depth} and the head's norm"
+        return f"{tokens} after layer {self.layer} of {self.trained.model.config.depth} and the head's norm"
 
 
 def question(arguments: argparse.Namespace) -> Question:
@@ -67,8 +67,8 @@ def question(arguments: argparse.Namespace) -> Question:
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
-    subject = load_subject(arguments.model, arguments.heads)
-    train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
+    trained = load_trained(arguments.model, arguments.heads)
+    train, val = (find_split(arguments, trained, split) for split in (arguments.train_split, arguments.split))
     check_same_classes(train, val)
     for split in (train, val):
         if not split.num_samples:
@@ -79,7 +79,7 @@ def question(arguments: argparse.Namespace) -> Question:
             f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
             f"--k {' '.join(fitting)} would do"
         )
-    return Question(subject, train, val, find_layer(arguments.layer, subject.model.config), _pool(arguments, subject))
+    return Question(trained, train, val, find_layer(arguments.layer, trained.model.config), _pool(arguments, trained))
 
 
 def find_layer(asked: int | None, config: CrateConfig) -> int:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     measure = _measure_knn if arguments.probe == "knn" else _measure_linear
 
     def work(asked: Question, world: World, device: torch.device) -> None:
-        model = Frozen.place(asked.subject, arguments, world, device)
+        model = Frozen.place(asked.trained, arguments, world, device)
         train, val = features(model, asked)
         measured = measure(arguments, train, val, asked, model)
         if world.is_main:
@@ -172,7 +172,7 @@ def _bar(what: str, model: Frozen) -> Callable[[Any], Iterable[Any]]:
 def _report(path: Path | None, asked: Question, train: Features, val: Features, measured: dict[str, Any]) -> None:
     replaced = train.replaced + val.replaced
     print(  # noqa: T201
-        f"{asked.subject.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
+        f"{asked.trained.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
         f"from the {train.total:,} samples of {asked.train.place} on the {val.total:,} of {asked.val.place}"
         + (f", {replaced} replaced" if replaced else "")
     )
@@ -180,7 +180,7 @@ def _report(path: Path | None, asked: Question, train: Features, val: Features, 
         print(line)  # noqa: T201
     if path is not None:
         about = {
-            "model": asked.subject.name,
+            "model": asked.trained.name,
             "train": str(asked.train.place),
             "val": str(asked.val.place),
             "train_samples": train.total,
@@ -217,8 +217,8 @@ def _short(fitted: dict[str, Any]) -> str:
     return "" if fitted["converged"] else ", short of the optimum: --max-steps"
 
 
-def _pool(arguments: argparse.Namespace, subject: Subject) -> Pool:
-    pool: Pool = arguments.pool or subject.model.config.pool
+def _pool(arguments: argparse.Namespace, trained: Trained) -> Pool:
+    pool: Pool = arguments.pool or trained.model.config.pool
     return pool
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject
+from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
@@ -62,14 +62,14 @@ def positive(text: str) -> int:
     return number
 
 
-def find_split(arguments: argparse.Namespace, subject: Subject, split: str) -> ShardIndex:
+def find_split(arguments: argparse.Namespace, trained: Trained, split: str) -> ShardIndex:
     """The index of a split below --data, the run's folder of data, or the environment's.
 
     Raises
     ------
     RecipeError, ShardError
     """
-    return open_split(subject.data.place(arguments.data), split, subject.data)
+    return open_split(trained.data.place(arguments.data), split, trained.data)
 
 
 def check_output(path: Path | None) -> None:
@@ -93,20 +93,20 @@ class Frozen:
     normalize: Normalize
 
     @classmethod
-    def place(cls, subject: Subject, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
+    def place(cls, trained: Trained, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
         """Brings the model to the device in the precision that was asked for."""
-        precision = arguments.precision or subject.precision
+        precision = arguments.precision or trained.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        subject.model.autocast = precision == "autocast"
+        trained.model.autocast = precision == "autocast"
         return cls(
-            subject.model.to(device, dtype).eval().requires_grad_(False),
-            subject.name,
+            trained.model.to(device, dtype).eval().requires_grad_(False),
+            trained.name,
             world,
             device,
-            subject.images,
+            trained.images,
             arguments.batch,
             arguments.workers,
-            Normalize(subject.images.mean, subject.images.std, device, dtype),
+            Normalize(trained.images.mean, trained.images.std, device, dtype),
         )
 
     def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
