@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from crate_dist.checkpoint.trained import Subject, find_layer, load_subject
+from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
 from crate_dist.data.splits import open_split
@@ -231,15 +231,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
-    config = subject.model.config
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", subject.images)
+def _pictures(options: argparse.Namespace, trained: Trained) -> list[Picture]:
+    config = trained.model.config
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", trained.images)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
         pictures = from_paths(options.images, framing, count)
     else:
         try:
-            index = open_split(options.data, options.split, subject.data)
+            index = open_split(options.data, options.split, trained.data)
         except RecipeError as error:
             raise PictureError(f"no pictures: give --images PATH, or else the data: {error}") from error
         pictures = from_split(index, framing, count)
@@ -250,10 +250,10 @@ def main(argv: list[str] | None = None) -> int:
     """Draws one figure, as the command line says, and names the files written."""
     options = _parser().parse_args(argv)
     try:
-        subject = load_subject(options.model, options.heads)
-        pictures = _pictures(options, subject)
+        trained = load_trained(options.model, options.heads)
+        pictures = _pictures(options, trained)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, out = subject.model.to(device, torch.float32).eval(), options.out
+        model, out = trained.model.to(device, torch.float32).eval(), options.out
         out.mkdir(parents=True, exist_ok=True)
         if options.figure == "layers":
             written = draw_layers(model, pictures, out)
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print(f"{subject.name}, {len(pictures)} pictures:", *written, sep="\n  ")  # noqa: T201
+    print(f"{trained.name}, {len(pictures)} pictures:", *written, sep="\n  ")  # noqa: T201
     return 0
 
 

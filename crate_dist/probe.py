@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject, find_layer, load_subject
+from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
 from crate_dist.distributed import World, exit_at_once
@@ -44,7 +44,7 @@ KS = (10, 20, 100, 200)
 class Question:
     """A probe that fits model and data. layer: 1 … depth; pool: the token, or the mean of them, that is the feature."""
 
-    subject: Subject
+    trained: Trained
     train: ShardIndex
     val: ShardIndex
     layer: int
@@ -53,7 +53,7 @@ class Question:
     def describe(self) -> str:
         """Names the feature in words."""
         tokens = "mean of the tokens" if self.pool == "mean" else "class token"
-        return f"{tokens} after layer {self.layer} of {self.subject.model.config.depth} and the head's norm"
+        return f"{tokens} after layer {self.layer} of {self.trained.model.config.depth} and the head's norm"
 
 
 def question(arguments: argparse.Namespace) -> Question:
@@ -66,9 +66,9 @@ def question(arguments: argparse.Namespace) -> Question:
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
-    subject = load_subject(arguments.model, arguments.heads)
+    trained = load_trained(arguments.model, arguments.heads)
     names = arguments.train_split, arguments.split
-    train, val = (open_split(arguments.data, name, subject.data) for name in names)
+    train, val = (open_split(arguments.data, name, trained.data) for name in names)
     check_same_classes(train, val)
     for split in (train, val):
         if not split.num_samples:
@@ -80,7 +80,7 @@ def question(arguments: argparse.Namespace) -> Question:
             f"--k {' '.join(fitting)} would do"
         )
     return Question(
-        subject, train, val, find_layer(arguments.layer, subject.model.config.depth), _pool(arguments, subject)
+        trained, train, val, find_layer(arguments.layer, trained.model.config.depth), _pool(arguments, trained)
     )
 
 
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     measure = _measure_knn if arguments.probe == "knn" else _measure_linear
 
     def work(asked: Question, world: World, device: torch.device) -> None:
-        model = Frozen.place(asked.subject, arguments, world, device)
+        model = Frozen.place(asked.trained, arguments, world, device)
         train, val = features(model, asked)
         measured = measure(arguments, train, val, asked, model)
         if world.is_main:
@@ -166,7 +166,7 @@ def _bar(what: str, model: Frozen) -> Callable[[Any], Iterable[Any]]:
 def _report(path: Path | None, asked: Question, train: Features, val: Features, measured: dict[str, Any]) -> None:
     replaced = train.replaced + val.replaced
     print(  # noqa: T201
-        f"{asked.subject.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
+        f"{asked.trained.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
         f"from the {train.total:,} samples of {asked.train.place} on the {val.total:,} of {asked.val.place}"
         + (f", {replaced} replaced" if replaced else "")
     )
@@ -174,7 +174,7 @@ def _report(path: Path | None, asked: Question, train: Features, val: Features, 
         print(line)  # noqa: T201
     if path is not None:
         about = {
-            "model": asked.subject.name,
+            "model": asked.trained.name,
             "train": str(asked.train.place),
             "val": str(asked.val.place),
             "train_samples": train.total,
@@ -211,8 +211,8 @@ def _short(fitted: dict[str, Any]) -> str:
     return "" if fitted["converged"] else ", short of the optimum: --max-steps"
 
 
-def _pool(arguments: argparse.Namespace, subject: Subject) -> Pool:
-    pool: Pool = arguments.pool or subject.model.config.pool
+def _pool(arguments: argparse.Namespace, trained: Trained) -> Pool:
+    pool: Pool = arguments.pool or trained.model.config.pool
     return pool
 
 

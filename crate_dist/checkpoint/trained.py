@@ -23,7 +23,7 @@ _HEAD = "head.linear.bias"  # one number per class
 
 
 @dataclass(frozen=True)
-class Subject:
+class Trained:
     """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
 
     model: CRATE
@@ -34,7 +34,7 @@ class Subject:
     classes: tuple[str, ...] | None = None
 
 
-def load_subject(source: Path, heads: int | None = None) -> Subject:
+def load_trained(source: Path, heads: int | None = None) -> Trained:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
@@ -50,7 +50,7 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
         except ValidationError as error:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), DataSection(), images, precision, str(source), _names(classes))
+        return Trained(model.float(), DataSection(), images, precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -74,7 +74,7 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     classes, precision = _names(saved.manifest.classes), recipe.train.precision
-    return Subject(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+    return Trained(model, recipe.data, recipe.images, precision, str(saved.path), classes)
 
 
 def find_layer(asked: int | None, depth: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crate_dist.checkpoint.trained import Subject, are_numbers
+from crate_dist.checkpoint.trained import Trained, are_numbers
 from crate_dist.data.index import ShardIndex
 from crate_dist.evaluation.on_ranks import CannotMeasure
 
@@ -53,7 +53,7 @@ class Matching:
         return f"classes are matched {how}; {self.competing:,} of the model's {self.outputs:,} compete"
 
 
-def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False) -> Matching:
+def match_classes(trained: Trained, index: ShardIndex, all_classes: bool = False) -> Matching:
     """Finds the outputs for the classes of a split.
 
     all_classes: lets the outputs compete that stand for none of them, too. They do in any case where the classes are
@@ -63,9 +63,9 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
     ------
     CannotMeasure: the model does not know all of the classes, or a name does not say which class it is
     """
-    outputs, known, wanted = subject.model.config.num_classes, subject.classes, list(index.classes)
+    outputs, known, wanted = trained.model.config.num_classes, trained.classes, list(index.classes)
     if known is not None and len(known) > outputs:
-        raise CannotMeasure(f"{subject.name} names {len(known):,} classes, and has {outputs:,} outputs")
+        raise CannotMeasure(f"{trained.name} names {len(known):,} classes, and has {outputs:,} outputs")
     numbers = known is not None and are_numbers(known)
     most = len(known) if known is not None and numbers else outputs
     if len(wanted) > most:
@@ -73,7 +73,7 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
     if known is not None and list(known) == wanted:
         return Matching("number" if numbers else "order", None, outputs, outputs, wanted, index.class_names)
     named = None if numbers else known
-    columns = list(range(len(wanted))) if named is None else _by_name(subject.name, named, index)
+    columns = list(range(len(wanted))) if named is None else _by_name(trained.name, named, index)
     classes, names = wanted, list(index.class_names)
     if all_classes:
         taken = set(columns)

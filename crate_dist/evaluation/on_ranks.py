@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject
+from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
@@ -82,20 +82,20 @@ class Frozen:
     normalize: Normalize
 
     @classmethod
-    def place(cls, subject: Subject, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
+    def place(cls, trained: Trained, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
         """Brings the model to the device in the precision that was asked for."""
-        precision = arguments.precision or subject.precision
+        precision = arguments.precision or trained.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        subject.model.set_execution(autocast=precision == "autocast")
+        trained.model.set_execution(autocast=precision == "autocast")
         return cls(
-            subject.model.to(device, dtype).eval().requires_grad_(False),
-            subject.name,
+            trained.model.to(device, dtype).eval().requires_grad_(False),
+            trained.name,
             world,
             device,
-            subject.images,
+            trained.images,
             arguments.batch,
             arguments.workers,
-            Normalize(subject.images.mean, subject.images.std, device, dtype),
+            Normalize(trained.images.mean, trained.images.std, device, dtype),
         )
 
     def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
