@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 from cifar10_published import FILTERS, centre
 from PIL import Image

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
 from crate_dist.prep.ilsvrc import imagenet
 from crate_dist.prep.program import run_program

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep.check import split_folders, verify_split
 from crate_dist.prep.program import available_cpus, counted, human_time, positive, run_program, tell
