@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.archives import Place, add_any_digest, add_val_fraction, working_folder
+from crate_dist.prep.archives import Download, add_any_digest, add_val_fraction, working_folder
 from crate_dist.prep.cifar import cifar
 from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
 from crate_dist.prep.program import run_program
@@ -43,7 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     options = options_from(arguments, lossless=True, archive=True)
     with working_folder(options.out, options.dry_run) as work:
-        place = Place(options.source, (), work, arguments.any_digest)
+        place = Download(options.source, (), work, arguments.any_digest)
         source = cifar(place, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)
         convert(source, options, "data_prep/cifar.py")
     return 0

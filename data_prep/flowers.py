@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.archives import Place, add_any_digest, working_folder
+from crate_dist.prep.archives import Download, add_any_digest, working_folder
 from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
 from crate_dist.prep.flowers import WITHIN, flowers
 from crate_dist.prep.program import run_program
@@ -39,8 +39,8 @@ def main() -> int:
     arguments = parser.parse_args()
     options = options_from(arguments)
     with working_folder(options.out, options.dry_run) as work:
-        place = Place(options.source, WITHIN, work, arguments.any_digest)
-        convert(flowers(place, options.reading, arguments.join_val), options, "data_prep/flowers.py")
+        place = Download(options.source, WITHIN, work, arguments.any_digest)
+        convert(flowers(place, options.list_options, arguments.join_val), options, "data_prep/flowers.py")
     return 0
 
 

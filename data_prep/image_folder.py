@@ -43,7 +43,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     options = options_from(arguments)
-    source = image_folder(options.source, options.reading, arguments.val_fraction, options.seed)
+    source = image_folder(options.source, options.list_options, arguments.val_fraction, options.seed)
     convert(source, options, "data_prep/image_folder.py")
     return 0
 

@@ -42,7 +42,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     options = options_from(arguments)
-    source = imagenet(options.source, arguments.splits, options.reading)
+    source = imagenet(options.source, arguments.splits, options.list_options)
     convert(source, options, "data_prep/imagenet.py")
     return 0
 

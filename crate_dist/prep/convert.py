@@ -20,8 +20,8 @@ import numpy as np
 import PIL
 
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
-from crate_dist.prep.folders import Reading, Source, Split
-from crate_dist.prep.images import BadImage, Treatment, treat
+from crate_dist.prep.folders import ListOptions, Source, Split
+from crate_dist.prep.images import BadImage, ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
 from crate_dist.prep.pool import run_parallel
 from crate_dist.prep.program import available_cpus, counted, human_bytes, human_time, positive, progress_bar, tell, warn
@@ -40,8 +40,8 @@ class Options:
     workers: int
     seed: int
     shard_samples: int
-    treatment: Treatment
-    reading: Reading
+    image_options: ImageOptions
+    list_options: ListOptions
     dry_run: bool
 
 
@@ -78,7 +78,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(arguments: argparse.Namespace, lossless: bool = False, archive: bool = False) -> Options:
-    """The options that add_conversion_arguments added; lossless: as in Treatment; archive: the source may be a file.
+    """The options that add_conversion_arguments added; lossless: as in ImageOptions; archive: the source may be a file.
 
     Raises ShardError when the folders cannot be meant.
     """
@@ -95,8 +95,8 @@ def options_from(arguments: argparse.Namespace, lossless: bool = False, archive:
         arguments.workers or available_cpus(),
         arguments.seed,
         arguments.shard_samples,
-        Treatment(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
-        Reading(arguments.follow_links, arguments.skip_bad),
+        ImageOptions(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
+        ListOptions(arguments.follow_links, arguments.skip_bad),
         arguments.dry_run,
     )
 
@@ -134,18 +134,18 @@ def convert(source: Source, options: Options, program: str) -> None:
 
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
     plan = ShardPlan(folder, split.samples, options.seed, options.shard_samples)
-    ratio = _size_ratio(plan, options.treatment) if options.treatment.changes_sizes else 1.0
-    identity = Identity.of(plan, source.classes, options.treatment)
+    ratio = _size_ratio(plan, options.image_options) if options.image_options.changes_sizes else 1.0
+    identity = Identity.of(plan, source.classes, options.image_options)
     return _Job(split, plan, SplitFolder(plan, identity), plan.estimated_bytes(ratio))
 
 
-def _size_ratio(plan: ShardPlan, treatment: Treatment) -> float:
+def _size_ratio(plan: ShardPlan, image_options: ImageOptions) -> float:
     """Bytes after to bytes before, tried on a few images."""
     before = after = 0
     for i in plan.order()[:_TRIED_IMAGES]:
         try:
             data = plan.samples.read(int(i))
-            after += len(treat(data, treatment)[0])
+            after += len(transcode(data, image_options)[0])
         except (BadImage, ShardError):  # the conversion will say so, or leave the image out
             continue
         before += len(data)
@@ -207,13 +207,13 @@ def _write_split(job: _Job, source: Source, options: Options, program: str) -> N
     job.folder.start()
     try:
         finished = job.folder.finished()
-        tasks = job.plan.tasks(options.treatment, options.reading.skip_bad, finished)
+        tasks = job.plan.tasks(options.image_options, options.list_options.skip_bad, finished)
         results: dict[str, ShardResult] = {}
         workers = min(options.workers, job.plan.num_shards)
         with progress_bar(job.folder.path.name, len(job.split.samples), " images") as bar:
             for result in run_parallel(make_shard, tasks, workers, bar):
                 if not result.kept:
-                    job.folder.note(result.finished)
+                    job.folder.record(result.finished)
                 results[result.finished.shard.name] = result
         ordered = [results[name] for name in job.plan.names() if results[name].finished.shard.samples]
         if not ordered:
@@ -246,8 +246,8 @@ def _made_by(
         "label": "cls",
         "seed": options.seed,
         "shard_samples": options.shard_samples,
-        "short_side": options.treatment.short_side,
-        "quality": options.treatment.quality,
+        "short_side": options.image_options.short_side,
+        "quality": options.image_options.quality,
         "pillow": PIL.__version__,
         "counted": dict(sorted(oddities.items())),
         "files_ignored": job.split.ignored,

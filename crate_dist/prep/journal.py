@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
-from crate_dist.prep.images import Treatment
-from crate_dist.prep.shards import Finished, ShardPlan, is_temporary, shard_names
+from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
@@ -50,7 +50,7 @@ class Identity:
     verify: bool
 
     @classmethod
-    def of(cls, plan: ShardPlan, classes: Sequence[str], treatment: Treatment) -> Identity:
+    def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> Identity:
         """The identity of a planned conversion."""
         return cls(
             len(plan.samples),
@@ -58,9 +58,9 @@ class Identity:
             digest_of_classes(classes),
             plan.seed,
             plan.shard_samples,
-            treatment.short_side,
-            treatment.quality,
-            treatment.verify,
+            image_options.short_side,
+            image_options.quality,
+            image_options.verify,
         )
 
 
@@ -134,11 +134,11 @@ class SplitFolder:
         except OSError as error:
             raise ShardError(f"cannot write to {self.path}: {error.strerror or error}") from error
 
-    def finished(self) -> dict[str, Finished]:
+    def finished(self) -> dict[str, JournalEntry]:
         """Shards that the journal knows, by name."""
         return read_journal(self.path)
 
-    def note(self, finished: Finished) -> None:
+    def record(self, finished: JournalEntry) -> None:
         """Adds a shard to the journal. Raises ShardError when the disk is full."""
         entry: Mapping[str, Any] = {
             "shard": asdict(finished.shard),
@@ -202,7 +202,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_journal(folder: Path) -> dict[str, Finished]:
+def read_journal(folder: Path) -> dict[str, JournalEntry]:
     """The finished shards of a conversion, by name; none where there is no journal."""
     try:
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -214,7 +214,7 @@ def read_journal(folder: Path) -> dict[str, Finished]:
             entry = json.loads(line)
             shard = Shard.read(entry["shard"])
             if isinstance(entry["counted"], dict) and isinstance(entry["skipped"], list):
-                found[shard.name] = Finished(shard, entry["counted"], entry["skipped"])
+                found[shard.name] = JournalEntry(shard, entry["counted"], entry["skipped"])
         except (ValueError, KeyError, TypeError):  # a line that a crash cut short: its shard is made again
             continue
     return found

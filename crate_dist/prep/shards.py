@@ -27,7 +27,7 @@ import numpy as np
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
 from crate_dist.files import sync_folder
-from crate_dist.prep.images import BadImage, Treatment, extension, treat
+from crate_dist.prep.images import BadImage, ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import scan_shard
@@ -39,7 +39,7 @@ _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EF
 
 
 @dataclass(frozen=True)
-class Finished:
+class JournalEntry:
     """What is known about a written shard: one line of the conversion's journal.
 
     counted: oddities and re-encodings, name -> images; skipped: images that were left out, and why
@@ -54,7 +54,7 @@ class Finished:
 class ShardResult:
     """A finished shard; rows: its part of the index; kept: it stood already."""
 
-    finished: Finished
+    finished: JournalEntry
     rows: np.ndarray
     kept: bool
 
@@ -67,9 +67,9 @@ class ShardTask:
     name: str
     first: int
     samples: Samples
-    treatment: Treatment
+    image_options: ImageOptions
     skip_bad: bool
-    finished: Finished | None
+    finished: JournalEntry | None
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,15 @@ class ShardPlan:
         blocks = -(-images // _TAR_BLOCK) + 3  # two headers and the label
         return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
 
-    def tasks(self, treatment: Treatment, skip_bad: bool, finished: Mapping[str, Finished]) -> Iterator[ShardTask]:
+    def tasks(
+        self, image_options: ImageOptions, skip_bad: bool, finished: Mapping[str, JournalEntry]
+    ) -> Iterator[ShardTask]:
         """All shards in order, each made as it is taken."""
         order = self.order()
         for number, name in enumerate(self.names()):
             first = number * self.shard_samples
             samples = self.samples.take(order[first : first + self.shard_samples])
-            yield ShardTask(self.folder, name, first, samples, treatment, skip_bad, finished.get(name))
+            yield ShardTask(self.folder, name, first, samples, image_options, skip_bad, finished.get(name))
 
 
 def make_shard(task: ShardTask) -> ShardResult:
@@ -137,7 +139,7 @@ def make_shard(task: ShardTask) -> ShardResult:
                 sync_folder(task.folder)
     finally:
         temporary.unlink(missing_ok=True)
-    return ShardResult(Finished(shard, dict(counted), skipped), scan.rows, kept=False)
+    return ShardResult(JournalEntry(shard, dict(counted), skipped), scan.rows, kept=False)
 
 
 def shard_names(folder: Path, number: int) -> list[str]:
@@ -150,7 +152,7 @@ def is_temporary(name: str) -> bool:
     return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
 
 
-def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
+def _rows_if_intact(path: Path, finished: JournalEntry) -> np.ndarray | None:
     if not finished.shard.samples:
         return np.empty(0, dtype=ROW)
     try:
@@ -175,7 +177,7 @@ def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list
                 advance(min(_PROGRESS_EVERY, len(samples) - i))
             data = samples.read(i)
             try:
-                image, oddities = treat(data, task.treatment)
+                image, oddities = transcode(data, task.image_options)
             except BadImage as error:
                 if not task.skip_bad:
                     raise ShardError(
