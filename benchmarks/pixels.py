@@ -20,9 +20,8 @@ from cifar10_published import FILTERS, centre
 from PIL import Image
 
 from crate_dist.config import ResizeFilter
-from crate_dist.data.decode import Pixels, open_image, resized_exactly
+from crate_dist.data.decode import IMAGE_SUFFIXES, Pixels, open_image, resized_exactly
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
-from crate_dist.whitebox.pictures import SUFFIXES
 
 SIZE, SHORT_SIDE = 224, 256
 Apart = tuple[float, float, float]
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="DIR")
     parser.add_argument("--images", type=int, default=400, metavar="N", help="[%(default)s]")
     given = parser.parse_args()
-    files = [path for path in sorted(given.source.rglob("*")) if path.suffix.lower() in SUFFIXES][: given.images]
+    files = [path for path in sorted(given.source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES][: given.images]
     if not files:
         parser.error(f"no images in {given.source}")
     apart: dict[str, list[Apart]] = {}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.data.index import ShardIndex
 from crate_dist.distributed import World, exit_at_once
@@ -36,7 +37,6 @@ from crate_dist.evaluation.on_ranks import (
     add_arguments,
     check_output,
     find_split,
-    positive,
     run_on_ranks,
 )
 from crate_dist.files import write_whole

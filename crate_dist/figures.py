@@ -27,7 +27,7 @@ from torch import Tensor
 
 from crate_dist.checkpoint.trained import Subject, load_subject
 from crate_dist.config import DATA_VARIABLE, RecipeError
-from crate_dist.data.decode import Pixels
+from crate_dist.data.decode import IMAGE_SUFFIXES, Pixels
 from crate_dist.data.splits import open_split
 from crate_dist.errors import UserError
 from crate_dist.files import written_whole
@@ -37,7 +37,7 @@ from crate_dist.whitebox import plots
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
 from crate_dist.whitebox.pca import picture_components
-from crate_dist.whitebox.pictures import SUFFIXES, Framing, GalleryError, Picture, from_paths, from_split, read_mask
+from crate_dist.whitebox.pictures import Framing, GalleryError, Picture, from_paths, from_split, read_mask
 from crate_dist.whitebox.pixels import enlarged, heat, masked
 
 _BATCH = 16
@@ -189,7 +189,7 @@ def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, NDArray
     truths = {}
     for picture in pictures:
         stem = picture.name.partition("-")[2]
-        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in SUFFIXES]
+        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise GalleryError(f"no mask for {stem} in {folder}: expected {stem}.png")
         truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])

@@ -21,36 +21,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.data.index import ShardError
-from crate_dist.prep.folders import ListOptions, Split, contents_of, hold_out, list_images
-from crate_dist.prep.program import human_bytes, proper_fraction
-from crate_dist.prep.samples import ImageRef, is_image_name
+from crate_dist.prep.folders import ListOptions, Split, contents_of, first_few, hold_out, list_images
+from crate_dist.prep.program import human_bytes, proper_fraction, writing
+from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, Member, walk_tar
 
 _WORK = ".unpacked"
+_TORCHVISION = ("flowers-102", "oxford-iiit-pet")  # folders that it downloads into
 _MAX_UNPACKED = 16 * 2**30
 _BLOCK = 4 * 2**20
+_ROOM = "the archive is decompressed there for the time of the conversion and needs some room"
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file as its site publishes it. md5: of the whole file; torchvision lists the same."""
+    """A file that a site has in a folder. md5: of the whole file; torchvision lists the same."""
 
     name: str
-    url: str
+    site: str
     md5: str
+
+    @property
+    def url(self) -> str:
+        """Its own address."""
+        return f"{self.site}{self.name}"
 
 
 @dataclass(frozen=True)
 class Download:
-    """Where the files of a data set are looked for, and how.
+    """A data set as it was downloaded.
 
-    source: what --source says, the folder that they are in or one of them itself
-    within: folders below it that they may lie in; work: where archives are decompressed
+    source: what --source says, the folder of its files or one of them itself; work: where archives are decompressed
     any_digest: take files that are not what their site publishes
     """
 
     source: Path
-    within: Sequence[str]
     work: Path
     any_digest: bool
 
@@ -58,24 +63,21 @@ class Download:
         """The file or folder of this name, None where there is none."""
         if self.source.name == name:
             return self.source
-        places = (self.source / sub / name for sub in ("", *self.within))
+        places = (self.source / sub / name for sub in ("", *_TORCHVISION))
         return next((place for place in places if place.exists()), None)
 
     def file(self, published: PublishedFile) -> bytes:
         """A small file, whole. Raises ShardError when it is not there or not what was published."""
         path = self.find(published.name)
         if path is None:
-            raise ShardError(
-                f"{published.name} is missing in {self.source}, where {contents_of(self.source)}; get it from "
-                f"{published.url}"
-            )
+            raise self._missing(published)
         self.check(path, published)
         return path.read_bytes()
 
-    def files(self, published: PublishedFile, folder: str) -> Files | None:
-        """What an archive holds in `folder`, or that folder where it stands unpacked; None where neither is.
+    def files(self, published: PublishedFile, folder: str) -> Files:
+        """The files that an archive holds in `folder`, or that folder itself where it stands unpacked.
 
-        Raises ShardError when the archive is not what was published, cut off, or damaged.
+        Raises ShardError when neither is there, or the archive is not what was published, cut off, or damaged.
         """
         path = self.find(published.name)
         if path is not None:
@@ -83,7 +85,9 @@ class Download:
             tar = self._decompress(path, published)
             return Files(path, self.source, tar, _members(tar, path, folder), trusted=True)
         path = self.find(folder)
-        return Files(path, self.source, None, {}, trusted=self.any_digest) if path is not None else None
+        if path is None:
+            raise self._missing(published, f" and for the folder {folder}/ that it unpacks to")
+        return Files(path, self.source, None, {}, trusted=self.any_digest)
 
     def check(self, path: Path, published: PublishedFile) -> None:
         """Raises ShardError when a file has not its published digest, unless any is to be taken."""
@@ -98,6 +102,12 @@ class Download:
                 "it is with --any-digest"
             )
 
+    def _missing(self, published: PublishedFile, more: str = "") -> ShardError:
+        return ShardError(
+            f"{published.name} is missing in {self.source}: looked for {published.name}{more}; "
+            f"{contents_of(self.source)}; get it from {published.url}"
+        )
+
     def _decompress(self, path: Path, published: PublishedFile) -> Path:
         target = self.work / f"{path.name}.tar"
         size = 0
@@ -107,7 +117,7 @@ class Download:
                     size += len(block)
                     if size > _MAX_UNPACKED:
                         raise ShardError(f"{path} unpacks to more than {human_bytes(_MAX_UNPACKED)}: refused as a bomb")
-                    with _disk_explained(target):
+                    with writing(target, _ROOM):
                         plain.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = "is cut off" if isinstance(error, EOFError) else "is no gzip archive, or a damaged one"
@@ -168,6 +178,17 @@ class Files:
             names = {image.name for image in found} - {image.name for image in by_stem.values()}
             raise ShardError(f"{self.path} has several images that are called {Path(min(names)).stem}")
         return by_stem, others, unreadable
+
+    def samples(
+        self, images: Mapping[str, ImageRef], stems: Sequence[str], labels: Sequence[int], named_by: str
+    ) -> Samples:
+        """The images of these stems, with their labels. Raises ShardError when one is missing that a list names."""
+        if missing := [f"{stem}.jpg" for stem in stems if stem not in images]:
+            raise ShardError(
+                f"{self.path} has no {first_few(missing)}, which {named_by} names: it is incomplete, or another data "
+                "set"
+            )
+        return Samples.collect(self.root, [images[stem] for stem in stems], labels, self.tar)
 
     def _read_unpacked(self, path: Path) -> bytes:
         if not path.is_file():  # to open a pipe would block
@@ -257,14 +278,3 @@ def _members(tar: Path, archive: Path, folder: str) -> dict[str, Member]:
     if not members:
         raise ShardError(f"{archive} has no folder {folder}/: it is another archive")
     return members
-
-
-@contextmanager
-def _disk_explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ShardError(
-            f"cannot write {target}: {error.strerror}; the archive is decompressed there for the time of the "
-            "conversion and needs some room"
-        ) from error

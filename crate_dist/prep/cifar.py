@@ -41,7 +41,7 @@ class Edition:
 
     dataset: str
     num_classes: int
-    archive: Published
+    archive: PublishedFile
     folder: str
     train: Mapping[str, str | None]
     test: Mapping[str, str | None]
@@ -99,7 +99,7 @@ CIFAR_10 = (
     Edition(
         "CIFAR-10",
         10,
-        PublishedFile("cifar-10-python.tar.gz", f"{_SITE}cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+        PublishedFile("cifar-10-python.tar.gz", _SITE, "c58f30108f718f92721af3b95e74349a"),
         "cifar-10-batches-py",
         {
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -116,7 +116,7 @@ CIFAR_10 = (
     Edition(
         "CIFAR-10",
         10,
-        PublishedFile("cifar-10-binary.tar.gz", f"{_SITE}cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        PublishedFile("cifar-10-binary.tar.gz", _SITE, "c32a1d4ab5d03f1284b67883e8d87530"),
         "cifar-10-batches-bin",
         {f"data_batch_{number}.bin": None for number in range(1, 6)},
         {"test_batch.bin": None},
@@ -135,9 +135,7 @@ def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
         Edition(
             "CIFAR-100",
             num_classes,
-            PublishedFile(
-                "cifar-100-python.tar.gz", f"{_SITE}cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
-            ),
+            PublishedFile("cifar-100-python.tar.gz", _SITE, "eb9058c3a382ffc7106e4002c42a8d85"),
             "cifar-100-python",
             {"train": "16019d7e3df5f24257cddd939b257f8d"},
             {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
@@ -148,9 +146,7 @@ def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
         Edition(
             "CIFAR-100",
             num_classes,
-            PublishedFile(
-                "cifar-100-binary.tar.gz", f"{_SITE}cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"
-            ),
+            PublishedFile("cifar-100-binary.tar.gz", _SITE, "03b5dce01913d631647c71ecec9e9cb8"),
             "cifar-100-binary",
             {"train.bin": None},
             {"test.bin": None},
@@ -182,7 +178,6 @@ def cifar(download: Download, dataset: str | None, coarse: bool, val_fraction: f
         raise ShardError("--coarse: CIFAR-10 has no superclasses, CIFAR-100 has")
     edition = next(edition for edition in known[chosen] if _stands(download, edition))
     files = download.files(edition.archive, edition.folder)
-    assert files is not None
     names = edition.class_names(files)
     train = Split(_lay_out(edition, files, "train", edition.train, download.work))
     test = Split(_lay_out(edition, files, "test", edition.test, download.work))

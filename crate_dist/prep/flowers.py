@@ -9,21 +9,20 @@ The images are numbered; imagelabels.mat has the class of each, from 1 on, and s
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
 from crate_dist.prep.archives import Download, Files, PublishedFile
-from crate_dist.prep.folders import ListOptions, Source, Split, contents_of, first_few
+from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 from crate_dist.prep.samples import ImageRef, Samples
 
 _SITE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-IMAGES = PublishedFile("102flowers.tgz", f"{_SITE}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")
-LABELS = PublishedFile("imagelabels.mat", f"{_SITE}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d")
-SPLITS = PublishedFile("setid.mat", f"{_SITE}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c")
-WITHIN = ("flowers-102",)
+IMAGES = PublishedFile("102flowers.tgz", _SITE, "52808999861908f626f3c1f4e79d11fa")
+LABELS = PublishedFile("imagelabels.mat", _SITE, "e0620be6f572b9609742df49c70aed4d")
+SPLITS = PublishedFile("setid.mat", _SITE, "a5357ecc9cb78c4bef273ce3793fc85c")
 _FOLDER = "jpg"
 _KEYS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
@@ -55,11 +54,6 @@ def flowers(download: Download, options: ListOptions, join_val: bool) -> Source:
     Raises ShardError: something is missing, damaged or not what was published, or the parts do not fit each other.
     """
     files = download.files(IMAGES, _FOLDER)
-    if files is None:
-        raise ShardError(
-            f"no Flowers 102 in {download.source}: looked for {IMAGES.name} and for the folder {_FOLDER}/ that it unpacks "
-            f"to; {contents_of(download.source)}. The archive, {LABELS.name} and {SPLITS.name} are at {_SITE}"
-        )
     labels = _integers(download.file(LABELS), "labels", LABELS.name)
     if labels.min() < 1 or labels.max() > len(CLASS_NAMES):
         wrong = int(labels.min() if labels.min() < 1 else labels.max())
@@ -96,17 +90,12 @@ def _check_apart(ids: dict[str, Int64]) -> None:
         raise ShardError(f"{SPLITS.name}: more than once in the splits: {twice}")
 
 
-def _samples(files: Files, images: dict[str, ImageRef], labels: Int64, numbers: Int64) -> Samples:
-    names: Sequence[str] = [f"image_{number:05d}" for number in np.sort(numbers)]
-    if missing := [name for name in names if name not in images]:
+def _samples(files: Files, images: Mapping[str, ImageRef], labels: Int64, numbers: Int64) -> Samples:
+    numbers = np.sort(numbers)
+    if numbers[-1] > len(labels) or numbers[0] < 1:
         raise ShardError(
-            f"{files.path} has no {first_few(f'{name}.jpg' for name in missing)}, which {SPLITS.name} names: it is "
-            "incomplete, or another data set"
-        )
-    if numbers.max() > len(labels) or numbers.min() < 1:
-        raise ShardError(
-            f"{SPLITS.name} names image {int(numbers.max())}, and {LABELS.name} has the classes of {len(labels):,}: "
+            f"{SPLITS.name} names image {numbers[-1]}, and {LABELS.name} has the classes of {len(labels):,}: "
             "they do not belong together"
         )
-    found = [images[name] for name in names]
-    return Samples.collect(files.root, found, [int(label) - 1 for label in labels[np.sort(numbers) - 1]], files.tar)
+    stems = [f"image_{number:05d}" for number in numbers]
+    return files.samples(images, stems, (labels[numbers - 1] - 1).tolist(), SPLITS.name)

@@ -132,7 +132,8 @@ def image_folder(root: Path, options: ListOptions, val_fraction: float = 0.0, se
     classes = class_folders(train)
     if not classes:
         raise ShardError(
-            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; {contents_of(train)}"
+            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; "
+            f"{contents_of(train)}"
         )
     labels = {name: label for label, name in enumerate(classes)}
     listed = {"train": list_classes(root, train, classes, labels, options)}

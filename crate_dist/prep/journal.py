@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
+from crate_dist.files import write_whole
+from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.program import writing
 from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
@@ -86,9 +89,8 @@ class SplitFolder:
             foreign = [name for name in foreign if name.endswith(".tar") and name not in own]
             self._compare(before)
         if foreign:
-            rest = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise ShardError(
-                f"{self.path} holds something else: {', '.join(foreign[:3])}{rest}; "
+                f"{self.path} holds something else: {first_few(foreign, 3)}; "
                 "give --out a folder of its own, or move these away"
             )
 
@@ -114,7 +116,7 @@ class SplitFolder:
 
     def start(self) -> None:
         """Takes the folder: locks it, notes the identity, removes what a dead conversion left. Raises ShardError."""
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -128,11 +130,8 @@ class SplitFolder:
             self.remove_temporary()
             if not (self.path / CONVERSION_JSON).exists():
                 (self.path / JOURNAL).unlink(missing_ok=True)
-                temporary = self.path / f".{CONVERSION_JSON}.{os.getpid()}.tmp"
-                temporary.write_text(json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1))
-                temporary.replace(self.path / CONVERSION_JSON)
-        except OSError as error:
-            raise ShardError(f"cannot write to {self.path}: {error.strerror or error}") from error
+                whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
+                write_whole(self.path / CONVERSION_JSON, whole)
 
     def finished(self) -> dict[str, JournalEntry]:
         """Shards that the journal knows, by name."""
@@ -145,13 +144,11 @@ class SplitFolder:
             "counted": dict(finished.counted),
             "skipped": list(finished.skipped),
         }
-        try:
-            with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ShardError(f"cannot write {self.path / JOURNAL}: {error.strerror or error}") from error
+        path = self.path / JOURNAL
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
+            file.flush()
+            os.fsync(file.fileno())
 
     def remove_temporary(self) -> None:
         """Removes shards in the making; to be called when no worker is left."""

@@ -15,13 +15,11 @@ from typing import NamedTuple
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.archives import Download, Files, PublishedFile, named_splits
-from crate_dist.prep.folders import ListOptions, Source, Split, contents_of, first_few
-from crate_dist.prep.samples import ImageRef, Samples
+from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 
-_SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
-IMAGES = PublishedFile("images.tar.gz", f"{_SITE}data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c")
-ANNOTATIONS = PublishedFile("annotations.tar.gz", f"{_SITE}data/annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f")
-WITHIN = ("oxford-iiit-pet",)
+_SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+IMAGES = PublishedFile("images.tar.gz", _SITE, "5c4f3ee8e5d25df40f4fd59a7f44e54c")
+ANNOTATIONS = PublishedFile("annotations.tar.gz", _SITE, "95a8c909bbe2e81eed6a22bccdf3f68f")
 _NAME = re.compile(r"([A-Za-z_]+)_[0-9]+")
 
 
@@ -36,20 +34,16 @@ def pets(download: Download, options: ListOptions, val_fraction: float, seed: in
     Raises ShardError: something is missing, damaged or not what was published, or the parts do not fit each other.
     """
     files, annotations = download.files(IMAGES, "images"), download.files(ANNOTATIONS, "annotations")
-    if files is None or annotations is None:
-        missing = IMAGES if files is None else ANNOTATIONS
-        folder = missing.name.partition(".")[0]
-        raise ShardError(
-            f"no Oxford-IIIT Pet in {download.source}: looked for {missing.name} and for the folder {folder}/ that it "
-            f"unpacks to; {contents_of(download.source)}. {IMAGES.name} and {ANNOTATIONS.name} are at {_SITE}"
-        )
     lists = {name: _read_list(annotations, name) for name in ("trainval.txt", "test.txt")}
     everything = [line for lines in lists.values() for line in lines]
     if twice := [image for image, times in Counter(line.image for line in everything).items() if times > 1]:
         raise ShardError(f"{annotations.path}: more than once in {' and '.join(lists)}: {first_few(twice)}")
     classes = _class_names(everything, annotations)
     images, ignored, unreadable = files.images(options)
-    train, test = (_samples(files, images, lines, name) for name, lines in lists.items())
+    train, test = (
+        files.samples(images, [line.image for line in lines], [line.label for line in lines], name)
+        for name, lines in lists.items()
+    )
     splits = named_splits(Split(train, ignored, unreadable), Split(test), val_fraction, seed)
     words = [" ".join(word.capitalize() for word in name.split("_")) for name in classes]
     return Source(download.source, f"Oxford-IIIT Pet, {files.path.name}", classes, words, splits)
@@ -82,17 +76,7 @@ def _class_names(lines: list[_Line], annotations: Files) -> list[str]:
             raise ShardError(f"{annotations.path}: class {line.label + 1} is {names[line.label]} and {name} in it")
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
         raise ShardError(
-            f"{annotations.path}: its classes {first_few(f'{n + 1} {name}' for n, name in sorted(names.items()))} are not "
-            "numbered from 1 on, each once"
+            f"{annotations.path}: its classes {first_few(f'{n + 1} {name}' for n, name in sorted(names.items()))} "
+            "are not numbered from 1 on, each once"
         )
     return [names[label] for label in range(len(names))]
-
-
-def _samples(files: Files, images: dict[str, ImageRef], lines: list[_Line], name: str) -> Samples:
-    if missing := [line.image for line in lines if line.image not in images]:
-        raise ShardError(
-            f"{files.path} has no {first_few(f'{image}.jpg' for image in missing)}, which {name} names: it is incomplete, "
-            "or another data set"
-        )
-    found = [images[line.image] for line in lines]
-    return Samples.collect(files.root, found, [line.label for line in lines], files.tar)

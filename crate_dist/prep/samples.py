@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.prep.tar import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
+from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
 
@@ -139,7 +140,7 @@ def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[l
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the extension of an image and is not hidden."""
     stem, extension = os.path.splitext(os.path.basename(name))
-    return not stem.startswith(".") and extension.lower().removeprefix(".") in IMAGE_EXTENSIONS
+    return not stem.startswith(".") and extension.lower() in IMAGE_SUFFIXES
 
 
 def _read_file(path: str) -> bytes:

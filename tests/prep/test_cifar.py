@@ -154,7 +154,7 @@ def binary_10(root: Path, files: dict[str, bytes] | None = None) -> Path:
 def opened(source: Path, tmp_path: Path) -> Any:
     """What the program makes of a source, in this process."""
     with working_folder(tmp_path / "out", dry_run=False) as work:
-        return cifar(Download(source, (), work, any_digest=True), None, False, 0.0, 0)
+        return cifar(Download(source, work, any_digest=True), None, False, 0.0, 0)
 
 
 def refused(source: Path, tmp_path: Path) -> str:

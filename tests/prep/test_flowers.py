@@ -53,7 +53,7 @@ def wanted(key: str) -> list[tuple[bytes, int]]:
 
 def refused(source: Path, tmp_path: Path) -> str:
     with working_folder(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
-        flowers(Download(source, ("flowers-102",), work, any_digest=True), ListOptions(), join_val=False)
+        flowers(Download(source, work, any_digest=True), ListOptions(), join_val=False)
     assert not (tmp_path / "out").exists()
     return str(caught.value)
 

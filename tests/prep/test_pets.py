@@ -60,7 +60,7 @@ def wanted(name: str) -> list[tuple[bytes, int]]:
 
 def refused(source: Path, tmp_path: Path) -> str:
     with working_folder(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
-        pets(Download(source, ("oxford-iiit-pet",), work, any_digest=True), ListOptions(), 0.0, 0)
+        pets(Download(source, work, any_digest=True), ListOptions(), 0.0, 0)
     assert not (tmp_path / "out").exists()
     return str(caught.value)
 

@@ -298,9 +298,9 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, mon
 
     root = class_tree(tmp_path / "source")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    options = convert.Options(root, tmp_path / "out", 1, 0, 1000, ImageOptions(), ListOptions(), False)
+    options = convert.Options("test", root, tmp_path / "out", 1, 0, 1000, ImageOptions(), ListOptions(), False)
     with pytest.raises(ShardError, match=r"need about .* kB and .* has 10 bytes free"):
-        convert.convert(image_folder(root, ListOptions()), options, "test")
+        convert.convert(image_folder(root, ListOptions()), options)
     assert not (tmp_path / "out").exists()
 
 
