@@ -23,8 +23,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.launching.memory import parameters
 from crate_dist.launching.ranks import rank_environment

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import torch
 import torch.nn.functional as F
 from lion_pytorch import Lion

@@ -23,10 +23,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # isort: skip
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import crate_dist
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
