@@ -74,6 +74,8 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
     """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
     device = next(model.parameters()).device
     tensors = [picture.tensor for picture in pictures]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise PictureError("the profile over the layers is that of pictures of one size, and these tensors have others")
     batches = [torch.stack(tensors[first : first + _BATCH]).to(device) for first in range(0, len(tensors), _BATCH)]
     seen = profile(model, batches)
     numbers = {
