@@ -38,7 +38,7 @@ same bytes, at any number of workers.
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; the fields are the options of the same names. program: the one that converts, for the record"""
+    """The options of a conversion, called as on the command line. program: the one that converts, for the record"""
 
     program: str
     source: Path
@@ -152,7 +152,7 @@ def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
 
 
 def _size_ratio(plan: ShardPlan, image_options: ImageOptions) -> float:
-    """Bytes after to bytes before, tried on a few images."""
+    """Returns bytes after by bytes before, tried on a few images."""
     before = after = 0
     for i in plan.order()[:_TRIED_IMAGES]:
         try:

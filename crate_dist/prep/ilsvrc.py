@@ -80,7 +80,7 @@ def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What of ImageNet a folder holds. base: the folder that train/ and val/ stand in."""
+    """The parts of ImageNet that a folder holds. base: the folder that train/ and val/ stand in."""
 
     root: Path
     base: Path
@@ -180,7 +180,7 @@ class _Parts:
             )
 
     def truth(self) -> Mapping[str, str]:
-        """Validation image -> wnid, by its stem (from the CSV) or by its number's eight digits (from the devkit)."""
+        """Reads validation image -> wnid, by its stem (from the CSV) or its number's eight digits (from the devkit)."""
         if path := self._beside(SOLUTION):
             return _read_solution(path)
         if devkit := self._devkit():
@@ -192,7 +192,7 @@ class _Parts:
         )
 
     def class_names(self) -> Mapping[str, str]:
-        """wnid -> words, as far as a file that tells them stands with the images."""
+        """Reads wnid -> words, as far as a file that tells them stands with the images."""
         for name in _NAME_FILES:
             if path := self._beside(name):
                 lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
@@ -218,7 +218,7 @@ class _Devkit:
 
     @classmethod
     def read(cls, path: Path) -> _Devkit:
-        """From the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
+        """Reads the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
         from scipy.io import loadmat
 
         meta, truth = (_devkit_file(path, n) for n in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"))

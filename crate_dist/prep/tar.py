@@ -1,4 +1,4 @@
-"""What a tar holds, read from its headers alone: nothing is ever unpacked to disk, no path in it is followed.
+"""Reads what a tar holds from its headers alone: nothing is ever unpacked to disk, no path in it is followed.
 
 Serves the shards of this project, WebDataset shards that others made (ustar, GNU long names, pax headers), and the
 archives that ImageNet comes in, also nested ones, whose members are located inside the outer file.
@@ -24,7 +24,7 @@ from crate_dist.data.index import ROW, Shard, ShardError, checksum
 MAX_CLASSES = 1_000_000
 """A larger label is taken for a mistake where no list of classes says otherwise."""
 MAX_IMAGE_BYTES = 2**31 - 1
-"""What the index has room for."""
+"""The largest size that the index has room for."""
 _MAX_LABEL_BYTES = 16 * 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset splits names
@@ -48,13 +48,13 @@ class ShardScan:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Where the label of a sample stands: in its `.cls` file, or under a key of its `.json` file (`meta.label`)."""
+    """The place of a sample's label: in its `.cls` file, or under a key of its `.json` file (`meta.label`)."""
 
     json_key: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> LabelRule:
-        """`cls` or `json:KEY`. Raises ValueError."""
+        """Reads `cls` or `json:KEY`. Raises ValueError."""
         kind, _, key = text.partition(":")
         if text == "cls":
             return cls()
@@ -67,11 +67,11 @@ class LabelRule:
 
     @property
     def suffix(self) -> str:
-        """Of the file that holds the label."""
+        """The suffix of the file that holds the label."""
         return "json" if self.json_key else "cls"
 
     def read(self, data: bytes) -> int:
-        """The label in the bytes of that file. Raises ValueError with what stands there instead of an integer."""
+        """Reads the label in the bytes of that file. Raises ValueError with what stands there instead of an integer."""
         if self.json_key is None:
             text = data[:80].decode("utf-8", "replace").strip()
             if len(data) > 80 or not re.fullmatch(r"[+-]?[0-9]+", text):
@@ -89,7 +89,7 @@ class LabelRule:
 
 
 def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The regular files of a plain tar, in their order, or of a tar that lies at `start` in another one.
+    """Yields the regular files of a plain tar, in their order, or of a tar that lies at `start` in another one.
 
     Raises ShardError when it is compressed, damaged or cut off, or holds a name that leads out of it.
     """
