@@ -22,7 +22,7 @@ from pathlib import Path
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.folders import ListOptions, Split, contents_of, first_few, hold_out, list_images
-from crate_dist.prep.program import human_bytes, proper_fraction, writing
+from crate_dist.prep.program import explained, human_bytes
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, Member, walk_tar
 
@@ -117,7 +117,7 @@ class Download:
                     size += len(block)
                     if size > _MAX_UNPACKED:
                         raise ShardError(f"{path} unpacks to more than {human_bytes(_MAX_UNPACKED)}: refused as a bomb")
-                    with writing(target, _ROOM):
+                    with explained(f"cannot write {target}", _ROOM):
                         plain.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = "is cut off" if isinstance(error, EOFError) else "is no gzip archive, or a damaged one"
@@ -209,17 +209,6 @@ def add_any_digest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-digest", action="store_true", help="take files that are not as they were published")
 
 
-def add_val_fraction(parser: argparse.ArgumentParser) -> None:
-    """Adds --val-fraction, for named_splits."""
-    parser.add_argument(
-        "--val-fraction",
-        type=proper_fraction,
-        default=0.0,
-        metavar="F",
-        help="share of every class that is held out of the training images as val; the test images are test then",
-    )
-
-
 def named_splits(train: Split, test: Split, val_fraction: float, seed: int) -> dict[str, Split]:
     """Returns the training images, and the test images as `val`, or as `test` where some are held out as `val`."""
     if not val_fraction:
@@ -241,11 +230,9 @@ def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
         return
     made = [parent for parent in (out, *out.parents) if not parent.exists()]
     work = out / _WORK
-    try:
+    with explained(f"cannot write to {out}"):
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ShardError(f"cannot write to {out}: {error.strerror}") from error
     try:
         with suppress(OSError):  # not every network file system can lock
             try:

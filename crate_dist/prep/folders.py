@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import hash64
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 
 _LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
@@ -74,11 +75,8 @@ class _Listing(NamedTuple):
 
 def class_folders(folder: Path) -> list[str]:
     """Lists the folders in a folder by name, but for hidden ones, sorted. Raises ShardError when it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise ShardError(f"cannot read the folder {folder}: {error.strerror}") from error
+    with explained(f"cannot read the folder {folder}"), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def list_classes(

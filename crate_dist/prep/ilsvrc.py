@@ -265,10 +265,6 @@ def _read_solution(path: Path) -> dict[str, str]:
 def _wnids(folder: Path, notes: list[str]) -> list[str]:
     names = class_folders(folder)
     wnids = [name for name in names if _WNID.fullmatch(name)]
-    if wnids and (others := _without(names, {*wnids, "train", "val", "test"})):
+    if wnids and (others := [name for name in names if name not in {*wnids, "train", "val", "test"}]):
         notes.append(f"{folder}: not named like a class, not read: {first_few(others)}")
     return wnids
-
-
-def _without(names: Iterable[str], known: set[str]) -> list[str]:
-    return [name for name in names if name not in known]

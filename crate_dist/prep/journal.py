@@ -23,7 +23,7 @@ from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, Sha
 from crate_dist.files import write_whole
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import ImageOptions
-from crate_dist.prep.program import writing
+from crate_dist.prep.program import explained
 from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
@@ -116,7 +116,7 @@ class SplitFolder:
 
     def start(self) -> None:
         """Takes the folder: locks it, writes the identity, removes what a dead conversion left. Raises ShardError."""
-        with writing(self.path):
+        with explained(f"cannot write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -145,7 +145,7 @@ class SplitFolder:
             "skipped": list(finished.skipped),
         }
         path = self.path / JOURNAL
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with explained(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
             file.flush()
             os.fsync(file.fileno())

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -50,15 +49,15 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 @contextmanager
-def writing(path: Path, remedy: str = "make room, then the same command continues") -> Iterator[None]:
-    """Turns an OSError of the block into a ShardError that names `path`, on a full disk with the remedy."""
+def explained(failure: str, remedy: str = "make room, then the same command continues") -> Iterator[None]:
+    """Turns an OSError of the block into a ShardError. failure: like "cannot write FILE"; remedy: of a full disk"""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             reason = f"{_FULL[error.errno]}; {remedy}"
-        raise ShardError(f"cannot write {path}: {reason}") from error
+        raise ShardError(f"{failure}: {reason}") from error
 
 
 def tell(text: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
+from crate_dist.prep.program import explained
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
@@ -101,13 +102,11 @@ class Samples:
 
     def read(self, i: int) -> bytes:
         """Reads the bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
-        try:
+        with explained(f"cannot read {self.describe(i)}"):
             if self.archive is None:
                 data = _read_file(os.path.join(self.root, self.name(i)))
             else:
                 data = os.pread(_open_archive(self.archive), int(self.sizes[i]), int(self.offsets[i]))
-        except OSError as error:
-            raise ShardError(f"cannot read {self.describe(i)}: {error.strerror or error}") from error
         if len(data) != self.sizes[i]:
             raise ShardError(
                 f"{self.describe(i)} has {len(data)} bytes and had {self.sizes[i]} when it was listed: "

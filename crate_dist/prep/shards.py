@@ -26,7 +26,7 @@ from crate_dist.data.order import Int64, permutation
 from crate_dist.files import written_whole
 from crate_dist.prep.images import BadImage, ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
-from crate_dist.prep.program import writing
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import scan_shard
 
@@ -120,7 +120,7 @@ def make_shard(task: ShardTask) -> ShardResult:
         return ShardResult(task.finished, rows, kept=True)
     counted: Counter[str] = Counter()
     skipped: list[str] = []
-    with writing(path), written_whole(path) as file:
+    with explained(f"cannot write {path}"), written_whole(path) as file:
         written = _write(file, task, counted, skipped)
         file.flush()
         scan = scan_shard(Path(file.name))

@@ -20,6 +20,7 @@ import numpy as np
 
 from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
+from crate_dist.prep.program import explained
 
 MAX_CLASSES = 1_000_000
 """A larger label is taken for a mistake where no list of classes says otherwise."""
@@ -93,12 +94,9 @@ def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
 
     Raises ShardError when it is compressed, damaged or cut off, or holds a name that leads out of it.
     """
-    try:
-        with path.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size if size is None else start + size
-            yield from _walk(file, path, start, end)
-    except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror or error}") from error
+    with explained(f"cannot read {path}"), path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size if size is None else start + size
+        yield from _walk(file, path, start, end)
 
 
 def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | None = None) -> ShardScan:
@@ -112,22 +110,19 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
     limit = num_classes if num_classes is not None else MAX_CLASSES
     rows: list[tuple[int, int, int, int]] = []
     seen: set[str] = set()
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            for key, files in _samples(_walk(file, path, 0, size), path):
-                if key in seen:
-                    raise ShardError(f"{path}: sample {key} comes twice")
-                seen.add(key)
-                image = _only_image(files, path, key)
-                number = _label(file, files, label, path, key)
-                if not 0 <= number < limit:
-                    raise ShardError(f"{path}: sample {key} has label {number}, expected 0 to {limit - 1}")
-                data = os.pread(file.fileno(), image.size, image.offset)
-                rows.append((image.offset, image.size, number, checksum(data)))
-    except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror or error}") from error
+    with explained(f"cannot read {path}"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        for key, files in _samples(_walk(file, path, 0, size), path):
+            if key in seen:
+                raise ShardError(f"{path}: sample {key} comes twice")
+            seen.add(key)
+            image = _only_image(files, path, key)
+            number = _label(file, files, label, path, key)
+            if not 0 <= number < limit:
+                raise ShardError(f"{path}: sample {key} has label {number}, expected 0 to {limit - 1}")
+            data = os.pread(file.fileno(), image.size, image.offset)
+            rows.append((image.offset, image.size, number, checksum(data)))
     return ShardScan(Shard(path.name, len(rows), size, digest), np.array(rows, dtype=ROW))
 
 

@@ -26,6 +26,7 @@ from stat import S_ISREG
 
 from crate_dist.data.index import Remote, Shard, ShardError
 from crate_dist.data.remote.cache_folder import (
+    FULL,
     SHARD_FILE,
     claim,
     close,
@@ -37,7 +38,6 @@ from crate_dist.data.remote.cache_folder import (
 )
 from crate_dist.data.remote.fetch import Damaged, fetch
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05
 _NO_ROOM_HOLDS_S = 1.0
 _CHUNK = 2**20
@@ -294,7 +294,7 @@ def _reserve(descriptor: int, size: int) -> bool:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return False
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise

@@ -30,7 +30,8 @@ _TAG = "CACHEDIR.TAG"
 _TAG_BEGINS = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of crate-dist"
 _TAG_TEXT = f"{_TAG_BEGINS}, which it may be removed from at any time while nothing trains. See bford.info/cachedir\n"
 _KNOWN = re.compile(r"shards|indexes|room\.lock|half-in-use|lost\+found|\.nfs[0-9a-f]+|\.CACHEDIR\.TAG\.[0-9a-f]+\.tmp")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errors of a full disk."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ANOTHER = f"name another folder as data.cache_dir or export {CACHE_VARIABLE}=DIR"
 _LOCKS_OF_ONE_NODE = {
@@ -168,7 +169,7 @@ def close(descriptor: int) -> None:
 
 def unwritable(folder: Path, error: OSError) -> ShardError:
     """Returns what is to be raised when the cache cannot be written."""
-    remedy = "make room there, lower data.cache_gb, or name another folder as" if error.errno in _FULL else "see"
+    remedy = "make room there, lower data.cache_gb, or name another folder as" if error.errno in FULL else "see"
     return ShardError(f"cannot write the cache {folder}: {error.strerror or error}; {remedy} data.cache_dir")
 
 
