@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -50,6 +50,15 @@ class Split:
     ignored: int = 0
     unreadable: Sequence[str] = ()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Returns all parts after each other as one split; they come from the same root and archive."""
+        return cls(
+            Samples.concatenate([part.samples for part in parts]),
+            sum(part.ignored for part in parts),
+            [name for part in parts for name in part.unreadable],
+        )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,12 +76,6 @@ class Source:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-class _Listing(NamedTuple):
-    samples: Samples
-    ignored: int
-    unreadable: list[str]
-
-
 def class_folders(folder: Path) -> list[str]:
     """Lists the folders in a folder by name, but for hidden ones, sorted. Raises ShardError when it cannot be read."""
     with explained(f"cannot read the folder {folder}"), os.scandir(folder) as entries:
@@ -87,9 +90,9 @@ def list_classes(
     Raises ShardError: a class without an image, something that cannot be read, a link that leads out of `root`.
     """
 
-    def one(name: str) -> _Listing:
+    def one(name: str) -> Split:
         found, ignored, unreadable = list_images(root, folder / name, options)
-        return _Listing(Samples.collect(root, found, labels[name]), ignored, unreadable)
+        return Split(Samples.collect(root, found, labels[name]), ignored, unreadable)
 
     ordered = sorted(classes, key=labels.__getitem__)
     listings = list(threaded_map(one, ordered, f"listing {folder.name}", "class"))
@@ -99,11 +102,7 @@ def list_classes(
             f"{first_few(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
             f"{folder}; remove what is no class, or fill what is incomplete"
         )
-    return Split(
-        Samples.concatenate([listing.samples for listing in listings]),
-        sum(listing.ignored for listing in listings),
-        [name for listing in listings for name in listing.unreadable],
-    )
+    return Split.joined(listings)
 
 
 def list_images(root: Path, folder: Path, options: ListOptions) -> tuple[list[ImageRef], int, list[str]]:

@@ -137,15 +137,15 @@ class _Parts:
             return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
 
-        def one(wnid: str) -> tuple[Samples, int]:
+        def one(wnid: str) -> Split:
             member = self.train_tars[wnid]
             found, ignored = list_archive(archive, member.offset, member.size)
-            return Samples.collect(self.root, found, labels[wnid], archive), ignored
+            return Split(Samples.collect(self.root, found, labels[wnid], archive), ignored)
 
         listed = list(threaded_map(one, self.train_classes, f"listing {archive.name}", "class"))
-        if empty := [wnid for wnid, (part, _) in zip(self.train_classes, listed, strict=True) if not len(part)]:
+        if empty := [wnid for wnid, part in zip(self.train_classes, listed, strict=True) if not len(part.samples)]:
             raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
-        return Split(Samples.concatenate([part for part, _ in listed]), sum(ignored for _, ignored in listed))
+        return Split.joined(listed)
 
     def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], options: ListOptions) -> Split:
         assert self.val is not None
