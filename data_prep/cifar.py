@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.archives import Download, add_any_digest, add_val_fraction, working_folder
+from crate_dist.prep.archives import Download, add_any_digest, working_folder
 from crate_dist.prep.cifar import cifar
-from crate_dist.prep.convert import conversion_parser, convert, parsed
+from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -30,7 +30,7 @@ def main() -> None:
     """Converts."""
     parser = conversion_parser(__doc__, EPILOG)
     add_any_digest(parser)
-    add_val_fraction(parser)
+    add_val_fraction(parser, "the test images are test then")
     parser.add_argument("--dataset", choices=("10", "100"), help="where the source holds both")
     parser.add_argument("--coarse", action="store_true", help="CIFAR-100: its 20 superclasses as classes")
     arguments, options = parsed(parser, lossless=True, archive=True)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.convert import conversion_parser, convert, parsed
+from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.folders import image_folder
-from crate_dist.prep.program import proper_fraction, run_program
+from crate_dist.prep.program import run_program
 
 EPILOG = """
 the source is one of:
@@ -27,13 +27,7 @@ example:
 def main() -> None:
     """Converts."""
     parser = conversion_parser(__doc__, EPILOG)
-    parser.add_argument(
-        "--val-fraction",
-        type=proper_fraction,
-        default=0.0,
-        metavar="F",
-        help="share of every class that is held out for validation, where the source has no validation split",
-    )
+    add_val_fraction(parser, "where the source has no validation split")
     arguments, options = parsed(parser)
     source = image_folder(options.source, options.list_options, arguments.val_fraction, options.seed)
     convert(source, options)

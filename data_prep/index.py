@@ -34,7 +34,7 @@ example:
 
 
 def label_rule(text: str) -> LabelRule:
-    """An argparse type: cls or json:KEY."""
+    """Reads cls or json:KEY; a type for argparse."""
     try:
         return LabelRule.parse(text)
     except ValueError as error:
@@ -57,7 +57,7 @@ def describe(index: ShardIndex) -> None:
 
 
 def labels_of_shards(index: ShardIndex) -> list[np.ndarray]:
-    """The labels of each shard that has samples."""
+    """Returns the labels of each shard that has samples."""
     return [labels for labels in np.split(index.rows["label"], np.cumsum(index.shard_sizes)[:-1]) if len(labels)]
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.folders import ListOptions, Split, contents_of, first_few, hold_out, list_images
-from crate_dist.prep.program import human_bytes, proper_fraction, writing
+from crate_dist.prep.program import explained, human_bytes
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, Member, walk_tar
 
@@ -35,7 +35,7 @@ _ROOM = "the archive is decompressed there for the time of the conversion and ne
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file that a site has in a folder. md5: of the whole file; torchvision lists the same."""
+    """A file that a site publishes in a folder. md5: of the whole file; torchvision lists the same."""
 
     name: str
     site: str
@@ -43,7 +43,7 @@ class PublishedFile:
 
     @property
     def url(self) -> str:
-        """Its own address."""
+        """The address of the file."""
         return f"{self.site}{self.name}"
 
 
@@ -60,14 +60,14 @@ class Download:
     any_digest: bool
 
     def find(self, name: str) -> Path | None:
-        """The file or folder of this name, None where there is none."""
+        """Returns the file or folder of this name, None where there is none."""
         if self.source.name == name:
             return self.source
         places = (self.source / sub / name for sub in ("", *_TORCHVISION))
         return next((place for place in places if place.exists()), None)
 
     def file(self, published: PublishedFile) -> bytes:
-        """A small file, whole. Raises ShardError when it is not there or not what was published."""
+        """Reads a small file, whole. Raises ShardError when it is not there or not what was published."""
         path = self.find(published.name)
         if path is None:
             raise self._missing(published)
@@ -75,7 +75,7 @@ class Download:
         return path.read_bytes()
 
     def files(self, published: PublishedFile, folder: str) -> Files:
-        """The files that an archive holds in `folder`, or that folder itself where it stands unpacked.
+        """Returns the files that an archive holds in `folder`, or that folder itself where it stands unpacked.
 
         Raises ShardError when neither is there, or the archive is not what was published, cut off, or damaged.
         """
@@ -117,7 +117,7 @@ class Download:
                     size += len(block)
                     if size > _MAX_UNPACKED:
                         raise ShardError(f"{path} unpacks to more than {human_bytes(_MAX_UNPACKED)}: refused as a bomb")
-                    with writing(target, _ROOM):
+                    with explained(f"cannot write {target}", _ROOM):
                         plain.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = "is cut off" if isinstance(error, EOFError) else "is no gzip archive, or a damaged one"
@@ -145,7 +145,7 @@ class Files:
     trusted: bool
 
     def read(self, name: str, md5: str | None = None) -> bytes:
-        """One file, whole. md5: as published. Raises ShardError when it is missing, too large or another one."""
+        """Reads one file, whole. md5: as published. Raises ShardError when it is missing, too large or another one."""
         try:
             if self.tar is None:
                 data = self._read_unpacked(self.path / name)
@@ -166,7 +166,7 @@ class Files:
         return data
 
     def images(self, options: ListOptions) -> tuple[dict[str, ImageRef], int, list[str]]:
-        """(images by the stem of their names, number of other files, names of unreadable images)."""
+        """Returns (images by the stem of their names, number of other files, names of unreadable images)."""
         if self.tar is None:
             found, others, unreadable = list_images(self.root, self.path, options)
         else:
@@ -182,7 +182,10 @@ class Files:
     def samples(
         self, images: Mapping[str, ImageRef], stems: Sequence[str], labels: Sequence[int], named_by: str
     ) -> Samples:
-        """The images of these stems, with their labels. Raises ShardError when one is missing that a list names."""
+        """Returns the images of these stems, with their labels. Raises ShardError for one that is not there.
+
+        named_by: the list that the stems are from, for the message
+        """
         if missing := [f"{stem}.jpg" for stem in stems if stem not in images]:
             raise ShardError(
                 f"{self.path} has no {first_few(missing)}, which {named_by} names: it is incomplete, or another data "
@@ -202,23 +205,12 @@ class Files:
 
 
 def add_any_digest(parser: argparse.ArgumentParser) -> None:
-    """Adds --any-digest, Download's option of the same name."""
+    """Adds --any-digest, the field of Download."""
     parser.add_argument("--any-digest", action="store_true", help="take files that are not as they were published")
 
 
-def add_val_fraction(parser: argparse.ArgumentParser) -> None:
-    """Adds --val-fraction, for named_splits."""
-    parser.add_argument(
-        "--val-fraction",
-        type=proper_fraction,
-        default=0.0,
-        metavar="F",
-        help="share of every class that is held out of the training images as val; the test images are test then",
-    )
-
-
 def named_splits(train: Split, test: Split, val_fraction: float, seed: int) -> dict[str, Split]:
-    """The training images, and the test images as `val`, or as `test` where some are held out as `val`."""
+    """Returns the training images, and the test images as `val`, or as `test` where some are held out as `val`."""
     if not val_fraction:
         return {"train": train, "val": test}
     rest, held = hold_out(train, val_fraction, seed)
@@ -227,7 +219,7 @@ def named_splits(train: Split, test: Split, val_fraction: float, seed: int) -> d
 
 @contextmanager
 def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
-    """A folder for what is decompressed: hidden in `out`, or a temporary one when nothing is to be written there.
+    """Makes a folder for what is decompressed: hidden in `out`, or a temporary one when nothing is to be written there.
 
     What a dead conversion left in it is removed; it goes, with folders that were made for it, when the block ends.
     Raises ShardError when another conversion is at work, or the folder cannot be made.
@@ -238,11 +230,9 @@ def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
         return
     made = [parent for parent in (out, *out.parents) if not parent.exists()]
     work = out / _WORK
-    try:
+    with explained(f"cannot write to {out}"):
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ShardError(f"cannot write to {out}: {error.strerror}") from error
     try:
         with suppress(OSError):  # not every network file system can lock
             try:

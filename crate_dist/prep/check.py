@@ -28,14 +28,14 @@ _NAMED = 10
 
 @dataclass(frozen=True)
 class Classes:
-    """ids: position = label; names: for people, same length."""
+    """The classes of a data set. ids: position = label; names: for people, same length."""
 
     ids: Sequence[str]
     names: Sequence[str]
 
     @classmethod
     def read(cls, path: Path) -> Classes:
-        """One class a line: its id, and after a tab a name for people; `n01440764 tench, Tinca tinca` is taken too.
+        """Reads one class a line: its id, and after a tab a name for people; also `n01440764 tench, Tinca tinca`.
 
         Raises ShardError.
         """
@@ -52,7 +52,7 @@ class Classes:
 
     @classmethod
     def numbered(cls, number: int) -> Classes:
-        """Classes that nothing is known of but their number."""
+        """Returns classes of which nothing is known but their number."""
         ids = [str(label) for label in range(number)]
         return cls(ids, ids)
 
@@ -75,7 +75,7 @@ class _VerifyTask:
 
 
 def split_folders(root: Path) -> list[Path]:
-    """The folders of shards that a path means: itself, or those in it. Raises ShardError when there are none."""
+    """Finds the folders of shards that a path means: itself, or those in it. Raises ShardError when there are none."""
     if not root.is_dir():
         raise ShardError(f"no folder {root}; give a folder of shards, or one that holds such folders")
     if _holds_shards(root):
@@ -158,7 +158,7 @@ def build_indexes(
 
 
 def verify_split(index: ShardIndex, decode: bool, workers: int) -> Iterator[tuple[str, str]]:
-    """(shard, what is wrong with it) for each shard that is not what the index says, as they are found."""
+    """Yields (shard, what is wrong with it) for each shard that is not what the index says, as it is found."""
     try:
         rule = LabelRule.parse(index.made_by.get("label", "cls"))
     except ValueError as error:
@@ -232,7 +232,7 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
-    """What an index.json says that stands; None where there is none, or a damaged one that nothing is lost with."""
+    """Reads the index.json that stands; None where there is none, or a damaged one that nothing is lost with."""
     path = folder / INDEX_JSON
     if not path.exists():
         return None
@@ -253,7 +253,7 @@ def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
 
 
 def _present_classes(folders: Sequence[Path], before: Sequence[Mapping[str, Any] | None]) -> Classes | None:
-    """Those of the indexes that stand. Raises ShardError where two of them say different ones."""
+    """Returns the classes of the indexes that stand. Raises ShardError where two of them differ."""
     known = [(folder, meta) for folder, meta in zip(folders, before, strict=True) if meta]
     if not known:
         return None

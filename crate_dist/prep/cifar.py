@@ -51,7 +51,7 @@ class Edition:
     label_bytes: int = 0
 
     def batch(self, files: Files, name: str, md5: str | None) -> Batch:
-        """One file of images. Raises ShardError that names it."""
+        """Reads one file of images. Raises ShardError that names it."""
         data = files.read(name, md5)
         try:
             found = _from_pickle(data, self.label) if isinstance(self.label, str) else self._from_records(data)
@@ -67,7 +67,7 @@ class Edition:
         return found
 
     def class_names(self, files: Files) -> list[str]:
-        """All names, position = label. Raises ShardError when their number is another."""
+        """Reads the names of all classes, position = label. Raises ShardError when their number is another."""
         name, md5 = self.names_file
         data = files.read(name, md5)
         try:
@@ -89,7 +89,7 @@ class Edition:
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 of shape (images, 3072); labels: int64 of shape (images,)"""
+    """The images of one file. pixels: uint8 of shape (images, 3072); labels: int64 of shape (images,)"""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -129,7 +129,7 @@ CIFAR_10 = (
 
 
 def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
-    """Both editions of CIFAR-100, with its 100 classes or, `coarse`, with its 20 superclasses."""
+    """Returns both editions of CIFAR-100, with its 100 classes or, `coarse`, with its 20 superclasses."""
     kind, num_classes = ("coarse", 20) if coarse else ("fine", 100)
     return (
         Edition(
@@ -190,7 +190,7 @@ def _stands(download: Download, edition: Edition) -> bool:
 
 
 def _lay_out(edition: Edition, files: Files, split: str, given: Mapping[str, str | None], work: Path) -> Samples:
-    """All images of a split as PNGs in one file, numbered in the order in which they were published."""
+    """Writes all images of a split as PNGs into one file, numbered in the order in which they were published."""
     path = work / f"{split}.pngs"
     found: list[ImageRef] = []
     labels: list[int] = []

@@ -25,7 +25,17 @@ from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 from crate_dist.prep.images import BadImage, ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
 from crate_dist.prep.pool import run_parallel
-from crate_dist.prep.program import counted, human_bytes, human_time, program_parser, progress_bar, tell, warn, writing
+from crate_dist.prep.program import (
+    counted,
+    explained,
+    human_bytes,
+    human_time,
+    program_parser,
+    progress_bar,
+    proper_fraction,
+    tell,
+    warn,
+)
 from crate_dist.prep.shards import ShardPlan, ShardResult, make_shard
 
 _TRIED_IMAGES = 32
@@ -38,7 +48,7 @@ same bytes, at any number of workers.
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; the fields are the options of the same names. program: the one that converts, for the record"""
+    """The options of a conversion, called as on the command line. program: the one that converts, for the record"""
 
     program: str
     source: Path
@@ -83,6 +93,17 @@ def conversion_parser(description: str | None, epilog: str) -> argparse.Argument
     parser.add_argument("--follow-links", action="store_true", help="follow links that lead out of the source")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     return parser
+
+
+def add_val_fraction(parser: argparse.ArgumentParser, note: str) -> None:
+    """Adds --val-fraction. note: what else there is to know of it"""
+    parser.add_argument(
+        "--val-fraction",
+        type=proper_fraction,
+        default=0.0,
+        metavar="F",
+        help=f"share of every class that is held out of the training images as val; {note}",
+    )
 
 
 def parsed(
@@ -152,7 +173,7 @@ def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
 
 
 def _size_ratio(plan: ShardPlan, image_options: ImageOptions) -> float:
-    """Bytes after to bytes before, tried on a few images."""
+    """Returns bytes after by bytes before, tried on a few images."""
     before = after = 0
     for i in plan.order()[:_TRIED_IMAGES]:
         try:
@@ -233,7 +254,7 @@ def _write_split(job: _Job, source: Source, options: Options) -> None:
         rows = np.concatenate([result.rows for result in ordered])
         shards = [result.finished.shard for result in ordered]
         index = ShardIndex(job.folder.path, shards, rows, source.classes, source.class_names, made_by)
-        with writing(job.folder.path / INDEX_JSON):
+        with explained(f"cannot write {job.folder.path / INDEX_JSON}"):
             index.save()
     finally:
         job.folder.remove_temporary()

@@ -64,8 +64,7 @@ def flowers(download: Download, options: ListOptions, join_val: bool) -> Source:
     images, ignored, unreadable = files.images(options)
     listed = {split: Split(_samples(files, images, labels, numbers)) for split, numbers in ids.items()}
     if join_val:  # the test images stand in for validation, as they do where nothing else is
-        both = Samples.concatenate([listed["train"].samples, listed["val"].samples])
-        listed = {"train": Split(both), "val": listed["test"]}
+        listed = {"train": Split.joined([listed["train"], listed["val"]]), "val": listed["test"]}
     listed["train"] = Split(listed["train"].samples, ignored, unreadable)
     classes = [f"{number:03d}" for number in range(1, len(CLASS_NAMES) + 1)]
     return Source(download.source, f"Flowers 102, {files.path.name}", classes, CLASS_NAMES, listed)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import hash64
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 
 _LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ListOptions:
-    """How a source is to be read; both as the options of the same names."""
+    """The options of listing a source, called as on the command line."""
 
     follow_links: bool = False
     skip_bad: bool = False
@@ -49,10 +50,19 @@ class Split:
     ignored: int = 0
     unreadable: Sequence[str] = ()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Returns all parts after each other as one split; they come from the same root and archive."""
+        return cls(
+            Samples.concatenate([part.samples for part in parts]),
+            sum(part.ignored for part in parts),
+            [name for part in parts for name in part.unreadable],
+        )
+
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that there is to convert.
+    """All splits that there are to convert, and the classes that they share.
 
     layout: for people; classes: ids, position = label, shared by all splits; class_names: for people, same length
     notes: what the user should know before the conversion starts
@@ -66,32 +76,23 @@ class Source:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-class _Listing(NamedTuple):
-    samples: Samples
-    ignored: int
-    unreadable: list[str]
-
-
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, hidden ones left out, sorted. Raises ShardError when it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise ShardError(f"cannot read the folder {folder}: {error.strerror}") from error
+    """Lists the folders in a folder by name, but for hidden ones, sorted. Raises ShardError when it cannot be read."""
+    with explained(f"cannot read the folder {folder}"), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def list_classes(
     root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], options: ListOptions
 ) -> Split:
-    """All images below folder/<class> for each of `classes`, sorted by label and name; names start from `root`.
+    """Lists all images below folder/<class> for each of `classes` by label and name; names start from `root`.
 
     Raises ShardError: a class without an image, something that cannot be read, a link that leads out of `root`.
     """
 
-    def one(name: str) -> _Listing:
+    def one(name: str) -> Split:
         found, ignored, unreadable = list_images(root, folder / name, options)
-        return _Listing(Samples.collect(root, found, labels[name]), ignored, unreadable)
+        return Split(Samples.collect(root, found, labels[name]), ignored, unreadable)
 
     ordered = sorted(classes, key=labels.__getitem__)
     listings = list(threaded_map(one, ordered, f"listing {folder.name}", "class"))
@@ -101,22 +102,18 @@ def list_classes(
             f"{first_few(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
             f"{folder}; remove what is no class, or fill what is incomplete"
         )
-    return Split(
-        Samples.concatenate([listing.samples for listing in listings]),
-        sum(listing.ignored for listing in listings),
-        [name for listing in listings for name in listing.unreadable],
-    )
+    return Split.joined(listings)
 
 
 def list_images(root: Path, folder: Path, options: ListOptions) -> tuple[list[ImageRef], int, list[str]]:
-    """(images anywhere below `folder` sorted by name, number of files passed over, names of unreadable images)."""
+    """Returns (images anywhere below `folder` by name, number of files passed over, names of unreadable images)."""
     walk = _Walk(os.fspath(root), os.path.realpath(root), options)
     walk.descend(os.fspath(folder), (walk.check_link(os.fspath(folder)),))
     return sorted(walk.found), walk.ignored, sorted(walk.unreadable)
 
 
 def image_folder(root: Path, options: ListOptions, val_fraction: float = 0.0, seed: int = 0) -> Source:
-    """A tree of class folders, or of splits that hold class folders.
+    """Lists a tree of class folders, or of splits that hold class folders.
 
     `train` is a split when it holds folders itself; beside it `val`, `valid`, `validation` or `test` is the validation
     split, and a `test` beside one of the others stays a split of its own. Where there is no validation split,
@@ -158,7 +155,7 @@ def image_folder(root: Path, options: ListOptions, val_fraction: float = 0.0, se
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(rest, held out): a seeded share of every class, at least one image of it where it has two, and never all.
+    """Returns (rest, held out): a seeded share of every class, of two images at least one, and never all of them.
 
     Raises ShardError when no class has two images.
     """
@@ -175,7 +172,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 def threaded_map(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
-    """Results in the order of `items`, with a progress bar; the first error ends it."""
+    """Yields results in the order of `items`, with a progress bar; the first error ends it."""
     pool = ThreadPoolExecutor(_LISTING_THREADS)
     try:
         yield from tqdm(
@@ -186,7 +183,7 @@ def threaded_map(function: Callable[[Item], Result], items: Sequence[Item], what
 
 
 def contents_of(folder: Path) -> str:
-    """What a folder holds, for a message that says that it is not what was expected."""
+    """Says what a folder holds, for a message that it is not what was expected."""
     if not folder.is_dir():
         return "it is a file of another name"
     names = sorted(name + ("/" if (folder / name).is_dir() else "") for name in os.listdir(folder))
@@ -194,7 +191,7 @@ def contents_of(folder: Path) -> str:
 
 
 def first_few(names: Iterable[str], most: int = 5) -> str:
-    """The first few names and how many more there are."""
+    """Says the first few names and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

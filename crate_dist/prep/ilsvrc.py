@@ -80,7 +80,7 @@ def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What of ImageNet a folder holds. base: the folder that train/ and val/ stand in."""
+    """The parts of ImageNet that a folder holds. base: the folder that train/ and val/ stand in."""
 
     root: Path
     base: Path
@@ -137,15 +137,15 @@ class _Parts:
             return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
 
-        def one(wnid: str) -> tuple[Samples, int]:
+        def one(wnid: str) -> Split:
             member = self.train_tars[wnid]
             found, ignored = list_archive(archive, member.offset, member.size)
-            return Samples.collect(self.root, found, labels[wnid], archive), ignored
+            return Split(Samples.collect(self.root, found, labels[wnid], archive), ignored)
 
         listed = list(threaded_map(one, self.train_classes, f"listing {archive.name}", "class"))
-        if empty := [wnid for wnid, (part, _) in zip(self.train_classes, listed, strict=True) if not len(part)]:
+        if empty := [wnid for wnid, part in zip(self.train_classes, listed, strict=True) if not len(part.samples)]:
             raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
-        return Split(Samples.concatenate([part for part, _ in listed]), sum(ignored for _, ignored in listed))
+        return Split.joined(listed)
 
     def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], options: ListOptions) -> Split:
         assert self.val is not None
@@ -180,7 +180,7 @@ class _Parts:
             )
 
     def truth(self) -> Mapping[str, str]:
-        """Validation image -> wnid, by its stem (from the CSV) or by its number's eight digits (from the devkit)."""
+        """Reads validation image -> wnid, by its stem (from the CSV) or its number's eight digits (from the devkit)."""
         if path := self._beside(SOLUTION):
             return _read_solution(path)
         if devkit := self._devkit():
@@ -192,7 +192,7 @@ class _Parts:
         )
 
     def class_names(self) -> Mapping[str, str]:
-        """wnid -> words, as far as a file that tells them stands with the images."""
+        """Reads wnid -> words, as far as a file that tells them stands with the images."""
         for name in _NAME_FILES:
             if path := self._beside(name):
                 lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
@@ -218,7 +218,7 @@ class _Devkit:
 
     @classmethod
     def read(cls, path: Path) -> _Devkit:
-        """From the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
+        """Reads the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
         from scipy.io import loadmat
 
         meta, truth = (_devkit_file(path, n) for n in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"))
@@ -265,10 +265,6 @@ def _read_solution(path: Path) -> dict[str, str]:
 def _wnids(folder: Path, notes: list[str]) -> list[str]:
     names = class_folders(folder)
     wnids = [name for name in names if _WNID.fullmatch(name)]
-    if wnids and (others := _without(names, {*wnids, "train", "val", "test"})):
+    if wnids and (others := [name for name in names if name not in {*wnids, "train", "val", "test"}]):
         notes.append(f"{folder}: not named like a class, not read: {first_few(others)}")
     return wnids
-
-
-def _without(names: Iterable[str], known: set[str]) -> list[str]:
-    return [name for name in names if name not in known]

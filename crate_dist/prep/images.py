@@ -1,4 +1,4 @@
-"""What happens to one image on its way into a shard.
+"""Converts one image on its way into a shard, or lets it pass.
 
 A plain JPEG, colour or greyscale, passes byte for byte. Everything else becomes an RGB JPEG (grey stays grey): CMYK
 and YCCK JPEGs, and other formats whatever their file is called (ImageNet has a PNG named .JPEG); where no pixel may
@@ -26,7 +26,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What the conversion was asked to do to every image.
+    """The options of converting an image.
 
     short_side: larger images are resized to it, in pixels; quality: re-encode all images with this JPEG quality;
     verify: decode also those that pass byte for byte
@@ -40,12 +40,12 @@ class ImageOptions:
 
     @property
     def changes_sizes(self) -> bool:
-        """Whether the bytes written may differ much from the bytes read."""
+        """True when the bytes written may differ much from the bytes read."""
         return self.short_side is not None or self.quality is not None
 
 
 def transcode(data: bytes, options: ImageOptions) -> tuple[bytes, list[str]]:
-    """The JPEG or PNG that goes into the shard, and what is to be counted about it.
+    """Returns the JPEG or PNG that goes into the shard, and the oddities and changes to be counted.
 
     Raises BadImage when the bytes are no image, are cut off, do not decode, or would be a decompression bomb. Of a
     file that passes byte for byte only headers and end are looked at, unless they look odd or `verify` is set.
@@ -63,7 +63,7 @@ def transcode(data: bytes, options: ImageOptions) -> tuple[bytes, list[str]]:
 
 
 def extension(data: bytes) -> str:
-    """jpg or png, of an image that transcode returned."""
+    """Returns the extension of an image that transcode returned, jpg or png."""
     return "png" if data.startswith(_PNG_START) else "jpg"
 
 

@@ -23,7 +23,7 @@ from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, Sha
 from crate_dist.files import write_whole
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import ImageOptions
-from crate_dist.prep.program import writing
+from crate_dist.prep.program import explained
 from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
@@ -41,7 +41,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two conversions the same one: equal identities write equal bytes."""
+    """The input and options that decide the bytes: conversions of equal identity are the same one."""
 
     samples: int
     source: str
@@ -54,7 +54,7 @@ class Identity:
 
     @classmethod
     def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> Identity:
-        """The identity of a planned conversion."""
+        """Returns the identity of a planned conversion."""
         return cls(
             len(plan.samples),
             plan.samples.digest(),
@@ -68,7 +68,7 @@ class Identity:
 
 
 class SplitFolder:
-    """A split's folder, for one conversion. Nothing is written before start()."""
+    """The folder of a split, for one conversion. Nothing is written before start()."""
 
     def __init__(self, plan: ShardPlan, identity: Identity) -> None:
         self.path, self.plan, self.identity = plan.folder, plan, identity
@@ -95,7 +95,7 @@ class SplitFolder:
             )
 
     def complete(self) -> ShardIndex | None:
-        """The index when the split is whole: it names all shards as the journal does, and each has its size on disk."""
+        """Returns the index of a whole split, which names all shards as the journal does, each of its size on disk."""
         if not (self.path / INDEX_JSON).exists():
             return None
         finished = self.finished()
@@ -111,12 +111,12 @@ class SplitFolder:
         return None
 
     def finished_bytes(self) -> int:
-        """Bytes of finished shards."""
+        """Returns the bytes of the finished shards."""
         return sum(entry.shard.bytes for entry in self.finished().values() if (self.path / entry.shard.name).exists())
 
     def start(self) -> None:
-        """Takes the folder: locks it, notes the identity, removes what a dead conversion left. Raises ShardError."""
-        with writing(self.path):
+        """Takes the folder: locks it, writes the identity, removes what a dead conversion left. Raises ShardError."""
+        with explained(f"cannot write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -134,7 +134,7 @@ class SplitFolder:
                 write_whole(self.path / CONVERSION_JSON, whole)
 
     def finished(self) -> dict[str, JournalEntry]:
-        """Shards that the journal knows, by name."""
+        """Reads the shards that the journal knows, by name."""
         return read_journal(self.path)
 
     def record(self, finished: JournalEntry) -> None:
@@ -145,7 +145,7 @@ class SplitFolder:
             "skipped": list(finished.skipped),
         }
         path = self.path / JOURNAL
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with explained(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
             file.flush()
             os.fsync(file.fileno())
@@ -157,7 +157,7 @@ class SplitFolder:
                 (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Gives the folder free."""
+        """Unlocks the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -180,12 +180,12 @@ class SplitFolder:
 
 
 def digest_of_classes(classes: Sequence[str]) -> str:
-    """Of the class ids in their order."""
+    """Returns the SHA-256 of the class ids in their order."""
     return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What conversion.json in a folder says, None when there is none. Raises ShardError when it is damaged."""
+    """Reads the conversion.json of a folder, None when there is none. Raises ShardError when it is damaged."""
     path = folder / CONVERSION_JSON
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def read_journal(folder: Path) -> dict[str, JournalEntry]:
-    """The finished shards of a conversion, by name; none where there is no journal."""
+    """Reads the finished shards of a conversion, by name; none where there is no journal."""
     try:
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -218,7 +218,7 @@ def read_journal(folder: Path) -> dict[str, JournalEntry]:
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Shards that the conversion in a folder was to write and that do not stand there; none where there was none."""
+    """Names the shards that the conversion in a folder was to write and that do not stand there."""
     identity = read_identity(folder)
     if identity is None:
         return []

@@ -68,7 +68,7 @@ def _read_list(annotations: Files, name: str) -> list[_Line]:
 
 
 def _class_names(lines: list[_Line], annotations: Files) -> list[str]:
-    """The name of each class, position = label. Raises ShardError where numbers and names contradict each other."""
+    """Returns the name of each class, position = label. Raises ShardError where numbers and names contradict."""
     names: dict[int, str] = {}
     for line in lines:
         name = line.image.rpartition("_")[0]

@@ -1,4 +1,4 @@
-"""How the programs of data_prep talk to a person: output, errors, progress, numbers."""
+"""The talk of the data_prep programs with a person: options, output, errors, progress, numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -50,29 +49,29 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 @contextmanager
-def writing(path: Path, remedy: str = "make room, then the same command continues") -> Iterator[None]:
-    """Turns an OSError of the block into a ShardError that names `path`, on a full disk with the remedy."""
+def explained(failure: str, remedy: str = "make room, then the same command continues") -> Iterator[None]:
+    """Turns an OSError of the block into a ShardError. failure: like "cannot write FILE"; remedy: of a full disk"""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             reason = f"{_FULL[error.errno]}; {remedy}"
-        raise ShardError(f"cannot write {path}: {reason}") from error
+        raise ShardError(f"{failure}: {reason}") from error
 
 
 def tell(text: str) -> None:
-    """A line of the program's result."""
+    """Prints a line of the program's result."""
     tqdm.write(text, file=sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A line that the user should see and that is no error."""
+    """Prints a line that the user should see and that is no error."""
     tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
-    """A bar with rate and time left; a line every ten seconds where stderr is a file. unit: " images", "B"."""
+    """Returns a bar with rate and time left; a line every ten seconds where stderr is a file. unit: " images", "B"."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(
         desc=what,
@@ -86,17 +85,17 @@ def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which on a cluster are fewer than the machine has."""
+    """Returns the number of CPUs that this process may use, on a cluster fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def counted(number: int, what: str, plural: str | None = None) -> str:
-    """1 shard, 1,282 shards."""
+    """Says 1 shard, 1,282 shards."""
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
 def human_bytes(number: float) -> str:
-    """1.5 GB."""
+    """Says 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} bytes"
@@ -105,7 +104,7 @@ def human_bytes(number: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """2 h 05 min, 3 min 20 s, 4.2 s."""
+    """Says 2 h 05 min, 3 min 20 s, 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -113,7 +112,7 @@ def human_time(seconds: float) -> str:
 
 
 def proper_fraction(text: str) -> float:
-    """The type of an option between 0 and 1, neither of them allowed, for argparse."""
+    """Reads an option between 0 and 1, neither of them allowed; a type for argparse."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where the images of a conversion lie before they are in shards: cheap to hold by the million, cheap to cut.
+"""The places of images before they are in shards: cheap to hold by the million, cheap to cut.
 
 An image is a file below a folder, or a stretch of bytes in a tar that is read in place.
 """
@@ -19,13 +19,14 @@ import numpy as np
 from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
+from crate_dist.prep.program import explained
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
 
 
 class ImageRef(NamedTuple):
-    """One image of a source: its name (path below the root, or name in the archive), size and offset in bytes."""
+    """An image of a source. name: path below the root, or name in the archive; size, offset: bytes"""
 
     name: str
     size: int
@@ -53,7 +54,7 @@ class Samples:
     def collect(
         cls, root: Path, found: Iterable[ImageRef], label: int | Sequence[int], archive: Path | None = None
     ) -> Samples:
-        """Images in their order, all with the same label or each with its own."""
+        """Collects images in their order, all with the same label or each with its own."""
         entries = list(found)
         names = [os.fsencode(entry.name) for entry in entries]
         return cls(
@@ -68,7 +69,7 @@ class Samples:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:
-        """All parts after each other; they come from the same root and archive."""
+        """Returns all parts after each other; they come from the same root and archive."""
         shifts = np.cumsum([0, *(len(part.names) for part in parts[:-1])])
         return cls(
             parts[0].root,
@@ -84,7 +85,7 @@ class Samples:
         return len(self.ends)
 
     def take(self, ids: Int64) -> Samples:
-        """The images with these numbers, in this order."""
+        """Returns the images with these numbers, in this order."""
         names = [self._raw_name(int(i)) for i in ids]
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return Samples(
@@ -92,22 +93,20 @@ class Samples:
         )
 
     def name(self, i: int) -> str:
-        """Path below the root, or the name in the archive."""
+        """Returns the path of an image below the root, or its name in the archive."""
         return os.fsdecode(self._raw_name(i))
 
     def describe(self, i: int) -> str:
-        """The image's place, for messages."""
+        """Says where an image lies, for messages."""
         return f"{self.archive}: {self.name(i)}" if self.archive else os.path.join(self.root, self.name(i))
 
     def read(self, i: int) -> bytes:
-        """The bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
-        try:
+        """Reads the bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
+        with explained(f"cannot read {self.describe(i)}"):
             if self.archive is None:
                 data = _read_file(os.path.join(self.root, self.name(i)))
             else:
                 data = os.pread(_open_archive(self.archive), int(self.sizes[i]), int(self.offsets[i]))
-        except OSError as error:
-            raise ShardError(f"cannot read {self.describe(i)}: {error.strerror or error}") from error
         if len(data) != self.sizes[i]:
             raise ShardError(
                 f"{self.describe(i)} has {len(data)} bytes and had {self.sizes[i]} when it was listed: "
@@ -116,7 +115,7 @@ class Samples:
         return data
 
     def digest(self) -> str:
-        """Of all names, sizes and labels; not of where the source lies."""
+        """Returns the SHA-256 of all names, sizes and labels; where the source lies is no part of it."""
         digest = hashlib.sha256(self.names)
         for array in (self.ends, self.sizes, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -127,7 +126,7 @@ class Samples:
 
 
 def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[ImageRef], int]:
-    """(images in a tar sorted by name, number of other files). Raises ShardError."""
+    """Returns (images in a tar sorted by name, number of other files). Raises ShardError."""
     found, others = [], 0
     for member in walk_tar(path, start, size):
         if is_image_name(member.name):
@@ -138,7 +137,7 @@ def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[l
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name has the extension of an image and is not hidden."""
+    """Tells whether a file's name has the suffix of an image and is not hidden."""
     stem, extension = os.path.splitext(os.path.basename(name))
     return not stem.startswith(".") and extension.lower() in IMAGE_SUFFIXES
 

@@ -26,7 +26,7 @@ from crate_dist.data.order import Int64, permutation
 from crate_dist.files import written_whole
 from crate_dist.prep.images import BadImage, ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
-from crate_dist.prep.program import writing
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import scan_shard
 
@@ -37,7 +37,7 @@ _TAR_BLOCK, _TAR_RECORD = 512, 10240
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """What is known about a written shard: one line of the conversion's journal.
+    """A written shard, as one line of the conversion's journal has it.
 
     counted: oddities and re-encodings, name -> images; skipped: images that were left out, and why
     """
@@ -71,7 +71,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which sample goes into which shard of a split."""
+    """The division of a split's samples into shards."""
 
     folder: Path
     samples: Samples
@@ -80,19 +80,19 @@ class ShardPlan:
 
     @property
     def num_shards(self) -> int:
-        """Shards that will be written."""
+        """The number of shards that will be written."""
         return -(-len(self.samples) // self.shard_samples)
 
     def names(self) -> list[str]:
-        """File names of all shards, train-000000.tar and so on."""
+        """Returns the file names of all shards, train-000000.tar and so on."""
         return shard_names(self.folder, self.num_shards)
 
     def order(self) -> Int64:
-        """Sample ids in the order in which they are written."""
+        """Returns the sample ids in the order in which they are written."""
         return permutation(len(self.samples), self.seed, _SHUFFLE)
 
     def estimated_bytes(self, ratio: float = 1.0) -> int:
-        """Bytes of all shards when an image shrinks to `ratio` of its size; exact for images that are not changed."""
+        """Returns the bytes of all shards when an image shrinks to `ratio` of its size; exact for a ratio of 1."""
         images = (self.samples.sizes * ratio).astype(np.int64)
         blocks = -(-images // _TAR_BLOCK) + 3  # two headers and the label
         return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
@@ -100,7 +100,7 @@ class ShardPlan:
     def tasks(
         self, image_options: ImageOptions, skip_bad: bool, finished: Mapping[str, JournalEntry]
     ) -> Iterator[ShardTask]:
-        """All shards in order, each made as it is taken."""
+        """Yields all shards in order, each made as it is taken."""
         order = self.order()
         for number, name in enumerate(self.names()):
             first = number * self.shard_samples
@@ -120,7 +120,7 @@ def make_shard(task: ShardTask) -> ShardResult:
         return ShardResult(task.finished, rows, kept=True)
     counted: Counter[str] = Counter()
     skipped: list[str] = []
-    with writing(path), written_whole(path) as file:
+    with explained(f"cannot write {path}"), written_whole(path) as file:
         written = _write(file, task, counted, skipped)
         file.flush()
         scan = scan_shard(Path(file.name))
@@ -133,12 +133,12 @@ def make_shard(task: ShardTask) -> ShardResult:
 
 
 def shard_names(folder: Path, number: int) -> list[str]:
-    """File names of a split's shards, called after its folder."""
+    """Returns the file names of a split's shards, called after its folder."""
     return [f"{folder.name}-{shard:06d}.tar" for shard in range(number)]
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is one that a conversion which was killed left behind."""
+    """Tells whether a file is one that a killed conversion left behind."""
     return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
 
 
@@ -155,7 +155,7 @@ def _rows_if_intact(path: Path, finished: JournalEntry) -> np.ndarray | None:
 
 
 def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list[str]) -> list[int]:
-    """Returns the checksums of the images, in their order."""
+    """Writes a shard. Returns the checksums of its images, in their order."""
     from webdataset.writer import TarWriter  # here, because the program itself need not import it
 
     # The tar is made in memory, sample by sample, so that a full disk is met by our own write() below.
@@ -191,5 +191,5 @@ def _drain(buffer: io.BytesIO, file: BinaryIO) -> None:
 
 
 def _ascii_stem(name: str) -> str:
-    """The file's name without extension, in characters that a key may have, and short enough for a plain header."""
+    """Returns the file's name without extension, in characters that a key may have, short enough for a plain header."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:64]

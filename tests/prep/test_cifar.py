@@ -152,7 +152,7 @@ def binary_10(root: Path, files: dict[str, bytes] | None = None) -> Path:
 
 
 def opened(source: Path, tmp_path: Path) -> Any:
-    """What the program makes of a source, in this process."""
+    """The program's source of images, made in this process."""
     with working_folder(tmp_path / "out", dry_run=False) as work:
         return cifar(Download(source, work, any_digest=True), None, False, 0.0, 0)
 

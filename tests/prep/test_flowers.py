@@ -111,7 +111,10 @@ def test_a_dry_run_writes_nothing_and_says_how_much_it_would(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"setid.mat": splits_of(tstid=[20, 21])}, "has no image_00021.jpg, which setid.mat names"),
+        (
+            {"setid.mat": splits_of(tstid=[20, 21]), "imagelabels.mat": labels_of([*LABELS, 1])},
+            "has no image_00021.jpg, which setid.mat names",
+        ),
         ({"setid.mat": splits_of(valid=[9])}, "more than once in the splits: image_00009"),
         ({"setid.mat": mat(trnid=np.array([1.5]))}, "holds no whole numbers but float64"),
         ({"setid.mat": mat(other=[1])}, "setid.mat is not the one of Flowers 102"),

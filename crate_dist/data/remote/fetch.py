@@ -1,4 +1,4 @@
-"""Fetches files by URL, with patience: what may pass is tried again, what will not pass is told at once.
+"""Fetches files by URL: what may pass is tried again, what will not pass is told at once.
 
 http and https are spoken here. webdataset would start curl for them, which repeats by itself for a minute, waits for
 ever on a connection that has gone silent, and says no more of a failure than an exit status. s3 and gs go through
@@ -44,7 +44,7 @@ _jitter = random.SystemRandom()  # forked processes would share the state of any
 
 
 class Damaged(Exception):
-    """What arrived is not what was announced; another attempt may bring it."""
+    """The bytes that arrived are not those announced; another attempt may bring them."""
 
 
 class _Refused(Exception):
@@ -53,7 +53,7 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to go on trying.
+    """The attempts at fetching a file, and the pauses between them.
 
     attempts: in all; first_delay_s, longest_delay_s: pause after the first failure, doubled after each, up to the
     longest, of which a random part between half and all is taken; silence_s: an attempt ends when fewer than 64 KiB
@@ -66,13 +66,13 @@ class RetryPolicy:
     silence_s: float = 60.0
 
     def delay_s(self, failures: int) -> float:
-        """The pause after so many failures."""
+        """Returns the pause after this number of failures, in seconds."""
         longest = min(self.first_delay_s * 2 ** (failures - 1), self.longest_delay_s)
         return longest * _jitter.uniform(0.5, 1.0)
 
 
 def below(root: str, folder: str) -> str:
-    """The URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there.
+    """Returns the URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there.
 
     Raises ShardError for a name that a shell or a server could misread.
     """
@@ -82,7 +82,7 @@ def below(root: str, folder: str) -> str:
 
 
 def file_url(folder: str, name: str) -> str:
-    """The URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
+    """Returns the URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
     _check_name(name)
     return folder.replace("{}", name) if "{}" in folder else f"{folder.rstrip('/')}/{name}"
 
@@ -168,7 +168,7 @@ def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
 
 
 def _command(url: str) -> list[str] | None:
-    """The words of the command that reads a URL; None for one that webdataset opens."""
+    """Returns the words of the command that reads a URL; None for one that webdataset opens."""
     scheme, _, rest = url.partition(":")
     return {
         "pipe": ["/bin/sh", "-c", rest],
@@ -208,7 +208,7 @@ def _gopen(url: str, silence_s: float) -> Generator[bytes, None, None]:
 
 
 def _output(process: subprocess.Popen[bytes], url: str, silence_s: float) -> Generator[bytes, None, None]:
-    """What a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
+    """Yields what a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
     assert process.stdout
     out, complaints, said = process.stdout.fileno(), process.stderr.fileno() if process.stderr else None, b""
     poll = select.poll()
