@@ -132,7 +132,7 @@ def train(
 
 
 class Folder(Dataset[tuple[Tensor, int]]):
-    """What ImageFolder does: one file per sample, its label the place of its folder's name in sorted order."""
+    """Reads as ImageFolder does: one file per sample, its label the place of its folder's name in sorted order."""
 
     def __init__(self, root: Path) -> None:
         self.classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())

@@ -287,7 +287,7 @@ def profile(step: Step, batch: Batch, device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on."""
+    """Describes what was measured on."""
     chip: Any = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
     return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

@@ -83,7 +83,7 @@ def put(path: Path, holder: Holder, number: int = 1) -> None:
 
 
 def newest(path: Path) -> Holder:
-    """Who has made the newest number."""
+    """Reads the holder that has made the newest number."""
     return Holder(**json.loads((path / max((n for n in os.listdir(path) if n.isdecimal()), key=int)).read_text()))
 
 
