@@ -1,4 +1,4 @@
-"""The batch script's memory and its reading of logs, in a real shell with no scheduler. On a real one: tests/cluster."""
+"""The batch script's memory and its reading of logs, in a real shell, no scheduler. On a real one: tests/cluster."""
 
 from __future__ import annotations
 
