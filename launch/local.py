@@ -16,7 +16,7 @@ from pathlib import Path
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.world import free_port
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--ranks", type=int, metavar="N", help="processes [one per GPU; without a GPU, one]")
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
     return parser
