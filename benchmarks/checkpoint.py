@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.config import load_recipe
 from crate_dist.launching.ranks import rank_environment
 from crate_dist.world import free_port

@@ -11,7 +11,7 @@ from cifar10_published import Normalise, Published
 from tqdm import tqdm
 
 from crate_dist.config import Recipe
-from crate_dist.data.loader import Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import init_distributed, leave_distributed
@@ -37,16 +37,18 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
     try:
         train_index, val_index = open_splits(recipe)
         assert val_index is not None
-        batch, side, data = recipe.train.global_batch, recipe.model.image_size, recipe.data
+        batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers
         schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
-        order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, data.window)
-        batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), data, side)
-        tests = [found.images for found in eval_loader(val_index, 0, 1, data, side, batch)]
+        order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        transform = train_transform(recipe.augment, recipe.images, side)
+        batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), transform, workers)
+        as_tested = eval_transform(recipe.images, side)
+        tests = [found.images for found in eval_loader(val_index, 0, 1, as_tested, batch, workers)]
         classes = train_index.num_classes
         published, control = Published(recipe, classes, reference), Published(recipe, classes, reference)
         perturb(control.model)
         engine = Engine(build_model(recipe.model, classes, recipe.train.seed), recipe, device, batch, 1)
-        normalise = Normalise(data)
+        normalise = Normalise(recipe.images)
 
         def theirs(images: torch.Tensor) -> torch.Tensor:
             return normalise(images.permute(0, 3, 1, 2).float() / 255)
@@ -63,7 +65,7 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
             found = next(batches)
             images, labels = theirs(found.images), found.labels.clone()
             lr = learning_rate(step, recipe.optim, schedule)
-            mine = engine.step(iter([found]), lr, step).loss.item()
+            mine = engine.step(iter([(found.images, found.labels)]), lr, step).loss.item()
             losses.append((mine, published.step(images, labels), control.step(images, labels)))
             if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
                 published.scheduler.step()

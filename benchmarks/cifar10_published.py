@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from crate_dist.config import DataSection, Recipe, RecipeError
+from crate_dist.config import AugmentSection, ImageSection, Recipe, RecipeError
 from crate_dist.models.build import model_config
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -106,8 +106,8 @@ def train(
     """
     files = {split: Folder(source / split) for split in ("train", "test")}
     published = Published(recipe, len(files["train"].classes), reference)
-    files["train"].transform = RandomCrop(recipe.model.image_size, recipe.data, filter_name)
-    files["test"].transform = Centre(recipe.model.image_size, recipe.data, filter_name)
+    files["train"].transform = RandomCrop(recipe.model.image_size, recipe.augment, recipe.images, filter_name)
+    files["test"].transform = Centre(recipe.model.image_size, recipe.images, filter_name)
     batch = recipe.train.global_batch
     if len(files["train"]) % batch:
         raise RecipeError(
@@ -158,22 +158,22 @@ class Folder(Dataset[tuple[Tensor, int]]):
 class RandomCrop:
     """torchvision's RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, on Pillow and `random`."""
 
-    def __init__(self, size: int, data: DataSection, filter_name: str) -> None:
-        self.size, self.data, self.filter = size, data, FILTERS[filter_name]
-        self.normalise = Normalise(data)
+    def __init__(self, size: int, augment: AugmentSection, images: ImageSection, filter_name: str) -> None:
+        self.size, self.augment, self.filter = size, augment, FILTERS[filter_name]
+        self.normalise = Normalise(images)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, size, size), normalised."""
         image = image.crop(self.box(*image.size)).resize((self.size, self.size), self.filter)
-        if random.random() < self.data.flip:
+        if random.random() < self.augment.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.normalise(_to_tensor(image))
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Area uniform, aspect log-uniform, place uniform; ten tries, then the whole image (which is square here)."""
         for _ in range(10):
-            area = random.uniform(*self.data.crop_scale) * width * height
-            aspect = math.exp(random.uniform(*map(math.log, self.data.crop_ratio)))
+            area = random.uniform(*self.augment.crop_scale) * width * height
+            aspect = math.exp(random.uniform(*map(math.log, self.augment.crop_ratio)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = random.randint(0, width - w), random.randint(0, height - h)
@@ -184,9 +184,9 @@ class RandomCrop:
 class Centre:
     """Resize of the short side, CenterCrop, ToTensor and Normalize."""
 
-    def __init__(self, size: int, data: DataSection, filter_name: str) -> None:
-        self.size, self.short_side, self.filter = size, round(size / data.eval_crop), FILTERS[filter_name]
-        self.normalise = Normalise(data)
+    def __init__(self, size: int, images: ImageSection, filter_name: str) -> None:
+        self.size, self.short_side, self.filter = size, round(size / images.eval_crop), FILTERS[filter_name]
+        self.normalise = Normalise(images)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, size, size), normalised."""
@@ -205,8 +205,8 @@ def centre(image: Image.Image, short_side: int, size: int, resampling: Image.Res
 class Normalise:
     """(x - mean) / std for each channel of images (…, 3, height, width)."""
 
-    def __init__(self, data: DataSection) -> None:
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    def __init__(self, images: ImageSection) -> None:
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (images.mean, images.std))
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std

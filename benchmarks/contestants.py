@@ -18,17 +18,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader
 from crate_dist.data.order import Order
-from crate_dist.data.transforms import random_crop
-from crate_dist.prep.images import Treatment, treat
+from crate_dist.data.transforms import TrainTransform, random_crop
+from crate_dist.prep.images import ImageOptions, transcode
 
 SIZE = 224
 LANES = 4
-_SECTION = DataSection()
-_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (_SECTION.mean, _SECTION.std))
+_AUGMENT, _IMAGES = AugmentSection(), ImageSection()
+_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (_IMAGES.mean, _IMAGES.std))
 
 Contestant = Callable[[Path, int, int], Iterator[Any]]
 """(what prepare left, batch, workers) -> batches without end"""
@@ -38,12 +38,12 @@ def ours(shards: Path, batch: int, workers: int) -> Iterator[Any]:
     """The project's own loader: index, order, DataLoader; uint8 batches, normalised on the device."""
     index = ShardIndex.load(shards / "train")
     order = Order(index.shard_sizes, seed=0, lanes=LANES)
-    return TrainLoader(index, order, Share(0, 1, batch, batch), DataSection(workers=workers), SIZE, step=0)
+    return TrainLoader(index, order, Share(0, 1, batch, batch), TrainTransform(SIZE), workers)
 
 
 def pillow_crop(image: Image.Image) -> Image.Image:
     """torchvision's RandomResizedCrop(224, bicubic) and RandomHorizontalFlip on a Pillow image."""
-    box = random_crop(image.width, image.height, _SECTION.crop_scale, _SECTION.crop_ratio, random.Random())
+    box = random_crop(image.width, image.height, _AUGMENT.crop_scale, _AUGMENT.crop_ratio, random.Random())
     image = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
 
@@ -174,7 +174,7 @@ def ffcv_loader(folder: Path, batch: int, workers: int) -> Iterator[Any]:
         epoch.close()
 
 
-def write_ffcv(source: Path, out: Path, copies: int, workers: int, treatment: Treatment | None = None) -> None:
+def write_ffcv(source: Path, out: Path, copies: int, workers: int, image_options: ImageOptions | None = None) -> None:
     """The images as JPEGs of quality 90, which it encodes itself, `copies` times; treated by ours before, or not."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -182,15 +182,15 @@ def write_ffcv(source: Path, out: Path, copies: int, workers: int, treatment: Tr
     out.mkdir()
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
     DatasetWriter(str(out / "train.beton"), fields, num_workers=workers).from_indexed_dataset(
-        Decoded(FolderDataset(source).files * copies, treatment)
+        Decoded(FolderDataset(source).files * copies, image_options)
     )
 
 
 class Decoded(Dataset[tuple[np.ndarray, int]]):
     """Files as pixels (height, width, 3), as FFCV's writer takes them."""
 
-    def __init__(self, files: list[tuple[Path, int]], treatment: Treatment | None) -> None:
-        self.files, self.treatment = files, treatment
+    def __init__(self, files: list[tuple[Path, int]], image_options: ImageOptions | None) -> None:
+        self.files, self.image_options = files, image_options
 
     def __len__(self) -> int:
         return len(self.files)
@@ -198,8 +198,8 @@ class Decoded(Dataset[tuple[np.ndarray, int]]):
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         path, label = self.files[number]
         data = path.read_bytes()
-        if self.treatment:
-            data = treat(data, self.treatment)[0]
+        if self.image_options:
+            data = transcode(data, self.image_options)[0]
         return np.array(Image.open(io.BytesIO(data)).convert("RGB")), label
 
 

@@ -18,12 +18,13 @@ import random
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 import torch
 from PIL import Image
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.data.loader import Batch
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.world import detect_world
 
@@ -115,7 +116,7 @@ def run(
     losses = []
     for step in range(steps):
         chosen = torch.arange(step * batch, (step + 1) * batch) % len(images)
-        given = Batch(images[chosen].to(device), labels[chosen].to(device), [], chosen)
+        given = images[chosen].to(device), labels[chosen].to(device)
         rate = recipe.optim.lr * min(1.0, (step + 1) / (steps / 10))
         losses.append(engine.step(iter([given]), rate, step).loss)
     return torch.stack(losses).tolist()

@@ -23,8 +23,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.launching.memory import parameters
 from crate_dist.launching.ranks import rank_environment
@@ -127,7 +129,6 @@ def as_rank(arguments: argparse.Namespace) -> int:
     """Takes steps as one rank and prints what passed."""
     import torch
 
-    from crate_dist.data.loader import Batch
     from crate_dist.distributed import init_distributed
     from crate_dist.world import detect_world
 
@@ -141,7 +142,7 @@ def as_rank(arguments: argparse.Namespace) -> int:
     side = recipe.model.image_size
     generator = torch.Generator().manual_seed(world.rank)
     images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
-    given = Batch(images, torch.zeros(batch, dtype=torch.int64), [], torch.arange(batch))
+    given = images, torch.zeros(batch, dtype=torch.int64)
     seconds, cpu = [], []
     for number in range(WARM_UP + COUNTED):
         if number == WARM_UP:
@@ -213,12 +214,13 @@ def ddp(recipe: Recipe) -> Any:
     # torch's DDP reduces in C++, past torch.distributed: a hook does the same where it is heard.
     wrapped.register_comm_hook(None, _reduce_aloud)
     optimizer = build_optimizer(parameter_groups(bare, recipe.optim), recipe.optim)
-    normalize = Normalize(recipe.data, torch.device("cpu"), torch.float32)
+    normalize = Normalize(recipe.images.mean, recipe.images.std, torch.device("cpu"), torch.float32)
 
-    def step(given: Any) -> None:
+    def step(given: tuple[Any, Any]) -> None:
+        images, labels = given
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = wrapped(normalize(given.images))
-        F.cross_entropy(logits.float(), given.labels).backward()
+            logits = wrapped(normalize(images))
+        F.cross_entropy(logits.float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(bare.parameters(), recipe.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import torch
 import torch.nn.functional as F
 from cifar10_published import reference_model
@@ -38,13 +40,14 @@ from lion_pytorch import Lion
 from torch import nn
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.data.loader import Batch
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.matmul import linear
 from crate_dist.world import VARIABLES, detect_world
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images, uint8 (n, height, width, 3), and labels, int64 (n,)."""
 Step = Callable[[Batch], None]
 CLASSES = 1000
 
@@ -163,16 +166,17 @@ def published(recipe: Recipe, model: nn.Module, device: torch.device) -> Step:
     """One step of the published code's loop on a model."""
     model = model.to(device)
     optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
-    mean = torch.tensor(recipe.data.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(recipe.data.std, device=device).view(3, 1, 1)
+    mean = torch.tensor(recipe.images.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(recipe.images.std, device=device).view(3, 1, 1)
     on_gpu = device.type == "cuda"
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
 
     def step(batch: Batch) -> None:
         # Its loader yields normalised fp32 images: they are made here, as ours are.
-        images = (batch.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        pixels, labels = batch
+        images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
         with torch.autocast("cuda", enabled=on_gpu):
-            loss = F.cross_entropy(model(images), batch.labels, label_smoothing=recipe.optim.label_smoothing)
+            loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.optim.label_smoothing)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -186,7 +190,7 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
-    return Batch(images.to(device), labels.to(device), [], torch.arange(count))
+    return images.to(device), labels.to(device)
 
 
 def measure(

@@ -26,7 +26,7 @@ from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import LostTheRun, Tenure
 from crate_dist.training.interrupt import Interrupt, ending_at_once
-from crate_dist.training.metrics import start_logging
+from crate_dist.training.rank_log import start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog

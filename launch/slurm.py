@@ -23,10 +23,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # isort: skip
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import crate_dist
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
@@ -116,7 +117,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
         init_from = recipe.train.init_from
         places = [
             CLONE,
-            recipe.data_root(),
+            recipe.data.find_root(),
             init_from and folder_of_weights(init_from),
             *(run_dir.parent for run_dir in run_dirs),
         ]
@@ -314,7 +315,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
 def _check_environment_goes_along(recipe: Recipe) -> None:
     """Raises RecipeError when data whose location recipe.toml does not keep would be out of the job's sight."""
     exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
-    if is_private(recipe.data_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
+    if is_private(recipe.data.find_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
         raise RecipeError(
             f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
             f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"

@@ -76,8 +76,12 @@ patch_size = 8
 
 [data]
 workers = 1
+
+[order]
 lanes = 4
 window = 32
+
+[images]
 eval_crop = 1.0
 mean = [0.5, 0.5, 0.5]
 std = [0.5, 0.5, 0.5]

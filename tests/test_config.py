@@ -6,10 +6,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe
+from crate_dist.config.__main__ import put_into, settings
+from crate_dist.run.folder import RunFolder, read_recipe
 
 RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
 
@@ -34,7 +37,7 @@ def test_the_paper_s_and_the_published_code_s_values_are_there() -> None:
     assert (published.train.global_batch, published.train.epochs, published.optim.lr) == (512, 200, 2e-4)
     assert published.optim.weight_decay == 0.05
     assert published.optim.grad_clip == 0
-    assert (paper.data.resize_filter, published.data.resize_filter) == ("bicubic", "bilinear")
+    assert (paper.images.resize_filter, published.images.resize_filter) == ("bicubic", "bilinear")
     assert {f"crate_{size}{kind}" for size in ("tiny", "small", "base", "large") for kind in ("", "_reference")} < set(
         RECIPES
     )
@@ -53,19 +56,79 @@ def test_a_run_from_before_a_key_had_a_name_goes_on(tmp_path: Path) -> None:
     lines = recipe.to_toml().splitlines()
     older = tmp_path / "recipe.toml"
     older.write_text("\n".join(line for line in lines if not line.startswith("resize_filter")))
-    assert load_recipe(older).mathematics() == recipe.mathematics()
-    assert load_recipe(older, ["data.resize_filter=bilinear"]).mathematics() != recipe.mathematics()
+    assert load_recipe(older).deciding_values() == recipe.deciding_values()
+    assert load_recipe(older, ["images.resize_filter=bilinear"]).deciding_values() != recipe.deciding_values()
+
+
+OLD_NAMES = """
+name = "older"
+[model]
+arch = "crate_demo"
+[data]
+workers = 1
+lanes = 8
+crop_scale = [0.5, 1.0]
+eval_crop = 1.0
+mean = [0.4914, 0.4822, 0.4465]
+[optim]
+lr = 1e-3
+[train]
+global_batch = 200
+epochs = 8
+"""
+
+
+def test_keys_of_before_are_understood_with_one_note_that_names_the_new_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = tmp_path / "older.toml"
+    older.write_text(OLD_NAMES)
+    recipe = load_recipe(older)
+    assert (recipe.order.lanes, recipe.data.workers, recipe.augment.crop_scale) == (8, 1, (0.5, 1.0))
+    assert (recipe.images.eval_crop, recipe.images.mean) == (1.0, (0.4914, 0.4822, 0.4465))
+    assert load_recipe(older) == recipe
+    (note,) = caplog.messages
+    assert "data.lanes -> order.lanes, " in note
+    assert "data.eval_crop -> images.eval_crop" in note
+    assert note.startswith(f"{older}: ")
+
+    caplog.clear()
+    assert load_recipe("demo", ["data.eval_crop=0.9"]).images.eval_crop == 0.9
+    assert caplog.messages == ["--set data.eval_crop: data.eval_crop is called images.eval_crop now"]
+
+
+def test_a_key_under_both_its_names_is_refused(tmp_path: Path) -> None:
+    both = tmp_path / "both.toml"
+    both.write_text(OLD_NAMES + "[order]\nlanes = 4\n")
+    with pytest.raises(RecipeError, match=r"both.toml: data.lanes is called order.lanes now"):
+        load_recipe(both)
+
+
+def test_a_run_from_before_the_keys_were_divided_goes_on(tmp_path: Path) -> None:
+    folder, recipe = RunFolder(tmp_path / "run"), load_recipe("demo", ["order.window=17", "images.eval_fit=stretch"])
+    folder.open(recipe)
+    folder.metrics.write_text("{}\n")
+    raw = tomllib.loads(folder.recipe_file.read_text())
+    for section in ("order", "augment", "images"):
+        raw["data"] |= raw.pop(section)
+    folder.recipe_file.write_text(tomli_w.dumps(raw))
+    assert read_recipe(folder.path).deciding_values() == recipe.deciding_values()
+    with pytest.raises(RecipeError, match=r"another recipe:\n  order.window: 17 there, 256 now\nto continue"):
+        folder.check(load_recipe("demo", ["images.eval_fit=stretch"]))
+    folder.open(recipe)
+    assert read_recipe(folder.path) == recipe
+    assert "[order]" in folder.recipe_file.read_text()
 
 
 def test_the_command_line_wins_over_the_file() -> None:
     recipe = load_recipe(
         "crate_base",
-        ["optim.lr=1e-3", "data.crop_scale=[0.2, 1.0]", "cluster.partition=gpu-a100", "data.val_split=''"],
+        ["optim.lr=1e-3", "augment.crop_scale=[0.2, 1.0]", "cluster.partition=gpu-a100", "data.val_split=''"],
         train__seed=7,
         cluster__account=None,
     )
     assert recipe.optim.lr == 1e-3
-    assert recipe.data.crop_scale == (0.2, 1.0)
+    assert recipe.augment.crop_scale == (0.2, 1.0)
     assert recipe.cluster.partition == "gpu-a100"
     assert recipe.data.val_split == ""
     assert recipe.train.seed == 7
@@ -126,7 +189,19 @@ def test_a_batch_that_does_not_divide_says_which_numbers_would() -> None:
 def test_only_what_decides_the_result_is_held_against_a_resume() -> None:
     recipe = load_recipe("crate_base")
     same = load_recipe("crate_base", ["data.workers=1", "train.micro_batch=8", "cluster.nodes=9", "log.every_steps=1"])
-    other = load_recipe("crate_base", ["data.window=17"])
+    other = load_recipe("crate_base", ["order.window=17"])
     assert isinstance(recipe, Recipe)
-    assert recipe.mathematics() == same.mathematics()
-    assert recipe.mathematics() != other.mathematics()
+    assert recipe.deciding_values() == same.deciding_values()
+    assert recipe.deciding_values() != other.deciding_values()
+
+
+def test_the_page_on_training_has_every_setting_as_it_is_today() -> None:
+    page = (CONFIG_DIR.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    assert put_into(page) == page, "python -m crate_dist.config docs/training.md brings it up to date"
+    assert all(f"| `{key}` |" in page for key in load_recipe("demo").deciding_values())
+
+
+def test_every_setting_says_what_it_means() -> None:
+    rows = [line.strip("| ").split(" | ") for line in settings().splitlines() if line.startswith("| `")]
+    assert len(rows) > 70
+    assert all(len(row) == 4 and len(row[3].split()) > 1 for row in rows)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from crate_dist import config, evaluate, figures, probe
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.remote.fetch import Patience
-from crate_dist.data.remote.fetch import fetch as remote
+from crate_dist.data.remote import fetch as remote
+from crate_dist.data.remote.fetch import RetryPolicy
 from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
 from crate_dist.models.weights import __main__ as weights
@@ -130,7 +130,7 @@ def test_opening_somebody_s_run_runs_nothing_of_it(
         error = capsys.readouterr().err
         assert "may not say what is to be run" in error
         assert "--data" in error
-    assert load_subject(folder).classes  # as --init-from does
+    assert load_trained(folder).classes  # as --init-from does
     weights.main(["describe", str(folder / "model-last.pt")])
     for program in ("local.py", "slurm.py") if root.startswith("pipe:") else ():
         done = start(program, "--config", folder / "recipe.toml", "--run-dir", tmp_path / "other", "--dry-run")
@@ -203,7 +203,7 @@ def test_a_path_in_a_recipe_mounts_nothing_else_into_a_container(
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSection:
-    monkeypatch.setattr(remote, "PATIENCE", Patience(1, silence_s=10))
+    monkeypatch.setattr(remote, "RETRIES", RetryPolicy(1, silence_s=10))
     return DataSection(cache_dir=tmp_path / "cache")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how they are saved, found, resharded, opened, fine-tuned from and exported."""
+"""Checkpoints: the format, saving, finding and resharding; opening, fine-tuning and exporting what was trained."""

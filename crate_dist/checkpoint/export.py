@@ -1,4 +1,4 @@
-"""What a complete run leaves: the weights alone of its last and of its best checkpoint, each with a model card."""
+"""Exports the weights alone of a complete run's last and best checkpoint, each with a model card."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.loading import Checkpoint, list_checkpoints
 from crate_dist.config import Recipe
+from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
+from crate_dist.locations import name_above
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.weights.card import facts_of, write_card
+from crate_dist.models.weights.card import write_card
 from crate_dist.models.weights.write import export_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
@@ -47,6 +49,21 @@ def export(
         write_card(path, config, about)
 
 
+def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, Any]]:
+    """Returns what `meta` says of the splits: their folder's name, not where it lies, and what their indexes say."""
+    return {
+        name: {
+            "name": name_above(index.place),
+            "samples": index.num_samples,
+            "classes": index.num_classes,
+            "origin": index.made_by.get("layout"),
+            "fingerprint": Identity.of(index).digest,
+        }
+        for name, index in (("train", train), ("val", val))
+        if index is not None
+    }
+
+
 def _about(saved: Checkpoint, recipe: Recipe, steps_per_epoch: float) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
@@ -54,12 +71,8 @@ def _about(saved: Checkpoint, recipe: Recipe, steps_per_epoch: float) -> dict[st
         "epochs": saved.step / steps_per_epoch,
         "metrics": dict(saved.progress.metrics),
         "evaluated_at": saved.progress.evaluated_at,
-        "recipe_values": recipe.mathematics(),
+        "recipe_values": recipe.deciding_values(),
         "code": code_version(),
-        "mean": list(recipe.data.mean),
-        "std": list(recipe.data.std),
         "precision": recipe.train.precision,
-        "eval_fit": recipe.data.eval_fit,
-        "eval_crop": recipe.data.eval_crop,
-        "resize_filter": recipe.data.resize_filter,
+        **recipe.images.model_dump(mode="json"),
     }

@@ -1,4 +1,4 @@
-"""The format of a checkpoint. Imports no torch.
+"""The format of a checkpoint, and the only place that knows it. Imports no torch.
 
     checkpoints/step-00000500/
         manifest.json     step, world size, parameter groups, recipe, and a digest of every other file and of itself
@@ -71,7 +71,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run knows beside its weights. The data pipeline's whole state is the step.
+    """The state of a run beside its weights. The data pipeline's whole state is the step.
 
     step: optimizer steps done; evaluated_at: step of the last evaluation, -1 for none
     best_top1: best validation accuracy so far, in per cent; best_step: when it was reached
@@ -95,7 +95,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json says. What has a default was not always said.
+    """The content of manifest.json; the first versions did not say what has a default here.
 
     world_size: ranks that saved it; tenure: which holder of the run folder did, see run/lock.py
     groups, partitions: the flat vectors, and elements of each per rank; kinds: of state, one vector per group each
@@ -116,7 +116,7 @@ class Manifest:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Of the weights, by parameter name."""
+        """Shapes of the weights, by parameter name."""
         return {name: [*shape] for group in self.groups for name, shape in zip(group.names, group.shapes, strict=True)}
 
 

@@ -29,8 +29,6 @@ from crate_dist.checkpoint.format import (
 from crate_dist.distributed import World, gather_objects
 from crate_dist.run.checkpoints import checkpoint_names, published_file, published_step, step_name
 
-_HEAD = "head.linear.bias"
-
 _PAUSES_S: tuple[float, ...] = (0.5, 2.0)
 T = TypeVar("T")
 
@@ -54,7 +52,7 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        """What the run knew when it was saved."""
+        """The state of the run beside its weights."""
         return self.manifest.progress
 
     def damaged(self) -> str | None:
@@ -86,35 +84,14 @@ class Checkpoint:
         return StateReader(self)
 
     def weights(self, kind: str = WEIGHTS) -> dict[str, torch.Tensor]:
-        """Reads the fp32 master weights by parameter name, or what another kind of state has in their place."""
-        reader = self.reader()
-        weights: dict[str, torch.Tensor] = {}
-        for group, layout in enumerate(self.manifest.groups):
-            start = 0
-            for name, shape, size in zip(layout.names, layout.shapes, layout.sizes, strict=True):
-                flat = torch.empty(size)
-                reader.copy(kind, group, start, flat)
-                weights[name] = flat.view(*shape)
-                start += size
+        """Reads the fp32 master weights by parameter name, or another kind of state; views on one vector per group."""
+        reader, weights = self.reader(), dict[str, torch.Tensor]()
+        for number, group in enumerate(self.manifest.groups):
+            flat = torch.empty(group.numel)
+            reader.copy(kind, number, 0, flat)
+            parts = zip(group.names, group.shapes, flat.split(group.sizes), strict=True)
+            weights |= {name: part.view(tuple(shape)) for name, shape, part in parts}
         return weights
-
-    @property
-    def num_classes(self) -> int:
-        """The classes that the model's head tells apart. Raises CheckpointError when it has none."""
-        if len(shape := self.manifest.shapes.get(_HEAD, [])) != 1:
-            raise CheckpointError(f"{self.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")
-        return shape[0]
-
-    def load_into(self, model: torch.nn.Module) -> None:
-        """Copies the weights into a model. Raises CheckpointError unless they are its own, by name and shape."""
-        saved, own = self.manifest.shapes, {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        if saved != own:
-            name = next(name for name in {**own, **saved} if saved.get(name) != own.get(name))
-            raise CheckpointError(
-                f"{self.path / MANIFEST} does not fit the model of the run's recipe: {name} has the shape "
-                f"{saved.get(name)} in the one and {own.get(name)} in the other"
-            )
-        model.load_state_dict(self.weights())
 
 
 class StateReader:
@@ -173,7 +150,7 @@ def find_newest(folder: Path, world: World, damaged: list[str] | None = None) ->
         try:
             names = _names_unless_lost(folder)
         except CheckpointError as error:
-            problem, number = _told(error)
+            problem, number = _text_and_errno(error)
     names, problem, number = gather_objects((names, problem, number))[0]
     if problem:
         raise CheckpointError(problem) from (OSError(number, problem) if number else None)
@@ -183,7 +160,7 @@ def find_newest(folder: Path, world: World, damaged: list[str] | None = None) ->
             checkpoint = open_checkpoint(folder / name)
             problem = checkpoint.damage(sorted(checkpoint.manifest.files)[world.rank :: world.world_size])
         except CheckpointError as error:
-            problem, number = _told(error)
+            problem, number = _text_and_errno(error)
         except OSError as error:
             problem, number = f"{folder / name} cannot be read: {error.strerror}", error.errno
         said = gather_objects((problem, number))
@@ -203,8 +180,8 @@ def find_newest(folder: Path, world: World, damaged: list[str] | None = None) ->
     return None
 
 
-def _told(error: CheckpointError) -> tuple[str, int | None]:
-    """What another rank is told of an error: its text, and the number of the OSError that is its cause, or None."""
+def _text_and_errno(error: CheckpointError) -> tuple[str, int | None]:
+    """Returns what other ranks are told of an error: its text, and the number of the OSError behind it, or None."""
     return str(error), error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 

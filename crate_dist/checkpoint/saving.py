@@ -1,4 +1,4 @@
-"""Saving while training goes on: copied to host memory, written beside, published by one rename."""
+"""Saves while training goes on: copied to host memory, written beside, published by one rename."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LEAVE_S = 60.0
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished save: how long training stood still for it, and how long it took in all."""
+    """A finished save: the seconds that training stood still for it, and those that it took in all."""
 
     step: int
     stall_s: float
@@ -48,7 +48,7 @@ class Saved:
 
 
 class Saver:
-    """Saves beside the training, one save at a time.
+    """A thread that saves beside the training, one save at a time.
 
     The ranks' writers agree with each other over a gloo group of their own, in threads, so that they meet neither the
     device nor the collectives of the step.
@@ -83,7 +83,7 @@ class Saver:
         self._saved: Saved | None = None
 
     def save(self, state: RankState, progress: Progress, **about: Any) -> Saved | None:
-        """Copies `state` and returns, leaving the rest to a thread; gives the save before it, when that succeeded.
+        """Copies `state` and returns, leaving the rest to a thread; returns the save before it if that succeeded.
 
         A collective only in that it waits for the save before. Raises CheckpointError as `wait` does.
         """
@@ -98,7 +98,7 @@ class Saver:
         return before
 
     def wait(self) -> Saved | None:
-        """Waits for the save that is under way; gives it when it succeeded, None when there was none or it failed.
+        """Waits for the save that is under way; returns it, or None when there was none or it failed.
 
         Raises
         ------
@@ -125,12 +125,12 @@ class Saver:
         return None
 
     def leave(self) -> None:
-        """Before an error ends the training: lets the save that is under way end, for a while."""
+        """Lets the save that is under way end, for a minute, before an error ends the training."""
         if self._thread is not None:
             self._thread.join(_LEAVE_S)
 
     def _copy(self, state: RankState) -> None:
-        """Into buffers that are kept: memory is found once, at the first save, and pinned for a GPU."""
+        """Copies into buffers that are kept: memory is found once, at the first save, and pinned for a GPU."""
         for kind, parts in state.items():
             if kind not in self._host:
                 self._host[kind] = [torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda) for p in parts]
@@ -215,14 +215,14 @@ def publish(
 
 
 def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, damaged: Collection[str] = ()) -> None:
-    """Removes all but the newest `keep` up to this step, and the best one. On one rank.
+    """Removes all checkpoints but the newest `keep` up to this step, and the best one. On one rank.
 
     Only what it has opened is removed: not what cannot be read, at the moment or at all, nor what a later version has
     written; nor what is of a later step, or of a later holder of the folder.
 
     damaged: names of those that are known to be so: they are none of the newest, and go when a whole one is as new
 
-    Raises LostTheRun when there is one.
+    Raises LostTheRun when another holder of the run folder has taken over.
     """
     try:
         there = [saved for saved in list_checkpoints(folder) if saved.step <= progress.step]
@@ -244,8 +244,11 @@ def _unfinished(folder: Path, tenure: Tenure, name: str) -> Path:
 
 
 def _free_name(folder: Path, step: int) -> str:
-    """Of a checkpoint of this step. There may be a damaged one, which loading has passed over, or one of before an
-    evaluation: it is not touched before the new one stands, so that there is a whole one at every moment."""
+    """Returns a name for a checkpoint of this step.
+
+    There may be a damaged one, which loading has passed over, or one of before an evaluation: it is not touched before
+    the new one stands, so that there is a whole one at every moment.
+    """
     there = set(checkpoint_names(folder))
     return next(name for count in itertools.count() if (name := step_name(step, count)) not in there)
 

@@ -9,28 +9,32 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint.format import CheckpointError
+from crate_dist.checkpoint.format import MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
-from crate_dist.config import DataSection
+from crate_dist.config import DataSection, ImageSection
+from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
-from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.names import WeightsError, check_fit
 from crate_dist.models.weights.read import load_model
 from crate_dist.run.folder import read_recipe
 
+_HEAD = "head.linear.bias"  # one number per class
+
 
 @dataclass(frozen=True)
-class Subject:
+class Trained:
     """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
 
     model: CRATE
     data: DataSection
+    images: ImageSection
     precision: str
     name: str
     classes: tuple[str, ...] | None = None
 
 
-def load_subject(source: Path, heads: int | None = None) -> Subject:
+def load_trained(source: Path, heads: int | None = None) -> Trained:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
@@ -40,13 +44,13 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     """
     if not source.is_dir():
         model, meta = load_model(source, heads)
-        known = {key: meta[key] for key in ("mean", "std", "eval_fit", "eval_crop", "resize_filter") if key in meta}
+        known = {key: meta[key] for key in ImageSection.model_fields if key in meta}
         try:
-            data = DataSection(**known)
+            images = ImageSection(**known)
         except ValidationError as error:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), data, precision, str(source), _names(classes))
+        return Trained(model.float(), DataSection(), images, precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -58,15 +62,31 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     if problem := saved.damaged():
         raise CheckpointError(problem)
     recipe = read_recipe(saved.path.resolve().parents[1])
-    model = build_model(recipe.model, saved.num_classes, seed=0)
-    saved.load_into(model)
+    head = saved.manifest.shapes.get(_HEAD, [])
+    if len(head) != 1:
+        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")
+    model, weights = build_model(recipe.model, head[0], seed=0), saved.weights()
+    try:
+        check_fit(weights, model.config)
+    except WeightsError as error:
+        raise CheckpointError(f"{saved.path / MANIFEST} does not fit the recipe of its run: {error}") from error
+    model.load_state_dict(weights)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
-    return Subject(model, recipe.data, recipe.train.precision, str(saved.path), _names(saved.manifest.classes))
+    classes, precision = _names(saved.manifest.classes), recipe.train.precision
+    return Trained(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+
+
+def find_layer(asked: int | None, depth: int) -> int:
+    """Returns the layer, 1 … depth, that --layer asks for: the last for None and -1. Raises UserError."""
+    layer = depth if asked is None else asked + depth + 1 if asked < 0 else asked
+    if not 1 <= layer <= depth:
+        raise UserError(f"--layer {asked}: the model has layers 1 to {depth}, the last also being -1")
+    return layer
 
 
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
+    """Returns whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
 
     That two models or splits have such classes says nothing of what these are.
     """

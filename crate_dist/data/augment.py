@@ -1,4 +1,4 @@
-"""Stronger augmentation, for fine-tuning: RandAugment and random erasing, on uint8 pixels, after crop and flip.
+"""Augments more strongly, for fine-tuning: RandAugment and random erasing, on uint8 pixels, after crop and flip.
 
 Both follow torchvision's definitions on Pillow images (its RandAugment and RandomErasing, with defaults), but for where
 the randomness comes from, which is the sample's own generator.
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, Colour
 from crate_dist.data.decode import Pixels
 
 Augmentation = Callable[[Pixels, random.Random], None]
-"""Changes pixels (height, width, 3) in place."""
+"""A function that changes pixels (height, width, 3) in place."""
 
 MAGNITUDES = 31
 _ERASE_SCALE = (0.02, 0.33)
@@ -28,14 +28,14 @@ _ERASE_RATIO = (0.3, 3.3)
 _ERASE_TRIES = 10
 
 
-def augmentations(data: DataSection) -> tuple[Augmentation, ...]:
-    """What a recipe asks for beside crop and flip, in the order in which it is applied."""
+def augmentations(augment: AugmentSection, mean: Colour) -> tuple[Augmentation, ...]:
+    """Returns what a recipe asks for beside crop and flip, in the order in which it is applied."""
     chosen: list[Augmentation] = []
-    if data.randaugment_ops:
-        chosen.append(RandAugment(data.randaugment_ops, data.randaugment_magnitude))
-    if data.erase:
-        red, green, blue = (round(255 * value) for value in data.mean)
-        chosen.append(RandomErasing(data.erase, (red, green, blue)))
+    if augment.randaugment_ops:
+        chosen.append(RandAugment(augment.randaugment_ops, augment.randaugment_magnitude))
+    if augment.erase:
+        red, green, blue = (round(255 * value) for value in mean)
+        chosen.append(RandomErasing(augment.erase, (red, green, blue)))
     return tuple(chosen)
 
 
@@ -63,7 +63,7 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """With some probability, one rectangle of 2 to 33 % of the area in one colour (Zhong et al., arXiv 1708.04896).
+    """Erasing, with some probability, of a rectangle of 2 to 33 % of the area (Zhong et al., arXiv 1708.04896).
 
     torchvision's value 0 is written after normalisation, so it is the data's mean colour; here it is the nearest one in
     whole steps of 255.
@@ -90,7 +90,7 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class Operation:
-    """One of RandAugment's. strengths: what `apply` is given, by magnitude; signed: or its negative, as often."""
+    """An operation of RandAugment. strengths: given to `apply`, by magnitude; signed: or their negatives, as often."""
 
     name: str
     apply: Callable[[Image.Image, float], Image.Image]
@@ -100,7 +100,7 @@ class Operation:
 
 @functools.cache
 def operations(width: int, height: int) -> tuple[Operation, ...]:
-    """The fourteen of torchvision's RandAugment, in its order, for images of this size. Uncovered places are black."""
+    """Returns the fourteen of torchvision's RandAugment in its order, for images of this size; uncovered is black."""
 
     def until(last: float, first: float = 0.0) -> tuple[float, ...]:
         return tuple(torch.linspace(first, last, MAGNITUDES).tolist())
@@ -134,7 +134,7 @@ def operations(width: int, height: int) -> tuple[Operation, ...]:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, float, float, float, float, float]) -> Image.Image:
-    """Each pixel (x, y) from (a x + b y + c, d x + e y + f)."""
+    """Takes each pixel (x, y) from (a x + b y + c, d x + e y + f)."""
     nearest = Image.Resampling.NEAREST
     return image.transform(image.size, Image.Transform.AFFINE, matrix, nearest, fillcolor=(0, 0, 0))
 

@@ -1,4 +1,4 @@
-"""The bytes of one image -> RGB pixels: fast for the JPEGs that training reads, exact for everything else.
+"""Decodes the bytes of one image to RGB pixels: fast for the JPEGs of training, exact for everything else.
 
     decode_crop    libjpeg-turbo (the simplejpeg wheel), no more of the picture than a crop needs
     open_image     Pillow: every other format, and JPEGs that libjpeg-turbo has anything to say against
@@ -34,9 +34,25 @@ MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
 MAX_PYTHON_SAMPLES = 2 * 1024 * 1024
 """Pixels times bands of what Pillow decodes in Python, at a microsecond each: run-length BMPs, PPMs of odd depth."""
 MAX_BYTES = 4 * MAX_PIXELS
-"""Larger files are refused before they are read: what so many pixels have uncompressed."""
+"""Larger files are refused before they are read: MAX_PIXELS have that many uncompressed."""
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """What Pillow may open; it would also run external programs for EPS."""
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)
+"""Of files that are taken for images, in lower case."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
 _START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
@@ -66,7 +82,7 @@ class _File(io.BytesIO):
         self.reads_left, self.bytes_left = _MAX_READS, 2 * len(data) + _MAX_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As BytesIO's."""
+        """Reads as BytesIO does."""
         data = super().read(size)
         self.reads_left -= 1
         self.bytes_left -= len(data)
@@ -76,7 +92,7 @@ class _File(io.BytesIO):
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that decode_crop takes, None for what Pillow is to look at. Raises BadImage."""
+    """Returns (width, height) of a JPEG that decode_crop takes, None for what Pillow is to see. Raises BadImage."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -86,7 +102,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_crop(data: bytes, size: tuple[int, int], box: Box, shrink: int = 1) -> Pixels | None:
-    """The crop `box` of a JPEG, uint8 of shape (height / shrink, width / shrink, 3); None where Pillow is to decide.
+    """Decodes a JPEG's crop `box` to uint8 (height / shrink, width / shrink, 3); None where Pillow is to decide.
 
     size: what jpeg_size returned; shrink: 1, 2, 4 or 8, pixels of the image per pixel of the result, averaged in the
     DCT domain. The sides of the box must be multiples of it. Raises BadImage for too many scans.
@@ -153,7 +169,7 @@ def open_image(data: bytes) -> Image.Image:
 def resized_exactly(
     image: Image.Image, box: Box, size: tuple[int, int], resize_filter: ResizeFilter = "bicubic"
 ) -> Pixels:
-    """The crop `box` resized to `size` (width, height) by Pillow's antialiased filter, uint8 (height, width, 3).
+    """Resizes the crop `box` to `size` (width, height) by Pillow's antialiased filter, uint8 (height, width, 3).
 
     Transparency is dropped and 16 bits become their upper 8. Raises BadImage when the image does not decode.
     """
@@ -173,7 +189,7 @@ def resized_part(
     size: tuple[int, int],
     resize_filter: ResizeFilter = "bicubic",
 ) -> Pixels:
-    """What lies in `box` when the whole image is resized, and only that: uint8 of shape (height, width, 3).
+    """Returns the part in `box` of the whole image resized, and only that: uint8 of shape (height, width, 3).
 
     As resized_exactly of all of it to the bit but for rounding: the filter sees what is beside the box, whose edges
     may lie between pixels. Raises BadImage when the image does not decode.
@@ -193,7 +209,7 @@ def refuse_bomb(width: int, height: int) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What an exception of a library says, in one line."""
+    """Returns an exception of a library as one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -204,7 +220,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _single_scan_frame(data: bytes) -> int:
-    """Offset of the frame header of a baseline JPEG whose only scan has all components; 0 where there is none.
+    """Finds the frame header of a baseline JPEG whose only scan has all components: its offset, 0 for none.
 
     Only there do rows stand in the file in their order.
     """
@@ -249,7 +265,7 @@ def _refuse_tiles(data: bytes) -> None:
 
 
 def _decoded_in_python(data: bytes, image: Image.Image) -> bool:
-    """Whether Pillow will decode an image in Python, reading byte by byte. Raises BadImage for a large one."""
+    """Says whether Pillow will decode an image in Python, reading byte by byte. Raises BadImage for a large one."""
     decoders = {tile[0] for tile in getattr(image, "tile", ())} & Image.DECODERS.keys()
     samples = image.width * image.height * len(image.getbands())
     if decoders and samples > MAX_PYTHON_SAMPLES:

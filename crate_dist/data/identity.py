@@ -1,7 +1,7 @@
-"""What of the data decides the result of a run, in a few digests: every checkpoint keeps them, every start compares.
+"""Tells by a few digests whether data are those of a run: every checkpoint keeps them, every start compares.
 
-Which samples, in which order, with which labels, of which classes. Not where they lie or what their shards are called,
-nor index.json itself, which names its maker: shards that are moved, or indexed anew, are the same data.
+They are of what decides the result: samples, their order, labels and classes. Not where shards lie or how they are
+called, nor index.json itself, which names its maker: shards that are moved, or indexed anew, are the same data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Identity:
-    """Of one split; digests are SHA-256, in hexadecimal.
+    """The identity of one split; digests are SHA-256, in hexadecimal.
 
     content: of the shards' own digests, in their order, and how many samples each has
     places: of every sample's offset and size; labels: of every sample's; classes: of the class ids, in their order
@@ -49,13 +49,13 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        """Of all of it."""
+        """One digest of all of it."""
         return _digest(asdict(self))
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Of what a run is trained and evaluated on; classes: ids in the order of the labels, of both splits."""
+    """The identity of a run's data. classes: ids in the order of the labels, of both splits."""
 
     train: Identity
     val: Identity | None
@@ -63,12 +63,12 @@ class DataIdentity:
 
     @classmethod
     def of(cls, train: ShardIndex, val: ShardIndex | None) -> DataIdentity:
-        """Of two splits with the same classes."""
+        """Reads the rows of two splits, which have the same classes."""
         return cls(Identity.of(train), Identity.of(val) if val else None, list(train.classes))
 
     @property
     def digest(self) -> str:
-        """Of both splits."""
+        """One digest of both splits."""
         return _digest(self.facts())
 
     def facts(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class DataIdentity:
 
 
 def first_difference(one: Sequence[str], other: Sequence[str], here: str = "there", there: str = "now") -> str:
-    """Where two lists of classes part, in words; "" when they do not. here, there: what the lists are called."""
+    """Says where two lists of classes part; "" when they do not. here, there: the names of the lists."""
     if len(one) != len(other):
         return f"{len(one):,} {here}, {len(other):,} {there}"
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
@@ -106,7 +106,7 @@ def first_difference(one: Sequence[str], other: Sequence[str], here: str = "ther
 
 
 def refusal(run: Path, differences: Mapping[str, str]) -> str:
-    """What is said to somebody who goes on with a run on other data."""
+    """Returns the message to somebody who goes on with a run on other data."""
     listing = "\n".join(f"  {what}: {words}" for what, words in differences.items())
     return (
         f"{run} was trained on other data than there are now:\n{listing}\n"

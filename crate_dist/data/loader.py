@@ -1,4 +1,4 @@
-"""Order + shards + transforms -> batches on the device.
+"""Makes batches on the device from the order, the shards and the transforms.
 
 Each loader worker makes whole micro-batches: positions -> sample ids -> reads by offset -> decode and augment ->
 uint8. The images travel as bytes; they become normalised numbers on the device. Workers write training images into
@@ -18,13 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, Colour, ImageSection
 from crate_dist.data.augment import augmentations
+from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
-from crate_dist.data.transforms import BadImage, EvalTransform, Pixels, TrainTransform, sample_rng
-from crate_dist.data.workers import SharedArray, Workers
+from crate_dist.data.shared import SharedArray
+from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
+from crate_dist.data.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +37,20 @@ HELD_BATCHES = 3
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, height, width, 3); labels: int64 (n,); bad: the samples that did not decode.
+    """Images, uint8 (n, height, width, 3), and their labels, int64 (n,).
 
-    samples: int64 (n,), the ids that the order asked for, replaced ones too; on the CPU
-    replaced: the rows, from 0, in which another sample stands than was asked for
+    bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    bad: list[BadSample]
-    samples: torch.Tensor
+    bad: Sequence[BadSample] = ()
     replaced: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch a rank makes, and in which pieces."""
+    """The part of every global batch that a rank makes, and its pieces."""
 
     rank: int
     world_size: int
@@ -63,20 +63,19 @@ class Share:
         return self.global_batch // (self.world_size * self.micro_batch)
 
     def positions(self, order: Order, number: int) -> Int64:
-        """Global positions of this rank's micro-batch `number`, counted from the start of the run."""
+        """Returns the global positions of this rank's micro-batch `number`, counted from the start of the run."""
         step, part = divmod(number, self.accumulation)
         first = (self.rank * self.accumulation + part) * self.micro_batch
         return order.batch_positions(step, self.global_batch)[first : first + self.micro_batch]
 
 
 class _Filled(NamedTuple):
-    """What a worker sends of a batch whose images lie in the slot `images` of the shared memory."""
+    """A batch as a worker sends it: its images lie in this slot of the shared memory."""
 
-    images: int
+    slot: int
     labels: Int64
     bad: list[BadSample]
     replaced: list[int]
-    samples: Int64
 
 
 class TrainBatches:
@@ -91,7 +90,7 @@ class TrainBatches:
         self._reader: ShardReader | None = None
 
     def samples(self, number: int) -> Int64:
-        """The sample ids of micro-batch `number`."""
+        """Returns the sample ids of micro-batch `number`, those that the order asks for."""
         return self.order.samples(self.share.positions(self.order, number))
 
     def __getitem__(self, number: int) -> _Filled:
@@ -104,7 +103,7 @@ class TrainBatches:
             self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode), samples)
+        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode))
 
 
 class EvalBatches:
@@ -125,7 +124,7 @@ class EvalBatches:
         return -(-(self.stop - self.first) // self.batch)
 
     def samples(self, number: int) -> Int64 | None:
-        """The sample ids of batch `number`, None behind the last one."""
+        """Returns the sample ids of batch `number`, None behind the last one."""
         first = self.first + number * self.batch
         return np.arange(first, min(first + self.batch, self.stop), dtype=np.int64) if first < self.stop else None
 
@@ -135,9 +134,7 @@ class EvalBatches:
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(
-            slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)), samples
-        )
+        return _Filled(slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
 
 
 class TrainLoader(Iterator[Batch]):
@@ -147,24 +144,21 @@ class TrainLoader(Iterator[Batch]):
     """
 
     def __init__(
-        self, index: ShardIndex, order: Order, share: Share, data: DataSection, size: int, step: int = 0
+        self, index: ShardIndex, order: Order, share: Share, transform: TrainTransform, workers: int, step: int = 0
     ) -> None:
-        transform = TrainTransform(
-            size, data.crop_scale, data.crop_ratio, data.flip, augmentations(data), data.resize_filter
-        )
         # When a batch is handed over, its worker has just been asked for the one _PREFETCH * workers further on.
-        batches = TrainBatches(index, order, share, transform, _PREFETCH * data.workers + HELD_BATCHES)
-        self.slots = torch.from_numpy(batches.slots.array)
+        self.source = TrainBatches(index, order, share, transform, _PREFETCH * workers + HELD_BATCHES)
+        self.slots = torch.from_numpy(self.source.slots.array)
         first = step * share.accumulation
         self._filled: Iterator[_Filled] = (
-            Workers(batches, data.workers, _PREFETCH, first)
-            if data.workers
-            else map(batches.__getitem__, itertools.count(first))
+            Workers(self.source, workers, _PREFETCH, first)
+            if workers
+            else map(self.source.__getitem__, itertools.count(first))
         )
 
     def __next__(self) -> Batch:
-        slot, labels, bad, replaced, samples = next(self._filled)
-        return Batch(self.slots[slot], torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
+        slot, labels, bad, replaced = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced)
 
 
 class EvalLoader:
@@ -184,22 +178,30 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for slot, labels, bad, replaced, samples in filled:
+        for slot, labels, bad, replaced in filled:
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, torch.from_numpy(samples), replaced)
+            yield Batch(images, torch.from_numpy(labels), bad, replaced)
 
 
-def eval_transform(data: DataSection, size: int) -> EvalTransform:
-    """How a recipe prepares an image of `size` pixels to be evaluated."""
-    short_side = round(size / data.eval_crop) if data.eval_fit == "crop" else None
-    return EvalTransform(size, short_side, data.resize_filter)
+def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
+    """Returns what makes a training image of `size` pixels as a recipe says."""
+    further = augmentations(augment, images.mean)
+    return TrainTransform(size, augment.crop_scale, augment.crop_ratio, augment.flip, further, images.resize_filter)
 
 
-def eval_loader(index: ShardIndex, rank: int, world_size: int, data: DataSection, size: int, batch: int) -> EvalLoader:
-    """This rank's share of a split."""
-    slots = _PREFETCH * data.workers + 1
-    return EvalLoader(EvalBatches(index, rank, world_size, batch, eval_transform(data, size), slots), data.workers)
+def eval_transform(images: ImageSection, size: int) -> EvalTransform:
+    """Returns what makes an image of `size` pixels to be evaluated as a recipe says."""
+    short_side = round(size / images.eval_crop) if images.eval_fit == "crop" else None
+    return EvalTransform(size, short_side, images.resize_filter)
+
+
+def eval_loader(
+    index: ShardIndex, rank: int, world_size: int, transform: EvalTransform, batch: int, workers: int
+) -> EvalLoader:
+    """Returns the loader of this rank's share of a split."""
+    slots = _PREFETCH * workers + 1
+    return EvalLoader(EvalBatches(index, rank, world_size, batch, transform, slots), workers)
 
 
 class Feed(Iterator[Batch]):
@@ -253,16 +255,16 @@ class Feed(Iterator[Batch]):
 
 
 class Normalize:
-    """uint8 (n, height, width, 3) -> (x / 255 - mean) / std as (n, 3, height, width) on the device."""
+    """The map uint8 (n, height, width, 3) -> (x / 255 - mean) / std, (n, 3, height, width), on the device."""
 
-    def __init__(self, data: DataSection, device: torch.device, dtype: torch.dtype) -> None:
-        std = torch.tensor(data.std, device=device)
-        self._scale = 1 / (255 * std)
-        self._shift = torch.tensor(data.mean, device=device) / std
+    def __init__(self, mean: Colour, std: Colour, device: torch.device, dtype: torch.dtype) -> None:
+        divisor = torch.tensor(std, device=device)
+        self._scale = 1 / (255 * divisor)
+        self._shift = torch.tensor(mean, device=device) / divisor
         self._device, self._dtype = device, dtype
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The result is a view in channels-last memory order: no pixel is moved."""
+        """Returns a view in channels-last memory order: no pixel is moved."""
         pixels = images.to(self._device, non_blocking=True).float()
         return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
 
@@ -272,9 +274,8 @@ def _assemble(
 ) -> tuple[Int64, list[BadSample], list[int]]:
     """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.
 
-    Returns (labels, what did not decode, rows that were given to another sample).
-
-    The rule depends on the sample alone, so all ranks and all restarts replace it by the same picture and label.
+    Returns (labels, samples that did not decode, rows that were given to another one). The rule depends on the sample
+    alone, so all ranks and all restarts replace it by the same picture and label.
     """
     labels = np.empty(len(samples), dtype=np.int64)
     bad: list[BadSample] = []

@@ -40,12 +40,12 @@ def hash64(*parts: int | np.ndarray) -> UInt64:
 
 
 def permutation(size: int, *key: int) -> Int64:
-    """A shuffled arange(size), a pure function of `key`."""
+    """Returns a shuffled arange(size), a pure function of `key`."""
     return np.argsort(hash64(*key, np.arange(size, dtype=np.int64)), kind="stable")
 
 
 class Order:
-    """Maps global positions to sample ids.
+    """The map from global positions to sample ids.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Order:
         self._lane_windows = -(-self._lane_sizes // window)
 
     def samples(self, positions: Int64) -> Int64:
-        """Sample ids at global positions (epoch * num_samples + position in the epoch), same shape (n,)."""
+        """Returns the sample ids at global positions (epoch * num_samples + position in the epoch), both (n,)."""
         positions = np.asarray(positions, dtype=np.int64)
         ids = np.empty_like(positions)
         epochs = positions // self.num_samples
@@ -78,7 +78,7 @@ class Order:
         return ids
 
     def batch_positions(self, step: int, global_batch: int) -> Int64:
-        """The global positions of a step's batch, shape (global_batch,), neighbours in a lane standing together.
+        """Returns the global positions of a step's batch, (global_batch,), neighbours in a lane standing together.
 
         Cut into equal contiguous parts it gives each rank its lanes; the whole does not depend on the cut.
         """
@@ -111,7 +111,7 @@ class Order:
 
     @lru_cache(maxsize=2)  # noqa: B019  one order lives as long as its process
     def _stream(self, epoch: int) -> tuple[Int64, Int64]:
-        """The epoch's shards in their order, and the place in the stream at which each ends."""
+        """Returns the epoch's shards in their order, and the place in the stream at which each ends."""
         shards = permutation(len(self.shard_sizes), self.seed, epoch)
         return shards, np.cumsum(self.shard_sizes[shards])
 

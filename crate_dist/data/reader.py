@@ -28,7 +28,7 @@ class BadSample(NamedTuple):
 
 
 class ShardReader:
-    """Reads the bytes of a sample by its offset.
+    """A reader of single samples of one split.
 
     plan: what will be read, so that remote shards are fetched ahead of need; without it they are fetched at need
     """
@@ -39,11 +39,11 @@ class ShardReader:
         self._shards = CachedShards(index, plan) if index.remote else LocalShards(index)
 
     def at(self, number: int) -> None:
-        """Says that the next reads are for item `number` of the plan."""
+        """Learns that the next reads are for item `number` of the plan."""
         self._shards.at(number)
 
     def read(self, sample: int) -> bytes:
-        """The image of a sample, whose label is a class.
+        """Reads the image of a sample, whose label is a class.
 
         Raises BadImage for more bytes than an image may have and for others than were indexed; ShardError when its row
         cannot be right, and when its shard is gone or not as long as the index says.
@@ -76,7 +76,7 @@ class ShardReader:
         return BadSample(shard, f"sample {sample} at byte {offset}", f"{reason}; {self._verify()}")
 
     def _read_again(self, sample: int, size: int, offset: int, expected: int) -> bytes:
-        """What came wrong over a network or out of the page cache once comes right from where it lies.
+        """Reads bytes that came wrong, over a network or out of the page cache, from where they lie.
 
         A shard in the node's cache may be damaged there alone: then it is fetched again.
         """
@@ -117,14 +117,14 @@ class LocalShards:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def at(self, number: int) -> None:
-        """Nothing needs to be fetched ahead."""
+        """Does nothing: no shard needs to be fetched ahead."""
 
     def renewed(self, shard: int) -> bool:
-        """There is nowhere else to read them from."""
+        """Returns False: there is nowhere else to read a shard from."""
         return False
 
     def descriptor(self, shard: int) -> int:
-        """Of a shard by its number. Raises OSError, and ShardError when it is not as long as the index says."""
+        """Opens a shard by its number. Raises OSError, and ShardError when it is not as long as the index says."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]

@@ -1,4 +1,4 @@
-"""The training and the validation split of a recipe, opened and held against it. Imports no torch."""
+"""Opens the training and the validation split of a recipe, and holds them against it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indexes of the training and validation split, the latter None where the recipe has none.
+    """Opens the indexes of the training and validation split, the latter None where the recipe has none.
 
     Raises
     ------
     ShardError: a folder, an index or a shard is missing, or the splits do not belong together
     RecipeError: the recipe asks for what the splits do not have
     """
-    root = recipe.data_root()
+    root = recipe.data.find_root()
     train = open_split(root, recipe.data.train_split, recipe.data)
     wanted = root / recipe.data.val_split if isinstance(root, Path) and recipe.data.val_split else None
     if wanted and not wanted.is_dir():
@@ -60,12 +60,14 @@ def check_same_classes(train: ShardIndex, val: ShardIndex | None) -> None:
         raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order: {words}")
 
 
-def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
-    """The index of one split below a folder, or below a URL, from which it is fetched. Raises ShardError.
+def open_split(given: Path | str | None, split: str, data: DataSection) -> ShardIndex:
+    """Opens the index of one split below a folder, or below a URL, from which it is fetched.
 
+    given: as DataSection.find_root takes it. Raises ShardError, and RecipeError where there is no root.
     Of a URL the index alone is looked at: to ask for every shard would take minutes, and their digests are checked
     when they arrive.
     """
+    root = data.find_root(given)
     if isinstance(root, Path):
         return _checked(ShardIndex.load(root / split))
     remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))
@@ -83,7 +85,7 @@ def _checked(index: ShardIndex) -> ShardIndex:
 
 
 def _fetched_index(remote: Remote, again: bool = False) -> Path:
-    """The folder in the cache that holds index.json as it is there now, and the rows that belong to it.
+    """Returns the folder in the cache with index.json as it is there now, and the rows that belong to it.
 
     again: what is cached is not to be believed
     """
@@ -127,7 +129,7 @@ def _cached(path: Path) -> bytes | None:
 
 
 def _write(path: Path, chunks: Iterator[bytes]) -> None:
-    """Whole or not at all; the caller holds the folder's lock."""
+    """Writes a file whole or not at all, and follows no link. The caller holds the folder's lock."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
     with os.fdopen(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
@@ -142,7 +144,7 @@ def _write(path: Path, chunks: Iterator[bytes]) -> None:
 
 
 def _check_shards_are_there(index: ShardIndex) -> None:
-    """Sizes alone, which costs one look per shard; data_prep/verify.py compares the digests."""
+    """Compares sizes alone, at one look per shard; data_prep/verify.py compares the digests."""
     for shard in index.shards:
         path = index.root / shard.name
         size = path.stat().st_size if path.is_file() else None

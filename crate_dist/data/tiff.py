@@ -1,4 +1,4 @@
-"""What decoding a TIFF will take, read from its first directory before a library follows that.
+"""Reads from the first directory of a TIFF how much work its decoding is, before a library follows that directory.
 
 libtiff decodes whole tiles, however little of one lies in the picture; several may name the same few bytes. Pillow
 makes an object of every tile that an uncompressed file names, before it looks at its size.
@@ -19,7 +19,7 @@ _MAX_VALUES = 2**21  # of one tag: six planes of as many tiles as are taken
 
 @dataclass(frozen=True)
 class Pieces:
-    """Tiles or strips of the first picture.
+    """The tiles or strips of the first picture.
 
     number: that cover it; width, height: of each in pixels; named: how many the file has offsets of, over all planes;
     data_bytes: what stands there, the same bytes counted as often as they are named
@@ -33,7 +33,7 @@ class Pieces:
 
 
 def tiff_pieces(data: bytes) -> Pieces | None:
-    """What the directory of a TIFF says; None for what is no TIFF, or for one of no size."""
+    """Reads the directory of a TIFF; None for other bytes, or for a picture of no size."""
     if data[:2] not in (b"II", b"MM") or not {42, 43} & set(data[2:4]):
         return None
     tags = _Directory(data)
@@ -52,7 +52,7 @@ def tiff_pieces(data: bytes) -> Pieces | None:
 
 
 class _Directory:
-    """Its entries; of those with the same tag the first counts, as it does for libtiff and Pillow."""
+    """The entries of a directory; of those with the same tag the first counts, as for libtiff and Pillow."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._order = data, "<" if data[:1] == b"I" else ">"
@@ -65,15 +65,15 @@ class _Directory:
         self._entries = self._array(fields, self._first, tags)
 
     def count(self, tag: int) -> int:
-        """The most values that any entry with this tag is to have."""
+        """Returns the most values that any entry with this tag is to have."""
         return int(self._entries["count"][self._entries["tag"] == tag].max(initial=0))
 
     def value(self, tag: int) -> int:
-        """The first of its values, 0 for none."""
+        """Returns the first value of a tag, 0 for none."""
         return next(iter(self.values(tag).tolist()), 0)
 
     def values(self, tag: int) -> np.ndarray:
-        """As far as they are whole numbers and lie in the file, and no more than are needed: int64, 1-d."""
+        """Returns a tag's values, if whole numbers, as far as they lie in the file and are needed: int64, 1-d."""
         for place in np.flatnonzero(self._entries["tag"] == tag)[:1].tolist():
             entry = self._entries[place]
             if kind := _INTEGERS.get(int(entry["type"])):
@@ -85,7 +85,7 @@ class _Directory:
         return np.zeros(0, np.int64)
 
     def _array(self, kind: str | np.dtype, start: int, count: int) -> np.ndarray:
-        """As many of these as are whole."""
+        """Reads `count` numbers, or as many as lie in the file whole."""
         dtype = np.dtype(kind).newbyteorder(self._order)  # type: ignore[arg-type]
         piece = self._data[start : start + count * dtype.itemsize]
         return np.frombuffer(piece[: len(piece) // dtype.itemsize * dtype.itemsize], dtype)

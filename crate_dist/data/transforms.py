@@ -1,4 +1,4 @@
-"""Decode and augment: the bytes of one image become uint8 pixels.
+"""Decodes and augments: the bytes of one image become uint8 pixels.
 
 What a recipe adds to crop and flip is in augment.py.
 
@@ -24,25 +24,13 @@ from torch.nn.functional import interpolate
 
 from crate_dist.config import ResizeFilter
 from crate_dist.data.augment import Augmentation
-from crate_dist.data.decode import (
-    MAX_PIXELS,
-    BadImage,
-    Box,
-    Pixels,
-    decode_crop,
-    jpeg_size,
-    open_image,
-    resized_exactly,
-    resized_part,
-)
-
-__all__ = ["MAX_PIXELS", "BadImage", "Box", "EvalTransform", "Pixels", "TrainTransform", "random_crop", "sample_rng"]
+from crate_dist.data.decode import Box, Pixels, decode_crop, jpeg_size, open_image, resized_exactly, resized_part
 
 _CROP_TRIES = 10
 _SHRINK_REST = 1.5
 """What the DCT leaves to the filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
 _MOST_LENGTHS = 32
-"""A picture that is so many times as long as wide is no photograph; of a longer one only the crop is resized."""
+"""Length to width, at the most, of a photograph; of a longer picture only the crop is resized."""
 _64_BITS = (1 << 64) - 1
 
 
@@ -61,7 +49,7 @@ class TrainTransform:
     resize_filter: ResizeFilter = "bicubic"
 
     def __call__(self, data: bytes, rng: random.Random, out: Pixels | None = None) -> Pixels:
-        """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
+        """Returns pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
         out = np.empty((self.size, self.size, 3), dtype=np.uint8) if out is None else out
         jpeg = jpeg_size(data)
         box, shrink, mirrored = self.draw(jpeg or open_image(data).size, rng)
@@ -76,7 +64,7 @@ class TrainTransform:
         return out
 
     def draw(self, size: tuple[int, int], rng: random.Random) -> tuple[Box, int, bool]:
-        """The crop of an image of `size` (width, height), how much smaller it may be decoded, whether it is flipped.
+        """Draws the crop of an image of `size` (width, height), its divisor while decoding, and whether it is flipped.
 
         A crop that is decoded smaller lies on a grid of as many pixels: the resize knows no fractions of them.
         """
@@ -97,7 +85,7 @@ class EvalTransform:
     resize_filter: ResizeFilter = "bicubic"
 
     def __call__(self, data: bytes, out: Pixels | None = None) -> Pixels:
-        """Pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
+        """Returns pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
         image = open_image(data)
         width = height = self.size
         if self.short_side is not None:
@@ -118,7 +106,7 @@ class EvalTransform:
 
 
 def sample_rng(seed: int, epoch: int, sample: int) -> random.Random:
-    """The generator of one sample in one epoch. Only `random()` is used: it is stable over Python versions.
+    """Seeds the generator of one sample in one epoch. Only `random()` is used: it is stable over Python versions.
 
     The seed is order.hash64(seed, epoch, sample, 1), in Python's integers: for single numbers some 20 times as fast.
     """
@@ -131,7 +119,7 @@ def sample_rng(seed: int, epoch: int, sample: int) -> random.Random:
 def random_crop(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> Box:
-    """(left, top, right, bottom) of a crop as torchvision's RandomResizedCrop draws it, or of its centre crop."""
+    """Draws the (left, top, right, bottom) of a crop as torchvision's RandomResizedCrop does, or its centre crop."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
@@ -148,7 +136,7 @@ def random_crop(
 
 
 def _resize(crop: Pixels, mirrored: bool, out: Pixels, resize_filter: ResizeFilter) -> None:
-    """Antialiased, mirrored or not, uint8 (height, width, 3) -> `out`, uint8 (size, size, 3)."""
+    """Resizes, antialiased, mirrored or not, uint8 (height, width, 3) to `out`, uint8 (size, size, 3)."""
     source = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(source, out.shape[:2], mode=resize_filter, antialias=True)
     if mirrored:

@@ -1,4 +1,4 @@
-"""Processes that make batches beside their rank, forked from a server that was forked before the rank had a thread.
+"""Makes batches in processes beside their rank, forked from a server that was forked before the rank had a thread.
 
 POSIX promises next to nothing to the child of a process with threads: a lock that one of them holds at that moment is
 never let go in the child. A rank that trains has threads of gloo or NCCL, of CUDA, of its saver and of its watchdog.
@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import io
 import itertools
 import logging
 import logging.handlers
-import math
-import mmap
 import os
 import pickle
 import queue
@@ -26,23 +23,21 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, NoReturn, Protocol
 
-import numpy as np
 import torch
 
+from crate_dist.data.shared import Pickler, Unpickler
 from crate_dist.run.faults import judged
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """To the whole process group they are for the ranks to answer; the workers go on until their rank ends them."""
 _MOST_DESCRIPTORS = 64
 _PR_SET_PDEATHSIG = 1
-_LARGE_BYTES = 1 << 16
 _NUMBER = struct.Struct("q")
 
 
@@ -51,20 +46,9 @@ class LostWorker(RuntimeError):
 
 
 class Source(Protocol):
-    """What workers make items of, by their numbers. It is pickled."""
+    """The maker of items, by their numbers, in each worker. It is pickled."""
 
     def __getitem__(self, number: int, /) -> Any: ...
-
-
-class SharedArray:
-    """Bytes that a process and its workers see and write alike. A file in memory: /dev/shm may be small."""
-
-    def __init__(self, shape: Sequence[int], descriptor: int | None = None) -> None:
-        self.descriptor = _file_in_memory(math.prod(shape)) if descriptor is None else descriptor
-        self.array = _mapped(_Place(self.descriptor, 0, np.dtype(np.uint8), tuple(shape), writable=True))
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
 
 
 class Workers(Iterator[Any]):
@@ -83,7 +67,7 @@ class Workers(Iterator[Any]):
         self._server, self._owner = _server or _Server(), os.getpid()
         self._next, self._stop = first, stop
         with ExitStack() as files:
-            pickler = _Pickler(files)
+            pickler = Pickler(files)
             pickled = pickler.pickled(source)
             if len(pickler.descriptors) >= _MOST_DESCRIPTORS:
                 raise ValueError(
@@ -132,7 +116,7 @@ _ours: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a process that was just forked, as the next server is: what it inherited would keep those waiting for ever."""
+    """Closes what a process that was just forked, as the next server, inherited: those would wait for ever."""
     global _server
     _server = None
     if _ours:
@@ -177,7 +161,7 @@ class _Server:
         _ours.add(self._socket.fileno())
 
     def fork(self, descriptors: Sequence[int]) -> tuple[int, Connection]:
-        """A new worker, which has these descriptors: its process id, and the socket to speak to it."""
+        """Forks a worker, which has these descriptors. Returns its process id, and the socket to speak to it."""
         mine, other = socket.socketpair()
         with other:
             pid = self._ask(0, [other.fileno(), *descriptors])
@@ -185,7 +169,7 @@ class _Server:
         return pid, Connection(mine.detach())
 
     def lost(self, pid: int) -> LostWorker:
-        """The error to raise for a worker that has closed its socket."""
+        """Returns the error to raise for a worker that has closed its socket."""
         return LostWorker(f"DataLoader worker (pid {pid}) {_how(os.waitstatus_to_exitcode(self._ask(pid)))}")
 
     def close(self) -> None:
@@ -213,7 +197,7 @@ _server: _Server | None = None
 
 
 def _serve(orders: socket.socket) -> NoReturn:
-    """0: fork a worker and say its pid; else say how the one of that pid has ended."""
+    """Answers orders. 0: forks a worker and says its pid; else: says how the one of that pid has ended."""
     ended: dict[int, int] = {}
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, _NUMBER.size, _MOST_DESCRIPTORS)
@@ -241,7 +225,7 @@ def _serve(orders: socket.socket) -> NoReturn:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In a process that was just forked: it is killed when its parent ends, though it may be at work for minutes."""
+    """Has this process, just forked, killed when its parent ends, though it may be at work for minutes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above
@@ -253,7 +237,7 @@ def _how(status: int) -> str:
 
 
 def _work(descriptors: Sequence[int]) -> NoReturn:
-    """One worker: its socket, and the files of its arrays."""
+    """Runs one worker. descriptors: its socket, and the files of its arrays."""
     status = 1
     try:
         torch.set_num_threads(1)  # there are as many workers as cores are meant for them
@@ -274,7 +258,7 @@ def _work(descriptors: Sequence[int]) -> NoReturn:
 
 def _make(rank: Connection, descriptors: Sequence[int], records: queue.SimpleQueue[logging.LogRecord]) -> None:
     first, stop, step, ahead = rank.recv()
-    source = _Unpickler(rank.recv_bytes(), descriptors).load()
+    source = Unpickler(rank.recv_bytes(), descriptors).load()
     for made, number in enumerate(itertools.count(first, step)):
         if stop is not None and number >= stop:
             return
@@ -289,7 +273,7 @@ def _make(rank: Connection, descriptors: Sequence[int], records: queue.SimpleQue
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or where it cannot be raised elsewhere another one that says the same."""
+    """Returns the error with its traceback as a note, or one that says the same where it cannot be pickled."""
     text = "".join(traceback.format_exception(error))
     if isinstance(error, StopIteration):  # would end the items
         return RuntimeError(f"in a DataLoader worker:\n{text}")
@@ -299,88 +283,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"in a DataLoader worker:\n{text}")
     return error
-
-
-class _Place(NamedTuple):
-    """Where an array lies: in an open file, or before pickling's other end the nth of them, behind `offset` bytes."""
-
-    file: int
-    offset: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    writable: bool = False
-
-
-def _mapped(place: _Place) -> np.ndarray:
-    pages = mmap.mmap(place.file, 0, access=mmap.ACCESS_WRITE if place.writable else mmap.ACCESS_READ)
-    return np.ndarray(place.shape, place.dtype, pages, place.offset)
-
-
-def _file_in_memory(size: int) -> int:
-    if sys.platform == "linux":
-        descriptor = os.memfd_create("batches")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves out large arrays: `descriptors` are the files in which they lie, open until `files` is closed.
-
-    One that is mapped from a file which is still the same is mapped again, so that all processes of a node share its
-    pages; of another one all workers share one copy.
-    """
-
-    def __init__(self, files: ExitStack) -> None:
-        self._data = io.BytesIO()
-        super().__init__(self._data, protocol=pickle.HIGHEST_PROTOCOL)
-        self._files = files
-        self.descriptors: list[int] = []
-
-    def pickled(self, source: object) -> bytes:
-        """The source, for an _Unpickler that has the descriptors."""
-        self.dump(source)
-        return self._data.getvalue()
-
-    def persistent_id(self, thing: Any) -> _Place | None:
-        """Called by pickle for every object; None: it is pickled as usual."""
-        if isinstance(thing, SharedArray):
-            place = _Place(thing.descriptor, 0, thing.array.dtype, thing.array.shape, writable=True)
-        elif isinstance(thing, np.ndarray) and thing.nbytes >= _LARGE_BYTES and not thing.dtype.hasobject:
-            place = self._again(thing) or self._copied(thing)
-        else:
-            return None
-        self.descriptors.append(place.file)
-        return place._replace(file=len(self.descriptors) - 1)
-
-    def _again(self, array: np.ndarray) -> _Place | None:
-        if not isinstance(array, np.memmap) or not array.filename or not array.flags.c_contiguous:
-            return None
-        try:
-            file = self._files.enter_context(open(array.filename, "rb")).fileno()  # noqa: SIM115
-            place = _Place(file, array.offset, array.dtype, array.shape)
-            there = _mapped(place)
-        except (OSError, TypeError, ValueError):  # gone, or shorter than it was
-            return None
-        return place if np.array_equal(there.view(np.uint8), array.view(np.uint8)) else None
-
-    def _copied(self, array: np.ndarray) -> _Place:
-        copy = SharedArray((array.nbytes,))
-        self._files.callback(lambda: copy)  # its file is open until then
-        copy.array[:] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-        return _Place(copy.descriptor, 0, array.dtype, array.shape)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Of bytes that came from this program's own rank, over a socket that nobody else can open."""
-
-    def __init__(self, data: bytes, descriptors: Sequence[int]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._descriptors = descriptors
-
-    def persistent_load(self, place: _Place) -> Any:
-        """Called by pickle for what _Pickler has left out."""
-        descriptor = self._descriptors[place.file]
-        return SharedArray(place.shape, descriptor) if place.writable else _mapped(place._replace(file=descriptor))

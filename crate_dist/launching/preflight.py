@@ -102,7 +102,7 @@ def preflight(
     return Preflight(
         folder=folder,
         resumes=not start_over and folder.has_begun(),
-        data_root=recipe.data_root(),
+        data_root=recipe.data.find_root(),
         train_images=train.num_samples,
         val_images=val.num_samples if val else 0,
         classes=train.num_classes,

@@ -1,1 +1,1 @@
-"""Models: what they compute, how big they are, how they are built from a recipe or from other weights."""
+"""Models: CRATE, its sizes, and how one is built from a recipe or fitted to other weights."""

@@ -1,4 +1,4 @@
-"""The weights of one CRATE as the first weights of another: other classes, another resolution.
+"""Makes the weights of one CRATE the first weights of another: other classes, another resolution.
 
 Taken as they are: everything that does not depend on these. Interpolated: the positions, from one grid of patches to
 another, and the patch embedding, from one size of patches to another. Left out, for the new model's own: the head.
@@ -22,7 +22,7 @@ from crate_dist.models.weights.names import StateDict, WeightsError
 
 @dataclass(frozen=True)
 class Adapted:
-    """fp32 weights that fit the new model, without a head that is to be new; notes: what was not merely taken."""
+    """fp32 weights that fit the new model, without a head that is to be new; notes: what was changed, in words."""
 
     state_dict: dict[str, Tensor]
     notes: tuple[str, ...]
@@ -63,7 +63,7 @@ def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_h
 
 
 def resize_patch_embedding(state_dict: StateDict, old: int, new: int) -> dict[str, Tensor]:
-    """The embedding of patches of old x old pixels, for patches of new x new that show the same.
+    """Resizes the embedding of patches of old x old pixels for patches of new x new that show the same.
 
     FlexiViT's pseudo-inverse resize (Beyer et al. 2023, arXiv 2212.08013, section 3.4): with B the matrix that resizes
     a patch, W B⁺ B x = W x where patches grow, and as nearly as can be where they shrink. The scale and shift of the

@@ -1,4 +1,4 @@
-"""How a recipe's model is built."""
+"""Builds the model of a recipe, and names the size of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crate_dist.models.sizes import ARCHS, ArchDims
 
 
 def model_config(section: ModelSection, num_classes: int) -> CrateConfig:
-    """The architecture that a recipe's [model] means, on data with `num_classes` classes.
+    """Returns the architecture that a recipe's [model] means, on data with `num_classes` classes.
 
     Raises ValueError when the recipe names fewer classes than the data has.
     """
@@ -36,7 +36,7 @@ def model_config(section: ModelSection, num_classes: int) -> CrateConfig:
 
 
 def build_model(section: ModelSection, num_classes: int, seed: int) -> CRATE:
-    """A freshly initialised fp32 model on the CPU, a function of its arguments: equal on all ranks.
+    """Builds a freshly initialised fp32 model on the CPU, a function of the arguments: equal on all ranks.
 
     Leaves torch's random state as it was. Raises ValueError as `model_config` does.
     """
@@ -44,20 +44,20 @@ def build_model(section: ModelSection, num_classes: int, seed: int) -> CRATE:
 
 
 def initialise(config: CrateConfig, seed: int) -> CRATE:
-    """As build_model, for any dimensions; the weights are those of the published code under manual_seed(seed)."""
+    """Builds a model of any dimensions, with the weights that the published code has under manual_seed(seed)."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the accelerators
         return CRATE(config)
 
 
 def find_arch(config: CrateConfig) -> ArchName | None:
-    """The name of the size with the width, depth and heads of `config`, or None."""
+    """Returns the name of the size with the width, depth and heads of `config`, or None."""
     dims = ArchDims(config.dim, config.depth, config.heads)
     return next((name for name, known in ARCHS.items() if known == dims), None)
 
 
 def find_published(dim: int, depth: int, patch_size: int) -> ArchName | None:
-    """The size of the published code's with this width and depth, which all have patches of 16 pixels, or None.
+    """Returns the published size with this width and depth, which all have patches of 16 pixels, or None.
 
     The demo of its segmentation (`CRATE_base_demo`) has the width and depth of CRATE-B at patches of 8 pixels, and half
     as many heads: a size tells the heads at 16 alone.

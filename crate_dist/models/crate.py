@@ -15,7 +15,7 @@ features per subspace.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ class Intermediates:
     features: tuple[Tensor, ...]
 
     def attention(self, layer: int) -> Tensor:
-        """The self-attention map softmax(w wᵀ / √p) of one layer in fp32, (b, h, n, n); rows sum to one."""
+        """Returns the self-attention map softmax(w wᵀ / √p) of one layer in fp32, (b, h, n, n); rows sum to one."""
         w = self.projections[layer].float()
         return (w @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -106,11 +106,11 @@ class MSSA(nn.Module):
         self.dropout = nn.Dropout(0.0 if heads == 1 else dropout)
 
     def project(self, z: Tensor) -> Tensor:
-        """Tokens (b, n, d) in the coordinates of each subspace: w = Uᵀ z, (b, h, n, p)."""
+        """Projects tokens (b, n, d) to the coordinates of each subspace: w = Uᵀ z, (b, h, n, p)."""
         return rearrange(self.subspaces(z), "b n (h p) -> b h n p", h=self.heads)
 
     def attend(self, w: Tensor) -> Tensor:
-        """Projections (b, h, n, p) compressed against each other and mixed back to tokens (b, n, d)."""
+        """Compresses projections (b, h, n, p) against each other and mixes them back to tokens (b, n, d)."""
         compressed = F.scaled_dot_product_attention(w, w, w, dropout_p=self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(rearrange(compressed, "b h n p -> b n (h p)")))
 
@@ -158,11 +158,11 @@ class CrateLayer(nn.Module):
         self.ista = ISTA(config.dim, config.ista_step, config.ista_threshold)
 
     def project(self, z: Tensor) -> Tensor:
-        """The projections that `update` needs: (b, n, d) -> (b, h, n, p)."""
+        """Returns the projections that `update` needs: (b, n, d) -> (b, h, n, p)."""
         return self.mssa.project(self.mssa_norm(z))
 
     def update(self, z: Tensor, w: Tensor) -> Tensor:
-        """The layer's output from its input z, (b, n, d), and w = project(z)."""
+        """Returns the layer's output, (b, n, d), from its input z and w = project(z)."""
         return self.ista(self.ista_norm(z + self.mssa.attend(w)))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -204,17 +204,13 @@ class CRATE(nn.Module):
     """The image classifier: patch embedding, class token, positions, CRATE layers, linear head.
 
     Parameters are created, hence drawn, in the order of the published code: the same state of torch's generator
-    gives the same weights. `archs.build_model` seeds it.
-
-    recompute: so many layers, from the first, keep only their input for the backward pass, which computes them again
-    autocast: whether `forward` computes products in bf16 though weights and tokens are fp32, as torch.autocast has it
+    gives the same weights. `build.build_model` seeds it.
     """
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = 0
-        self.autocast = False
+        self.set_execution()
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
         self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
@@ -222,8 +218,20 @@ class CRATE(nn.Module):
         self.layers = nn.ModuleList([CrateLayer(config) for _ in range(config.depth)])
         self.head = ClassifierHead(config.dim, config.num_classes)
 
+    def set_execution(self, *, recompute: int = 0, autocast: bool = False) -> None:
+        """Decides how `forward` computes its function, which is no part of the architecture.
+
+        recompute: layers, from the first, that keep only their input for the backward pass, and are computed again
+        autocast: products in bf16 though weights and tokens are fp32, as torch.autocast has it
+        """
+        self._recompute, self._autocast = recompute, autocast
+
+    def products(self, device: torch.device) -> AbstractContextManager[object]:
+        """Returns the context in which `forward` computes: torch.autocast to bf16, or none."""
+        return torch.autocast(device.type, torch.bfloat16) if self._autocast else nullcontext()
+
     def embed(self, images: Tensor) -> Tensor:
-        """Images (b, 3, image_size, image_size), floating point, of any memory format, to tokens (b, n, d).
+        """Turns images (b, 3, image_size, image_size), floating point, of any memory format, to tokens (b, n, d).
 
         Raises ValueError when the images have another shape.
         """
@@ -233,7 +241,7 @@ class CRATE(nn.Module):
         return self._place(self.patch_embed(images), self.pos_embedding)
 
     def embed_any_size(self, images: Tensor) -> Tensor:
-        """As `embed`, of images (b, 3, height, width) whose sides are whole patches: positions are interpolated.
+        """Does as `embed` to images (b, 3, height, width) whose sides are whole patches: positions are interpolated.
 
         Raises ValueError when the sides are no multiples of the patch.
         """
@@ -251,28 +259,23 @@ class CRATE(nn.Module):
         return self.emb_dropout(tokens + positions)
 
     def classify(self, z: Tensor) -> Tensor:
-        """Tokens after the last layer (b, n, d) to logits (b, classes)."""
+        """Turns tokens after the last layer (b, n, d) to logits (b, classes)."""
         return self.head(z.mean(dim=1) if self.config.pool == "mean" else z[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, classes) of images (b, 3, image_size, image_size) in the dtype of the weights, or under autocast.
+        """Returns logits (b, classes) of images (b, 3, image_size, image_size) in the dtype of the weights.
 
         Raises ValueError when the images have another shape.
         """
-        again = self.recompute if torch.is_grad_enabled() else 0
-        with self.bf16_products(images.device) if self.autocast else nullcontext():
+        again = self._recompute if torch.is_grad_enabled() else 0
+        with self.products(images.device):
             z = self.embed(images)
             for number, layer in enumerate(self.layers):
                 z = checkpoint(layer, z, use_reentrant=False) if number < again else layer(z)
             return self.classify(z)
 
-    @staticmethod
-    def bf16_products(device: torch.device) -> torch.autocast:
-        """What `autocast` means, as a context."""
-        return torch.autocast(device.type, torch.bfloat16)
-
     def forward_intermediates(self, images: Tensor) -> Intermediates:
-        """The same pass, keeping what white-box measures read, for images of any size in whole patches.
+        """Does the same pass and keeps what white-box measures read, for images of any size in whole patches.
 
         Holds two tensors of the size of the tokens per layer; call it on few images, under no_grad to measure.
         Raises ValueError when the sides are no multiples of the patch.

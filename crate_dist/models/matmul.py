@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def _mkl_is_slow() -> bool:
-    """Whether this CPU has AVX-512 and is not one that MKL uses it on."""
+    """Returns whether this CPU has AVX-512 and is not one that MKL uses it on."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -32,15 +32,15 @@ _WORTH_IT = 1 << 24
 
 
 class Linear(nn.Linear):
-    """torch's, through `linear`."""
+    """torch's Linear, through `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, d_in) -> (…, d_out)"""
+        """Maps (…, d_in) to (…, d_out)."""
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias, as torch.nn.functional.linear: (…, d_in) with weights (d_out, d_in) -> (…, d_out)."""
+    """Returns x weightᵀ + bias, as torch.nn.functional.linear: (…, d_in) with weights (d_out, d_in) -> (…, d_out)."""
     large = x.numel() * len(weight) >= _WORTH_IT
     if ONEDNN and large and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
         product: Tensor = _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("crate_dist::product", mutates_args=())
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ by oneDNN, (n, d_in) and (d_out, d_in) -> (n, d_out), fp32. Opaque to torch.compile."""
+    """Returns x weightᵀ by oneDNN, (n, d_in) and (d_out, d_in) -> (n, d_out), fp32. Opaque to torch.compile."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product
 

@@ -1,4 +1,4 @@
-"""Learned positions on another grid of patches than the one they were learned on."""
+"""Interpolates learned positions to another grid of patches than the one they were learned on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, cat
 
 
 def interpolate_positions(pos_embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions (1, n, d), the class token first, for `grid` = (rows, columns) of patches: (1, rows * columns + 1, d).
+    """Fits positions (1, n, d), the class token first, to `grid` = (rows, columns): (1, rows * columns + 1, d).
 
     The patches' positions, learned on a square grid, are taken for samples of a smooth function and interpolated
     bicubically, in fp32, without aliasing where the new grid is coarser; the class token's stays as it is. On the grid

@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
+from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import BadImage, check_decodes
 from crate_dist.prep.journal import missing_shards, read_identity
 from crate_dist.prep.pool import advance, run_parallel
@@ -100,7 +101,7 @@ def link_shards(pattern: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     foreign = [p.name for p in folder.iterdir() if p.name not in (INDEX_JSON, INDEX_ROWS) and p.name not in links]
     if foreign:
-        raise ShardError(f"--out {folder} holds something else: {', '.join(sorted(foreign)[:3])}")
+        raise ShardError(f"--out {folder} holds something else: {first_few(sorted(foreign), 3)}")
     for name, path in links.items():
         link = folder / name
         if link.is_symlink() or not link.exists():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import hash64
-from crate_dist.prep.samples import Found, Samples, called_image
+from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 
 _LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
 _HELD_OUT = 0x686F6C64  # keeps the choice of held-out images apart from the shuffle
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ListOptions:
     """How a source is to be read; both as the options of the same names."""
 
     follow_links: bool = False
@@ -82,7 +82,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def list_classes(
-    root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], reading: Reading
+    root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], options: ListOptions
 ) -> Split:
     """All images below folder/<class> for each of `classes`, sorted by label and name; names start from `root`.
 
@@ -90,15 +90,15 @@ def list_classes(
     """
 
     def one(name: str) -> _Listing:
-        found, ignored, unreadable = list_images(root, folder / name, reading)
+        found, ignored, unreadable = list_images(root, folder / name, options)
         return _Listing(Samples.collect(root, found, labels[name]), ignored, unreadable)
 
     ordered = sorted(classes, key=labels.__getitem__)
-    listings = list(with_threads(one, ordered, f"listing {folder.name}", "class"))
+    listings = list(threaded_map(one, ordered, f"listing {folder.name}", "class"))
     empty = [name for name, listing in zip(ordered, listings, strict=True) if not len(listing.samples)]
     if empty:
         raise ShardError(
-            f"{some(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
+            f"{first_few(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
             f"{folder}; remove what is no class, or fill what is incomplete"
         )
     return Split(
@@ -108,14 +108,14 @@ def list_classes(
     )
 
 
-def list_images(root: Path, folder: Path, reading: Reading) -> tuple[list[Found], int, list[str]]:
+def list_images(root: Path, folder: Path, options: ListOptions) -> tuple[list[ImageRef], int, list[str]]:
     """(images anywhere below `folder` sorted by name, number of files passed over, names of unreadable images)."""
-    walk = _Walk(os.fspath(root), os.path.realpath(root), reading)
+    walk = _Walk(os.fspath(root), os.path.realpath(root), options)
     walk.descend(os.fspath(folder), (walk.check_link(os.fspath(folder)),))
     return sorted(walk.found), walk.ignored, sorted(walk.unreadable)
 
 
-def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: int = 0) -> Source:
+def image_folder(root: Path, options: ListOptions, val_fraction: float = 0.0, seed: int = 0) -> Source:
     """A tree of class folders, or of splits that hold class folders.
 
     `train` is a split when it holds folders itself; beside it `val`, `valid`, `validation` or `test` is the validation
@@ -132,10 +132,11 @@ def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: 
     classes = class_folders(train)
     if not classes:
         raise ShardError(
-            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; {whats_in(train)}"
+            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; "
+            f"{contents_of(train)}"
         )
     labels = {name: label for label, name in enumerate(classes)}
-    listed = {"train": list_classes(root, train, classes, labels, reading)}
+    listed = {"train": list_classes(root, train, classes, labels, options)}
     notes = [f"{name}/ is not read: beside train/ only splits are" for name in _not_splits(top, splits, root)]
     for name, folder in splits.items():
         if name == "train":
@@ -143,11 +144,11 @@ def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: 
         present = class_folders(folder)
         if unknown := [wrong for wrong in present if wrong not in labels]:
             raise ShardError(
-                f"{folder} has classes that {train} has not: {some(unknown)}; labels come from {train.name}/"
+                f"{folder} has classes that {train} has not: {first_few(unknown)}; labels come from {train.name}/"
             )
         if missing := len(classes) - len(present):
             notes.append(f"{folder.name}/ has no folder for {missing} of the {len(classes)} classes")
-        listed[name] = list_classes(root, folder, present, labels, reading)
+        listed[name] = list_classes(root, folder, present, labels, options)
     if val_fraction:
         listed["train"], listed["val"] = hold_out(listed["train"], val_fraction, seed)
     elif "val" not in listed:
@@ -173,7 +174,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return rest, Split(samples.take(np.sort(by_class[held])))
 
 
-def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
+def threaded_map(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
     """Results in the order of `items`, with a progress bar; the first error ends it."""
     pool = ThreadPoolExecutor(_LISTING_THREADS)
     try:
@@ -184,15 +185,15 @@ def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what
         pool.shutdown(cancel_futures=True)
 
 
-def whats_in(folder: Path) -> str:
+def contents_of(folder: Path) -> str:
     """What a folder holds, for a message that says that it is not what was expected."""
     if not folder.is_dir():
         return "it is a file of another name"
     names = sorted(name + ("/" if (folder / name).is_dir() else "") for name in os.listdir(folder))
-    return f"found {some(names)}" if names else "the folder is empty"
+    return f"found {first_few(names)}" if names else "the folder is empty"
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
+def first_few(names: Iterable[str], most: int = 5) -> str:
     """The first few names and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -218,10 +219,10 @@ def _not_splits(top: Sequence[str], splits: Mapping[str, Path], root: Path) -> l
 
 
 class _Walk:
-    def __init__(self, root: str, real_root: str, reading: Reading) -> None:
-        self.root, self.real_root, self.reading = root, real_root, reading
+    def __init__(self, root: str, real_root: str, options: ListOptions) -> None:
+        self.root, self.real_root, self.options = root, real_root, options
         self.prefix = len(os.path.join(root, ""))
-        self.found: list[Found] = []
+        self.found: list[ImageRef] = []
         self.ignored = 0
         self.unreadable: list[str] = []
 
@@ -235,7 +236,7 @@ class _Walk:
 
     def check_link(self, path: str) -> str:
         target = os.path.realpath(path)
-        if not self.reading.follow_links and os.path.commonpath((target, self.real_root)) != self.real_root:
+        if not self.options.follow_links and os.path.commonpath((target, self.real_root)) != self.real_root:
             raise ShardError(
                 f"{path} leads by a link out of {self.root}, to {target}; --follow-links takes what such links lead to"
             )
@@ -245,15 +246,15 @@ class _Walk:
         if entry.name.startswith("."):
             self.ignored += not entry.is_dir(follow_symlinks=False)
             return
-        if entry.is_dir() and not called_image(entry.name):
+        if entry.is_dir() and not is_image_name(entry.name):
             target = self.check_link(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
             if target in above:
                 raise ShardError(f"{entry.path} is a link to a folder that it stands in, {target}: remove it")
             self.descend(entry.path, (*above, target))
-        elif not called_image(entry.name):
+        elif not is_image_name(entry.name):
             self.ignored += 1
         elif (size := self._size_of_image(entry)) is not None:
-            self.found.append(Found(entry.path[self.prefix :], size))
+            self.found.append(ImageRef(entry.path[self.prefix :], size))
 
     def _size_of_image(self, entry: os.DirEntry[str]) -> int | None:
         try:
@@ -265,7 +266,7 @@ class _Walk:
             problem = "a folder" if entry.is_dir() else "neither a file nor a folder"
         except OSError as error:
             problem = "a link to nothing" if entry.is_symlink() else (error.strerror or str(error))
-        if not self.reading.skip_bad:
+        if not self.options.skip_bad:
             raise ShardError(
                 f"{entry.path} is called like an image and is {problem}; "
                 "remove it, or leave out and list such images with --skip-bad"

@@ -23,17 +23,17 @@ import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.folders import (
-    Reading,
+    ListOptions,
     Source,
     Split,
     class_folders,
+    contents_of,
+    first_few,
     list_classes,
     list_images,
-    some,
-    whats_in,
-    with_threads,
+    threaded_map,
 )
-from crate_dist.prep.samples import Found, Samples, list_archive
+from crate_dist.prep.samples import ImageRef, Samples, list_archive
 from crate_dist.prep.tar import Member, walk_tar
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -47,7 +47,7 @@ _VAL_NUMBER = re.compile(r"_([0-9]{8})$")
 _MAX_DEVKIT_FILE = 64 * 2**20
 
 
-def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Source:
+def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> Source:
     """Finds ImageNet in a folder and lists the splits asked for (None: those that are there).
 
     Raises ShardError: no ImageNet here, a split that is missing, validation images without a list of their classes,
@@ -57,7 +57,7 @@ def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Sour
     if not parts.found:
         raise ShardError(
             f"{root} is not ImageNet: looked for class folders named like n01440764 in it, in train/ and in "
-            f"ILSVRC/Data/CLS-LOC/train/, and for {TRAIN_TAR}; {whats_in(root)}. "
+            f"ILSVRC/Data/CLS-LOC/train/, and for {TRAIN_TAR}; {contents_of(root)}. "
             f"For any tree of class folders: python data_prep/image_folder.py --source {root} --out DIR"
         )
     if missing := [name for name in splits or () if name not in parts.found]:
@@ -73,7 +73,7 @@ def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Sour
         notes.append(f"no {absent.pop()} images in {root}")
     listed = {}
     for name in wanted:
-        listed[name] = parts.list_train(labels, reading) if name == "train" else parts.list_val(labels, truth, reading)
+        listed[name] = parts.list_train(labels, options) if name == "train" else parts.list_val(labels, truth, options)
     names = parts.class_names()
     return Source(root, parts.layout, classes, [names.get(wnid, wnid) for wnid in classes], listed, notes)
 
@@ -131,10 +131,10 @@ class _Parts:
             return "original archives"
         return "CLS-LOC folders" if self.base.name == "CLS-LOC" else "class folders"
 
-    def list_train(self, labels: Mapping[str, int], reading: Reading) -> Split:
+    def list_train(self, labels: Mapping[str, int], options: ListOptions) -> Split:
         assert self.train is not None
         if not self.train_tars:
-            return list_classes(self.root, self.train, self.train_classes, labels, reading)
+            return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
 
         def one(wnid: str) -> tuple[Samples, int]:
@@ -142,23 +142,23 @@ class _Parts:
             found, ignored = list_archive(archive, member.offset, member.size)
             return Samples.collect(self.root, found, labels[wnid], archive), ignored
 
-        listed = list(with_threads(one, self.train_classes, f"listing {archive.name}", "class"))
+        listed = list(threaded_map(one, self.train_classes, f"listing {archive.name}", "class"))
         if empty := [wnid for wnid, (part, _) in zip(self.train_classes, listed, strict=True) if not len(part)]:
-            raise ShardError(f"{archive}: no image in {some(f'{wnid}.tar' for wnid in empty)}")
+            raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
         return Split(Samples.concatenate([part for part, _ in listed]), sum(ignored for _, ignored in listed))
 
-    def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], reading: Reading) -> Split:
+    def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], options: ListOptions) -> Split:
         assert self.val is not None
         if self.val_folders:
             self._check_known(self.val_folders, labels)
-            return list_classes(self.root, self.val, self.val_folders, labels, reading)
+            return list_classes(self.root, self.val, self.val_folders, labels, options)
         archive = self.val if self.val.is_file() else None
         unreadable: list[str] = []
         if archive:
             found, ignored = list_archive(archive)
         else:
-            found, ignored, unreadable = list_images(self.root, self.val, reading)
-        by_wnid: dict[str, list[Found]] = {}
+            found, ignored, unreadable = list_images(self.root, self.val, options)
+        by_wnid: dict[str, list[ImageRef]] = {}
         for image in found:
             stem = Path(image.name).stem
             number = _VAL_NUMBER.search(stem)
@@ -176,7 +176,7 @@ class _Parts:
         if unknown := [wnid for wnid in wnids if wnid not in labels]:
             raise ShardError(
                 f"{len(unknown)} classes of the images in {self.val} are not among the {len(labels)} training classes "
-                f"({some(unknown)}); labels are numbered by the training classes, so these must hold all of them"
+                f"({first_few(unknown)}); labels are numbered by the training classes, so these must hold all of them"
             )
 
     def truth(self) -> Mapping[str, str]:
@@ -266,7 +266,7 @@ def _wnids(folder: Path, notes: list[str]) -> list[str]:
     names = class_folders(folder)
     wnids = [name for name in names if _WNID.fullmatch(name)]
     if wnids and (others := _without(names, {*wnids, "train", "val", "test"})):
-        notes.append(f"{folder}: not named like a class, not read: {some(others)}")
+        notes.append(f"{folder}: not named like a class, not read: {first_few(others)}")
     return wnids
 
 

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
-from crate_dist.prep.images import Treatment
-from crate_dist.prep.shards import Finished, ShardPlan, is_temporary, shard_names
+from crate_dist.files import write_whole
+from crate_dist.prep.folders import first_few
+from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.program import writing
+from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
@@ -50,7 +53,7 @@ class Identity:
     verify: bool
 
     @classmethod
-    def of(cls, plan: ShardPlan, classes: Sequence[str], treatment: Treatment) -> Identity:
+    def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> Identity:
         """The identity of a planned conversion."""
         return cls(
             len(plan.samples),
@@ -58,9 +61,9 @@ class Identity:
             digest_of_classes(classes),
             plan.seed,
             plan.shard_samples,
-            treatment.short_side,
-            treatment.quality,
-            treatment.verify,
+            image_options.short_side,
+            image_options.quality,
+            image_options.verify,
         )
 
 
@@ -86,9 +89,8 @@ class SplitFolder:
             foreign = [name for name in foreign if name.endswith(".tar") and name not in own]
             self._compare(before)
         if foreign:
-            rest = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise ShardError(
-                f"{self.path} holds something else: {', '.join(foreign[:3])}{rest}; "
+                f"{self.path} holds something else: {first_few(foreign, 3)}; "
                 "give --out a folder of its own, or move these away"
             )
 
@@ -114,7 +116,7 @@ class SplitFolder:
 
     def start(self) -> None:
         """Takes the folder: locks it, notes the identity, removes what a dead conversion left. Raises ShardError."""
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -128,30 +130,25 @@ class SplitFolder:
             self.remove_temporary()
             if not (self.path / CONVERSION_JSON).exists():
                 (self.path / JOURNAL).unlink(missing_ok=True)
-                temporary = self.path / f".{CONVERSION_JSON}.{os.getpid()}.tmp"
-                temporary.write_text(json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1))
-                temporary.replace(self.path / CONVERSION_JSON)
-        except OSError as error:
-            raise ShardError(f"cannot write to {self.path}: {error.strerror or error}") from error
+                whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
+                write_whole(self.path / CONVERSION_JSON, whole)
 
-    def finished(self) -> dict[str, Finished]:
+    def finished(self) -> dict[str, JournalEntry]:
         """Shards that the journal knows, by name."""
         return read_journal(self.path)
 
-    def note(self, finished: Finished) -> None:
+    def record(self, finished: JournalEntry) -> None:
         """Adds a shard to the journal. Raises ShardError when the disk is full."""
         entry: Mapping[str, Any] = {
             "shard": asdict(finished.shard),
             "counted": dict(finished.counted),
             "skipped": list(finished.skipped),
         }
-        try:
-            with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ShardError(f"cannot write {self.path / JOURNAL}: {error.strerror or error}") from error
+        path = self.path / JOURNAL
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
+            file.flush()
+            os.fsync(file.fileno())
 
     def remove_temporary(self) -> None:
         """Removes shards in the making; to be called when no worker is left."""
@@ -202,7 +199,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_journal(folder: Path) -> dict[str, Finished]:
+def read_journal(folder: Path) -> dict[str, JournalEntry]:
     """The finished shards of a conversion, by name; none where there is no journal."""
     try:
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -214,7 +211,7 @@ def read_journal(folder: Path) -> dict[str, Finished]:
             entry = json.loads(line)
             shard = Shard.read(entry["shard"])
             if isinstance(entry["counted"], dict) and isinstance(entry["skipped"], list):
-                found[shard.name] = Finished(shard, entry["counted"], entry["skipped"])
+                found[shard.name] = JournalEntry(shard, entry["counted"], entry["skipped"])
         except (ValueError, KeyError, TypeError):  # a line that a crash cut short: its shard is made again
             continue
     return found

@@ -33,7 +33,7 @@ class Stopped(Exception):
     """Raised within a task by advance() when the program is about to end."""
 
 
-class _Place:
+class _Worker:
     """What this worker process shares with the program. No locks: a killed process would keep one for ever."""
 
     shared: Any = None
@@ -81,17 +81,17 @@ def run_parallel(
 
 def advance(number: int) -> None:
     """Tells the program that a task got on by `number`. Raises Stopped when it is to end early."""
-    if _Place.shared is not None:
-        _Place.shared[_Place.number] += number
-        if _Place.shared[0]:
+    if _Worker.shared is not None:
+        _Worker.shared[_Worker.number] += number
+        if _Worker.shared[0]:
             raise Stopped
 
 
 def _begin(shared: Any, places: Any) -> None:
     with places.get_lock():
-        _Place.number = places.value
+        _Worker.number = places.value
         places.value += 1
-    _Place.shared = shared
+    _Worker.shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells the workers
     # webdataset runs without torch, and each worker saves two seconds and a few hundred MB by not importing it.
     if "torch" not in sys.modules:

@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from crate_dist.arguments import positive
+from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
 
 INTERRUPTED = 130
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
-def run_program(main: Callable[[], int]) -> int:
+def program_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """Returns a parser that shows both texts line by line as they are written, with --workers."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=available_cpus(), metavar="N", help="processes at work [one per CPU]"
+    )
+    return parser
+
+
+def run_program(main: Callable[[], int | None]) -> int:
     """Runs a program's main and turns what goes wrong into a line on stderr. Returns the exit status.
 
-    1 for an error that the user can mend, 130 after Ctrl-C or SIGTERM; a bug keeps its traceback.
+    Main's own or 0, 1 for an error that the user can mend, 130 after Ctrl-C or SIGTERM; a bug keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's warning: end as cleanly as on Ctrl-C
     try:
-        return main()
+        return main() or 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     return 1
+
+
+@contextmanager
+def writing(path: Path, remedy: str = "make room, then the same command continues") -> Iterator[None]:
+    """Turns an OSError of the block into a ShardError that names `path`, on a full disk with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            reason = f"{_FULL[error.errno]}; {remedy}"
+        raise ShardError(f"cannot write {path}: {reason}") from error
 
 
 def tell(text: str) -> None:
@@ -83,15 +112,8 @@ def human_time(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)
-
-
 def proper_fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1, neither of them."""
+    """The type of an option between 0 and 1, neither of them allowed, for argparse."""
     try:
         value = float(text)
     except ValueError:

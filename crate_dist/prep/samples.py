@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.prep.tar import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
+from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
 
 
-class Found(NamedTuple):
+class ImageRef(NamedTuple):
     """One image of a source: its name (path below the root, or name in the archive), size and offset in bytes."""
 
     name: str
@@ -50,7 +51,7 @@ class Samples:
 
     @classmethod
     def collect(
-        cls, root: Path, found: Iterable[Found], label: int | Sequence[int], archive: Path | None = None
+        cls, root: Path, found: Iterable[ImageRef], label: int | Sequence[int], archive: Path | None = None
     ) -> Samples:
         """Images in their order, all with the same label or each with its own."""
         entries = list(found)
@@ -125,21 +126,21 @@ class Samples:
         return self.names[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
 
 
-def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[Found], int]:
+def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[ImageRef], int]:
     """(images in a tar sorted by name, number of other files). Raises ShardError."""
     found, others = [], 0
     for member in walk_tar(path, start, size):
-        if called_image(member.name):
-            found.append(Found(member.name, member.size, member.offset))
+        if is_image_name(member.name):
+            found.append(ImageRef(member.name, member.size, member.offset))
         else:
             others += 1
     return sorted(found), others
 
 
-def called_image(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Whether a file's name has the extension of an image and is not hidden."""
     stem, extension = os.path.splitext(os.path.basename(name))
-    return not stem.startswith(".") and extension.lower().removeprefix(".") in IMAGE_EXTENSIONS
+    return not stem.startswith(".") and extension.lower() in IMAGE_SUFFIXES
 
 
 def _read_file(path: str) -> bytes:

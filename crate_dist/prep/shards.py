@@ -2,7 +2,7 @@
 
 One seeded shuffle of all samples, cut into shards of equal length (the last one may be shorter). Each shard is a
 task of its own that depends on nothing else, so the bytes are the same at any number of workers and after any number
-of interruptions. A shard is written under a hidden name, synced, read back for its index rows, and renamed.
+of interruptions. A shard is written under a hidden name, read back for its index rows, synced, and renamed.
 
 Sample number p of the shuffled split has the key `<p, eight digits>-<stem of its file>`: unique, ASCII, and telling
 where the image came from. An image that is left out (`skip_bad`) leaves a gap in the numbers and a shorter shard;
@@ -11,14 +11,11 @@ the other samples stay where they are.
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -26,20 +23,20 @@ import numpy as np
 
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
-from crate_dist.files import sync_folder
-from crate_dist.prep.images import BadImage, Treatment, extension, treat
+from crate_dist.files import written_whole
+from crate_dist.prep.images import BadImage, ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
+from crate_dist.prep.program import writing
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import scan_shard
 
 _SHUFFLE = 0x73687566  # keeps the shuffle apart from what else is derived from the same seed
 _PROGRESS_EVERY = 16
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
-_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
 @dataclass(frozen=True)
-class Finished:
+class JournalEntry:
     """What is known about a written shard: one line of the conversion's journal.
 
     counted: oddities and re-encodings, name -> images; skipped: images that were left out, and why
@@ -54,7 +51,7 @@ class Finished:
 class ShardResult:
     """A finished shard; rows: its part of the index; kept: it stood already."""
 
-    finished: Finished
+    finished: JournalEntry
     rows: np.ndarray
     kept: bool
 
@@ -67,9 +64,9 @@ class ShardTask:
     name: str
     first: int
     samples: Samples
-    treatment: Treatment
+    image_options: ImageOptions
     skip_bad: bool
-    finished: Finished | None
+    finished: JournalEntry | None
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,15 @@ class ShardPlan:
         blocks = -(-images // _TAR_BLOCK) + 3  # two headers and the label
         return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
 
-    def tasks(self, treatment: Treatment, skip_bad: bool, finished: Mapping[str, Finished]) -> Iterator[ShardTask]:
+    def tasks(
+        self, image_options: ImageOptions, skip_bad: bool, finished: Mapping[str, JournalEntry]
+    ) -> Iterator[ShardTask]:
         """All shards in order, each made as it is taken."""
         order = self.order()
         for number, name in enumerate(self.names()):
             first = number * self.shard_samples
             samples = self.samples.take(order[first : first + self.shard_samples])
-            yield ShardTask(self.folder, name, first, samples, treatment, skip_bad, finished.get(name))
+            yield ShardTask(self.folder, name, first, samples, image_options, skip_bad, finished.get(name))
 
 
 def make_shard(task: ShardTask) -> ShardResult:
@@ -119,25 +118,18 @@ def make_shard(task: ShardTask) -> ShardResult:
     if task.finished and (rows := _rows_if_intact(path, task.finished)) is not None:
         advance(len(task.samples))
         return ShardResult(task.finished, rows, kept=True)
-    temporary = task.folder / f".{task.name}.{os.getpid()}.tmp"
     counted: Counter[str] = Counter()
     skipped: list[str] = []
-    try:
-        with _full_disk_explained(path):
-            with temporary.open("wb") as file:
-                written = _write(file, task, counted, skipped)
-                file.flush()
-                os.fsync(file.fileno())
-            scan = scan_shard(temporary)
-            shard = Shard(task.name, scan.shard.samples, scan.shard.bytes, scan.shard.sha256)
-            if scan.rows["checksum"].tolist() != written:
-                raise ShardError(f"{temporary} does not read back as it was written: memory or disk are at fault")
-            if shard.samples:
-                temporary.replace(path)
-                sync_folder(task.folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ShardResult(Finished(shard, dict(counted), skipped), scan.rows, kept=False)
+    with writing(path), written_whole(path) as file:
+        written = _write(file, task, counted, skipped)
+        file.flush()
+        scan = scan_shard(Path(file.name))
+        if scan.rows["checksum"].tolist() != written:
+            raise ShardError(f"{file.name} does not read back as it was written: memory or disk are at fault")
+    if not written:
+        path.unlink()
+    shard = replace(scan.shard, name=task.name)
+    return ShardResult(JournalEntry(shard, dict(counted), skipped), scan.rows, kept=False)
 
 
 def shard_names(folder: Path, number: int) -> list[str]:
@@ -150,7 +142,7 @@ def is_temporary(name: str) -> bool:
     return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
 
 
-def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
+def _rows_if_intact(path: Path, finished: JournalEntry) -> np.ndarray | None:
     if not finished.shard.samples:
         return np.empty(0, dtype=ROW)
     try:
@@ -175,7 +167,7 @@ def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list
                 advance(min(_PROGRESS_EVERY, len(samples) - i))
             data = samples.read(i)
             try:
-                image, oddities = treat(data, task.treatment)
+                image, oddities = transcode(data, task.image_options)
             except BadImage as error:
                 if not task.skip_bad:
                     raise ShardError(
@@ -201,15 +193,3 @@ def _drain(buffer: io.BytesIO, file: BinaryIO) -> None:
 def _ascii_stem(name: str) -> str:
     """The file's name without extension, in characters that a key may have, and short enough for a plain header."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:64]
-
-
-@contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise ShardError(
-                f"cannot write {path}: {_FULL[error.errno]}; make room, then the same command continues"
-            ) from error
-        raise ShardError(f"cannot write {path}: {error.strerror or error}") from error

@@ -18,11 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp", "gif", "tif", "tiff")
-)
 MAX_CLASSES = 1_000_000
 """A larger label is taken for a mistake where no list of classes says otherwise."""
 MAX_IMAGE_BYTES = 2**31 - 1
@@ -186,7 +184,7 @@ def _samples(members: Iterator[Member], path: Path) -> Iterator[tuple[str, dict[
 
 
 def _only_image(files: dict[str, Member], path: Path, key: str) -> Member:
-    images = [suffix for suffix in files if suffix in IMAGE_EXTENSIONS]
+    images = [suffix for suffix in files if f".{suffix}" in IMAGE_SUFFIXES]
     if len(images) != 1:
         has = ", ".join(f".{suffix}" for suffix in sorted(images or files))
         what = "several images" if images else "no image"

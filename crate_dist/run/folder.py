@@ -59,7 +59,7 @@ class RunFolder:
         return self.logs / f"rank-{rank:05d}.log"
 
     def check(self, recipe: Recipe) -> None:
-        """Raises RecipeError unless the folder is new, empty, or of a run with the same mathematics."""
+        """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -142,7 +142,7 @@ class RunFolder:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def _changed(self, recipe: Recipe) -> list[str]:
-        before, now = load_recipe(self.recipe_file).mathematics(), recipe.mathematics()
+        before, now = load_recipe(self.recipe_file).deciding_values(), recipe.deciding_values()
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 

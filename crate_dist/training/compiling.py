@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def wanted(compile: Compile, device: torch.device) -> bool:
-    """What "auto" means: on a GPU, whose step is bound by memory between the products, and which Triton knows.
+    """Says whether to compile; "auto": on a GPU that Triton knows, since its step is bound by memory between products.
 
     On a CPU products and attention take nine tenths of the step, and compiling the rest of CRATE-B's gained nothing.
     """
@@ -37,7 +37,7 @@ def wanted(compile: Compile, device: torch.device) -> bool:
 def compile_layers(model: CRATE, device: torch.device, dtype: torch.dtype, micro_batch: int) -> float | None:
     """Compiles the layers' training pass for one micro-batch, and tries it. A collective.
 
-    Gives the seconds that it took; None when some rank could not, and then all ranks stay eager: ranks that disagreed
+    Returns the seconds that it took; None when some rank could not, and then all ranks stay eager: ranks that disagreed
     would have their gradients ready in different orders.
     """
     began = time.monotonic()
@@ -62,27 +62,26 @@ def compile_layers(model: CRATE, device: torch.device, dtype: torch.dtype, micro
 
 
 def _try(model: CRATE, device: torch.device, dtype: torch.dtype, micro_batch: int) -> None:
-    """One forward and backward pass of the first layer, which is every layer's; leaves gradients and weights alone."""
+    """Runs the first layer, whose graph is every layer's, forward and backward; changes no gradient and no weight."""
     training = model.training
     model.train()
     layer = model.layers[0]
     shape = (micro_batch, model.config.num_tokens, model.config.dim)
     tokens = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    products = model.bf16_products(device) if model.autocast else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), products:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.products(device):
         torch.autograd.grad(layer(tokens).sum(), [tokens, *layer.parameters()])
     model.train(training)
 
 
 def eagerly() -> contextlib.AbstractContextManager[object]:
-    """What is compiled runs as Python inside it: hooks see every module, and no batch size needs a graph."""
+    """Returns a context in which compiled code runs as Python: hooks see every module, no batch size needs a graph."""
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 @contextlib.contextmanager
 def decorators_ignored() -> Iterator[None]:
-    """@torch.compile leaves functions as they are inside it: for modules that are imported for something else."""
+    """Opens a context in which @torch.compile leaves functions as they are, for imports that need none compiled."""
     real = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:

@@ -1,4 +1,4 @@
-"""The training step: DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+"""Takes training steps with DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
 
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
@@ -19,9 +19,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
@@ -31,18 +30,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
+from torch import nn
 
 from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
 from crate_dist.checkpoint.loading import Checkpoint, RankState
 from crate_dist.config import Recipe
-from crate_dist.data.loader import Batch, Normalize
+from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
-from crate_dist.data.reader import BadSample
-from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
 from crate_dist.models.crate import CRATE
 from crate_dist.training import compiling
-from crate_dist.training.finite import where_not_finite
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
 
@@ -58,31 +55,23 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 
 
 RANKS_REDUCED_TO = 32
-"""Up to so many ranks each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+"""The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
 
 class NotFinite(UserError):
-    """A gradient is not finite. No step was taken with it. samples: ids in this rank's batch, empty when not in it."""
-
-    def __init__(self, message: str, samples: list[int]) -> None:
-        super().__init__(message)
-        self.samples = samples
+    """A gradient is not finite. No step was taken with it."""
 
 
-class _GradientsNotFinite(Exception):
-    """Leaves DeepSpeed's step before the optimizer's."""
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+"""Images, uint8 (n, height, width, 3), and labels, int64 (n,)."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over this rank's samples; grad_norm: of all ranks, before clipping. Both 0-d, on the device.
-
-    bad: samples of the batch that were replaced
-    """
+    """Loss, the mean over this rank's samples, and gradient norm, of all ranks before clipping; 0-d, on the device."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
-    bad: list[BadSample]
 
 
 class Engine:
@@ -91,12 +80,12 @@ class Engine:
     def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
         self.recipe, self.device, self.accumulation = recipe, device, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self._normalize = Normalize(recipe.data, device, self.dtype)
+        self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        model.recompute, model.autocast = recipe.train.recompute, recipe.train.precision == "autocast"
+        model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -128,12 +117,10 @@ class Engine:
         module: CRATE = self._engine.module
         return module
 
-    def step(self, batches: Iterator[Batch], lr: float, step: int) -> StepResult:
-        """One optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
+    def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
+        """Takes one optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
 
-        Raises
-        ------
-        NotFinite: on every rank, before the step is taken
+        Holds one of them at a time. Raises NotFinite on every rank, before the weights change.
         """
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
@@ -141,28 +128,18 @@ class Engine:
             group["lr"] = lr
         self._engine.train()
         losses: list[torch.Tensor] = []
-        used: list[Batch] = []
-        try:
-            for _ in range(self.accumulation):
-                batch = next(batches)
-                used.append(batch if self.device.type != "cpu" else batch._replace(images=batch.images.clone()))
-                loss = self._loss(self._engine, batch)
-                self._engine.backward(loss)
-                self._engine.step()
-                losses.append(loss.detach())
-        except _GradientsNotFinite:
-            raise self._not_finite(used) from None
+        for _ in range(self.accumulation):
+            loss = self.loss(next(batches), self._engine)
+            self._engine.backward(loss)
+            self._engine.step()
+            losses.append(loss.detach())
         if self._zero.overflow:  # in fp32 DeepSpeed has looked at the norm itself, and has not taken the step
-            raise self._not_finite(used)
+            raise NotFinite("the gradients are not finite")
         norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            torch.stack(losses).mean(),
-            torch.as_tensor(norm, device=self.device),
-            [item for batch in used for item in batch.bad],
-        )
+        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device))
 
     def _before_step(self, *_: object) -> None:
-        """Clips, and stops a step that must not be taken; DeepSpeed calls it before the optimizer, on every rank.
+        """Clips, and stops a step that must not be taken. DeepSpeed calls it before the optimizer, on every rank.
 
         This is the one place of a step where the host waits for the device, which is then through with the gradients:
         whether they are finite must be known before the weights change. DeepSpeed would wait three times, to look at
@@ -170,34 +147,26 @@ class Engine:
         """
         norm, largest = self._zero._global_grad_norm, self.recipe.optim.grad_clip
         if not bool(torch.isfinite(norm)):
-            raise _GradientsNotFinite
+            raise NotFinite("the gradients are not finite")
         self._zero.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0) if largest else None
 
-    def _loss(self, model: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
-        logits = model(self._normalize(batch.images))
-        labels = batch.labels.to(self.device, non_blocking=True)
+    def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
+        """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
+        images, labels = batch
+        logits = (self.module if model is None else model)(self._normalize(images))
+        labels = labels.to(self.device, non_blocking=True)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
-
-    def _not_finite(self, used: list[Batch]) -> NotFinite:
-        """Looks for the place where it began, on each rank in its own batch. A collective."""
-        places_of = ((where_not_finite(self.module, partial(self._loss, self.module, batch)), batch) for batch in used)
-        with compiling.eagerly():
-            mine = next(((place, batch) for place, batch in places_of if place), None)
-        places = gather_objects(mine[0] if mine else None)
-        found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places) if place)
-        message = f"not finite: {found or 'the gradients, though those of each rank are when computed again'}"
-        return NotFinite(message, mine[1].samples.tolist() if mine else [])
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
+        """Returns fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
         self.module.eval()
         with compiling.eagerly():
             logits: torch.Tensor = self.module(self._normalize(images)).float()
         return logits
 
     def state(self) -> RankState:
-        """This rank's partitions of the master weights and the optimizer's state, as views on the live tensors."""
+        """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors."""
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
@@ -241,7 +210,7 @@ class Engine:
         return dist.get_rank() * partition.numel()
 
     def _optimizer_state(self, partition: torch.Tensor, steps: int = 0) -> dict[str, torch.Tensor]:
-        """The optimizer's own state of a partition, made where no step has made it yet."""
+        """Returns the optimizer's own state of a partition, made where no step has made it yet."""
         state: dict[str, torch.Tensor] = self._zero.optimizer.state[partition]
         if not state or steps:
             for kind in STATE_KEYS[self.recipe.optim.name]:

@@ -1,16 +1,59 @@
-"""Where numbers stopped being finite."""
+"""Finds the layer and the samples in which the numbers of a step stopped being finite, after the fact.
+
+A step carries nothing for it: its micro-batches are made again from the order of the samples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crate_dist.data.loader import TrainLoader
+from crate_dist.data.reader import ShardReader
+from crate_dist.distributed import gather_objects
+from crate_dist.training.compiling import eagerly
+from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.watchdog import Watchdog
+
+_NAMED = 64
+_PATIENCE = 4.0  # times safety.hang_timeout_s: a micro-batch is decoded by one process, and computed without a compiler
+
+
+def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watchdog) -> NotFinite:
+    """Says where the numbers of the step after `step` stopped being finite, and in which samples. A collective.
+
+    batches: of this rank from that step on. Each rank looks for the first in which it can be seen.
+    """
+    source, place, keys = batches.source, None, list[str]()
+    first = step * source.share.accumulation
+    for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
+        watchdog.beat(f"looking for what is not finite in step {step + 1}", _PATIENCE)
+        with eagerly():
+            place = where_not_finite(engine.module, lambda batch=(images, labels): engine.loss(batch))  # type: ignore[misc]
+        if place:
+            reader = ShardReader(source.index)
+            named = (reader.describe(sample, "") for sample in source.samples(number).tolist())
+            keys = [f"{item.shard}:{item.key}" for item in named]
+            break
+    every = gather_objects((place, keys))
+    found = "; ".join(f"rank {rank}: {place}" for rank, (place, _) in enumerate(every) if place)
+    keys = [key for _, keys in every for key in keys]
+    listed = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
+    return NotFinite(
+        f"step {step + 1}, not finite: "
+        f"{found or 'the gradients, though those of each rank are when computed again'}. "
+        f"The step was not taken and the checkpoints are intact. "
+        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
+        f"Samples: {listed}"
+    )
+
 
 def where_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | None:
-    """The first layer whose output is not finite, going forward; else the last one whose gradient is not; else None.
+    """Names the first layer whose output is not finite, going forward; else the last whose gradient is not; else None.
 
     loss_of: computes the loss with `model`, eager, so that every layer is called
     """

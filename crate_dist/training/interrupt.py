@@ -1,4 +1,4 @@
-"""A signal sets a flag, on which the ranks agree at a step boundary; it ends a rank where that loses nothing."""
+"""Turns a signal into a flag, on which the ranks agree at a step boundary, or ends a rank where that loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """SIGUSR2: SLURM's warning as submitit asks for it; SIGTERM: preemption, time limit, Ctrl-C of a local launcher."""
 
 _AGAIN_S = 1.0
-"""From one Ctrl-C to the next at least: torchrun passes on one that its ranks have had from the terminal too."""
+"""The least time between two Ctrl-C: torchrun passes on one that its ranks have had from the terminal too."""
 
 
 class ToldToStop(SystemExit):
@@ -35,7 +35,7 @@ class ToldToStop(SystemExit):
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """While this process waits for the others to come, a signal ends it: nothing is to be saved.
+    """Lets a signal end this process, which waits for the others to come and has nothing to save.
 
     By a thread, since the main one may be waiting in a library that never comes back to Python.
     """
@@ -62,7 +62,7 @@ def ending_at_once() -> Iterator[None]:
 
 
 class Interrupt:
-    """Whether any rank has been told to stop. A second Ctrl-C ends the process as if there were none of this.
+    """Knows whether any rank has been told to stop. A second Ctrl-C ends the process as if this were not there.
 
     `agreed` is a collective on a gloo group of its own, so that it neither waits for the device nor meets the
     collectives of the step. Each call starts a reduction and takes the result of the one before: no rank waits.
@@ -98,7 +98,7 @@ class Interrupt:
         os.close(self._noted)
 
     def came(self) -> bool:
-        """Whether this rank was told, for another thread than the main one.
+        """Says whether this rank was told, to another thread than the main one.
 
         Python's handler runs in the main thread, when a collective that it waits in has ended; a signal is noted in a
         pipe at once.
@@ -111,7 +111,7 @@ class Interrupt:
         return self._came or self.received_at is not None
 
     def _again(self) -> None:
-        """The second Ctrl-C, while the main thread may be waiting for another rank."""
+        """Ends the process at a second Ctrl-C: the main thread may be waiting for another rank."""
         now = time.monotonic()
         self._interrupted_at = self._interrupted_at or now
         if now - self._interrupted_at > _AGAIN_S:
@@ -125,7 +125,7 @@ class Interrupt:
         return self.elsewhere or self.received_at is not None
 
     def end_at_once(self) -> None:
-        """From now on a signal raises ToldToStop, as does one that has come: until `hold` there is nothing to save."""
+        """Makes a signal raise ToldToStop, also one that has come, until `hold`: there is nothing to save."""
         self._at_once = True
         if self.received_at is not None:
             self._stop()
@@ -136,11 +136,11 @@ class Interrupt:
             raise Left
 
     def hold(self) -> None:
-        """From now on a signal sets the flag alone."""
+        """Makes a signal set the flag alone."""
         self._at_once = False
 
     def agreed(self) -> bool:
-        """Whether all ranks know by now that one of them was told to stop; the same answer on every rank."""
+        """Says whether all ranks know by now that one of them was told to stop, the same on every rank."""
         stop = False
         if self._pending is not None:
             work, flag = self._pending

@@ -1,4 +1,4 @@
-"""Where the time of a run went, over all its restarts: an append-only ledger in the run folder.
+"""Keeps a ledger in the run folder of the time that a run took, over all its restarts.
 
 One JSON object per line: starts, steps, evaluations, white-box measures, saves; up_s is seconds since the start of the
 process, by a clock that does not jump. Goodput is the share of the wall time in which the run was up that went into
@@ -23,7 +23,7 @@ from crate_dist.run.lock import ALONE
 
 @dataclass
 class Totals:
-    """Seconds, and counts; see the module."""
+    """The sums of the ledger: seconds, and counts."""
 
     wall_s: float = 0.0
     away_s: float = 0.0
@@ -68,7 +68,7 @@ class Totals:
         self._time, self._up_s = event["time"], event["up_s"]
 
     def _forget_after(self, step: int) -> None:
-        """What was done behind the checkpoint that a restart begins from is done a second time."""
+        """Takes steps behind the checkpoint that a restart begins from as lost: they are made a second time."""
         kept = []
         for first, last, seconds in self._spans:
             lost = max(last - max(first, step), 0)
@@ -84,7 +84,7 @@ class Totals:
         return seconds / self.wall_s if self.wall_s else 0.0
 
     def scalars(self) -> dict[str, float]:
-        """As TensorBoard names them."""
+        """Returns the totals by their names in TensorBoard."""
         return {
             "goodput/fraction": self.goodput,
             "goodput/data_wait_fraction": self._share(self.data_wait_s),
@@ -108,7 +108,7 @@ class Totals:
 
 
 class Ledger:
-    """Written by rank 0. up_s: seconds since the process began, until now."""
+    """The ledger's file, which rank 0 writes. up_s: seconds since the process began, until now."""
 
     def __init__(self, path: Path, up_s: float = 0.0, check: Callable[[], None] = ALONE.check) -> None:
         self.totals = Totals()

@@ -1,11 +1,11 @@
-"""The white box while it trains: what every layer does to a few images, always the same ones, every so many steps.
+"""Measures the white box while it trains: what every layer does to a few images, always the same ones.
 
 In TensorBoard, under "whitebox" and as charts of all layers each under "Custom Scalars":
 
     coding_rate         R^c of what MSSA reads, nats              zeros          share of zeros after ISTA
     coding_rate_change  what MSSA makes of it, less what it read  dead_tokens    share of tokens that are all zero
     gradient_norm       ‖∂ loss / ∂ θ_ℓ‖₂ on these images         dead_features  share that no token of any image uses
-    coherence           of the dictionary, see whitebox.py
+    coherence           of the dictionary, see whitebox/measures.py
 
 and as pictures the profile over the layers and where the class token looks. Rank 0 measures, with the weights that the
 model sees in training and in their precision, while the others wait; under ZeRO-2 these are whole on every rank, and
@@ -35,14 +35,14 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
-from crate_dist.whitebox.pixels import BLUE, ORANGE, Panel, heat, panels, tiles
+from crate_dist.whitebox.pixels import heat, layer_profile, tiles
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 4
 _CELL_PIXELS = 72
 _DEAD = 0.1
-_DEAR = 0.01
+_COSTLY = 0.01
 _TITLES = {
     "coding_rate": "coding rate",
     "coding_rate_change": "change of the coding rate by MSSA",
@@ -57,7 +57,7 @@ CHARTS = {"white box, layer by layer": {title: rf"whitebox/{name}/layer-\d+" for
 
 
 class Live:
-    """Measures at step 1 and every log.whitebox_every_steps steps, at the same ones however often a run is resumed.
+    """Measures at step 1 and every log.whitebox_every_steps steps, the same ones however often a run is resumed.
 
     A layer is said to compress no longer when its MSSA leaves the images' mean coding rate, in its own subspaces, as
     high as it was or higher, after the warm-up; and its tokens to die when more than a tenth of them are all zero
@@ -76,7 +76,7 @@ class Live:
         self._spent_s = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Whether `measure` is to be called after this step; the same on all ranks."""
+        """Says whether `measure` is to be called after this step, the same on all ranks."""
         return self._every > 0 and (step == 1 or step % self._every == 0)
 
     def measure(
@@ -108,7 +108,7 @@ class Live:
                 seconds = time.perf_counter() - began
                 interrupt.hold()
                 monitor.white_box(step, layers, pictures, CHARTS, seconds)
-                self._say_when_dear(began, seconds)
+                self._say_when_costly(began, seconds)
         return not gather_objects(left)[0]
 
     def _measured(
@@ -116,8 +116,8 @@ class Live:
     ) -> tuple[dict[str, list[float]], dict[str, Pixels]]:
         self._batch = self._batch or first_images(self._index, self._recipe, interrupt.go_on)
         pixels, labels = self._batch
-        normalize = Normalize(self._recipe.data, self._device, next(model.parameters()).dtype)
-        images = normalize(torch.from_numpy(pixels))
+        prepared, dtype = self._recipe.images, next(model.parameters()).dtype
+        images = Normalize(prepared.mean, prepared.std, self._device, dtype)(torch.from_numpy(pixels))
         interrupt.go_on()
         seen = profile(model, [images])
         interrupt.go_on()
@@ -149,15 +149,15 @@ class Live:
                     step,
                 )
 
-    def _say_when_dear(self, began: float, seconds: float) -> None:
+    def _say_when_costly(self, began: float, seconds: float) -> None:
         """Looks at all that has passed since the first time, in which images are read and libraries loaded."""
         if self._first_end is None:
             self._first_end = began + seconds
             return
         self._spent_s += seconds
         share = self._spent_s / (began + seconds - self._first_end)
-        if share > _DEAR and self._first_time("dear", 0):
-            enough = math.ceil(self._every * share / _DEAR / 100) * 100
+        if share > _COSTLY and self._first_time("costly", 0):
+            enough = math.ceil(self._every * share / _COSTLY / 100) * 100
             logger.warning(
                 "the white-box measures take %.1f %% of the time; --set log.whitebox_every_steps=%d costs 1 %% at most",
                 100 * share,
@@ -173,7 +173,7 @@ class Live:
 def first_images(
     index: ShardIndex, recipe: Recipe, go_on: Callable[[], None] = lambda: None
 ) -> tuple[Pixels, torch.Tensor]:
-    """The first log.whitebox_images of a split that decode: uint8 (b, image_size, image_size, 3) and int64 labels (b,).
+    """Reads the first log.whitebox_images of a split that decode: uint8 (b, size, size, 3) and int64 labels (b,).
 
     go_on: called before each of them; what it raises is raised here
 
@@ -182,7 +182,7 @@ def first_images(
     ShardError: none decodes, or a shard cannot be read
     """
     size, reader = recipe.model.image_size, ShardReader(index)
-    transform = eval_transform(recipe.data, size)
+    transform = eval_transform(recipe.images, size)
     pixels: list[Pixels] = []
     labels: list[int] = []
     for sample in range(index.num_samples):
@@ -200,16 +200,11 @@ def first_images(
 
 
 def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dict[str, Pixels]:
-    """maps: attention (L, b, h, rows, cols)"""
-    rate, zeros = seen.coding_rate.mean(dim=1).numpy(), seen.zeros.mean(dim=1).numpy()
-    curves = [
-        Panel(f"coding rate of MSSA [nats], step {step:,}", rate, seen.coding_rate_std.numpy(), BLUE),
-        Panel(f"non-zeros after ISTA [%], step {step:,}", 100 - 100 * zeros, 100 * seen.zeros_std.numpy(), ORANGE),
-    ]
+    """Draws the profile, and the class token's attention. maps: attention (L, b, h, rows, cols)"""
     by_layer = [[image, *map(heat, maps[:, n].mean(axis=1))] for n, image in enumerate(pixels)]
     by_head = [[image, *map(heat, maps[-1, n])] for n, image in enumerate(pixels)]
     return {
-        "whitebox/profile": panels(curves),
+        "whitebox/profile": layer_profile(seen, f", step {step:,}"),
         "whitebox/attention_of_the_layers": tiles(by_layer, _CELL_PIXELS),
         "whitebox/attention_of_the_last_layers_heads": tiles(by_head, _CELL_PIXELS),
     }

@@ -1,4 +1,4 @@
-"""What a run says: TensorBoard, metrics.jsonl, a progress bar, and one log file per rank.
+"""Writes what a run measures to TensorBoard, metrics.jsonl and a progress bar.
 
 Curves continue across restarts. Steps behind the checkpoint that a run resumes from are purged, since they are made
 again, and each restart leaves a mark.
@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from tqdm import tqdm
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
-from crate_dist.data.reader import BadSample
-from crate_dist.distributed import World, gather_objects
-from crate_dist.errors import UserError
+from crate_dist.distributed import World
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
+from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
@@ -36,11 +35,6 @@ from crate_dist.training.tensorboard import Curves
 logger = logging.getLogger(__name__)
 
 _MUCH_WAITING = 0.1
-_NAMED = 16
-
-
-class TooManyBadSamples(UserError):
-    """More samples than data.max_bad_fraction did not decode."""
 
 
 class Monitor:
@@ -59,14 +53,11 @@ class Monitor:
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
         self._device, self._last_step, self._tenure = device, last_step, tenure
-        self._bad_images = self._images = self._reports = 0
+        self.bad = BadSamples(folder, recipe, world, tenure)
+        self._images = self._reports = 0
         self._warned = False
         self._reset()
-        self._reported = step
-        self._bad: list[BadSample] = []
-        self._unreadable: set[BadSample] = set()
-        self._bad_reported = 0.0
-        self._bad_file: AppendedFile | None = None
+        self._reported, self._bad_reported = step, 0.0
         self._curves: Curves | None = None
         self._ledger: Ledger | None = None
         if world.is_main:
@@ -91,13 +82,6 @@ class Monitor:
         self._busy_s += step_s
         self._bar.update()
 
-    def add_bad(self, bad: Sequence[BadSample]) -> None:
-        """Takes up replaced samples; the next report writes them down."""
-        self._bad += bad
-        self._bad_images += len(bad)
-        for item in bad:
-            logger.warning("replaced %s: %s", _name(item), item.reason)
-
     def report(self, step: int) -> None:
         """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
 
@@ -109,7 +93,7 @@ class Monitor:
         began = time.perf_counter()
         norm = float(self._grad_norm)  # waits for the device to finish the step
         self._busy_s += time.perf_counter() - began
-        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self._bad_images])
+        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced])
         mine = mine.double().to(self._device)
         mine[0] = mean_loss
         every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
@@ -136,53 +120,8 @@ class Monitor:
         self._reported = step
         if bad.sum() > self._bad_reported:
             self._bad_reported = float(bad.sum())
-            self._report_bad()
+            self.bad.report(self._images)
         self._reset()
-
-    def _report_bad(self) -> None:
-        """Rank 0 alone writes down what all ranks have replaced. A collective."""
-        # The first few of a run say nothing yet about the share of them.
-        too_many = self._bad_images > max(8, self._recipe.data.max_bad_fraction * self._images)
-        said = (
-            f"{self._bad_images} of the first {self._images} samples of rank {self._world.rank} do not decode, more "
-            f"than data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; they are listed in "
-            f"{self._folder.bad_samples}"
-        )
-        every = gather_objects((self._bad, said if too_many else ""))
-        self._bad = []
-        split = self._recipe.data.train_split
-        self._list_bad(
-            {"split": split, "rank": rank, **item._asdict()} for rank, (bad, _) in enumerate(every) for item in bad
-        )
-        for _, problem in every:
-            if problem:
-                raise TooManyBadSamples(problem)
-
-    def _list_bad(self, items: Iterable[Mapping[str, Any]]) -> None:
-        """One line each, by rank 0."""
-        if self._world.is_main:
-            self._bad_file = self._bad_file or AppendedFile(self._folder.bad_samples, self._tenure.check)
-            self._bad_file.append("".join(json.dumps(item) + "\n" for item in items).encode())
-
-    def add_unreadable(self, bad: Sequence[BadSample], problem: str) -> None:
-        """Takes up what an evaluation could not read, the same on all ranks; each is named once in a start.
-
-        Raises TooManyBadSamples for a `problem`.
-        """
-        split = self._recipe.data.val_split
-        new = [item for item in bad if item not in self._unreadable]
-        self._unreadable.update(new)
-        if new:
-            self._list_bad({"split": split, **item._asdict()} for item in new)
-        for item in new[:_NAMED] if self._world.is_main else ():
-            logger.warning("left out of %s: %s: %s", split, _name(item), item.reason)
-        if len(new) > _NAMED and self._world.is_main:
-            logger.warning("and %d more, listed in %s", len(new) - _NAMED, self._folder.bad_samples)
-        if problem:
-            raise TooManyBadSamples(
-                f"{split}: {problem}; that is more than data.max_bad_fraction = {self._recipe.data.max_bad_fraction}; "
-                f"they are listed in {self._folder.bad_samples}"
-            )
 
     def evaluation(self, step: int, values: dict[str, float], seconds: float, unreadable: int = 0) -> None:
         """Writes the outcome of an evaluation: names such as "val/top1", unless a start that was killed before its save
@@ -218,7 +157,7 @@ class Monitor:
         self._ledger.note("whitebox", step=step, seconds=seconds)
 
     def knows(self, step: int, name: str) -> bool:
-        """Whether a value of this name was written for this step, by whatever start. On rank 0."""
+        """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
         return any(name in line for line in self._lines_of(step))
 
     def _lines_of(self, step: int) -> list[dict[str, Any]]:
@@ -226,8 +165,11 @@ class Monitor:
         return [line for line in lines if line is not None and line["step"] == step]
 
     def saved(self, saved: Saved | None) -> None:
-        """Writes how long a save took, and where the time has gone so far."""
-        if saved is None or not self._curves or not self._ledger:
+        """Writes how long a save took, and where the time has gone so far; warns of one that takes too long."""
+        if saved is None:
+            return
+        self._warn_of_saving(saved.total_s)
+        if not self._curves or not self._ledger:
             return
         self._ledger.note("save", step=saved.step, stall_s=saved.stall_s, total_s=saved.total_s)
         values = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
@@ -300,7 +242,7 @@ class Monitor:
         )
 
     def _warn_of_waiting(self, fraction: float) -> None:
-        """Once per run and rank: the first intervals have the loader's start in them and do not count."""
+        """Warns once per start: the first intervals have the loader's start in them and do not count."""
         self._reports += 1
         if fraction > _MUCH_WAITING and self._reports > 2 and not self._warned and self._world.is_main:
             self._warned = True
@@ -313,33 +255,21 @@ class Monitor:
                 self._recipe.data.workers,
             )
 
+    def _warn_of_saving(self, seconds: float) -> None:
+        """Says in time when the scheduler's notice is too short for a save."""
+        notice_s = self._recipe.cluster.signal_delay_s
+        if seconds > notice_s / 2 and self._world.launcher == "slurm":
+            logger.warning(
+                "a save takes %.0f s, and the job is told only %d s before its end; "
+                "give it --set cluster.signal_delay_s=%d or more",
+                seconds,
+                notice_s,
+                int(4 * seconds),
+            )
+
     def _reset(self) -> None:
         self._losses: list[torch.Tensor] = []
         self._interval_images, self._wait_s, self._busy_s = 0, 0.0, 0.0
-
-
-def start_logging(folder: RunFolder, world: World) -> None:
-    """Sends this rank's log to its file, and rank 0's to the terminal too, beside the progress bar."""
-    handlers: list[logging.Handler] = [logging.FileHandler(folder.log_file(world.rank), encoding="utf-8")]
-    if world.is_main:
-        handlers.append(_BesideTheBar())
-    form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
-    root = logging.getLogger()
-    for handler in handlers:
-        handler.setFormatter(form)
-    root.handlers = handlers
-    root.setLevel(logging.INFO)
-
-
-class _BesideTheBar(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno > logging.INFO or not sys.stderr.isatty() or not record.getMessage().startswith("step "):
-            tqdm.write(self.format(record), file=sys.stderr)  # with a bar in sight its postfix says the steps
-
-
-def _name(item: BadSample) -> str:
-    """Of a sample, in one line: it is the shard's own, and a line break in it would begin another message."""
-    return repr(f"{item.key} of {item.shard}")[1:-1]
 
 
 def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
@@ -352,7 +282,7 @@ def _truncate_lines(path: Path, step: int, check: Callable[[], None]) -> None:
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for what is none."""
+    """Parses a line of metrics.jsonl; None for what is none."""
     try:
         line = json.loads(text)
         return line if isinstance(line, dict) and int(line["step"]) >= 0 else None

@@ -18,7 +18,7 @@ STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs counted in steps: num_samples / global_batch steps are one epoch, which need not be a whole number."""
+    """The length of a run: num_samples / global_batch steps are one epoch, which need not be a whole number."""
 
     epochs: int
     num_samples: int
@@ -35,16 +35,16 @@ class Schedule:
         return self.epoch_end(self.epochs)
 
     def epoch_end(self, epochs: int) -> int:
-        """The number of steps after which `epochs` epochs are complete."""
+        """Returns the number of steps after which `epochs` epochs are complete."""
         return -(-epochs * self.num_samples // self.global_batch)
 
     def epochs_completed(self, step: int) -> int:
-        """Whole epochs that lie behind after `step` steps."""
+        """Returns the whole epochs that lie behind after `step` steps."""
         return step * self.global_batch // self.num_samples
 
 
 def learning_rate(step: int, optim: OptimSection, schedule: Schedule) -> float:
-    """The rate of the step that follows `step` completed ones.
+    """Returns the rate of the step that follows `step` completed ones.
 
     cosine: rises linearly over optim.warmup_epochs, then falls along half a cosine to 0 at the last step.
     reference: the reference code's min((epoch + 1) / warm-up, half a cosine over all epochs), constant within an epoch.
@@ -61,7 +61,7 @@ def learning_rate(step: int, optim: OptimSection, schedule: Schedule) -> float:
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, object]]:
-    """One group with weight decay; with decay_all off, a second one without it for norms, biases and tokens.
+    """Returns one group with weight decay; with decay_all off, a second one without for norms, biases and tokens.
 
     Each group carries the `names` of its parameters, in order.
     """
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, ob
 
 
 def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) -> Optimizer:
-    """Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101).
+    """Makes Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101).
 
     Both take one pass over memory, and divide gradients by their attribute `grad_scale`, a 0-d tensor, where it is set.
     """

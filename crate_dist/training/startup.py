@@ -1,4 +1,4 @@
-"""How long it takes from the start of the process to the first step, and what for; one line in the log."""
+"""Times the way from the start of the process to the first step, part by part, for one line in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Startup:
         self.over = False
 
     def mark(self, what: str, of_it: tuple[str, float] | None = None) -> None:
-        """`what` ended now, and began where the part before ended; `of_it` is a part of its seconds with a name."""
+        """Ends the part `what`, which began where the one before ended. of_it: a name, and seconds of it, set apart."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         taken = now - self._last
         if of_it is not None:
@@ -38,12 +38,12 @@ class Startup:
 
 
 def up_s() -> float:
-    """Seconds since this process began."""
+    """Returns the seconds since this process began."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _process_began()
 
 
 def _process_began() -> float:
-    """Seconds on the clock since boot, from /proc (field 22 of stat, in ticks)."""
+    """Reads from /proc (field 22 of stat, in ticks) when this process began: seconds on the clock since boot."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         return int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The curves that TensorBoard shows: event files that go on over restarts, whatever the clock and the disk do."""
+"""Writes TensorBoard's event files: curves that go on over restarts, whatever the clock and the disk do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PREFIX = "events.out.tfevents."
 
 
 class Curves:
-    """One event file per start.
+    """The event file of one start.
 
     TensorBoard reads the files of a folder in the order of the times in their names. A clock that was set back would
     put the newest first: it gets a time behind all others instead.
@@ -39,23 +39,23 @@ class Curves:
             self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, values: Summary, step: int) -> None:
-        """Whatever torch.utils.tensorboard.summary makes: scalars, images, histograms."""
+        """Appends what torch.utils.tensorboard.summary makes: scalars, images, histograms."""
         self._append(Event(step=step, summary=values))
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """One point of a curve."""
+        """Appends one point of a curve."""
         self.add(summary.scalar(name, value), step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown."""
+        """Appends a text in Markdown."""
         self.add(summary.text(name, text), step)
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
-        """uint8 (height, width, 3)"""
+        """Appends a picture, uint8 (height, width, 3)."""
         self.add(summary.image(name, pixels, dataformats="HWC"), step)
 
     def charts(self, layout: Mapping[str, Mapping[str, str]], step: int) -> None:
-        """Charts of several curves, for TensorBoard's "Custom Scalars": group -> title -> expression of their names."""
+        """Says which curves share a chart in "Custom Scalars": group -> title -> regular expression of their names."""
         groups = {
             group: {title: ["Multiline", [names]] for title, names in charts.items()}
             for group, charts in layout.items()

@@ -1,9 +1,10 @@
-"""The loop, and what is done when it is due."""
+"""Runs the training loop, and what is due after a step: reports, measures, evaluations, saves."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -14,20 +15,21 @@ from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
-from crate_dist.checkpoint.saving import Saved, Saver, prune
+from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
-from crate_dist.data.reader import ShardReader
+from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import Left, World, gather_objects
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
-from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.engine import Engine, MicroBatch, NotFinite
+from crate_dist.training.finite import post_mortem
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
@@ -38,12 +40,12 @@ from crate_dist.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 COMPILING = 4.0
-"""What may be compiled, and what libraries do at their first call, may take so many times safety.hang_timeout_s."""
+"""Times safety.hang_timeout_s: the patience with compilers, and with libraries at their first call."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when train returns."""
+    """The state of a run when `train` returns."""
 
     step: int
     finished: bool
@@ -105,7 +107,7 @@ class Trainer:
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:
-        """The loop. After an error a save that is under way may end, while the folder is still ours."""
+        """Runs the loop. After an error a save that is under way may end, while the folder is still ours."""
         try:
             return self.loop()
         except BaseException:
@@ -113,11 +115,11 @@ class Trainer:
             raise
 
     def loop(self) -> TrainResult:
-        """Steps, and what is due after each."""
+        """Takes steps, and does what is due after each."""
         self.greet()
         if not self.catch_up():
             return self.stop_early()
-        feed, told_to_stop = self.feed(), False
+        feed, told_to_stop = Feed(self.loader(self.recipe.data.workers), self.device), False
         while self.progress.step < self.last_step and not told_to_stop:
             self.take_step(feed)
             if self.reporting_is_due():
@@ -155,7 +157,6 @@ class Trainer:
         self.finish_saving()
         if self.world.is_main:
             prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.progress, self.tenure, self.damaged)
-        if self.world.is_main:
             config, indexes = self.engine.module.config, (self.train_index, self.val_index)
             export(
                 self.folder, self.recipe, config, self.progress, self.schedule.steps_per_epoch, *indexes, self.tenure
@@ -179,26 +180,32 @@ class Trainer:
         return self.result(finished=False)
 
     def result(self, finished: bool) -> TrainResult:
-        """Where the run stands."""
+        """Returns the state of the run."""
         return TrainResult(self.progress.step, finished, self.progress.best_top1, dict(self.progress.metrics))
 
-    def feed(self) -> Feed:
-        """This rank's micro-batches from the current step on."""
-        train, data = self.recipe.train, self.recipe.data
-        order = Order(self.train_index.shard_sizes, train.seed, self.recipe.lanes, data.window)
-        size = self.recipe.model.image_size
-        return Feed(TrainLoader(self.train_index, order, self.share, data, size, self.progress.step), self.device)
+    def loader(self, workers: int) -> TrainLoader:
+        """Returns this rank's micro-batches from the current step on, made by `workers` processes; 0: by this one."""
+        recipe, step = self.recipe, self.progress.step
+        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
+        return TrainLoader(self.train_index, order, self.share, transform, workers, step)
 
     def take_step(self, feed: Feed) -> None:
-        """One optimizer step, timed."""
+        """Takes one optimizer step, timed."""
         lr = learning_rate(self.progress.step, self.recipe.optim, self.schedule)
         first = not self.startup.over
         self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
-        began, waited = time.perf_counter(), feed.wait_s
+        began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for batch in feed:
+                bad.extend(batch.bad)
+                yield batch.images, batch.labels
+
         try:
-            result = self.engine.step(feed, lr, self.progress.step)
-        except NotFinite as error:
-            raise self.with_names(error) from None
+            result = self.engine.step(micro_batches(), lr, self.progress.step)
+        except NotFinite:
+            raise post_mortem(self.engine, self.loader(workers=0), self.progress.step, self.watchdog) from None
         self.monitor.add(
             result.loss,
             result.grad_norm,
@@ -211,28 +218,15 @@ class Trainer:
             self.startup.mark("step", ("batch", feed.wait_s))
             self.startup.report()
         self.interrupt.hold()
-        self.monitor.add_bad(result.bad)
+        self.monitor.bad.add_replaced(bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
 
-    def with_names(self, error: NotFinite) -> NotFinite:
-        """The same error with the step and the batches' samples by name. A collective."""
-        reader = ShardReader(self.train_index)
-        named = [reader.describe(sample, "") for sample in error.samples]
-        keys = [f"{item.shard}:{item.key}" for rank in gather_objects(named) for item in rank]
-        listed = ", ".join(keys[:64]) + (f" and {len(keys) - 64} more" if len(keys) > 64 else "")
-        return NotFinite(
-            f"step {self.progress.step + 1}, {error}. The step was not taken and the checkpoints are intact. "
-            f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
-            f"Samples: {listed}",
-            error.samples,
-        )
-
     def reporting_is_due(self) -> bool:
-        """Every so many steps, and before every save, so that a resumed curve has the same points."""
+        """Says whether to report: every log.every_steps, and before a save, so that a resumed curve is the same."""
         return self.progress.step % self.recipe.log.every_steps == 0 or self.saving_is_due()
 
     def evaluation_is_due(self) -> bool:
-        """At the first step after every so many whole epochs, and at the end; once per step."""
+        """Says whether to evaluate: at the first step after every log.eval_every_epochs, and at the end; once."""
         step, every = self.progress.step, self.recipe.log.eval_every_epochs
         if self.val_index is None or step in (0, self.progress.evaluated_at):
             return False
@@ -241,13 +235,13 @@ class Trainer:
         return (ended_just_now and epochs % every == 0) or step == self.last_step
 
     def saving_is_due(self) -> bool:
-        """Every so many steps, after every evaluation, and at the end."""
+        """Says whether to save: every checkpoint.every_steps, after every evaluation, and at the end."""
         step = self.progress.step
         periodic = step % self.recipe.checkpoint.every_steps == 0
         return periodic or step == self.last_step or step == self.progress.evaluated_at or self.evaluation_is_due()
 
     def catch_up(self) -> bool:
-        """A run may have ended between a save and what was due at the same step. Returns False when it is left."""
+        """Does what was due at the step of the checkpoint, after its save. Returns False when that is left."""
         if not self.measure(unless_known=True):
             return False
         if self.evaluation_is_due():
@@ -257,14 +251,14 @@ class Trainer:
         return True
 
     def measure(self, unless_known: bool = False) -> bool:
-        """The white box, when it is due; False, on all ranks, when that was left because of a signal."""
+        """Measures the white box when it is due. Returns False, on all ranks, when that is left for a signal."""
         step = self.progress.step
         if step == 0 or not self.live.is_due(step):
             return True
         return self.live.measure(self.engine.module, step, self.monitor, self.interrupt, unless_known)
 
     def evaluate(self) -> bool:
-        """Exact accuracy over the whole validation split, when it is due; False as for `measure`."""
+        """Counts the accuracy over the whole validation split when it is due. Returns False as `measure` does."""
         if not self.evaluation_is_due():
             return True
         assert self.val_index is not None
@@ -272,9 +266,9 @@ class Trainer:
             self.val_index,
             self.world.rank,
             self.world.world_size,
-            self.recipe.data,
-            self.recipe.model.image_size,
+            eval_transform(self.recipe.images, self.recipe.model.image_size),
             self.recipe.train.micro_batch,
+            self.recipe.data.workers,
         )
         began = time.perf_counter()
 
@@ -288,7 +282,7 @@ class Trainer:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
-        self.monitor.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
+        self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
         self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
         best = result.better_than(self.progress.best_top1)
         self.progress = replace(
@@ -304,27 +298,14 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, about = self.engine.state(), self.recipe.mathematics()
+        state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
-        self.note_saved(self.saver.save(state, self.progress, recipe=about, **data))
+        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:
         """Waits for the last save. One that has failed is tried again, until it succeeds or too many have failed."""
-        self.note_saved(self.saver.wait())
+        self.monitor.saved(self.saver.wait())
         while self.saver.failures:
             self.save()
-            self.note_saved(self.saver.wait())
-
-    def note_saved(self, saved: Saved | None) -> None:
-        """Reports a finished save, and says in time when the scheduler's notice is too short for one."""
-        self.monitor.saved(saved)
-        notice_s = self.recipe.cluster.signal_delay_s
-        if saved and saved.total_s > notice_s / 2 and self.world.launcher == "slurm":
-            logger.warning(
-                "a save takes %.0f s, and the job is told only %d s before its end; "
-                "give it --set cluster.signal_delay_s=%d or more",
-                saved.total_s,
-                notice_s,
-                int(4 * saved.total_s),
-            )
+            self.monitor.saved(self.saver.wait())

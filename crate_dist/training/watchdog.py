@@ -1,4 +1,4 @@
-"""A rank that does not arrive ends the job, with every rank's stack in its log.
+"""Ends the job when a rank does not arrive, with every rank's stack in its log.
 
 Without it the others would wait for half an hour in a collective and say nothing.
 """
@@ -66,7 +66,7 @@ class Watchdog:
             thread.join(timeout=2 * _LOOK_EVERY_S)
 
     def beat(self, what: str, patience: float = 1.0) -> None:
-        """Progress was made; `what` this rank does next, for the log, which may take `patience` times as long."""
+        """Notes progress. what: this rank does next, for the log; patience: how many times timeout_s that may take."""
         self._beats += 1
         self._what, self._last, self._patience = what, time.monotonic(), patience
 
@@ -76,7 +76,7 @@ class Watchdog:
                 self._give_up()
 
     def _connect(self) -> dist.Store:
-        """A connection of our own: the process group's is kept busy by whoever waits for another rank on it."""
+        """Opens a connection of our own: the process group's is kept busy by whoever waits for another rank on it."""
         return dist.TCPStore(self._world.master_addr, self._world.master_port, wait_for_workers=False)
 
     def _tell(self) -> None:
@@ -108,7 +108,7 @@ class Watchdog:
         os._exit(TRY_AGAIN)
 
     def _keep_flight_recorder(self) -> None:
-        """torch's own record of the last collectives of this rank, beside the log, as its torchfrtrace reads them.
+        """Writes torch's own record of this rank's last collectives beside the log, as its torchfrtrace reads them.
 
         Without stacks, whose names take torch longer to find than there is time.
         """
@@ -141,7 +141,7 @@ class Watchdog:
         return f"behind the others: {', '.join(behind)}"
 
     def _places(self, store: dist.Store) -> list[tuple[int, int, str]]:
-        """Beats and signs of life so far, and what is being done, of each rank."""
+        """Returns of each rank its beats and signs of life so far, and what it is doing."""
         places = []
         for rank in range(self._world.world_size):
             known = store.check([f"watchdog/{rank}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crate_dist.checkpoint.format import manifest_digest
-from crate_dist.data.loader import Batch
 from crate_dist.run.checkpoints import PREFIX, UNFINISHED
 
 Action = Literal["stand still", "slow", "disk full", "clock"]
@@ -140,18 +140,19 @@ class Fault:
 
 
 def note_samples(path: Path) -> None:
-    """Has this process write down which samples each of its steps is made of."""
-    from crate_dist.training.engine import Engine, StepResult
+    """Has this process write down of which samples each of its steps is made: digests of their pixels and labels."""
+    from crate_dist.training.engine import Engine, MicroBatch, StepResult
 
     take_step = Engine.step
 
-    def noting(engine: Engine, batches: Iterator[Batch], lr: float, step: int) -> StepResult:
-        used: list[int] = []
+    def noting(engine: Engine, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
+        used: list[str] = []
 
-        def noted() -> Iterator[Batch]:
-            for batch in batches:
-                used.extend(batch.samples.tolist())
-                yield batch
+        def noted() -> Iterator[MicroBatch]:
+            for images, labels in batches:
+                rows = zip(images.numpy(), labels.tolist(), strict=True)
+                used.extend(hashlib.sha256(pixels.tobytes() + bytes([label])).hexdigest() for pixels, label in rows)
+                yield images, labels
 
         result = take_step(engine, noted(), lr, step)
         with path.open("a") as file:

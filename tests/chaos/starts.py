@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from crate_dist.config import DataSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
+from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import gather_objects, init_distributed
 from crate_dist.training.interrupt import Interrupt
@@ -105,9 +105,9 @@ def _rank(rank: int, port: int, rounds: int, folder: Path) -> None:
     open_server()
     world = local_world(rank, RANKS, port)
     device = init_distributed(world)
-    index, data = ShardIndex.load(folder / "val"), DataSection(workers=WORKERS, eval_crop=1.0)
+    index = ShardIndex.load(folder / "val")
     order = Order(index.shard_sizes, seed=1, lanes=4, window=32)
-    training = TrainLoader(index, order, Share(rank, RANKS, 12, 6), data, size=32)
+    training = TrainLoader(index, order, Share(rank, RANKS, 12, 6), TrainTransform(32), WORKERS)
     threads = [
         threading.Thread(target=_save, args=(dist.new_group(backend="gloo"),), daemon=True),
         threading.Thread(target=_draw, args=(folder / f"curves-{rank}",), daemon=True),
@@ -120,7 +120,7 @@ def _rank(rank: int, port: int, rounds: int, folder: Path) -> None:
             next(training)
             interrupt.agreed()
             began, seen, seconds = time.perf_counter(), 0, None
-            for batch in eval_loader(index, rank, RANKS, data, size=32, batch=6):
+            for batch in eval_loader(index, rank, RANKS, EvalTransform(32, 32), batch=6, workers=WORKERS):
                 seconds = seconds or time.perf_counter() - began
                 seen += len(batch.labels)
             total = torch.tensor([seen], device=device)

@@ -57,7 +57,7 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, recipe: Path, run: Path, *more: str) -> list[object]:
-    overrides = ["model.image_size=48", "data.val_split=", "data.randaugment_ops=2", "data.erase=0.25", *more]
+    overrides = ["model.image_size=48", "data.val_split=", "augment.randaugment_ops=2", "augment.erase=0.25", *more]
     sets = [word for override in overrides for word in ("--set", override)]
     return ["--config", recipe, "--data", data, "--run-dir", run, *sets]
 
@@ -69,7 +69,7 @@ def test_a_run_begins_from_another_s_weights_and_once_it_has_begun_does_without_
     source, run = tmp_path / "source", tmp_path / "run"
     shutil.copytree(pretrained, source)
     # Steps too small to be seen, so that the weights are still those that it began from.
-    overrides = ["model.image_size=48", "data.val_split=", "data.randaugment_ops=2", "data.erase=0.25"]
+    overrides = ["model.image_size=48", "data.val_split=", "augment.randaugment_ops=2", "augment.erase=0.25"]
     overrides += ["train.precision=fp32", "optim.lr=1e-30", "optim.weight_decay=0"]
     command: list[object] = ["--config", small_recipe, "--data", three_classes, "--run-dir", run, "--init-from", source]
     command += [word for override in overrides for word in ("--set", override)]
@@ -267,6 +267,6 @@ def test_the_recipes_have_the_published_fine_tuning_code_s_values(data: str) -> 
     assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("adamw", 5e-5, 0.01, None)
     assert (optim.schedule, optim.warmup_epochs, optim.grad_clip, optim.label_smoothing) == ("cosine", 0, 0, 0)
     assert (train.global_batch, train.epochs, recipe.model.image_size) == (256, 200, 224)
-    assert augmentations(recipe.data) == (RandAugment(ops=2, magnitude=14),)
-    assert (recipe.data.eval_fit, recipe.data.crop_scale, recipe.data.flip) == ("stretch", (0.08, 1.0), 0.5)
-    assert recipe.data.resize_filter == "bilinear"
+    assert augmentations(recipe.augment, recipe.images.mean) == (RandAugment(ops=2, magnitude=14),)
+    assert (recipe.images.eval_fit, recipe.augment.crop_scale, recipe.augment.flip) == ("stretch", (0.08, 1.0), 0.5)
+    assert recipe.images.resize_filter == "bilinear"

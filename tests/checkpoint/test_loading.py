@@ -403,6 +403,13 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_at_step_0(folder: Path,
         assert "--start-over" in said
 
 
+def test_a_damaged_note_of_what_was_published_stops_a_run_only_where_there_is_no_checkpoint(folder: Path) -> None:
+    folder.with_name("published.json").write_text("{}")
+    assert spawn(find, 1, folder) == [30]
+    shutil.rmtree(folder)
+    assert "published.json is damaged" in spawn(find, 1, folder)[0]
+
+
 def test_a_run_that_publishes_puts_it_down_outside_the_folder(folder: Path) -> None:
     assert spawn(find, 1, folder) == [30]  # of before that was put down
     spawn(save, 1, folder, [40])

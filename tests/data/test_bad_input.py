@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_dist.config import DataSection, load_recipe
+from crate_dist.config import load_recipe
 from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ROW, Shard, ShardError, ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader, eval_loader
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_splits
+from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.prep.check import build_indexes, split_folders
 from crate_dist.prep.tar import LabelRule, scan_shard
 from tests.conftest import casts, write_split
@@ -37,11 +38,11 @@ def train_batch(index: ShardIndex, workers: int = 0) -> Batch:
     """The first micro-batch of 40 of an epoch of 40 samples."""
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
     share = Share(0, 1, SAMPLES, SAMPLES)
-    return next(TrainLoader(index, order, share, DataSection(workers=workers), SIZE, 0))
+    return next(TrainLoader(index, order, share, TrainTransform(SIZE), workers))
 
 
 def eval_batches(index: ShardIndex, workers: int = 0) -> list[Batch]:
-    return list(eval_loader(index, 0, 1, DataSection(workers=workers, eval_crop=1.0), SIZE, batch=8))
+    return list(eval_loader(index, 0, 1, EvalTransform(SIZE, SIZE), 8, workers))
 
 
 def split_with(folder: Path, odd: bytes) -> ShardIndex:
@@ -392,7 +393,7 @@ def test_a_thousand_damaged_images_never_make_a_short_batch(tmp_path: Path) -> N
     assert len(bad) > 200
     assert all(item.key.endswith(".png") and item.reason for item in bad)
     order, share = Order(index.shard_sizes, seed=3, lanes=4, window=64), Share(0, 1, 80, 40)
-    batches = TrainLoader(index, order, share, DataSection(workers=2), SIZE, 0)
+    batches = TrainLoader(index, order, share, TrainTransform(SIZE), workers=2)
     assert all(len(next(batches).images) == 40 for _ in range(1600 // 40))
 
 

@@ -28,8 +28,9 @@ from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote import prefetch as ahead
 from crate_dist.data.remote.cache import NoRoom, ShardCache, locked
 from crate_dist.data.remote.cache_folder import close
-from crate_dist.data.remote.fetch import Patience, below, file_url
+from crate_dist.data.remote.fetch import RetryPolicy, below, file_url
 from crate_dist.data.splits import open_split, open_splits
+from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.launching.preflight import preflight
 from tests.conftest import casts, write_split
 from tests.servers import FolderServer, serving
@@ -56,7 +57,7 @@ def server(folder: Path) -> Iterator[FolderServer]:
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "PATIENCE", Patience(4, first_delay_s=0.05, longest_delay_s=0.2, silence_s=0.5))
+    monkeypatch.setattr(remote, "RETRIES", RetryPolicy(4, first_delay_s=0.05, longest_delay_s=0.2, silence_s=0.5))
 
 
 @pytest.fixture
@@ -67,7 +68,9 @@ def data(tmp_path: Path) -> DataSection:
 def batches(index: ShardIndex, data: DataSection, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
     share = Share(rank, world_size, global_batch=20, micro_batch=10)
-    taken = itertools.islice(TrainLoader(index, order, share, data, SIZE, 0), STEPS * 2 // world_size)
+    taken = itertools.islice(
+        TrainLoader(index, order, share, TrainTransform(SIZE), data.workers), STEPS * 2 // world_size
+    )
     return (batch._replace(images=batch.images.clone()) for batch in taken)
 
 
@@ -128,7 +131,9 @@ def test_each_shard_is_fetched_once_by_all_ranks_and_workers_of_a_node(
 
 def test_evaluation_reads_through_the_cache(folder: Path, server: FolderServer, data: DataSection) -> None:
     both = [open_split(server.url, "val", data), ShardIndex.load(folder / "val")]
-    fetched, local = (images(iter(eval_loader(index, 0, 1, data, SIZE, batch=8))) for index in both)
+    fetched, local = (
+        images(iter(eval_loader(index, 0, 1, EvalTransform(SIZE, SIZE), 8, data.workers))) for index in both
+    )
     assert torch.equal(fetched, local)
     assert set(server.tars.values()) == {1}
 
@@ -270,7 +275,7 @@ def test_looking_ahead_leaves_half_of_the_cache_to_those_who_need_a_shard_now(
 def test_a_cache_that_cannot_hold_one_shard_says_so(
     server: FolderServer, data: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "ROOM_PATIENCE_S", 0.3)
+    monkeypatch.setattr(ahead, "ROOM_TIMEOUT_S", 0.3)
     index = open_split(server.url, "train", data.model_copy(update={"cache_gb": 1e-6}))
     with pytest.raises(ShardError, match=r"raise data.cache_gb"):
         ShardReader(index).read(0)
@@ -411,7 +416,7 @@ def test_the_look_before_the_launch_fetches_the_index_alone(
     assert (found.train_images, found.val_images, found.classes) == (200, 40, 4)
     assert server.url in str(found)
     assert not server.tars
-    assert "data.cache_dir" not in recipe.mathematics()
+    assert "data.cache_dir" not in recipe.deciding_values()
 
 
 def test_a_url_without_an_index_is_a_clear_error(

@@ -20,10 +20,11 @@ from crate_dist.data.index import ROW, ROW_WITHOUT_CHECKSUM, ShardError, ShardIn
 from crate_dist.data.loader import eval_loader
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_split
+from crate_dist.data.transforms import EvalTransform
 from crate_dist.prep import shards
 from crate_dist.prep.check import build_indexes, verify_split
-from crate_dist.prep.images import Treatment
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.samples import ImageRef, Samples
 from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
 from tests.conftest import write_split
 from tests.data_prep import class_tree, picture
@@ -82,7 +83,7 @@ def test_a_changed_sample_is_replaced_counted_and_named(split: ShardIndex) -> No
     rng, changed = random.Random(1), [3, 40, 41, 99]
     for sample in changed:
         flip_in(split, sample, rng)
-    batches = list(eval_loader(split, 0, 1, DataSection(workers=0, eval_crop=1.0), 24, batch=25))
+    batches = list(eval_loader(split, 0, 1, EvalTransform(24, 24), batch=25, workers=0))
     bad = [item for batch in batches for item in batch.bad]
     assert [item.key for item in bad] == ["000003.png", "000040.png", "000041.png", "000041.png", "000099.png"]
     assert all("does not have the checksum in its index" in item.reason for item in bad)
@@ -139,7 +140,7 @@ def test_a_shard_that_does_not_read_back_as_it_was_written_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, rng = class_tree(tmp_path / "source", classes=1), random.Random(3)
-    found = [Found(str(path.relative_to(root)), path.stat().st_size) for path in sorted(root.glob("*/*"))]
+    found = [ImageRef(str(path.relative_to(root)), path.stat().st_size) for path in sorted(root.glob("*/*"))]
     (tmp_path / "train").mkdir()
     plan = shards.ShardPlan(tmp_path / "train", Samples.collect(root, found, 0), 0, 8)
 
@@ -150,7 +151,7 @@ def test_a_shard_that_does_not_read_back_as_it_was_written_is_not_kept(
 
     monkeypatch.setattr(shards, "scan_shard", after_a_flip)
     with pytest.raises(ShardError, match="does not read back as it was written"):
-        shards.make_shard(next(plan.tasks(Treatment(), False, {})))
+        shards.make_shard(next(plan.tasks(ImageOptions(), False, {})))
     assert not list((tmp_path / "train").iterdir())
 
 

@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from crate_dist.config import DataSection
+from crate_dist.config import AugmentSection, ImageSection
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.loader import Batch, Normalize, Share, TrainLoader, eval_loader
+from crate_dist.data.loader import Batch, Normalize, Share, TrainLoader, eval_loader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
-from crate_dist.data.transforms import TrainTransform, sample_rng
+from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
 from tests.conftest import casts, write_split
 
 SIZE = 24
 
 
-def batches(index: ShardIndex, share: Share, workers: int, step: int = 0, **data: Any) -> Iterator[Batch]:
+def batches(index: ShardIndex, share: Share, workers: int, step: int = 0, **images: Any) -> TrainLoader:
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
-    return TrainLoader(index, order, share, DataSection(workers=workers, **data), SIZE, step)
+    transform = train_transform(AugmentSection(), ImageSection(**images), SIZE)
+    return TrainLoader(index, order, share, transform, workers, step)
 
 
 def take(index: ShardIndex, share: Share, workers: int, count: int, step: int = 0) -> list[Batch]:
@@ -70,10 +71,10 @@ def test_a_resume_at_any_step_sees_the_same_pixels(cast_shards: Path) -> None:
 
 def test_the_resize_is_the_recipe_s_in_training_too(cast_shards: Path) -> None:
     index, share = ShardIndex.load(cast_shards / "train"), Share(0, 1, 20, 10)
-    reader = ShardReader(index)
-    batch = next(batches(index, share, 0, resize_filter="bilinear"))
+    reader, loader = ShardReader(index), batches(index, share, 0, resize_filter="bilinear")
+    batch = next(loader)
     transform = TrainTransform(SIZE, resize_filter="bilinear")
-    for sample, pixels in zip(batch.samples.tolist(), batch.images.numpy(), strict=True):
+    for sample, pixels in zip(loader.source.samples(0).tolist(), batch.images.numpy(), strict=True):
         assert np.array_equal(pixels, transform(reader.read(sample), sample_rng(3, 0, sample)))
     assert not torch.equal(batch.images, next(batches(index, share, 0)).images)
 
@@ -90,7 +91,7 @@ def test_evaluation_sees_every_sample_exactly_once(cast_shards: Path, world_size
     index = ShardIndex.load(cast_shards / "val")
     labels: list[int] = []
     for rank in range(world_size):
-        for batch in eval_loader(index, rank, world_size, DataSection(workers=0, eval_crop=1.0), 32, batch=8):
+        for batch in eval_loader(index, rank, world_size, EvalTransform(32, 32), 8, workers=0):
             labels += batch.labels.tolist()
     assert labels == index.rows["label"].tolist()
 
@@ -140,10 +141,10 @@ def test_a_shard_that_is_gone_or_too_short_is_an_error_that_names_it(tmp_path: P
 
 
 def test_numbers_on_the_device_are_normalised_like_torchvision() -> None:
-    section = DataSection()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
-    result = Normalize(section, torch.device("cpu"), torch.float32)(images)
+    result = Normalize(mean, std, torch.device("cpu"), torch.float32)(images)
     assert result.shape == (2, 3, 5, 7)
     for channel in range(3):
-        expected = (images[..., channel] / 255 - section.mean[channel]) / section.std[channel]
+        expected = (images[..., channel] / 255 - mean[channel]) / std[channel]
         assert torch.allclose(result[:, channel], expected, atol=1e-6)

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from crate_dist.config import DataSection, ResizeFilter
+from crate_dist.config import ImageSection, ResizeFilter
+from crate_dist.data.decode import BadImage
 from crate_dist.data.loader import eval_transform
 from crate_dist.data.order import hash64
-from crate_dist.data.transforms import BadImage, EvalTransform, TrainTransform, random_crop, sample_rng
+from crate_dist.data.transforms import EvalTransform, TrainTransform, random_crop, sample_rng
 from tests.conftest import png
 
 
@@ -108,14 +109,14 @@ def torchvision_s(image: Image.Image, short_side: int, size: int, resize_filter:
 def test_evaluation_sees_torchvision_s_pixels_at_every_size(resize_filter: ResizeFilter) -> None:
     rng = np.random.default_rng(1)
     noise, shifted = Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)), 0
-    transform = eval_transform(DataSection(resize_filter=resize_filter), 56)
+    transform = eval_transform(ImageSection(resize_filter=resize_filter), 56)
     for width, height in [(64, 64), (56, 56), (64, 99), (500, 375), *rng.integers(20, 300, (250, 2)).tolist()]:
         image = noise.resize((width, height))
         data = encode(image, "PPM")
         assert np.array_equal(transform(data), torchvision_s(image, 64, 56, resize_filter)), (width, height)
         shifted += round(64 * max(width, height) / min(width, height)) != 64 * max(width, height) // min(width, height)
     assert shifted > 50  # what rounding to the nearest would have moved
-    stretched = eval_transform(DataSection(resize_filter=resize_filter, eval_fit="stretch"), 56)(data)
+    stretched = eval_transform(ImageSection(resize_filter=resize_filter, eval_fit="stretch"), 56)(data)
     assert np.array_equal(stretched, np.asarray(image.resize((56, 56), Image.Resampling[resize_filter.upper()])))
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from crate_dist.data import workers
 from crate_dist.data.index import ShardError
-from crate_dist.data.workers import LostWorker, SharedArray, Workers
+from crate_dist.data.shared import SharedArray
+from crate_dist.data.workers import LostWorker, Workers
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import wait_until
 from tests.chaos.stacks import family

@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_dist.checkpoint.trained import load_subject
-from crate_dist.config import DataSection, ModelSection, load_recipe
+from crate_dist.checkpoint.trained import load_trained
+from crate_dist.config import ImageSection, ModelSection, load_recipe
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import Normalize, eval_loader
+from crate_dist.data.loader import Normalize, eval_loader, eval_transform
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import World
 from crate_dist.evaluate import Evaluation, evaluate, main
@@ -34,7 +34,7 @@ from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to
 
 pytestmark = pytest.mark.spawn
 
-DATA = DataSection(workers=0, eval_crop=1.0)
+IMAGES = ImageSection(eval_crop=1.0)
 NO_IMAGES = {3, 4, 17, 18, 19, 36}
 
 
@@ -43,17 +43,21 @@ def model() -> CRATE:
 
 
 def evaluate_on_ranks(world: World, device: torch.device, shards: Path) -> Evaluation:
-    index, net, normalize = ShardIndex.load(shards / "val"), model(), Normalize(DATA, device, torch.float32)
-    batches = eval_loader(index, world.rank, world.world_size, DATA, 32, batch=8)
+    index, net, normalize = (
+        ShardIndex.load(shards / "val"),
+        model(),
+        Normalize(IMAGES.mean, IMAGES.std, device, torch.float32),
+    )
+    batches = eval_loader(index, world.rank, world.world_size, eval_transform(IMAGES, 32), batch=8, workers=0)
     return evaluate(lambda images: net(normalize(images)), batches, device)
 
 
 def by_hand(shards: Path) -> tuple[float, float]:
     """Accuracy in per cent and loss of model() on the whole split in one batch."""
     index = ShardIndex.load(shards / "val")
-    (batch,) = eval_loader(index, 0, 1, DATA, 32, batch=1000)
+    (batch,) = eval_loader(index, 0, 1, eval_transform(IMAGES, 32), batch=1000, workers=0)
     with torch.no_grad():
-        logits = model()(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))
+        logits = model()(Normalize(IMAGES.mean, IMAGES.std, torch.device("cpu"), torch.float32)(batch.images))
     right = (logits.argmax(dim=1) == batch.labels).float().mean()
     return 100 * float(right), float(F.cross_entropy(logits, batch.labels))
 
@@ -84,10 +88,12 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_cannot_be_read_does_not_count_and_is_named_once_at_any_number_of_ranks(
     cast_shards: Path, damaged: Path, world_size: int
 ) -> None:
-    (batch,) = eval_loader(ShardIndex.load(cast_shards / "val"), 0, 1, DATA, 32, batch=1000)
+    (batch,) = eval_loader(
+        ShardIndex.load(cast_shards / "val"), 0, 1, eval_transform(IMAGES, 32), batch=1000, workers=0
+    )
     read = [number for number in range(37) if number not in NO_IMAGES]
     with torch.no_grad():
-        logits = model()(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))[read]
+        logits = model()(Normalize(IMAGES.mean, IMAGES.std, torch.device("cpu"), torch.float32)(batch.images))[read]
     labels = batch.labels[read]
     for result in spawn(evaluate_on_ranks, world_size, damaged):
         assert (result.samples, result.unreadable) == (len(read), len(NO_IMAGES))
@@ -144,10 +150,10 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
     cast_shards: Path, small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    settings = ("--set", "data.resize_filter=bilinear")
+    settings = ("--set", "images.resize_filter=bilinear")
     train_to_the_end(["--config", small_recipe, "--data", cast_shards, "--run-dir", run, *settings], world_size=1)
     exported = torch.load(run / "model-last.pt", weights_only=True)
-    assert {load_subject(source).data.resize_filter for source in (run, run / "model-last.pt")} == {"bilinear"}
+    assert {load_trained(source).images.resize_filter for source in (run, run / "model-last.pt")} == {"bilinear"}
     net = model()
     net.load_state_dict(exported["state_dict"])
     export_reference(tmp_path / "reference.pth.tar", net.config, net.state_dict())
@@ -165,10 +171,10 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
     (tmp_path / "link").symlink_to(run / "checkpoints" / "step-00000025")
     monkeypatch.chdir(run / "checkpoints")
     for source in (Path("step-00000025"), tmp_path / "link"):
-        assert load_subject(source).data.eval_crop == 1.0
+        assert load_trained(source).images.eval_crop == 1.0
     check_init_from(tmp_path / "link", load_recipe(small_recipe))
     monkeypatch.chdir("step-00000025")
-    assert load_subject(Path()).data.eval_crop == 1.0
+    assert load_trained(Path()).images.eval_crop == 1.0
     assert len(set(outputs)) == 1, outputs
     done = command(tmp_path / "reference.pth.tar", "--data", cast_shards)
     assert "37 samples" in done.stdout, done.stderr
@@ -276,7 +282,7 @@ def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> tuple[dict[str, Any], str]:
-    """What the command writes and says."""
+    """Returns what the command writes and says."""
     assert main([*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]) == 0
     return json.loads((folder / "out.json").read_text()), capsys.readouterr().out
 
@@ -288,9 +294,11 @@ def test_classes_are_matched_by_name_and_the_data_s_alone_compete_unless_all_are
     source, net = trained_on(tmp_path, ["x", "1", "y", "0", "z", "w"])
     flags = ["--all-classes"] if all_classes else []
     found, said = scored(capsys, tmp_path, source, "--data", two_classes, "--confusions", 9, *flags)
-    (batch,) = eval_loader(ShardIndex.load(two_classes / "val"), 0, 1, DATA, 32, batch=1000)
+    (batch,) = eval_loader(
+        ShardIndex.load(two_classes / "val"), 0, 1, eval_transform(IMAGES, 32), batch=1000, workers=0
+    )
     with torch.no_grad():
-        logits = net(Normalize(DATA, torch.device("cpu"), torch.float32)(batch.images))
+        logits = net(Normalize(IMAGES.mean, IMAGES.std, torch.device("cpu"), torch.float32)(batch.images))
     right = torch.tensor([3, 1])[batch.labels]  # the outputs that are called "0" and "1"
     competing = logits if all_classes else logits.masked_fill(~torch.eye(6)[[1, 3]].any(dim=0), -torch.inf)
     assert found["top1"] == pytest.approx(100 * float((competing.argmax(dim=1) == right).float().mean()))

@@ -29,7 +29,7 @@ def test_the_parameters_are_counted_without_torch_as_torch_has_them(arch: str) -
 def test_what_autograd_keeps_is_what_was_foretold(again: int) -> None:
     settings = recipe("crate_tiny", "model.image_size=112", f"train.recompute={again}")
     model = build_model(settings.model, 1000, seed=0)
-    model.recompute = again
+    model.set_execution(recompute=again)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

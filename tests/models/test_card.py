@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from crate_dist.checkpoint.export import facts_of
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights import load_model
 from crate_dist.models.weights.__main__ import convert
-from crate_dist.models.weights.card import card_path, facts_of, model_card, write_card
+from crate_dist.models.weights.card import card_path, model_card, write_card
 from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.record import code_version
 
@@ -45,7 +46,7 @@ def meta(tmp_path: Path) -> dict[str, Any]:
         "metrics": {"val/top1": 70.123, "val/top5": 89.5, "val/loss": 1.25},
         "evaluated_at": 93700,
         "data": facts_of(train, val),
-        "recipe_values": recipe.mathematics(),
+        "recipe_values": recipe.deciding_values(),
         "code": code_version(),
         "classes": train.classes,
         "mean": [0.5, 0.4, 0.3],

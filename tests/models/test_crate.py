@@ -21,7 +21,7 @@ from crate_dist.config import ArchName, ModelSection
 from crate_dist.models import matmul as products
 from crate_dist.models.build import ARCHS, build_model, find_arch, find_published, initialise, model_config
 from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
-from crate_dist.models.weights.names import from_reference, load_weights, to_reference
+from crate_dist.models.weights.names import from_reference, to_reference
 from crate_dist.models.weights.write import export_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
@@ -43,7 +43,7 @@ def golden() -> dict[str, Any]:
 def model(golden: dict[str, Any]) -> CRATE:
     config = {key: value for key, value in golden["config"].items() if key != "dim_head"}
     model = CRATE(CrateConfig(**config))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     return model
 
 
@@ -262,7 +262,7 @@ def test_the_memory_format_of_the_images_does_not_matter() -> None:
 def test_dropout_acts_in_training_only() -> None:
     still = initialise(SMALL, seed=0)
     model = CRATE(CrateConfig(**{**vars(SMALL), "dropout": 0.3, "emb_dropout": 0.2}))
-    load_weights(model, still.state_dict())
+    model.load_state_dict(still.state_dict())
     images = torch.randn(2, 3, 16, 16)
     assert not torch.equal(model(images), still(images))
     assert torch.equal(model.eval()(images), still(images))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lion_pytorch import Lion
 from torch import Tensor, nn
 
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import ModelSection
 from crate_dist.models.build import build_model, initialise
 from crate_dist.models.crate import CRATE, CrateConfig
@@ -27,10 +27,9 @@ from crate_dist.models.weights.names import (
     check_fit,
     from_reference,
     infer_config,
-    load_weights,
     to_reference,
 )
-from crate_dist.models.weights.read import load_model, read_state_dict, read_weights
+from crate_dist.models.weights.read import load_model, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -76,7 +75,7 @@ def test_every_layout_of_the_published_code_is_read(
 ) -> None:
     theirs = to_reference(state, prefix)
     torch.save({key: theirs, "optimizer": {"state": {}}} if key else theirs, tmp_path / "weights.pt")
-    assert_equal(read_state_dict(tmp_path / "weights.pt"), state)
+    assert_equal(read_weights(tmp_path / "weights.pt").state_dict, state)
     model, meta = load_model(tmp_path / "weights.pt", heads=3)
     assert_equal(dict(model.state_dict()), state)
     assert meta["resize_filter"] == "bilinear"  # as that code does
@@ -206,7 +205,7 @@ def test_what_the_published_layout_has_no_place_for_is_written_beside_it_and_rea
     meta["classes"] = list("abcdefg")
     export_model(tmp_path / "ours.pt", config, state, meta)
     main(["convert", str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pth.tar"), "--to", "reference"])
-    one, other = (load_subject(tmp_path / name) for name in ("ours.pt", "theirs.pth.tar"))
+    one, other = (load_trained(tmp_path / name) for name in ("ours.pt", "theirs.pth.tar"))
     assert other.model.config == one.model.config == config
     assert (other.data, other.classes, other.precision) == (one.data, one.classes, one.precision)
     for said in (
@@ -230,7 +229,7 @@ def test_what_a_file_cannot_mean_is_not_taken_from_it(
     assert load_model(tmp_path / "theirs.pth.tar", heads=3)[0].config == SMALL
     torch.save({"state_dict": to_reference(state), "mean": torch.ones(2)}, tmp_path / "theirs.pth.tar")
     with pytest.raises(WeightsError, match="how its images are prepared"):
-        load_subject(tmp_path / "theirs.pth.tar", heads=3)
+        load_trained(tmp_path / "theirs.pth.tar", heads=3)
 
 
 def test_heads_of_a_published_size_need_not_be_given_and_are_said(
@@ -382,7 +381,7 @@ def test_weights_that_do_not_fit_are_named(state: dict[str, Tensor]) -> None:
     broken["layers.1.ista.dictionery"] = broken.pop("layers.1.ista.dictionary")
     broken["head.linear.bias"] = torch.zeros(9)
     with pytest.raises(WeightsError) as caught:
-        load_weights(initialise(SMALL, seed=0), broken)
+        check_fit(broken, SMALL)
     assert str(caught.value).splitlines()[1:] == [
         "  missing 'layers.1.ista.dictionary'",
         "  unexpected 'layers.1.ista.dictionery' (nearest: 'layers.1.ista.dictionary')",
@@ -447,7 +446,7 @@ def test_the_command_describes_and_converts(tmp_path: Path, capsys: pytest.Captu
     main(["convert", str(CHECKPOINT), str(ours), "--to", "crate-dist", "--heads", "4"])
     main(["convert", str(ours), str(theirs), "--to", "reference", "--bare-names"])
     content = torch.load(theirs, weights_only=True)["state_dict"]
-    assert_equal(content, to_reference(read_state_dict(CHECKPOINT)))
+    assert_equal(content, to_reference(read_weights(CHECKPOINT).state_dict))
     capsys.readouterr()
     main(["describe", str(ours)])
     shown = capsys.readouterr().out

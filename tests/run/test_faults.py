@@ -72,7 +72,7 @@ def test_what_may_pass_is_tried_again(error: Exception) -> None:
         CheckpointError("rank 0: /run/x: [Errno 5] Input/output error; rank 1: [Errno 28] No space left on device"),
         OSError(WORKER.format(errno.ENOENT)),
         UnidentifiedImageError("cannot identify image file"),
-        NotFinite("the loss is nan", []),
+        NotFinite("the loss is nan"),
         torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
         RuntimeError("The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1"),
         ValueError("Input/output error"),

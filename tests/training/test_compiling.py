@@ -13,10 +13,15 @@ import torch
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
-from crate_dist.config import Recipe
+from crate_dist.config import AugmentSection, ImageSection, Recipe
+from crate_dist.data.index import ShardIndex
+from crate_dist.data.loader import Share, TrainLoader, train_transform
+from crate_dist.data.order import Order
+from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import World
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
+from crate_dist.training.watchdog import Watchdog
 from tests.ranks import spawn
 from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
@@ -73,10 +78,10 @@ def count_graphs(world: World, device: torch.device, cache: Path) -> tuple[int, 
     with torch.compiler.set_stance("fail_on_recompile"):
         take_steps(compiled, world, 0, 1)
     for count in (GLOBAL_BATCH, 5, 1):  # an evaluation, with its last batches
-        compiled.predict(batch_of(9).images[:count])
+        compiled.predict(batch_of(9, world)[0][:count])
     with torch.compiler.set_stance("fail_on_recompile"):
         take_steps(compiled, world, 1, 2)
-    images = batch_of(9).images
+    images, _ = batch_of(9, world)
     off = (compiled.predict(images) - eager.predict(images)).abs().max().item()
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], off
 
@@ -87,8 +92,10 @@ def test_all_layers_are_one_graph_and_nothing_is_compiled_again(cache: Path) -> 
     assert off < 0.05  # Lion turns a gradient that is zero up to rounding into a whole step
 
 
-def not_finite(world: World, device: torch.device, cache: Path) -> tuple[str, bool]:
+def not_finite(world: World, device: torch.device, cache: Path, shards: Path) -> tuple[str, bool, list[str]]:
+    """What is said, whether the weights are as they were, and this rank's samples."""
     from crate_dist.training.engine import NotFinite
+    from crate_dist.training.finite import post_mortem
 
     keep_in(cache)
     engine = make_engine(world, device, with_train(compile=True))
@@ -96,14 +103,23 @@ def not_finite(world: World, device: torch.device, cache: Path) -> tuple[str, bo
     before = [part.clone() for part in engine.state()["fp32"]]
     with torch.no_grad():
         engine.module.layers[1].ista.dictionary[0, 0] = float("inf")
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NotFinite):
         take_steps(engine, world, 1, 2)
-    return str(caught.value), all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
+    index, share = ShardIndex.load(shards), Share(world.rank, 2, GLOBAL_BATCH, GLOBAL_BATCH // 2)
+    order = Order(index.shard_sizes, seed=3)
+    transform = train_transform(AugmentSection(), ImageSection(), 32)
+    again = TrainLoader(index, order, share, transform, workers=0, step=1)
+    said = str(post_mortem(engine, again, 1, Watchdog(world, 60, cache / "unused")))
+    untouched = all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
+    reader, samples = ShardReader(index), order.samples(share.positions(order, 1)).tolist()
+    return said, untouched, [reader.describe(sample, "").key for sample in samples]
 
 
-def test_the_layer_where_it_stopped_being_finite_is_found_behind_a_compiled_one(cache: Path) -> None:
-    for said, untouched in spawn(not_finite, 2, cache):
+def test_the_layer_where_it_stopped_being_finite_is_found_behind_a_compiled_one(cache: Path, cast_shards: Path) -> None:
+    for said, untouched, keys in spawn(not_finite, 2, cache, cast_shards / "train"):
         assert "rank 0: the output of layers.1.ista" in said
+        assert "rank 1: the output of layers.1.ista" in said
+        assert all(key in said for key in keys)
         assert untouched
 
 
@@ -131,12 +147,12 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference
 
     keep_in(cache)
     golden = torch.load(GOLDEN, weights_only=True)
     model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     images = golden["images"]
     assert compiling.compile_layers(model, device, torch.float32, len(images)) is not None
     return (model(images) - golden["logits"]).abs().max().item()
@@ -198,11 +214,10 @@ def losses_of(world: World, device: torch.device, cache: Path) -> list[list[floa
         engine = make_engine(world, device, with_train(**train))
         losses = []
         for step in range(40):
-            batch = batch_of(step % 5)
             labels = torch.arange(GLOBAL_BATCH) % 4
-            images = batch.images // 2
+            images = batch_of(step % 5, world)[0] // 2
             images[torch.arange(GLOBAL_BATCH), :, :, labels.clamp(max=2)] += (labels < 3).byte()[:, None, None] * 60
-            losses.append(engine.step(iter([batch._replace(images=images, labels=labels)]), 3e-4, step).loss.item())
+            losses.append(engine.step(iter([(images, labels)]), 3e-4, step).loss.item())
         curves.append(losses)
     return curves
 

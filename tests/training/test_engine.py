@@ -12,7 +12,6 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe, build_recipe
-from crate_dist.data.loader import Batch
 from crate_dist.distributed import World
 from tests.ranks import spawn
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.spawn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 GLOBAL_BATCH = 24
-NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 def recipe(**optim: Any) -> Recipe:
@@ -28,7 +26,7 @@ def recipe(**optim: Any) -> Recipe:
         {
             "name": "engine",
             "model": {"arch": "crate_demo", "image_size": 32, "patch_size": 8},
-            "data": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+            "images": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
             "optim": {"lr": 2e-4, "weight_decay": 0.05, **optim},
             "train": {"global_batch": GLOBAL_BATCH, "epochs": 1, "precision": optim.pop("precision", "bf16")},
         },
@@ -39,14 +37,14 @@ def recipe(**optim: Any) -> Recipe:
 def golden_losses(world: World, device: torch.device, accumulation: int) -> list[float]:
     """Twelve Lion steps of the golden model through the engine, without clipping, in fp32."""
     from crate_dist.models.crate import CRATE, CrateConfig
-    from crate_dist.models.weights.names import from_reference, load_weights
+    from crate_dist.models.weights.names import from_reference
     from crate_dist.training.engine import Engine
 
     golden = torch.load(GOLDEN, weights_only=True)
     given, training = dict(golden["config"]), golden["train"]
     given.pop("dim_head")
     model = CRATE(CrateConfig(**given))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     images, labels = training["images"], training["labels"]
     settings = recipe(
         lr=training["lr"],
@@ -64,7 +62,7 @@ def golden_losses(world: World, device: torch.device, accumulation: int) -> list
     for step in range(len(images)):
         mine = slice(world.rank * micro * accumulation, (world.rank + 1) * micro * accumulation)
         parts = zip(images[step, mine].split(micro), labels[step, mine].split(micro), strict=True)
-        result = engine.step((Batch(i, t, [], NO_IDS) for i, t in parts), training["lr"], step)
+        result = engine.step(parts, training["lr"], step)
         torch.distributed.all_reduce(result.loss)
         losses.append(result.loss.item() / world.world_size)
     return losses
@@ -77,10 +75,14 @@ def test_twelve_lion_steps_have_the_losses_of_the_published_code(world_size: int
         assert losses == pytest.approx(expected, abs=1e-4)
 
 
-def batch_of(step: int) -> Batch:
+def batch_of(step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's share of random images and labels."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator), [], NO_IDS)
+    labels = torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator)
+    share = GLOBAL_BATCH // world.world_size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    return images[mine], labels[mine]
 
 
 def make_engine(world: World, device: torch.device, settings: Recipe) -> Any:
@@ -92,10 +94,7 @@ def make_engine(world: World, device: torch.device, settings: Recipe) -> Any:
 
 def take_steps(engine: Any, world: World, first: int, stop: int) -> None:
     for step in range(first, stop):
-        share = GLOBAL_BATCH // world.world_size
-        mine = slice(world.rank * share, (world.rank + 1) * share)
-        batch = batch_of(step)
-        engine.step(iter([Batch(batch.images[mine], batch.labels[mine], [], NO_IDS)]), 1e-3, step)
+        engine.step(iter([batch_of(step, world)]), 1e-3, step)
 
 
 def train_and_save(world: World, device: torch.device, settings: Recipe, folder: Path) -> None:
@@ -153,10 +152,9 @@ def gradients_in_fp32(world: World, device: torch.device) -> tuple[float, float]
         settings = recipe()
         micro = GLOBAL_BATCH // accumulation
         engine = Engine(build_model(settings.model, 7, seed=0), settings, device, micro, accumulation)
-        batch = batch_of(0)
-        pieces = zip(batch.images.split(micro), batch.labels.split(micro), strict=True)
+        pieces = zip(*(tensor.split(micro) for tensor in batch_of(0, world)), strict=True)
         assert engine._zero.gradient_accumulation_dtype == torch.float32
-        norms.append(engine.step((Batch(i, t, [], NO_IDS) for i, t in pieces), 1e-3, 0).grad_norm.item())
+        norms.append(engine.step(pieces, 1e-3, 0).grad_norm.item())
     return norms[0], norms[1]
 
 
@@ -183,10 +181,7 @@ def test_master_weights_start_unrounded() -> None:
 def clipped(world: World, device: torch.device, largest: float) -> tuple[float, float]:
     """The norm of the first gradient, and that of the momentum after it, over all ranks."""
     engine = make_engine(world, device, recipe(grad_clip=largest))
-    share = GLOBAL_BATCH // world.world_size
-    mine = slice(world.rank * share, (world.rank + 1) * share)
-    batch = batch_of(0)
-    result = engine.step(iter([Batch(batch.images[mine], batch.labels[mine], [], NO_IDS)]), 1e-3, 0)
+    result = engine.step(iter([batch_of(0, world)]), 1e-3, 0)
     squares = engine.state()["exp_avg"][0].square().sum()
     torch.distributed.all_reduce(squares)
     return result.grad_norm.item(), squares.sqrt().item()

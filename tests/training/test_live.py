@@ -16,7 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.loader import eval_loader
+from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.distributed import World
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
@@ -211,10 +211,10 @@ def test_measures_that_take_too_much_time_say_how_many_would_not(
     world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")
     one = Live(recipe, world, torch.device("cpu"), index, Schedule(3, 200, 24))
     for began, seconds in ((0, 50), (149, 1), (249, 1)):  # half a per cent beside the first
-        one._say_when_dear(began, seconds)
+        one._say_when_costly(began, seconds)
     assert not caplog.records
     for began in (295, 395):
-        one._say_when_dear(began, 5)
+        one._say_when_costly(began, 5)
     assert [record.getMessage() for record in caplog.records] == [
         "the white-box measures take 2.8 % of the time; --set log.whitebox_every_steps=600 costs 1 % at most"
     ]
@@ -247,8 +247,9 @@ def test_bad_images_are_passed_over_and_the_first_good_ones_are_taken(small_reci
 def test_the_images_are_those_of_evaluation_prepared_as_for_it(small_recipe: Path, cast_shards: Path) -> None:
     index = ShardIndex.load(cast_shards / "val")
     for fit in ("crop", "stretch"):
-        recipe = load_recipe(small_recipe, data__eval_fit=fit, data__eval_crop=0.5, data__workers=0)
+        recipe = load_recipe(small_recipe, images__eval_fit=fit, images__eval_crop=0.5)
         pixels, labels = first_images(index, recipe)
-        batch = next(iter(eval_loader(index, 0, 1, recipe.data, recipe.model.image_size, len(pixels))))
+        transform = eval_transform(recipe.images, recipe.model.image_size)
+        batch = next(iter(eval_loader(index, 0, 1, transform, len(pixels), workers=0)))
         assert torch.equal(torch.from_numpy(pixels), batch.images), fit
         assert torch.equal(labels, batch.labels)

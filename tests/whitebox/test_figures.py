@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.figures import main
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.write import export_model
-from crate_dist.whitebox.pictures import Framing, GalleryError, from_paths, read_mask
+from crate_dist.whitebox.pictures import Framing, PictureError, from_paths, read_mask
 from tests.pictures import photo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
@@ -174,8 +174,8 @@ def test_models_that_cannot_be_used_are_named(photos: Path, tmp_path: Path, caps
 
 
 def test_a_tensor_file_is_read_as_the_model_does_and_shown_as_it_was(golden_files: tuple[Path, Path]) -> None:
-    framing = Framing(32, 8, square=True, prepared=DataSection(eval_crop=1.0))
-    pictures = from_paths([golden_files[1]], framing, DataSection(), count=2)
+    framing = Framing(32, 8, square=True, prepared=ImageSection(eval_crop=1.0))
+    pictures = from_paths([golden_files[1]], framing, count=2)
     stored = torch.load(golden_files[1], weights_only=True)["imgs"]
     assert len(pictures) == 2
     assert torch.equal(pictures[1].tensor, stored[1])
@@ -194,5 +194,5 @@ def test_masks_of_all_kinds_mean_the_same(tmp_path: Path) -> None:
     for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", (20, 30)), mask > 0), name
-    with pytest.raises(GalleryError, match=r"l\.png is 30 x 20; its picture has other proportions"):
+    with pytest.raises(PictureError, match=r"l\.png is 30 x 20; its picture has other proportions"):
         read_mask(tmp_path / "l.png", (30, 20))

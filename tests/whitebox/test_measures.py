@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CRATE, CrateConfig, CrateLayer
-from crate_dist.models.weights.names import from_reference, load_weights
+from crate_dist.models.weights.names import from_reference
 from crate_dist.whitebox.measures import (
     class_attention_maps,
     coding_rate,
@@ -35,7 +35,7 @@ def golden() -> dict[str, Any]:
 @pytest.fixture
 def model(golden: dict[str, Any]) -> CRATE:
     model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
-    load_weights(model, from_reference(golden["state_dict"]))
+    model.load_state_dict(from_reference(golden["state_dict"]))
     return model
 
 

@@ -52,7 +52,7 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to go on trying.
 
     attempts: in all; first_delay_s, longest_delay_s: pause after the first failure, doubled after each, up to the
@@ -92,7 +92,7 @@ def _check_name(name: str) -> None:
         raise ShardError(f"a remote file called {name!r} is refused: names may hold letters, digits, and . _ - + =")
 
 
-PATIENCE = Patience()
+RETRIES = RetryPolicy()
 
 
 def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
@@ -106,22 +106,22 @@ def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
     """
     url = file_url(folder, name)
     place = f"{name} by {redacted(url)}" if url.startswith("pipe:") else redacted(url)
-    patience, began = PATIENCE, time.monotonic()
-    for attempt in range(1, patience.attempts + 1):
+    policy, began = RETRIES, time.monotonic()
+    for attempt in range(1, policy.attempts + 1):
         try:
-            with closing(_chunks(url, patience.silence_s)) as chunks:
+            with closing(_chunks(url, policy.silence_s)) as chunks:
                 return take(chunks)
         except _Refused as error:
             raise ShardError(f"cannot fetch {place}: {error}") from None
         except (OSError, http.client.HTTPException, Damaged) as error:
             failure, cause = _reason(error), error
-        if attempt < patience.attempts:
-            pause_s = patience.delay_s(attempt)
+        if attempt < policy.attempts:
+            pause_s = policy.delay_s(attempt)
             logger.warning("fetching %s: %s; attempt %d follows in %.1f s", place, failure, attempt + 1, pause_s)
             time.sleep(pause_s)
     seconds = time.monotonic() - began
     raise ShardError(
-        f"cannot fetch {place}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}"
+        f"cannot fetch {place}: {policy.attempts} attempts in {seconds:.0f} s, the last: {failure}"
     ) from cause
 
 

@@ -34,7 +34,7 @@ _MOST_AHEAD = 4096
 """Items of the plan that are looked at ahead of the reader, and how many of them in one step."""
 _AT_ONCE = 64
 _POLL_S, _NO_ROOM_POLL_S = 0.05, 0.5
-ROOM_PATIENCE_S = 30.0
+ROOM_TIMEOUT_S = 30.0
 """How long a reader waits for others to let go of shards before it gives up."""
 
 
@@ -79,7 +79,7 @@ class CachedShards:
 
     def descriptor(self, shard: int) -> int:
         """Of a shard by its number, fetched now if need be. Raises ShardError."""
-        deadline = time.monotonic() + ROOM_PATIENCE_S
+        deadline = time.monotonic() + ROOM_TIMEOUT_S
         while True:
             with self._lock:
                 if shard in self._held:

@@ -1,4 +1,4 @@
-"""Weights in and out, for people and for the rest of the program; read.py and write.py say which files.
+"""Describes and converts files of weights; read.py and write.py say which.
 
 python -m crate_dist.models.weights describe FILE
 python -m crate_dist.models.weights convert IN OUT --to reference
@@ -16,15 +16,13 @@ from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.card import card_path, write_card
-from crate_dist.models.weights.names import (
-    WeightsError,
-)
+from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.read import load_model, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 
 
 def describe(path: str | Path, heads: int | None = None) -> str:
-    """A few lines on what a file of weights holds. Raises WeightsError when it cannot be read."""
+    """Says in a few lines what a file of weights holds. Raises WeightsError when it cannot be read."""
     weights = read_weights(path)
     tensors = weights.state_dict.values()
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
@@ -45,11 +43,11 @@ def describe(path: str | Path, heads: int | None = None) -> str:
 def convert(
     source: Path, target: Path, to: str, heads: int | None = None, bare_names: bool = False, force: bool = False
 ) -> CrateConfig:
-    """Writes the weights of a file in another layout, and a card beside them where none stands or `force` is set.
+    """Writes the weights of a file in another format, and a card beside them where none stands or `force` is set.
 
     Returns the architecture, which the file written need not say.
 
-    to: "crate-dist", "reference" or "safetensors"; bare_names: no "module." in the published code's layout
+    to: "crate-dist", "reference" or "safetensors"; bare_names: no "module." in the published code's names
     Raises WeightsError when `source` cannot be used, or `target` exists and is not to be replaced; OSError.
     """
     if target.exists() and not force:
@@ -66,7 +64,7 @@ def convert(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: describe or convert a file of weights."""
+    """Runs the command: describe or convert a file of weights."""
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.models.weights",
         description="Describe and convert weights of CRATE: crate-dist's exports, safetensors, the published code's "
@@ -75,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="describe | convert")
     show = commands.add_parser("describe", help="print what a file holds")
     show.add_argument("file", metavar="FILE", type=Path)
-    change = commands.add_parser("convert", help="write the weights of a file in another layout, with a model card")
+    change = commands.add_parser("convert", help="write the weights of a file in another format, with a model card")
     change.add_argument("source", metavar="IN", type=Path)
     change.add_argument("target", metavar="OUT", type=Path)
-    layouts = ["crate-dist", "reference", "safetensors"]
-    change.add_argument("--to", required=True, choices=layouts, help="layout of OUT")
+    formats = ["crate-dist", "reference", "safetensors"]
+    change.add_argument("--to", required=True, choices=formats, help="format of OUT")
     change.add_argument("--bare-names", action="store_true", help='reference: no "module." before the names')
     change.add_argument("--force", action="store_true", help="replace OUT and its card if they exist")
     for command in (show, change):

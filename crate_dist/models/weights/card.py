@@ -1,4 +1,4 @@
-"""The model card beside exported weights: where they come from, how good they are, how to load and to cite them.
+"""Writes the model card beside exported weights: their origin and accuracy, how to load and to cite them.
 
 A card says what the weights' own `meta` says, so that a file which was converted or passed on can still be described;
 what is not known is left out. The licence is for the user to name, and kept when a card is written anew.
@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-from crate_dist.data.identity import Identity
-from crate_dist.data.index import ShardIndex
+from crate_dist.config import new_names
 from crate_dist.files import write_whole
-from crate_dist.locations import name_above
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CRATE, CrateConfig
 
@@ -46,24 +44,9 @@ _CITATIONS = """\
 
 
 def card_path(weights: Path) -> Path:
-    """Where the card of a file of weights stands: model-best.md beside model-best.pt."""
+    """Returns where the card of a file of weights stands: model-best.md beside model-best.pt."""
     stem = next((weights.name.removesuffix(end) for end in _ENDINGS if weights.name.endswith(end)), weights.name)
     return weights.with_name(f"{stem}.md")
-
-
-def facts_of(train: ShardIndex, val: ShardIndex | None) -> dict[str, dict[str, Any]]:
-    """What `meta` says of the splits: the name of their folder, not where it lies, and what their indexes say."""
-    return {
-        name: {
-            "name": name_above(index.place),
-            "samples": index.num_samples,
-            "classes": index.num_classes,
-            "origin": index.made_by.get("layout"),
-            "fingerprint": Identity.of(index).digest,
-        }
-        for name, index in (("train", train), ("val", val))
-        if index is not None
-    }
 
 
 def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> Path:
@@ -79,7 +62,7 @@ def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> P
 
 
 def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
-    """The text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
+    """Returns the text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
     title = _cell(meta.get("recipe") or find_arch(config) or "CRATE")
     parts = [
         f"# {title}",
@@ -90,7 +73,7 @@ def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence:
         _loading(name, config, meta),
     ]
     if isinstance(values := meta.get("recipe_values"), Mapping):
-        parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(values.items())])]
+        parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(new_names(values).items())])]
     return "\n\n".join([*parts, "## Citation", _CITATIONS]) + "\n"
 
 
@@ -193,5 +176,5 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value on one line of a table: `meta` may come from a file of anybody's making."""
+    """Brings a value on one line of a table: `meta` may come from a file of anybody's making."""
     return re.sub(r"\s+", " ", str(value)).replace("|", r"\|")[:1000]

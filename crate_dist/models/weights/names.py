@@ -1,7 +1,4 @@
-"""What the weights of a CRATE are called and how they are shaped: here, and in the published code.
-
-And how a file of ours says which architecture they belong to.
-"""
+"""Names and shapes of the weights of a CRATE, here and in the published code, and the architecture that they tell."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_dist.config import ImageSection
 from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch, find_published
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
@@ -22,9 +20,9 @@ from crate_dist.models.sizes import ARCHS
 
 FORMAT = "crate-dist/1"
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
-"""Of the function that a CrateConfig means, what leaves no trace in the shapes."""
-RECORDED = ("mean", "std", "eval_fit", "eval_crop", "resize_filter", "precision", "classes")
-"""Of a run, what decides how its model is evaluated."""
+"""Fields of CrateConfig that leave no trace in the shapes."""
+RECORDED = (*ImageSection.model_fields, "precision", "classes")
+"""Values of a run that decide how its model is evaluated."""
 StateDict = Mapping[str, Tensor]
 
 # Ours and the published code's names; {} stands for the number of the layer.
@@ -48,24 +46,24 @@ class WeightsError(UserError, ValueError):
     """Weights that cannot be used; the message names the file or the tensors and what would do."""
 
 
-def plain_config(config: CrateConfig) -> dict[str, Any]:
-    """The architecture as our files say it; `arch` is for people."""
+def config_to_plain(config: CrateConfig) -> dict[str, Any]:
+    """Returns the architecture as our files say it; `arch` is for people."""
     return {"arch": find_arch(config), **dataclasses.asdict(config)}
 
 
-def config_from(plain: Mapping[str, Any]) -> CrateConfig:
-    """The other way. Raises TypeError, ValueError or AttributeError for what is no architecture."""
+def config_from_plain(plain: Mapping[str, Any]) -> CrateConfig:
+    """Reads what config_to_plain returns. Raises TypeError, ValueError or AttributeError for anything else."""
     return CrateConfig(**{key: value for key, value in plain.items() if key != "arch"})
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same tensors under crate-dist's names; "module." is dropped, unknown names are kept as they are."""
+    """Renames the published code's tensors to ours; "module." is dropped, unknown names are kept as they are."""
     table = {theirs: ours for ours, theirs in REFERENCE_NAMES.items()}
     return _rename({name.removeprefix("module."): tensor for name, tensor in state_dict.items()}, table)
 
 
-def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
-    """(weights with one head, what was done in words) of weights under crate-dist's names with `head.*` beside theirs.
+def join_classifier_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
+    """Joins two heads, `head.*` beside `head.linear.*`: (weights with one head, what was done in words).
 
     Two kinds of files have both. In the demo of segmentation `mlp_head` gives as many features as it takes, from which
     `head` makes the scores: one linear map after the other is one linear map. In all others `head` was left over from
@@ -87,12 +85,12 @@ def join_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
 
 
 def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
-    """The same tensors under the published code's names, with `prefix` ("module." or nothing) before each."""
+    """Renames our tensors to the published code's, with `prefix` ("module." or nothing) before each."""
     return {prefix + name: tensor for name, tensor in _rename(state_dict, REFERENCE_NAMES).items()}
 
 
 def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig:
-    """The architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
+    """Finds the architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
 
     The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width,
     depth and patch. Raises WeightsError when neither is at hand or when the weights are not those of a CRATE.
@@ -153,14 +151,8 @@ def check_fit(state_dict: StateDict, config: CrateConfig) -> None:
         raise WeightsError("the weights do not fit the model:\n" + "\n".join(f"  {line}" for line in shown))
 
 
-def load_weights(model: CRATE, state_dict: StateDict) -> None:
-    """Copies weights into a model, in the model's dtype and on its device. Raises WeightsError as check_fit does."""
-    check_fit(state_dict, model.config)
-    model.load_state_dict(state_dict)
-
-
 def _rename(state_dict: StateDict, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Every name by the first row of `table` whose left side is a whole module path at its start."""
+    """Renames by the first row of `table` whose left side is a whole module path at its start."""
     rows = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"), new) for old, new in table.items()]
 
     def rename(name: str) -> str:

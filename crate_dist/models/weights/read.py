@@ -1,4 +1,4 @@
-"""Weights in: our model-only exports, and every checkpoint that the published code writes.
+"""Reads weights: our model-only exports, and every checkpoint that the published code writes.
 
     crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
     the published training code's      {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,10 +31,10 @@ from crate_dist.models.weights.names import (
     UNSEEN,
     WeightsError,
     check_fit,
-    config_from,
+    config_from_plain,
     from_reference,
     infer_config,
-    join_heads,
+    join_classifier_heads,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ _PREPARED = {
     "reference": {"resize_filter": "bilinear"},
     "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
 }
-"""How the published code prepares images to be evaluated, where it is not as our recipes do by default."""
+"""The published code's preparation of images to be evaluated, where it is not our recipes' default."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What one file of weights holds.
+    """The content of one file of weights.
 
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
     state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
@@ -66,7 +67,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
     def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
-        """The model that the weights fit, and what has to be said of how that and they were found.
+        """Returns the model that the weights fit, and what has to be said of how that and they were found.
 
         heads: of the model, for files that do not tell
         Raises WeightsError when the weights fit none, when neither the file nor `heads` nor a published size tells the
@@ -103,18 +104,13 @@ def read_weights(path: str | Path) -> Weights:
         if isinstance(content.get(key), Mapping):
             state = _tensors(path, content[key])
             plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
-            told = {name: content[name] for name in UNSEEN if _could_be(name, content.get(name))}
-            return _foreign(kind, state, plain, told)
-    return _foreign("state dict", _tensors(path, content))
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of any kind, on the CPU, under crate-dist's names. Raises as read_weights does."""
-    return read_weights(path).state_dict
+            told = {name: content[name] for name in UNSEEN if _is_possible(name, content.get(name))}
+            return _of_others(kind, state, plain, told)
+    return _of_others("state dict", _tensors(path, content))
 
 
 def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
-    """(model, meta) from a file of any kind; the model is on the CPU, in training mode, in the dtype of the file.
+    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
 
     heads: for weights of a size that was not published, in files that do not say it
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
@@ -132,23 +128,23 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
     return model, weights.meta
 
 
-def _foreign(
+def _of_others(
     kind: str,
     state: Mapping[str, Tensor],
     meta: dict[str, Any] | None = None,
     told: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """meta: None for tensors alone, of which the published code's are known by their names."""
+    """Renames tensors of others. meta: None for tensors alone; the published code's are known by their names."""
     renamed = from_reference(state)
     if meta is None:
         published = any(name not in state and f"module.{name}" not in state for name in renamed)
         meta = dict(_PREPARED["reference"]) if published else {}
-    state_dict, note = join_heads(renamed)
+    state_dict, note = join_classifier_heads(renamed)
     return Weights(kind, state_dict, None, meta, told or {}, (note,) if note else ())
 
 
-def _could_be(name: str, value: Any) -> bool:
-    """Whether a value of somebody's file could be that of a CrateConfig's field."""
+def _is_possible(name: str, value: Any) -> bool:
+    """Returns whether a value of somebody's file could be that of a CrateConfig's field."""
     if name == "heads":
         return type(value) is int and value > 0
     if name == "pool":
@@ -179,19 +175,26 @@ def _load(path: Path) -> Any:
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
-    _check_format(path, content["format"])
+    with _whole_export(path, content["format"]):
+        state_dict = _tensors(path, content["state_dict"])
+        return Weights("crate-dist", state_dict, config_from_plain(content["model"]), dict(content["meta"]))
+
+
+@contextmanager
+def _whole_export(path: Path, found: Any) -> Iterator[None]:
+    """Raises WeightsError where the format `found` is none of ours, and for what is missing or wrong in one that is."""
+    if found != FORMAT:
+        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
     try:
-        config = config_from(content["model"])
-        state_dict, meta = _tensors(path, content["state_dict"]), dict(content["meta"])
+        yield
+    except WeightsError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
         raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
-    return Weights("crate-dist", state_dict, config, meta)
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as one: the length of a JSON header, and the header."""
+    """Returns whether a file begins as one: the length of a JSON header, and the header."""
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; give a file of weights in it")
     try:
@@ -213,17 +216,9 @@ def _read_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or truncated or damaged: {error}") from error
     if "crate_dist" not in about:
-        return _foreign("safetensors", tensors)
-    _check_format(path, about["crate_dist"])
-    try:
-        return Weights("safetensors", tensors, config_from(json.loads(about["model"])), json.loads(about["meta"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
-
-
-def _check_format(path: Path, found: Any) -> None:
-    if found != FORMAT:
-        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
+        return _of_others("safetensors", tensors)
+    with _whole_export(path, about["crate_dist"]):
+        return Weights("safetensors", tensors, config_from_plain(json.loads(about["model"])), json.loads(about["meta"]))
 
 
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights out, each file whole or not at all: our exports, safetensors, and what the published code reads."""
+"""Writes weights, each file whole or not at all: our exports, safetensors, and what the published code reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_dist.config import DataSection
+from crate_dist.config import ImageSection
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
-from crate_dist.models.weights.names import FORMAT, RECORDED, UNSEEN, StateDict, check_fit, plain_config, to_reference
+from crate_dist.models.weights.names import (
+    FORMAT,
+    RECORDED,
+    UNSEEN,
+    StateDict,
+    check_fit,
+    config_to_plain,
+    to_reference,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +40,7 @@ def export_model(
     check_fit(state_dict, config)
     content = {
         "format": FORMAT,
-        "model": plain_config(config),
+        "model": config_to_plain(config),
         "state_dict": _compact(state_dict),
         "meta": json.loads(json.dumps(dict(meta or {}))),
     }
@@ -50,7 +58,7 @@ def export_safetensors(
     about = {
         "format": "pt",  # by which other programs know whose tensors these are
         "crate_dist": FORMAT,
-        "model": json.dumps(plain_config(config)),
+        "model": json.dumps(config_to_plain(config)),
         "meta": json.dumps(dict(meta or {})),
     }
     data = save(_compact(state_dict), about)
@@ -89,7 +97,7 @@ def export_reference(
         "state_dict": to_reference(_compact(state_dict), prefix),
         "best_acc1": torch.tensor(float(accuracy)),
         **{name: getattr(config, name) for name in UNSEEN},
-        **_unmoved_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **_fresh_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
         **{key: meta[key] for key in RECORDED if key in meta},
     }
     for departure in _departures(config, meta):
@@ -99,18 +107,18 @@ def export_reference(
 
 
 def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
-    """What the published code has as constants, which are our defaults, and this model otherwise."""
+    """Says what the published code has as constants, which are our defaults, and this model has otherwise."""
     for name in ("pool", "ista_step", "ista_threshold"):
         published, here = getattr(CrateConfig, name), getattr(config, name)
         if here != published:
             yield f"its {name} is {published}, this model's {here}"
-    for name, published in (("mean", DataSection().mean), ("std", DataSection().std)):
+    for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):
         if name in meta and meta[name] not in (published, list(published)):
             yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
 
 
-def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """States of torch's AdamW or of Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
+def _fresh_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns states of torch's AdamW or Lion, and of the LambdaLR beside it, before their first step in epoch `epoch`.
 
     parameters: how many; recipe: flat keys of the run, the published code's defaults where it says nothing
     """
@@ -131,7 +139,7 @@ def _unmoved_optimizer(parameters: int, epoch: int, recipe: Mapping[str, Any]) -
 
 
 def _compact(state_dict: StateDict) -> dict[str, Tensor]:
-    """On the CPU and each in a storage of its own: torch.save writes the whole buffer that a view looks into."""
+    """Copies to the CPU, each into a storage of its own: torch.save writes the whole buffer that a view looks into."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()

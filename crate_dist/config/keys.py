@@ -1,0 +1,115 @@
+"""Keys of a recipe, `section.key`: those of before, the nearest to a wrong one, and values from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from logging import getLogger
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from crate_dist.errors import UserError
+
+logger = getLogger(__name__)
+
+_MOVED_OUT_OF_DATA = {
+    "order": ("lanes", "window"),
+    "augment": ("crop_scale", "crop_ratio", "flip", "randaugment_ops", "randaugment_magnitude", "erase"),
+    "images": ("resize_filter", "mean", "std", "eval_fit", "eval_crop"),
+}
+RENAMED = {f"data.{key}": f"{section}.{key}" for section, keys in _MOVED_OUT_OF_DATA.items() for key in keys}
+"""Keys of recipes, run folders and weights from before, and what they are called now."""
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe or an override that cannot be used; the message says what was given and what would do."""
+
+
+def new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same values by section.key, under the names that the keys have now."""
+    return {RENAMED.get(key, key): value for key, value in flat.items()}
+
+
+def rename(raw: dict[str, Any], origin: str) -> None:
+    """Moves nested values to the names that their keys have now, and says so once. Raises RecipeError for both."""
+    notes = []
+    for old, new in RENAMED.items():
+        (section, key), (now, name) = old.split("."), new.split(".")
+        if not (isinstance(table := raw.get(section), dict) and key in table):
+            continue
+        target = raw.setdefault(now, {})
+        if not isinstance(target, dict) or name in target:
+            raise RecipeError(f"{origin}: {old} is called {new} now, and cannot stand beside {now} = {target!r}")
+        target[name] = table.pop(key)
+        notes.append(f"{old} -> {new}")
+    if notes:
+        _note(f"{origin}: keys that have new names: {', '.join(notes)}")
+
+
+def assign(raw: dict[str, Any], key: str, value: Any, known: Sequence[str], origin: str) -> None:
+    """Sets a nested value by its flat key, which may be an old one. Raises RecipeError for one that is not known."""
+    if key in RENAMED:
+        _note(f"{origin}: {key} is called {RENAMED[key]} now")
+        key = RENAMED[key]
+    if key not in known:
+        raise RecipeError(f"{origin}: unknown key {key!r}{nearest(key, known)}")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    raw[last] = value
+
+
+@cache
+def _note(text: str) -> None:
+    """Warns once in a process: a run folder's recipe is read several times in one start."""
+    logger.warning("%s", text)
+
+
+def parse_value(text: str) -> Any:
+    """Reads a value as TOML, true and false also in capitals, and as plain text where it is none of them."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.lower() == "true" if re.fullmatch(r"(?i)true|false", text) else text
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by their flat keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Returns the flat keys that a model knows, its sections' too."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """Returns " (did you mean 'KEY'?)", or nothing where no known key is like the given one."""
+    last = given.rpartition(".")[2]
+    close = [key for key in known if key.rpartition(".")[2] == last]  # the right word in the wrong section
+    close = close or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def explain(item: ErrorDetails, known: Sequence[str]) -> str:
+    """Puts one of pydantic's errors into a line that names the key, and what was given."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if item["type"] in ("missing", "value_error") else f", not {item['input']!r}"
+    return f"{key}: {message}{given}"

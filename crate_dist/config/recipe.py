@@ -1,0 +1,196 @@
+"""The recipe, resolved from a file and the command line, and validated."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from crate_dist.config.keys import RecipeError, assign, explain, flatten, keys_of, nearest, parse_value, rename
+from crate_dist.config.sections import (
+    DATA_VARIABLE,
+    AugmentSection,
+    CheckpointSection,
+    ClusterSection,
+    DataSection,
+    ImageSection,
+    LogSection,
+    ModelSection,
+    OptimSection,
+    OrderSection,
+    SafetySection,
+    Section,
+    TrainSection,
+)
+from crate_dist.locations import is_private, location, may_run_a_command, redacted
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_WITHOUT_INFLUENCE = {
+    "data": {"root", "cache_dir", "cache_gb", "workers", "max_bad_fraction"},
+    "train": {"micro_batch", "max_steps", "compile", "recompute"},
+}
+"""Settings of the deciding sections that leave the result as it is."""
+
+
+class Recipe(Section):
+    """Everything that one run needs to know, resolved and validated."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run; unset: the file's")
+    model: ModelSection
+    data: DataSection = DataSection()
+    order: OrderSection = OrderSection()
+    augment: AugmentSection = AugmentSection()
+    images: ImageSection = ImageSection()
+    optim: OptimSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    safety: SafetySection = SafetySection()
+    cluster: ClusterSection = ClusterSection()
+
+    @property
+    def lanes(self) -> int:
+        """The largest number of lanes, at most order.lanes, that divides the global batch."""
+        batch = self.train.global_batch
+        return next(n for n in range(min(self.order.lanes, batch), 0, -1) if batch % n == 0)
+
+    def to_toml(self) -> str:
+        """Returns the recipe as TOML that load_recipe reads back.
+
+        What only the user may give, and what is nobody else's business, is left out: a comment says so.
+        """
+        table = self.model_dump(mode="json", exclude_none=True)
+        notes = []
+        if self.data.root is not None and is_private(self.data.root):
+            del table["data"]["root"]
+            notes.append(
+                f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
+            )
+        for key in _ONLY_FROM_THE_USER["cluster"]:
+            if table["cluster"].pop(key, None):
+                notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")
+        return "".join(f"{note}\n" for note in notes) + tomli_w.dumps(table)
+
+    def deciding_values(self) -> dict[str, Any]:
+        """Returns the values that decide the result, by flat keys; a resumed run must agree on them.
+
+        Left out: where the data lies, how many processes read and compute, what is logged and saved.
+        """
+        deciding = {"model", "data", "order", "augment", "images", "optim", "train"}
+        return flatten(self.model_dump(mode="json", include=deciding, exclude=_WITHOUT_INFLUENCE))
+
+
+_KNOWN = keys_of(Recipe)
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any) -> Recipe:
+    """Reads a recipe and applies, in this order, keyword `values` and `section.key=value` overrides.
+
+    Parameters
+    ----------
+    source: a path to a TOML file, or the name of one in configs/ (`crate_large`)
+    overrides: `section.key=value` texts; the value is read as TOML, and as plain text where it is none
+    values: the same with `__` for the dot: `train__seed=1`; None means "not given"
+
+    What could run a command is taken from `overrides`, `values` and the files in configs/, which are as much the
+    project's own as its code. Of other files, a run folder's too, it is left out, and the section's `withheld` says so.
+
+    Raises
+    ------
+    RecipeError: no such recipe, broken TOML, an unknown key (the nearest is named), a value that does not fit
+    """
+    path = find_recipe(source)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from error
+    raw.setdefault("name", path.stem)
+    rename(raw, str(path))
+    withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
+    for key, value in values.items():
+        if value is not None:
+            assign(raw, key.replace("__", "."), value, _KNOWN, origin="the command line")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
+        assign(raw, key.strip(), parse_value(value.strip()), _KNOWN, origin=f"--set {key.strip()}")
+    recipe = build_recipe(raw, origin=str(path))
+    for (section, key), said in withheld.items():
+        if key not in raw[section]:
+            getattr(recipe, section).withheld[key] = said
+    return recipe
+
+
+def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
+    """Validates nested plain values. Raises RecipeError that names `origin` and each wrong key."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(
+            "\n".join([f"{origin}:", *(f"  {explain(item, _KNOWN)}" for item in error.errors())])
+        ) from error
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Finds the file that a recipe's name or path means. Raises RecipeError that names the nearest."""
+    path = Path(source)
+    if path.suffix == ".toml":
+        if path.is_file():
+            return path
+        raise RecipeError(f"no recipe file {path}")
+    named = CONFIG_DIR / f"{source}.toml"
+    if named.is_file():
+        return named
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    raise RecipeError(f"no recipe {source!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
+
+
+def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:
+    """Returns (micro_batch, accumulation) with micro_batch * accumulation * world_size == global_batch.
+
+    The micro-batch is the largest that fits and divides, so that the recipe's global batch holds on any cluster.
+    Raises RecipeError when the ranks do not divide the global batch, naming the numbers that would.
+    """
+    share, rest = divmod(global_batch, world_size)
+    if rest or not share:
+        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        ranks = [str(n) for n in sorted(sorted(fitting, key=lambda n: abs(n - world_size))[:4])]
+        batches = [str(n * world_size) for n in sorted({max(share, 1), share + 1})]
+        raise RecipeError(
+            f"a global batch of {global_batch} does not divide over {world_size} ranks; "
+            f"it does over {', '.join(ranks)}; "
+            f"these ranks take --set train.global_batch={' or '.join(batches)}"
+        )
+    micro = next(n for n in range(min(share, largest_micro_batch), 0, -1) if share % n == 0)
+    return micro, share // micro
+
+
+_ONLY_FROM_THE_USER: Mapping[str, Mapping[str, str]] = {
+    "data": {"root": f"--data '…' or export {DATA_VARIABLE}='…'"},
+    "cluster": {"setup": "--setup 'LINE', once for each line", "container": "--container IMAGE"},
+}
+"""Settings that could run a command, and how the user gives them; see docs/security.md."""
+
+
+def _withhold(raw: Mapping[str, Any], path: Path) -> dict[tuple[str, str], str]:
+    """Takes out of a file's values what only the user may give; returns a text on each, by section and key."""
+    found = {}
+    for section, keys in _ONLY_FROM_THE_USER.items():
+        if not isinstance(table := raw.get(section), dict):
+            continue
+        for key, remedy in keys.items():
+            value = table.get(key)
+            if not value or (section == "data" and not (isinstance(value, str) and may_run_a_command(location(value)))):
+                continue
+            del table[key]
+            what = f"{redacted(value)}, which could run a command" if section == "data" else f"{value!r}"
+            found[section, key] = (
+                f"{path} has {section}.{key} = {what}; a recipe file may not say what is to be run on your account. "
+                f"If it is what you want, say so yourself: {remedy}"
+            )
+    return found

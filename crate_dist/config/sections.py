@@ -1,0 +1,247 @@
+"""The tables of a recipe: every setting, its type, its bounds, its default and its meaning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from crate_dist.config.keys import RecipeError
+from crate_dist.locations import location
+
+DATA_VARIABLE = "CRATE_DATA"
+CACHE_VARIABLE = "CRATE_CACHE"
+
+ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
+Compile = Literal["auto"] | bool
+Precision = Literal["bf16", "autocast", "fp32"]
+ResizeFilter = Literal["bicubic", "bilinear"]
+Colour = tuple[float, float, float]
+"""Red, green and blue, from 0 to 1."""
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
+OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
+"""Text on a line of the batch script, where a line break would begin a command."""
+
+
+class Section(BaseModel):
+    """A table of the recipe. Frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    _withheld: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def withheld(self) -> dict[str, str]:
+        """Keys that a recipe file gave and only the user may, each with what is to be said of it; see load_recipe."""
+        return self._withheld
+
+
+class ModelSection(Section):
+    """The size of CRATE, and its resolution."""
+
+    arch: ArchName = Field(description="size of the model")
+    image_size: Positive = Field(224, description="side of the square images, in pixels")
+    patch_size: Positive = Field(16, description="side of the square patches, in pixels; divides image_size")
+    num_classes: Positive | None = Field(
+        None, description="classes of the head; unset: as many as the shards' index has"
+    )
+    pool: Literal["cls", "mean"] = Field("cls", description="what the head reads: the class token, or all tokens' mean")
+    dropout: Fraction = Field(0.0, description="share of the activations that each layer drops in training")
+    emb_dropout: Fraction = Field(0.0, description="share of the embedded patches' numbers that training drops")
+    ista_step: float = Field(0.1, gt=0, description="η, the step size of ISTA")
+    ista_threshold: float = Field(0.1, ge=0, description="λ, the sparsity weight of ISTA")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
+                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
+            )
+        return self
+
+
+class DataSection(Section):
+    """The folder of the shards, and their reading; without influence on the result, but for the splits."""
+
+    root: Location | None = Field(
+        None, description=f"folder or URL with train/ and val/ shards below it; unset: ${DATA_VARIABLE}"
+    )
+    train_split: str = Field("train", description="folder below it to train on")
+    val_split: str = Field("val", description='folder below it to evaluate on; "": train without evaluation')
+    cache_dir: Path | None = Field(
+        None, description=f"where a node keeps the shards of a URL; unset: ${CACHE_VARIABLE}, then the temporary folder"
+    )
+    cache_gb: float = Field(
+        64.0, gt=0, description="gigabytes of them that it keeps; twice what it reads at a time will do"
+    )
+    workers: int = Field(8, ge=0, description="loader processes per rank")
+    max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
+
+    def find_root(self, given: Path | str | None = None) -> Path | str:
+        """Returns the folder or URL of the shards: the one given, else data.root, else the environment's.
+
+        Raises RecipeError when there is none of them, or only one that a recipe may not give.
+        """
+        root = given or self.root or os.environ.get(DATA_VARIABLE)
+        if not root:
+            raise RecipeError(
+                self.withheld.get("root")
+                or f"no data folder: give --data DIR, set data.root in the recipe, or export {DATA_VARIABLE}=DIR "
+                "(a folder that data_prep wrote, with train/ and val/ in it); a location with a command or a secret in "
+                "it is kept in no run folder, and has to be given at every start"
+            )
+        place = location(root)
+        return place.expanduser().absolute() if isinstance(place, Path) else place
+
+
+class OrderSection(Section):
+    """The order in which an epoch visits the samples; see data/order.py."""
+
+    lanes: Positive = Field(64, description="streams of shards that are read side by side; lowered to divide the batch")
+    window: Positive = Field(4096, description="samples that are shuffled together within a lane")
+
+
+class AugmentSection(Section):
+    """The random changes of training images."""
+
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="bounds of the crop's share of the area")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="bounds of the crop's width to its height")
+    flip: Fraction = Field(0.5, description="share of the images that are mirrored")
+    randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
+    randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
+    erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+
+
+class ImageSection(Section):
+    """The preparation of an image for the model. Exported weights keep these keys, and are evaluated by them."""
+
+    resize_filter: ResizeFilter = Field(
+        "bicubic", description="filter of all resizes, which are antialiased; torchvision's default is bilinear"
+    )
+    mean: Colour = Field((0.485, 0.456, 0.406), description="mean of red, green and blue from 0 to 1, taken off")
+    std: Colour = Field((0.229, 0.224, 0.225), description="their standard deviation, by which the rest is divided")
+    eval_fit: Literal["crop", "stretch"] = Field(
+        "crop", description='"stretch": the whole validation image, resized to the square, whatever eval_crop says'
+    )
+    eval_crop: float = Field(0.875, gt=0, le=1, description="central share of a validation image's short side")
+
+
+class OptimSection(Section):
+    """The optimizer, its schedule, and the loss."""
+
+    name: Literal["lion", "adamw"] = Field("lion", description="the optimizer")
+    lr: float = Field(gt=0, description="the highest learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay: multiplied by the learning rate")
+    decay_all: bool = Field(True, description="also decay norms, biases and embeddings, as the paper does")
+    betas: tuple[float, float] | None = Field(
+        None, description="decay rates of the moments; unset: lion (0.9, 0.99), adamw (0.9, 0.999)"
+    )
+    eps: float = Field(1e-8, description="adamw's, added to the denominator")
+    schedule: Literal["cosine", "reference"] = Field(
+        "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
+    )
+    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from 0")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
+
+
+class TrainSection(Section):
+    """The length of the run and its global batches; the cluster has no say in either."""
+
+    global_batch: Positive = Field(description="images per step on all ranks together")
+    micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
+    epochs: Positive = Field(description="times that every training image is seen")
+    max_steps: Positive | None = Field(
+        None, description="steps after which training stops early, with the schedule as for all epochs"
+    )
+    seed: int = Field(0, ge=0, description="seed of the order, the augmentation and the first weights")
+    precision: Precision = Field(
+        "bf16",
+        description='precision of the products; master weights are fp32. "autocast": bf16 products, all else fp32',
+    )
+    init_from: Path | None = Field(None, description="a run, a checkpoint or a file of weights to begin from")
+    init_head: Literal["auto", "new", "keep"] = Field(
+        "auto", description='head of the model begun from; "auto": a new one when the classes differ in number or names'
+    )
+    init_heads: Positive | None = Field(
+        None, description="attention heads of the weights begun from, where their file does not tell"
+    )
+    compile: Compile = Field(
+        "auto", description="torch.compile; auto: on GPUs that it supports; see training/compiling.py"
+    )
+    recompute: int = Field(
+        0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
+    )
+
+
+class CheckpointSection(Section):
+    """The times of saves, and the checkpoints that are kept."""
+
+    every_steps: Positive = Field(500, description="steps between saves")
+    keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
+    max_failures: Positive = Field(3, description="saves that may fail in a row before the run stops")
+
+
+class LogSection(Section):
+    """The measurements, and the steps between them."""
+
+    every_steps: Positive = Field(20, description="steps between lines of the log and points of the curves")
+    eval_every_epochs: Positive = Field(1, description="epochs between evaluations of the whole validation split")
+    whitebox_every_steps: int = Field(
+        500,
+        ge=0,
+        description="steps between measurements of all layers' coding rate, sparsity, gradients, attention; 0: never",
+    )
+    whitebox_images: Positive = Field(
+        8, description="images of the validation split to measure them on, the same ones each time"
+    )
+
+
+class SafetySection(Section):
+    """The times after which a rank that does not answer is given up."""
+
+    hang_timeout_s: Positive = Field(900, description="seconds without progress after which a rank ends the job")
+    lease_s: Positive = Field(
+        30,
+        description="seconds that the run folder's lock holds without a sign; a start elsewhere waits twice as long",
+    )
+
+
+class ClusterSection(Section):
+    """The job that launch/slurm.py asks the scheduler for; without influence on the result."""
+
+    nodes: Positive = Field(1, description="machines of the job")
+    gpus_per_node: int = Field(
+        8, ge=0, description="GPUs of each machine, one task on each; 0: CPU only, see tasks_per_node"
+    )
+    tasks_per_node: Positive | None = Field(None, description="ranks on each machine; unset: one per GPU")
+    cpus_per_task: Positive = Field(12, description="cores of each task, its loader processes included")
+    mem_gb: Positive | None = Field(None, description="gigabytes of memory of each machine; unset: all of it")
+    time_min: Positive = Field(
+        24 * 60, description="time limit in minutes; the job is requeued until the run is complete"
+    )
+    signal_delay_s: Positive = Field(120, description="seconds between the warning and the time limit")
+    requeues: Positive = Field(100, description="times that the job may be put back into the queue")
+    restarts_in_place: int = Field(3, ge=0, description="times that ranks which died start again on the same nodes")
+    partition: OneWord | None = Field(None, description="sbatch's --partition; unset: the cluster's default")
+    account: OneWord | None = Field(None, description="sbatch's --account")
+    qos: OneWord | None = Field(None, description="sbatch's --qos")
+    constraint: OneWord | None = Field(None, description="sbatch's --constraint, features that the nodes must have")
+    setup: tuple[str, ...] = Field((), description="shell lines before the job; not from any file: see --setup")
+    container: str | None = Field(None, description="image for srun --container-image (pyxis); not from any file")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Tasks that run on each node: one per GPU unless said otherwise."""
+        return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def world_size(self) -> int:
+        """Tasks in the whole job."""
+        return self.nodes * self.ranks_per_node
