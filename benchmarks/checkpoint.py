@@ -1,4 +1,4 @@
-"""How long training stands still for a save: ours against DeepSpeed's own synchronous save_checkpoint, in one run.
+"""Measures the pause of training for a save: ours, and DeepSpeed's own synchronous save_checkpoint, in one run.
 
     python benchmarks/checkpoint.py [--arch crate_large] [--ranks 1 2 4] [--rounds 5] [--json FILE]
 

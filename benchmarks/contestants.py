@@ -55,7 +55,7 @@ def pillow_transform(image: Image.Image) -> torch.Tensor:
 
 
 class FolderDataset(Dataset[tuple[torch.Tensor, int]]):
-    """What torchvision's ImageFolder does: open a file, decode it with Pillow, transform."""
+    """Does as torchvision's ImageFolder: opens a file, decodes it with Pillow, transforms."""
 
     def __init__(self, root: Path) -> None:
         self.classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())

@@ -268,7 +268,7 @@ def quartiles(values: Sequence[tuple[float, float]]) -> Row:
 
 
 def machine() -> Row:
-    """What the numbers depend on."""
+    """Describes what the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     versions = {}

@@ -1,4 +1,4 @@
-"""How far our pixels are from the published code's, on real images: evaluation, and the crops of training.
+"""Measures how far our pixels are from the published code's, on real images: evaluation, and the crops of training.
 
     python benchmarks/pixels.py --source DIR [--images N]
 
@@ -64,7 +64,7 @@ def compared(data: bytes, number: int) -> dict[str, tuple[Pixels, Pixels]]:
 
 
 def theirs(data: bytes, resampling: Image.Resampling) -> Pixels:
-    """What the published code evaluates, before it is a tensor."""
+    """Prepares what the published code evaluates, before it is a tensor."""
     return np.asarray(centre(Image.open(io.BytesIO(data)).convert("RGB"), SHORT_SIDE, SIZE, resampling))
 
 
