@@ -25,13 +25,13 @@ class PortIsTaken(UserError, dist.DistNetworkError):
 
 
 class Left(Exception):
-    """What the ranks did together was left, since the run is told to stop; the next start makes it."""
+    """The ranks have left what they did together, since the run is told to stop; the next start makes it."""
 
 
 def init_distributed(world: World, timeout_s: float = 1800.0) -> torch.device:
-    """Joins the process group, and gives the device of this rank: its GPU with nccl, else the CPU with gloo.
+    """Joins the process group, and returns the device of this rank: its GPU with nccl, else the CPU with gloo.
 
-    timeout_s: how long it may take all ranks to come, and how long a collective may take
+    timeout_s: for all ranks to come, and for every collective
 
     Raises
     ------
@@ -109,12 +109,12 @@ def exit_at_once(main: Callable[[], int]) -> NoReturn:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is out of reach: nccl says it by type, gloo by text."""
+    """Tells whether a collective failed because another rank is out of reach: nccl by type, gloo by text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The picklable `value` of every rank, in rank order, on every rank. A collective."""
+    """Returns the picklable `value` of every rank, in rank order, on every rank. A collective."""
     gathered: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered  # type: ignore[return-value]

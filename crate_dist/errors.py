@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Says what is wrong, and what would do, to the person who started the program; a traceback would add nothing."""
+    """An error that tells who started the program what is wrong and what would do; a traceback would add nothing."""

@@ -1,4 +1,4 @@
-"""Exact top-1 and top-5 over every sample of a split that can be read, each counted once, at any number of ranks.
+"""Measures exact top-1 and top-5 over every sample of a split that can be read, once each, at any number of ranks.
 
     python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.evaluate runs/crate_base --worst 20 --confusions 20 --json evaluation.json
@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crate_dist.checkpoint.trained import Subject, load_subject
+from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
+from crate_dist.data.splits import open_split
 from crate_dist.distributed import World, exit_at_once
 from crate_dist.evaluation.accuracy import ByClass, Evaluation, Tally, class_text, evaluate
 from crate_dist.evaluation.matching import Matching, match_classes
@@ -35,7 +36,6 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    find_split,
     positive,
     run_on_ranks,
 )
@@ -45,7 +45,7 @@ _NAMED = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: evaluates one model on one split."""
+    """Evaluates one model on one split, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,18 +64,18 @@ def main(argv: list[str] | None = None) -> int:
     shown.add_argument("--csv", type=Path, metavar="FILE", help="write the table of classes there")
     arguments = parser.parse_args(argv)
 
-    def prepare() -> tuple[Subject, ShardIndex, Matching]:
+    def prepare() -> tuple[Trained, ShardIndex, Matching]:
         check_output(arguments.json)
         check_output(arguments.csv)
-        subject = load_subject(arguments.model, arguments.heads)
-        index = find_split(arguments, subject, arguments.split)
+        trained = load_trained(arguments.model, arguments.heads)
+        index = open_split(arguments.data, arguments.split, trained.data)
         if not index.num_samples:
             raise CannotMeasure(f"{index.place} has no samples")
-        return subject, index, match_classes(subject, index, arguments.all_classes)
+        return trained, index, match_classes(trained, index, arguments.all_classes)
 
-    def work(prepared: tuple[Subject, ShardIndex, Matching], world: World, device: torch.device) -> None:
-        subject, index, matching = prepared
-        model = Frozen.place(subject, arguments, world, device)
+    def work(prepared: tuple[Trained, ShardIndex, Matching], world: World, device: torch.device) -> None:
+        trained, index, matching = prepared
+        model = Frozen.place(trained, arguments, world, device)
         tally = Tally(index.num_classes, device)
 
         def predict(images: torch.Tensor) -> torch.Tensor:
@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         result = evaluate(predict, model.batches(index, arguments.split), device, tally)
         seconds = time.perf_counter() - began
         asked = arguments.max_bad_fraction
-        _check(result, index, subject.data.max_bad_fraction if asked is None else asked)
+        _check(result, index, trained.data.max_bad_fraction if asked is None else asked)
         by_class = tally.total()
         if world.is_main:
-            _report(arguments, subject, index, matching, world, result, by_class, seconds)
+            _report(arguments, trained, index, matching, world, result, by_class, seconds)
 
     return run_on_ranks(prepare, work)
 
@@ -106,7 +106,7 @@ def _check(result: Evaluation, index: ShardIndex, max_bad_fraction: float) -> No
 
 def _report(
     arguments: argparse.Namespace,
-    subject: Subject,
+    trained: Trained,
     index: ShardIndex,
     matching: Matching,
     world: World,
@@ -114,10 +114,10 @@ def _report(
     by_class: ByClass,
     seconds: float,
 ) -> None:
-    """seconds: of the whole pass, the start of the loader's workers among them."""
+    """Prints and writes the result. seconds: of the whole pass, the start of the loader's workers among them."""
     rate = result.samples / seconds
     print(  # noqa: T201
-        f"{subject.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+        f"{trained.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
         f"loss {result.loss:.4f}, {result.samples:,} samples"
         + f"; {rate:,.0f} images/s"
         + (f", {rate / world.world_size:,.0f} on each of {world.world_size} ranks" if world.world_size > 1 else "")
@@ -142,7 +142,7 @@ def _report(
         writer.writerows(records)
         write_whole(arguments.csv, table.getvalue())
     if arguments.json is not None:
-        whole: dict[str, Any] = {"model": subject.name, "data": str(index.place), **asdict(result)}
+        whole: dict[str, Any] = {"model": trained.name, "data": str(index.place), **asdict(result)}
         whole["bad"] = [item._asdict() for item in result.bad]
         whole |= {"seconds": seconds, "images_per_s": rate, "ranks": world.world_size}
         whole |= {"matched_by": matching.by, "competing": matching.competing, "model_classes": matching.outputs}

@@ -1,4 +1,4 @@
-"""The figures of CRATE's papers, of any trained model and any pictures.
+"""Draws the figures of CRATE's papers, of any trained model and any pictures.
 
     python -m crate_dist.figures attention runs/crate_base --images photos --out figures
     python -m crate_dist.figures layers    runs/crate_base --data /data/imagenet-shards --out figures
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from crate_dist.checkpoint.trained import Subject, load_subject
+from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import Pixels
 from crate_dist.data.splits import open_split
 from crate_dist.errors import UserError
+from crate_dist.evaluation.on_ranks import positive
 from crate_dist.files import written_whole
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
@@ -37,15 +39,15 @@ from crate_dist.whitebox import plots
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
 from crate_dist.whitebox.pca import picture_components
-from crate_dist.whitebox.pictures import SUFFIXES, Framing, GalleryError, Picture, from_paths, from_split, read_mask
-from crate_dist.whitebox.pixels import enlarged, heat, masked
+from crate_dist.whitebox.pictures import SUFFIXES, Framing, Picture, PictureError, from_paths, from_split, read_mask
+from crate_dist.whitebox.pixels import enlarged, heat, layer_profile, masked
 
 _BATCH = 16
 
 
 def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, out: Path) -> list[Path]:
-    """Class-token attention of every head over each picture in one layer (figure 4 of arXiv 2306.01129), its mean over
-    the heads in every layer, and for each picture the grid of all layers and heads.
+    """Draws class-token attention of all heads over each picture in one layer (figure 4 of arXiv 2306.01129), its mean
+    over the heads in every layer, and for each picture the grid of all layers and heads.
 
     layer: counted from 0
     """
@@ -69,13 +71,11 @@ def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, out: P
 
 
 def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Path]:
-    """Coding rate after MSSA's projection and non-zeros after ISTA over the layers (figure 3 of arXiv 2306.01129)."""
+    """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
     device = next(model.parameters()).device
     tensors = [picture.tensor for picture in pictures]
     batches = [torch.stack(tensors[first : first + _BATCH]).to(device) for first in range(0, len(tensors), _BATCH)]
     seen = profile(model, batches)
-    rate, zeros = seen.coding_rate.mean(dim=1).numpy(), seen.zeros.mean(dim=1).numpy()
-    figure = plots.layer_profile(rate, seen.coding_rate_std.numpy(), 1 - zeros, seen.zeros_std.numpy())
     numbers = {
         "coding_rate_std": seen.coding_rate_std.numpy(),
         "zeros_std": seen.zeros_std.numpy(),
@@ -83,13 +83,16 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
         "coding_rate_of_images": seen.coding_rate.numpy(),
         "zeros_of_images": seen.zeros.numpy(),
     }
-    return [_draw(figure, out / "layers.png"), _numbers(out / "layers.npz", numbers)]
+    path = out / "layers.png"
+    with written_whole(path) as file:
+        Image.fromarray(layer_profile(seen, width=round(plots.TEXT_WIDTH_IN * plots.DPI))).save(file, "PNG")
+    return [path, _numbers(out / "layers.npz", numbers)]
 
 
 def draw_pca(
     model: CRATE, pictures: Sequence[Picture], layer: int, threshold: float, invert: bool, out: Path
 ) -> list[Path]:
-    """Principal components of the patches of all pictures together, scaled in each; see crate_dist.whitebox.pca."""
+    """Draws principal components of the patches of all pictures together, scaled in each; see whitebox.pca."""
     features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
     found = picture_components(features, threshold, invert)
     cells: list[list[Pixels]] = []
@@ -115,7 +118,7 @@ def draw_masks(
     objects: int,
     out: Path,
 ) -> list[Path]:
-    """Foreground by attention and by normalised cut (see whitebox.maskcut), and how much of it lies on the truth."""
+    """Draws foreground by attention and by normalised cut (see whitebox.maskcut), and its overlap with the truth."""
     cells: list[list[Pixels]] = []
     notes: list[list[str]] = []
     overlaps: dict[str, dict[str, float]] = {}
@@ -156,7 +159,7 @@ _OVERLAPS = ("attention", "best_head", "cut", "best_object")
 
 
 def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequence[Mask]) -> dict[str, float]:
-    """IoU with the truth, in pixels: of all objects of the cut together, and of the best one; likewise of the heads."""
+    """Returns IoU with the truth in pixels: of the whole cut, its best object, the attention, and its best head."""
     full = [[enlarged(mask, truth.shape) for mask in masks] for masks in (by_head, found)]
     everything = np.logical_or.reduce(full[1]) if found else np.zeros_like(truth)
     return {
@@ -185,13 +188,13 @@ def _numbers(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
 
 
 def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, NDArray[np.bool_]]:
-    """The mask of each picture: the image file of the same name, without its suffix, in `folder`."""
+    """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`."""
     truths = {}
     for picture in pictures:
         stem = picture.name.partition("-")[2]
         files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in SUFFIXES]
         if not files:
-            raise GalleryError(f"no mask for {stem} in {folder}: expected {stem}.png")
+            raise PictureError(f"no mask for {stem} in {folder}: expected {stem}.png")
         truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])
     return truths
 
@@ -210,11 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--split", default="val", help="folder in it [%(default)s]")
     common.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
-    common.add_argument("--count", type=int, metavar="N", help="the first N pictures [layers: 64, others: 4]")
+    common.add_argument("--count", type=positive, metavar="N", help="the first N pictures [layers: 64, others: 4]")
     common.add_argument("--heads", type=int, metavar="N", help="of the model, where its file does not tell")
     common.add_argument("--size", type=int, metavar="PIXELS", help="short side [as the model was trained]")
     layered = argparse.ArgumentParser(add_help=False)
-    layered.add_argument("--layer", type=int, metavar="N", help="counted from 1 [the last]")
+    layered.add_argument("--layer", type=int, metavar="N", help="counted from 1; -1: the last [-1]")
     commands.add_parser("attention", parents=[common, layered], help="where the class token looks")
     commands.add_parser("layers", parents=[common], help="coding rate and sparsity of every layer")
     pca = commands.add_parser("pca", parents=[common, layered], help="patches in the colours of their components")
@@ -223,45 +226,39 @@ def _parser() -> argparse.ArgumentParser:
     mask = commands.add_parser("mask", parents=[common, layered], help="foreground by attention and by normalised cut")
     mask.add_argument("--mass", type=float, default=0.6, metavar="M", help="share of the attention [%(default)s]")
     mask.add_argument("--tau", type=float, default=0.15, metavar="T", help="cosine that joins patches [%(default)s]")
-    mask.add_argument("--objects", type=int, default=3, metavar="N", help="cut out at most [%(default)s]")
+    mask.add_argument("--objects", type=positive, default=3, metavar="N", help="cut out at most [%(default)s]")
     mask.add_argument("--masks", type=Path, metavar="DIR", help="the truth: images of the same names, not 0 inside")
     return parser
 
 
-def _pictures(options: argparse.Namespace, subject: Subject) -> list[Picture]:
-    config, data = subject.model.config, subject.data
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", subject.images)
+def _pictures(options: argparse.Namespace, trained: Trained) -> list[Picture]:
+    config = trained.model.config
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", trained.images)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
         pictures = from_paths(options.images, framing, count)
     else:
         try:
-            root = data.place(options.data)
+            index = open_split(options.data, options.split, trained.data)
         except RecipeError as error:
-            raise GalleryError(f"no pictures: give --images PATH, or else the data: {error}") from error
-        pictures = from_split(open_split(root, options.split, data), framing, count)
+            raise PictureError(f"no pictures: give --images PATH, or else the data: {error}") from error
+        pictures = from_split(index, framing, count)
     return [Picture(f"{n:02d}-{p.name}", p.pixels, p.tensor) for n, p in enumerate(pictures, start=1)]
 
 
-def _layer(given: int | None, depth: int) -> int:
-    if given is not None and not 1 <= given <= depth:
-        raise ValueError(f"--layer {given}: the model has layers 1 to {depth}")
-    return (given or depth) - 1
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line: draws one figure, and says what was written."""
+    """Draws one figure, as the command line says, and names the files written."""
     options = _parser().parse_args(argv)
     try:
-        subject = load_subject(options.model, options.heads)
-        pictures = _pictures(options, subject)
+        trained = load_trained(options.model, options.heads)
+        pictures = _pictures(options, trained)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, out = subject.model.to(device, torch.float32).eval(), options.out
+        model, out = trained.model.to(device, torch.float32).eval(), options.out
         out.mkdir(parents=True, exist_ok=True)
         if options.figure == "layers":
             written = draw_layers(model, pictures, out)
         else:
-            layer = _layer(options.layer, model.config.depth)
+            layer = find_layer(options.layer, model.config.depth) - 1
             if options.figure == "attention":
                 written = draw_attention(model, pictures, layer, out)
             elif options.figure == "pca":
@@ -269,10 +266,10 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 truths = _read_truths(options.masks, pictures) if options.masks else {}
                 written = draw_masks(model, pictures, layer, truths, options.mass, options.tau, options.objects, out)
-    except (UserError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print(f"{subject.name}, {len(pictures)} pictures:", *written, sep="\n  ")  # noqa: T201
+    print(f"{trained.name}, {len(pictures)} pictures:", *written, sep="\n  ")  # noqa: T201
     return 0
 
 

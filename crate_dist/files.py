@@ -57,7 +57,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class AppendedFile:
-    """Written without a buffer, so that a record is in the kernel's hands when `append` returns.
+    """A file that is written without a buffer: a record is in the kernel's hands when `append` returns.
 
     A disk that is full for a while is no reason to end a training: it is said once, and nothing is lost but by a
     crash meanwhile.
@@ -72,7 +72,7 @@ class AppendedFile:
         self._failing = False
 
     def append(self, record: bytes) -> None:
-        """At the end of the file, behind what is still waiting."""
+        """Writes at the end of the file, behind what is still waiting."""
         self._waiting += record
         try:
             self._check()
@@ -100,18 +100,18 @@ class AppendedFile:
             logger.error("cannot sync %s: %s", self._path, error.strerror)
 
     def close(self) -> None:
-        """Nothing more is appended."""
+        """Closes the file."""
         os.close(self._descriptor)
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, none if there is no file; without a last one that is not whole (yet)."""
+    """Reads the lines of a text file, none if there is no file, without a last one that is not whole (yet)."""
     data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
 
 
 def mended_lines(path: Path) -> list[str]:
-    """The lines of a text file that nobody writes, as whole_lines; a last one that a crash has cut off is removed."""
+    """Reads as whole_lines does, and removes from the file a last line that a crash has cut off."""
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):

@@ -1,4 +1,4 @@
-"""What submitit pickles, carries to the compute nodes and calls there, once per rank.
+"""The job that submitit pickles, carries to the compute nodes and calls there, once per rank.
 
 Nothing heavy is imported before the call, so that the login node and the pickle know nothing of torch. The run
 folder carries the state and the pickle only its name: a job that SLURM itself requeues after a node failure starts
@@ -36,7 +36,7 @@ class TrainJob:
             self.accepted_data = accepted_data
 
     def __call__(self) -> dict[str, Any]:
-        """Runs this rank until the recipe is complete; gives TrainResult's fields, readable without torch.
+        """Runs this rank until the recipe is complete; returns TrainResult's fields, readable without torch.
 
         Otherwise it ends the process with a status by which the batch script knows whether to start the job again.
         """
@@ -73,7 +73,7 @@ class TrainJob:
         return dataclasses.asdict(result)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again when a signal comes before the training has taken over the signals.
+        """Returns what submitit submits again when a signal comes before the training has taken over the signals.
 
         It is called inside a signal handler and on rank 0 alone, where a save, in which all ranks take part, would
         wait for ever: the run goes on from the newest checkpoint that there is.
@@ -82,7 +82,7 @@ class TrainJob:
 
 
 def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
-    """At once: an interpreter that ends in order waits for its loader, and nccl for ranks that are gone."""
+    """Ends the process at once: an interpreter in order waits for its loader, and nccl for ranks that are gone."""
     text = " ".join(str(error).split())[:1000]
     _say(f"{'fault' if is_the_cause else 'lost'}: rank {_rank()} on node {_node()}: {type(error).__name__}: {text}")
     logging.shutdown()
@@ -90,12 +90,12 @@ def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
 
 
 def _say(what: str) -> None:
-    """In the form that launch/batch.sh looks for in the logs of the ranks."""
+    """Prints a line in the form that launch/batch.sh looks for in the logs of the ranks."""
     print(f"crate-dist {what}", flush=True)  # noqa: T201
 
 
 def _start() -> str:
-    """Which start of the job this is: how often it was requeued, and which srun of its batch script this one is."""
+    """Numbers this start of the job: how often it was requeued, and which srun of its batch script this one is."""
     return f"{os.environ.get('SLURM_RESTART_COUNT', '0')}.{os.environ.get('CRATE_START', '1')}"
 
 

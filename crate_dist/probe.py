@@ -1,4 +1,4 @@
-"""How good the features of a frozen model are: nearest neighbours, and a linear classifier on top of them.
+"""Probes the features of a frozen model: by nearest neighbours, and by a linear classifier on top of them.
 
     python -m crate_dist.probe knn runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.probe linear runs/crate_base --data /data/flowers-shards
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject, load_subject
+from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
-from crate_dist.data.splits import check_same_classes
+from crate_dist.data.splits import check_same_classes, open_split
 from crate_dist.distributed import World, exit_at_once
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
@@ -31,30 +31,29 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    find_split,
     positive,
     run_on_ranks,
 )
 from crate_dist.files import write_whole
-from crate_dist.models.crate import CrateConfig, Pool
+from crate_dist.models.crate import Pool
 
 KS = (10, 20, 100, 200)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and held against model and data. layer: 1 … depth; pool: what of its tokens is the feature."""
+    """A probe that fits model and data. layer: 1 … depth; pool: the token, or the mean of them, that is the feature."""
 
-    subject: Subject
+    trained: Trained
     train: ShardIndex
     val: ShardIndex
     layer: int
     pool: Pool
 
     def describe(self) -> str:
-        """The feature, in words."""
+        """Names the feature in words."""
         tokens = "mean of the tokens" if self.pool == "mean" else "class token"
-        return f"{tokens} after layer {self.layer} of {self.subject.model.config.depth} and the head's norm"
+        return f"{tokens} after layer {self.layer} of {self.trained.model.config.depth} and the head's norm"
 
 
 def question(arguments: argparse.Namespace) -> Question:
@@ -67,8 +66,9 @@ def question(arguments: argparse.Namespace) -> Question:
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
         raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
-    subject = load_subject(arguments.model, arguments.heads)
-    train, val = (find_split(arguments, subject, split) for split in (arguments.train_split, arguments.split))
+    trained = load_trained(arguments.model, arguments.heads)
+    names = arguments.train_split, arguments.split
+    train, val = (open_split(arguments.data, name, trained.data) for name in names)
     check_same_classes(train, val)
     for split in (train, val):
         if not split.num_samples:
@@ -79,19 +79,13 @@ def question(arguments: argparse.Namespace) -> Question:
             f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
             f"--k {' '.join(fitting)} would do"
         )
-    return Question(subject, train, val, find_layer(arguments.layer, subject.model.config), _pool(arguments, subject))
-
-
-def find_layer(asked: int | None, config: CrateConfig) -> int:
-    """1 … depth from what was asked for: None is the last, -1 too. Raises CannotMeasure."""
-    layer = config.depth if asked is None else asked + config.depth + 1 if asked < 0 else asked
-    if not 1 <= layer <= config.depth:
-        raise CannotMeasure(f"--layer {asked}: the model has layers 1 to {config.depth}, the last also being -1")
-    return layer
+    return Question(
+        trained, train, val, find_layer(arguments.layer, trained.model.config.depth), _pool(arguments, trained)
+    )
 
 
 def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
-    """Of the training and of the validation split. A collective."""
+    """Extracts the features of the training and of the validation split. A collective."""
 
     def read(images: torch.Tensor) -> torch.Tensor:
         return pooled(model.model, model.normalize(images), asked.layer, asked.pool)
@@ -105,7 +99,7 @@ def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: one probe of one model on two splits."""
+    """Makes one probe of one model on two splits, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m crate_dist.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     measure = _measure_knn if arguments.probe == "knn" else _measure_linear
 
     def work(asked: Question, world: World, device: torch.device) -> None:
-        model = Frozen.place(asked.subject, arguments, world, device)
+        model = Frozen.place(asked.trained, arguments, world, device)
         train, val = features(model, asked)
         measured = measure(arguments, train, val, asked, model)
         if world.is_main:
@@ -172,7 +166,7 @@ def _bar(what: str, model: Frozen) -> Callable[[Any], Iterable[Any]]:
 def _report(path: Path | None, asked: Question, train: Features, val: Features, measured: dict[str, Any]) -> None:
     replaced = train.replaced + val.replaced
     print(  # noqa: T201
-        f"{asked.subject.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
+        f"{asked.trained.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "
         f"from the {train.total:,} samples of {asked.train.place} on the {val.total:,} of {asked.val.place}"
         + (f", {replaced} replaced" if replaced else "")
     )
@@ -180,7 +174,7 @@ def _report(path: Path | None, asked: Question, train: Features, val: Features, 
         print(line)  # noqa: T201
     if path is not None:
         about = {
-            "model": asked.subject.name,
+            "model": asked.trained.name,
             "train": str(asked.train.place),
             "val": str(asked.val.place),
             "train_samples": train.total,
@@ -217,8 +211,8 @@ def _short(fitted: dict[str, Any]) -> str:
     return "" if fitted["converged"] else ", short of the optimum: --max-steps"
 
 
-def _pool(arguments: argparse.Namespace, subject: Subject) -> Pool:
-    pool: Pool = arguments.pool or subject.model.config.pool
+def _pool(arguments: argparse.Namespace, trained: Trained) -> Pool:
+    pool: Pool = arguments.pool or trained.model.config.pool
     return pool
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""By which torchrun tells a process its place; World's fields have the same names."""
+"""Variables by which torchrun tells a process its place; World's fields have the same names."""
 
 _STARTS = ("SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 
@@ -27,12 +27,12 @@ class World:
     launcher: str
 
     def environment(self) -> dict[str, str]:
-        """Returns what torchrun would set of VARIABLES, for this process's libraries or for a process to be started."""
+        """Returns VARIABLES as torchrun would set them for this place."""
         return {name: str(getattr(self, name.lower())) for name in VARIABLES}
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that reports and publishes."""
+        """True of rank 0, the one that reports and publishes."""
         return self.rank == 0
 
 
@@ -83,13 +83,13 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
 
 
 def is_first_start(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether nobody has started these ranks before: SLURM after a requeue, its batch script, or torchrun."""
+    """Tells that nobody has started these ranks before: SLURM after a requeue, its batch script, or torchrun."""
     first = {"SLURM_RESTART_COUNT": "0", "CRATE_START": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
     return all(env.get(name, count) == count for name, count in first.items())
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """The host names that a SLURM node list such as `gpu[01-03,7],login` means, in its order."""
+    """Returns the host names that a SLURM node list such as `gpu[01-03,7],login` means, in its order."""
     names: list[str] = []
     for item in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
         expanded = [""]
@@ -108,7 +108,7 @@ def free_port() -> int:
 
 
 def _local_tasks(env: Mapping[str, str], tasks: int, nodes: int) -> int:
-    """SLURM_STEP_TASKS_PER_NODE looks like `8(x4),6`; this node's entry is found by SLURM_NODEID."""
+    """Counts this node's tasks: SLURM_STEP_TASKS_PER_NODE looks like `8(x4),6`, SLURM_NODEID is the place in it."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)

@@ -25,7 +25,7 @@ IMAGES, SHARDS, RUN = FOLDER / "demo-images", FOLDER / "demo-shards", FOLDER / "
 
 
 def main() -> int:
-    """Runs the commands of the README one after the other, showing each; gives the exit status of the first to fail."""
+    """Runs the commands of the README one after the other, showing each; returns the status of the first to fail."""
     began = time.monotonic()
     if not IMAGES.is_dir():
         print(f"writing the digits of scikit-learn as images under {IMAGES}", flush=True)
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def write_digits(folder: Path) -> None:
-    """One folder per digit, one PNG of 32 x 32 pixels per image, under the final name when all are written."""
+    """Writes a folder per digit and a PNG of 32 x 32 pixels per image, under the final name when all are written."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -60,7 +60,7 @@ def write_digits(folder: Path) -> None:
 
 
 def report(run: Path, seconds: float) -> None:
-    """The accuracy over time, from metrics.jsonl, and what to type next."""
+    """Prints the accuracy over time, from metrics.jsonl, and what to type next."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     print("\n  step   top-1   top-5")
     for line in lines:

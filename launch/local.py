@@ -23,7 +23,7 @@ from crate_dist.world import free_port
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, starts the ranks, waits for them; gives the exit status."""
+    """Checks, starts the ranks, waits for them; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         recipe = recipe_from(arguments)

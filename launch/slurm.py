@@ -41,13 +41,12 @@ from crate_dist.world import VARIABLES
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
-
 BATCH = Path(__file__).with_name("batch.sh")
-"""What the batch script does when its ranks end."""
+"""The part of the batch script that acts when the ranks end."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, submits, says how to watch; gives the exit status."""
+    """Checks, submits, says how to watch; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         recipes = _recipes(arguments)
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_minutes(text: str) -> int:
-    """SLURM's notations of a time limit (90, 90:00, 12:00:00, 2-00, 2-00:00, 2-00:00:00) in minutes, rounded up."""
+    """Reads SLURM's notations of a time limit (90, 90:00, 12:00:00, 2-00, …) as minutes, rounded up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no time limit; 90 (minutes), 12:00:00 or 2-00:00:00 would be")
@@ -85,15 +84,15 @@ def parse_minutes(text: str) -> int:
 
 
 class Executor(SlurmExecutor):
-    """submitit's, but a dry run works where there is no SLURM."""
+    """submitit's executor, but a dry run works where there is no SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Submitit refuses to make an executor where it finds no srun; here sbatch is looked for before submitting."""
+        """Claims that srun is there, else submitit makes no executor; sbatch is looked for before submitting."""
         return 2
 
     def script(self, jobs: int) -> str:
-        """The text that sbatch will be given."""
+        """Returns the text that sbatch will be given."""
         if jobs == 1:
             return self._make_submission_file_text(self._submitit_command_str, "")
         array = Executor(self.folder, self.max_num_timeout, python=self.python)
@@ -102,7 +101,7 @@ class Executor(SlurmExecutor):
 
 
 def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Executor:
-    """What asks SLURM for the recipe's cluster; writes nothing.
+    """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
 
     Parameters
     ----------
@@ -117,7 +116,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
         init_from = recipe.train.init_from
         places = [
             CLONE,
-            recipe.data_root(),
+            recipe.data.find_root(),
             init_from and folder_of_weights(init_from),
             *(run_dir.parent for run_dir in run_dirs),
         ]
@@ -196,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """One recipe per seed, with the flags in their [cluster] tables."""
+    """Loads one recipe per seed, with the flags in their [cluster] tables."""
     seeds: list[int | None] = arguments.seeds or [arguments.seed]
     if arguments.seeds and arguments.seed is not None:
         raise RecipeError("--seed and --seeds: give one of them")
@@ -246,7 +245,7 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[
 
 
 def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """submitit has one folder for all jobs of an array: it lies beside their run folders.
+    """Returns submitit's one folder for all jobs of an array: it lies beside their run folders.
 
     Raises RecipeError for a path that submitit would misread.
     """
@@ -260,7 +259,7 @@ def _submission_folder(run_dirs: Sequence[Path]) -> Path:
 
 
 def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
-    """The shell lines that launch/batch.sh expects before it."""
+    """Returns the shell lines that launch/batch.sh expects before it."""
     values: dict[str, object] = {
         "requeues": cluster.requeues,
         "restarts_in_place": cluster.restarts_in_place,
@@ -314,9 +313,9 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
 
 
 def _check_environment_goes_along(recipe: Recipe) -> None:
-    """A location that recipe.toml does not keep reaches the job, and each of its restarts, with the environment."""
+    """Raises RecipeError when data whose location recipe.toml does not keep would be out of the job's sight."""
     exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
-    if is_private(recipe.data_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
+    if is_private(recipe.data.find_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
         raise RecipeError(
             f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
             f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"

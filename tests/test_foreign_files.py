@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist import config, evaluate, figures, probe
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
@@ -130,7 +130,7 @@ def test_opening_somebody_s_run_runs_nothing_of_it(
         error = capsys.readouterr().err
         assert "may not say what is to be run" in error
         assert "--data" in error
-    assert load_subject(folder).classes  # as --init-from does
+    assert load_trained(folder).classes  # as --init-from does
     weights.main(["describe", str(folder / "model-last.pt")])
     for program in ("local.py", "slurm.py") if root.startswith("pipe:") else ():
         done = start(program, "--config", folder / "recipe.toml", "--run-dir", tmp_path / "other", "--dry-run")

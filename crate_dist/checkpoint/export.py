@@ -14,8 +14,9 @@ from crate_dist.locations import name_above
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.card import write_card
 from crate_dist.models.weights.write import export_model
-from crate_dist.run.folder import RunFolder, code_version
+from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
+from crate_dist.run.record import code_version
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def export(
             logger.error("%s is not written: %s", path, problem)
             continue
         about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, steps_per_epoch)}
-        about["changed_data"] = [note for note in folder.changed_data() if note["step"] <= saved.step]
+        about["changed_data"] = [note for note in folder.record.changed_data() if note["step"] <= saved.step]
         tenure.check()
         export_model(path, config, saved.weights(), about)
         tenure.check()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crate_dist.checkpoint.trained import Subject, are_numbers, load_subject
+from crate_dist.checkpoint.trained import Trained, are_numbers, load_trained
 from crate_dist.config import RecipeError
 from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
@@ -50,11 +50,11 @@ def begin_from(
     """
     problem, digest, adapted = "", "", None
     try:
-        subject = load_subject(source, heads)
-        weights = subject.model.state_dict()
+        trained = load_trained(source, heads)
+        weights = trained.model.state_dict()
         digest = weights_digest(weights)
-        new_head = head == "new" or (head == "auto" and not _same_classes(subject, model, classes))
-        adapted = adapt(weights, subject.model.config, model.config, new_head)
+        new_head = head == "new" or (head == "auto" and not _same_classes(trained, model, classes))
+        adapted = adapt(weights, trained.model.config, model.config, new_head)
     except UserError as error:
         problem = f"--init-from {source}: {error}"
     found = gather_objects((problem, digest))
@@ -66,19 +66,19 @@ def begin_from(
     own = model.state_dict()
     model.load_state_dict({**own, **adapted.state_dict})
     changes = adapted.notes
-    if "head.linear.weight" in adapted.state_dict and (subject.classes is None or are_numbers(subject.classes)):
-        why = "the names of which it does not tell" if subject.classes is None else "which have numbers for names there"
+    if "head.linear.weight" in adapted.state_dict and (trained.classes is None or are_numbers(trained.classes)):
+        why = "the names of which it does not tell" if trained.classes is None else "which have numbers for names there"
         remedy = "" if head == "keep" else "; --set train.init_head=new if they are others"
         changes += (f"head kept by number for {model.config.num_classes} classes, {why}{remedy}",)
     logger.info(
         "began from %s: %d of %d tensors; %s; sha256 %s",
-        subject.name,
+        trained.name,
         len(adapted.state_dict),
         len(own),
         "; ".join(changes) or "as they are",
         digest[:16],
     )
-    return Origin(subject.name, digest, changes)
+    return Origin(trained.name, digest, changes)
 
 
 def weights_digest(weights: StateDict) -> str:
@@ -90,7 +90,7 @@ def weights_digest(weights: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _same_classes(subject: Subject, model: CRATE, classes: Sequence[str]) -> bool:
-    if subject.model.config.num_classes != model.config.num_classes:
+def _same_classes(trained: Trained, model: CRATE, classes: Sequence[str]) -> bool:
+    if trained.model.config.num_classes != model.config.num_classes:
         return False
-    return subject.classes is None or list(subject.classes) == list(classes)
+    return trained.classes is None or list(trained.classes) == list(classes)

@@ -33,10 +33,10 @@ def progress_on(
         return found.progress
     accepted = False
     if world.is_main:
-        noted = folder.data_was_accepted(found.step, data.digest)
+        noted = folder.record.data_was_accepted(found.step, data.digest)
         accepted = noted or accept_changed in (True, data.digest)
         if accepted and not noted:
-            folder.note_changed_data(found.step, data.digest, changed)
+            folder.record.note_changed_data(found.step, data.digest, changed)
     if not gather_objects(accepted)[0]:
         raise CheckpointError(refusal(found.path, changed))
     what = "; ".join(f"{split}: {words}" for split, words in changed.items())

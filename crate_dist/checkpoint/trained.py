@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from crate_dist.checkpoint.format import MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection, ImageSection
+from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError, check_fit
@@ -22,7 +23,7 @@ _HEAD = "head.linear.bias"  # one number per class
 
 
 @dataclass(frozen=True)
-class Subject:
+class Trained:
     """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
 
     model: CRATE
@@ -33,7 +34,7 @@ class Subject:
     classes: tuple[str, ...] | None = None
 
 
-def load_subject(source: Path, heads: int | None = None) -> Subject:
+def load_trained(source: Path, heads: int | None = None) -> Trained:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
@@ -49,7 +50,7 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
         except ValidationError as error:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Subject(model.float(), DataSection(), images, precision, str(source), _names(classes))
+        return Trained(model.float(), DataSection(), images, precision, str(source), _names(classes))
     folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
     if folder is not None:
         checkpoints = list_checkpoints(folder)
@@ -73,7 +74,15 @@ def load_subject(source: Path, heads: int | None = None) -> Subject:
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     classes, precision = _names(saved.manifest.classes), recipe.train.precision
-    return Subject(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+    return Trained(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+
+
+def find_layer(asked: int | None, depth: int) -> int:
+    """Returns the layer, 1 … depth, that --layer asks for: the last for None and -1. Raises UserError."""
+    layer = depth if asked is None else asked + depth + 1 if asked < 0 else asked
+    if not 1 <= layer <= depth:
+        raise UserError(f"--layer {asked}: the model has layers 1 to {depth}, the last also being -1")
+    return layer
 
 
 def are_numbers(classes: Sequence[str]) -> bool:

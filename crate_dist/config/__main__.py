@@ -1,4 +1,4 @@
-"""Every setting of a recipe as Markdown, from the sections themselves.
+"""Writes every setting of a recipe as Markdown, from the sections themselves.
 
 python -m crate_dist.config                      prints it
 python -m crate_dist.config docs/training.md     puts it between the two marks of that page

@@ -31,7 +31,7 @@ class RecipeError(UserError, ValueError):
 
 
 def new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values by section.key, under the names that the keys have now."""
+    """Returns the same values by section.key, under the names that the keys have now."""
     return {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
@@ -66,12 +66,12 @@ def assign(raw: dict[str, Any], key: str, value: Any, known: Sequence[str], orig
 
 @cache
 def _note(text: str) -> None:
-    """Once in a process: a run folder's recipe is read several times in one start."""
+    """Warns once in a process: a run folder's recipe is read several times in one start."""
     logger.warning("%s", text)
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML, true and false also in capitals, and as plain text where it is none of them."""
+    """Reads a value as TOML, true and false also in capitals, and as plain text where it is none of them."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -79,7 +79,7 @@ def parse_value(text: str) -> Any:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their flat keys."""
+    """Returns nested values by their flat keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -87,7 +87,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """The flat keys that a model knows, its sections' too."""
+    """Returns the flat keys that a model knows, its sections' too."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -98,7 +98,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest(given: str, known: Sequence[str]) -> str:
-    """ " (did you mean 'KEY'?)", or nothing where no known key is like the given one."""
+    """Returns " (did you mean 'KEY'?)", or nothing where no known key is like the given one."""
     last = given.rpartition(".")[2]
     close = [key for key in known if key.rpartition(".")[2] == last]  # the right word in the wrong section
     close = close or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
@@ -106,7 +106,7 @@ def nearest(given: str, known: Sequence[str]) -> str:
 
 
 def explain(item: ErrorDetails, known: Sequence[str]) -> str:
-    """One of pydantic's errors in a line that names the key, and what was given."""
+    """Puts one of pydantic's errors into a line that names the key, and what was given."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, known)}"

@@ -58,12 +58,8 @@ class Recipe(Section):
         batch = self.train.global_batch
         return next(n for n in range(min(self.order.lanes, batch), 0, -1) if batch % n == 0)
 
-    def data_root(self) -> Path | str:
-        """The folder or URL of the shards, as DataSection.place has it. Raises RecipeError when there is none."""
-        return self.data.place()
-
     def to_toml(self) -> str:
-        """The recipe as TOML that load_recipe reads back.
+        """Returns the recipe as TOML that load_recipe reads back.
 
         What only the user may give, and what is nobody else's business, is left out: a comment says so.
         """
@@ -74,13 +70,13 @@ class Recipe(Section):
             notes.append(
                 f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
             )
-        for key in _USERS["cluster"]:
+        for key in _ONLY_FROM_THE_USER["cluster"]:
             if table["cluster"].pop(key, None):
                 notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")
         return "".join(f"{note}\n" for note in notes) + tomli_w.dumps(table)
 
     def deciding_values(self) -> dict[str, Any]:
-        """The values that decide the result, by flat keys; a resumed run must agree on them.
+        """Returns the values that decide the result, by flat keys; a resumed run must agree on them.
 
         Left out: where the data lies, how many processes read and compute, what is logged and saved.
         """
@@ -141,7 +137,7 @@ def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file that a recipe's name or path means. Raises RecipeError that names the nearest."""
+    """Finds the file that a recipe's name or path means. Raises RecipeError that names the nearest."""
     path = Path(source)
     if path.suffix == ".toml":
         if path.is_file():
@@ -155,7 +151,7 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:
-    """(micro_batch, accumulation) with micro_batch * accumulation * world_size == global_batch.
+    """Returns (micro_batch, accumulation) with micro_batch * accumulation * world_size == global_batch.
 
     The micro-batch is the largest that fits and divides, so that the recipe's global batch holds on any cluster.
     Raises RecipeError when the ranks do not divide the global batch, naming the numbers that would.
@@ -174,17 +170,17 @@ def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -
     return micro, share // micro
 
 
-_USERS: Mapping[str, Mapping[str, str]] = {
+_ONLY_FROM_THE_USER: Mapping[str, Mapping[str, str]] = {
     "data": {"root": f"--data '…' or export {DATA_VARIABLE}='…'"},
     "cluster": {"setup": "--setup 'LINE', once for each line", "container": "--container IMAGE"},
 }
-"""What could run a command, by section and key, and how the user gives it; see docs/security.md."""
+"""Settings that could run a command, and how the user gives them; see docs/security.md."""
 
 
 def _withhold(raw: Mapping[str, Any], path: Path) -> dict[tuple[str, str], str]:
-    """Takes out of a file's values what only the user may give; what is to be said of each, by section and key."""
+    """Takes out of a file's values what only the user may give; returns a text on each, by section and key."""
     found = {}
-    for section, keys in _USERS.items():
+    for section, keys in _ONLY_FROM_THE_USER.items():
         if not isinstance(table := raw.get(section), dict):
             continue
         for key, remedy in keys.items():

@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
-"""What stands on a line of the batch script, where a line break would begin a command."""
+"""Text on a line of the batch script, where a line break would begin a command."""
 
 
 class Section(BaseModel):
@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which CRATE, and at which resolution."""
+    """The size of CRATE, and its resolution."""
 
     arch: ArchName = Field(description="size of the model")
     image_size: Positive = Field(224, description="side of the square images, in pixels")
@@ -67,7 +67,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Where the shards are, and how they are read; without influence on the result, but for the splits."""
+    """The folder of the shards, and their reading; without influence on the result, but for the splits."""
 
     root: Location | None = Field(
         None, description=f"folder or URL with train/ and val/ shards below it; unset: ${DATA_VARIABLE}"
@@ -83,8 +83,8 @@ class DataSection(Section):
     workers: int = Field(8, ge=0, description="loader processes per rank")
     max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
 
-    def place(self, given: Path | str | None = None) -> Path | str:
-        """The folder or URL of the shards: what was given on the command line, data.root, or the environment's.
+    def find_root(self, given: Path | str | None = None) -> Path | str:
+        """Returns the folder or URL of the shards: the one given, else data.root, else the environment's.
 
         Raises RecipeError when there is none of them, or only one that a recipe may not give.
         """
@@ -119,7 +119,7 @@ class AugmentSection(Section):
 
 
 class ImageSection(Section):
-    """How an image becomes the model's input. Weights keep these keys, and are evaluated by them."""
+    """The preparation of an image for the model. Exported weights keep these keys, and are evaluated by them."""
 
     resize_filter: ResizeFilter = Field(
         "bicubic", description="filter of all resizes, which are antialiased; torchvision's default is bilinear"
@@ -152,7 +152,7 @@ class OptimSection(Section):
 
 
 class TrainSection(Section):
-    """How long, and in which global batches. The cluster has no say in it."""
+    """The length of the run and its global batches; the cluster has no say in either."""
 
     global_batch: Positive = Field(description="images per step on all ranks together")
     micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
@@ -181,7 +181,7 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save and what to keep."""
+    """The times of saves, and the checkpoints that are kept."""
 
     every_steps: Positive = Field(500, description="steps between saves")
     keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
@@ -189,7 +189,7 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """What is measured and how often."""
+    """The measurements, and the steps between them."""
 
     every_steps: Positive = Field(20, description="steps between lines of the log and points of the curves")
     eval_every_epochs: Positive = Field(1, description="epochs between evaluations of the whole validation split")
@@ -204,7 +204,7 @@ class LogSection(Section):
 
 
 class SafetySection(Section):
-    """When to give up on a rank that does not answer."""
+    """The times after which a rank that does not answer is given up."""
 
     hang_timeout_s: Positive = Field(900, description="seconds without progress after which a rank ends the job")
     lease_s: Positive = Field(
@@ -214,7 +214,7 @@ class SafetySection(Section):
 
 
 class ClusterSection(Section):
-    """What launch/slurm.py asks the scheduler for; without influence on the result."""
+    """The job that launch/slurm.py asks the scheduler for; without influence on the result."""
 
     nodes: Positive = Field(1, description="machines of the job")
     gpus_per_node: int = Field(

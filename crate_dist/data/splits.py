@@ -28,7 +28,7 @@ def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
     ShardError: a folder, an index or a shard is missing, or the splits do not belong together
     RecipeError: the recipe asks for what the splits do not have
     """
-    root = recipe.data_root()
+    root = recipe.data.find_root()
     train = open_split(root, recipe.data.train_split, recipe.data)
     wanted = root / recipe.data.val_split if isinstance(root, Path) and recipe.data.val_split else None
     if wanted and not wanted.is_dir():
@@ -60,12 +60,14 @@ def check_same_classes(train: ShardIndex, val: ShardIndex | None) -> None:
         raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order: {words}")
 
 
-def open_split(root: Path | str, split: str, data: DataSection) -> ShardIndex:
-    """Opens the index of one split below a folder, or below a URL, from which it is fetched. Raises ShardError.
+def open_split(given: Path | str | None, split: str, data: DataSection) -> ShardIndex:
+    """Opens the index of one split below a folder, or below a URL, from which it is fetched.
 
+    given: as DataSection.find_root takes it. Raises ShardError, and RecipeError where there is no root.
     Of a URL the index alone is looked at: to ask for every shard would take minutes, and their digests are checked
     when they arrive.
     """
+    root = data.find_root(given)
     if isinstance(root, Path):
         return _checked(ShardIndex.load(root / split))
     remote = Remote(below(root, split), cache_folder(data), int(data.cache_gb * 1e9))

@@ -1,1 +1,1 @@
-"""How good a trained model is: accuracy, nearest neighbours, a linear classifier, on any number of ranks."""
+"""The quality of a trained model: accuracy, nearest neighbours, a linear classifier, on any number of ranks."""

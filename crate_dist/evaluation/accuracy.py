@@ -24,8 +24,8 @@ from crate_dist.distributed import Left, gather_objects
 _LABEL_BITS = 32
 
 
-def places(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the right one, int64 (n,): 0 for a hit in top-1, below 5 for one in top-5.
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Returns the number of classes that stand before the right one, int64 (n,): 0 is a hit in top-1, 4 one in top-5.
 
     scores: (n, classes), finite; labels: int64 (n,). Of classes with equal scores the one of lower number stands first.
     """
@@ -38,7 +38,7 @@ def places(scores: Tensor, labels: Tensor) -> Tensor:
 class ByClass:
     """Counts of a split; arrays have one entry per class.
 
-    samples, top1, top5: int64 (classes,), the samples of the class, and how many of them were hit
+    samples, top1, top5: int64 (classes,), the samples of the class, and those of them that were hit
     true, predicted, count: int64 (pairs,), the classes that were taken for others, most frequent first
     """
 
@@ -50,13 +50,13 @@ class ByClass:
     count: Int64
 
     def worst_first(self) -> Int64:
-        """The classes that have samples: by top-1, then top-5, then number."""
+        """Returns the classes that have samples: by top-1, then top-5, then number."""
         present = np.flatnonzero(self.samples)
         shares = [hits[present] / self.samples[present] for hits in (self.top5, self.top1)]
         return present[np.lexsort((present, *shares))]
 
     def records(self, classes: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-        """One per class, in their order, as JSON and CSV say it; accuracies in per cent, None where there is no sample.
+        """Returns one record per class, in their order, as in JSON and CSV; accuracies in per cent, or None.
 
         classes, names: of the split's index
         """
@@ -73,7 +73,7 @@ class ByClass:
         ]
 
     def confusions(self, classes: Sequence[str], names: Sequence[str], most: int | None = None) -> list[dict[str, Any]]:
-        """The most frequent ones, or all, as JSON says it; share: per cent of the true class's samples."""
+        """Returns the `most` frequent ones, or all, as in JSON; share: per cent of the true class's samples."""
         pairs = zip(self.true[:most].tolist(), self.predicted[:most].tolist(), self.count[:most].tolist(), strict=True)
         return [
             {
@@ -89,7 +89,7 @@ class ByClass:
 
 
 class Tally:
-    """Takes up predictions batch by batch, without waiting for the device.
+    """A count of predictions, batch by batch, without waiting for the device.
 
     Of the confusion matrix only what happened is kept, one number per sample until the end and then one per pair of
     classes that occurs: for 21,000 classes the whole matrix would take 3.5 GB, and be empty nearly everywhere.
@@ -100,14 +100,14 @@ class Tally:
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
 
     def add(self, labels: Tensor, ranked: Tensor) -> None:
-        """labels: int64 (n,); ranked: int64 (n, at most 5), the predicted classes, best first."""
+        """Counts one batch. labels: int64 (n,); ranked: int64 (n, at most 5), the predicted classes, best first."""
         hits = ranked == labels[:, None]
         counts = torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(dim=1)], dim=1)
         self._counts.index_add_(0, labels, counts.long())
         self._pairs.append(labels << _LABEL_BITS | ranked[:, 0])
 
     def total(self) -> ByClass:
-        """Of all ranks. A collective."""
+        """Returns the counts of all ranks. A collective."""
         pairs, times = torch.unique(torch.cat(self._pairs), return_counts=True)
         mine = self._counts.cpu().numpy(), pairs.cpu().numpy(), times.cpu().numpy()
         counts, every_pair, every_times = zip(*gather_objects(mine), strict=True)
@@ -122,7 +122,7 @@ class Tally:
 
 
 def class_text(classes: Sequence[str], names: Sequence[str], label: int) -> str:
-    """A class for people: id and name, since ImageNet has two cranes. A model may know more than the split's."""
+    """Names a class for people: id and name, since ImageNet has two cranes; by number one that the split lacks."""
     if label >= len(classes):
         return f"class {label}"
     return classes[label] if names[label] == classes[label] else f"{classes[label]} {names[label]}"
@@ -130,9 +130,9 @@ def class_text(classes: Sequence[str], names: Sequence[str], label: int) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in per cent, mean cross-entropy (without smoothing), and how many samples were counted.
+    """Accuracy in per cent, mean cross-entropy (without smoothing), and the number of samples that count.
 
-    unreadable: how many do not count, since they could not be read; bad: which
+    unreadable: number of samples that could not be read and do not count; bad: their names
     """
 
     top1: float
@@ -143,15 +143,15 @@ class Evaluation:
     bad: tuple[BadSample, ...]
 
     def scalars(self) -> dict[str, float]:
-        """As TensorBoard names them."""
+        """Returns the numbers under their names in TensorBoard."""
         return {"val/top1": self.top1, "val/top5": self.top5, "val/loss": self.loss}
 
     def better_than(self, top1: float) -> bool:
-        """Whether this is the model to keep. Of scores that are not numbers some class is the best all the same."""
+        """Tells whether this is the model to keep. Of scores that are no numbers some class is the best too."""
         return math.isfinite(self.loss) and self.top1 > top1
 
     def problem(self, max_bad_fraction: float) -> str:
-        """What is to be said where so few samples could be read that the accuracy means little; "" where it is well.
+        """Says that too few samples could be read for the accuracy to mean much; "" where it is well.
 
         A few are let pass, whatever their share: 8, or of a small split an eighth.
         """

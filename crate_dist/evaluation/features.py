@@ -1,4 +1,4 @@
-"""What a frozen model makes of every image of a split: one vector each, spread over the ranks.
+"""Features of a frozen model: one vector for every image of a split, spread over the ranks.
 
 The feature of an image is the vector that the linear classifier of the head would read: the tokens after the last
 layer, pooled as the model's head does it (the class token, or the mean of all tokens), then the head's LayerNorm. It is
@@ -35,7 +35,7 @@ class Features:
 
     @property
     def first(self) -> int:
-        """The place in the split of this rank's first sample."""
+        """The number in the split of this rank's first sample."""
         return sum(self.sizes[: dist.get_rank()])
 
     @property
@@ -45,7 +45,7 @@ class Features:
 
 
 def pooled(model: CRATE, images: Tensor, layer: int, pool: Pool) -> Tensor:
-    """Features (b, d) of normalised images (b, 3, image_size, image_size) after layer 1 … depth."""
+    """Returns features (b, d) of normalised images (b, 3, image_size, image_size) after layer 1 … depth."""
     z = model.embed(images)
     for block in model.layers[:layer]:
         z = block(z)
@@ -57,7 +57,7 @@ def pooled(model: CRATE, images: Tensor, layer: int, pool: Pool) -> Tensor:
 def extract(
     read: Callable[[Tensor], Tensor], batches: Iterable[Batch], width: int, num_samples: int, device: torch.device
 ) -> Features:
-    """The features of a split, each sample once. A collective at the end; takes n · d · 4 bytes of each device.
+    """Extracts the features of a split, each sample once. A collective at the end; takes 4 · n · d bytes of a device.
 
     read: uint8 images (n, height, width, 3) -> (n, d); width: d
     batches: this rank's share; num_samples: in the whole split
@@ -85,7 +85,7 @@ def extract(
 
 
 def gather_rows(mine: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The rows (sizes[rank], …) of all ranks, one rank's behind the other's, on every rank. A collective."""
+    """Returns the rows (sizes[rank], …) of all ranks, one rank's behind the other's, on every rank. A collective."""
     most = max(sizes)
     padded = mine.new_zeros(most, *mine.shape[1:])
     padded[: len(mine)] = mine

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_dist.evaluation.accuracy import places
+from crate_dist.evaluation.accuracy import label_ranks
 from crate_dist.evaluation.features import Features, gather_rows
 
 TEMPERATURE = 0.07
@@ -45,7 +45,7 @@ def classify(
     temperature: float = TEMPERATURE,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> list[Neighbours]:
-    """One result per k, over all queries of all ranks. A collective.
+    """Returns one result per k, over all queries of all ranks. A collective.
 
     A class is in the top 5 when fewer than five have more votes; one without any vote never is. Among equally similar
     neighbours the earlier training sample comes first, among classes with equal votes the lower number.
@@ -70,7 +70,7 @@ def classify(
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
-    """Keys of the k rows of `bank` most similar to each query, int64 (queries, k), best first.
+    """Returns keys of the k rows of `bank` most similar to each query, int64 (queries, k), best first.
 
     bank: (n, d), n may be below k; queries: (queries, d); both of length one; first: sample number of the bank's first
     row. A key holds similarity and sample number, see `unpack`; no two are equal, so their order is no accident.
@@ -84,7 +84,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
 
 
 def pack(similarity: Tensor, first: int) -> Tensor:
-    """fp32 (queries, n) of samples first, first + 1, … to int64 that sort by similarity, then by earlier sample."""
+    """Turns fp32 (queries, n) of samples first, first + 1, … into int64 that sort by similarity, then sample."""
     bits = (similarity + 0.0).view(torch.int32)  # + 0.0: of the two zeros one is left
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, negative floats run backwards
     samples = torch.arange(first, first + similarity.shape[1], device=similarity.device)
@@ -92,20 +92,20 @@ def pack(similarity: Tensor, first: int) -> Tensor:
 
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities, fp32, and sample numbers, int64, of keys of any shape."""
+    """Returns similarities, fp32, and sample numbers, int64, of keys of any shape."""
     ordered = (keys >> _INDEX_BITS).int()
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), _INDEX - (keys & _INDEX)
 
 
 def merged(mine: Tensor) -> Tensor:
-    """The best keys, (queries, k), of all ranks. A collective."""
+    """Returns the best keys, (queries, k), of all ranks. A collective."""
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine.contiguous())
     return torch.cat(every, dim=1).topk(mine.shape[1], dim=1).values
 
 
 def voted(best: Tensor, labels: Tensor, right: Tensor, classes: int, ks: Sequence[int], temperature: float) -> Tensor:
-    """Hits in top-1 and top-5 for each k, int64 (ks, 2); all on the CPU, where sums have an order.
+    """Counts hits in top-1 and top-5 for each k, int64 (ks, 2); all on the CPU, where sums have an order.
 
     best: keys (queries, k); labels: of the training samples; right: int64 (queries,)
     """
@@ -116,7 +116,7 @@ def voted(best: Tensor, labels: Tensor, right: Tensor, classes: int, ks: Sequenc
     for k in ks:
         votes = torch.zeros(len(best), classes, dtype=torch.float64)
         votes.scatter_add_(1, labels[samples[:, :k]], weights[:, :k])
-        place = places(votes, right)
+        ranks = label_ranks(votes, right)
         supported = votes.gather(1, right[:, None])[:, 0] > 0
-        hits.append([int(((place < n) & supported).sum()) for n in (1, 5)])
+        hits.append([int(((ranks < n) & supported).sum()) for n in (1, 5)])
     return torch.tensor(hits)

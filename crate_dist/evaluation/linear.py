@@ -20,14 +20,14 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from crate_dist.data.order import permutation
-from crate_dist.evaluation.accuracy import places
+from crate_dist.evaluation.accuracy import label_ranks
 from crate_dist.evaluation.features import Features
 from crate_dist.evaluation.on_ranks import CannotMeasure
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_STEPS = 500
 HELD_OUT = 10
-"""One sample of so many is held out while l2 is chosen."""
+"""One sample in ten is held out while l2 is chosen."""
 
 _ROWS = 4096
 _LIMIT_REACHED = 1
@@ -35,8 +35,9 @@ _LIMIT_REACHED = 1
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """weight: fp64 (classes, d); bias: fp64 (classes,); mean, scale: fp64 (d,), what features are standardised by.
+    """A fitted classifier.
 
+    weight: fp64 (classes, d); bias: fp64 (classes,); mean, scale: fp64 (d,), by which features are standardised
     steps: that the fit took; converged: whether it came to its optimum in them
     """
 
@@ -48,11 +49,11 @@ class Linear:
     converged: bool
 
     def scores(self, values: Tensor) -> Tensor:
-        """Standardised features, fp64 (n, d), to scores (n, classes)."""
+        """Turns standardised features, fp64 (n, d), into scores (n, classes)."""
         return torch.addmm(self.bias, values, self.weight.T)
 
     def standardised(self, values: Tensor) -> Tensor:
-        """Features (n, d) as `scores` takes them, fp64."""
+        """Returns features (n, d) as `scores` takes them, fp64."""
         return (values.double() - self.mean) * self.scale
 
 
@@ -79,7 +80,7 @@ class Probe:
 
     @property
     def at_the_edge(self) -> bool:
-        """Whether the best l2 is the largest or smallest that was tried, so that a better one may lie beyond."""
+        """True where the best l2 is the largest or smallest that was tried, so that a better one may lie beyond."""
         tried = sorted(item.l2 for item in self.sweep)
         return len(tried) > 1 and self.l2 in (tried[0], tried[-1])
 
@@ -96,7 +97,7 @@ def probe(
     """Chooses l2, fits the whole training split, and counts on the validation split. A collective.
 
     The strongest l2 is fitted first, each weaker one from where the last one ended; of equally good ones the strongest
-    wins. seed: of which samples are held out; they do not depend on the number of ranks.
+    wins. seed: chooses the samples that are held out; they do not depend on the number of ranks.
     Raises CannotMeasure when the training split has fewer samples than classes or HELD_OUT.
     """
     if train.total < max(HELD_OUT, classes):
@@ -118,7 +119,7 @@ def probe(
 
 
 def held_out(features: Features, seed: int) -> Tensor:
-    """Which of this rank's samples are held out, bool (n,)."""
+    """Marks this rank's samples that are held out, bool (n,)."""
     chosen = torch.zeros(features.total, dtype=torch.bool)
     chosen[permutation(features.total, seed)[: features.total // HELD_OUT]] = True
     return chosen[features.first : features.first + len(features.labels)].to(features.labels.device)
@@ -128,7 +129,7 @@ def held_out(features: Features, seed: int) -> Tensor:
 def fit(
     features: Features, chosen: Tensor, classes: int, l2: float, max_steps: int, start: Linear | None = None
 ) -> Linear:
-    """The optimum for the chosen samples, bool (n,), of all ranks, by L-BFGS. A collective.
+    """Finds the optimum for the chosen samples, bool (n,), of all ranks, by L-BFGS. A collective.
 
     All ranks take the same steps, since they see the same sums. Stops when no entry of the gradient is above 1e-6 nor
     above a tenth of l2, or after max_steps.
@@ -170,25 +171,25 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: Linear, features: Features, chosen: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 in per cent over the chosen samples, bool (n,), of all ranks. A collective."""
+    """Returns top-1 and top-5 in per cent over the chosen samples, bool (n,), of all ranks. A collective."""
     counts = torch.zeros(3, dtype=torch.int64, device=features.labels.device)
     for values, labels, weight in _chunks(features, chosen):
-        place = places(model.scores(model.standardised(values)), labels)
-        counts += torch.stack([((place < n) & (weight > 0)).sum() for n in (1, 5, len(model.bias))])
+        ranks = label_ranks(model.scores(model.standardised(values)), labels)
+        counts += torch.stack([((ranks < n) & (weight > 0)).sum() for n in (1, 5, len(model.bias))])
     dist.all_reduce(counts)
     top1, top5, total = counts.tolist()
     return 100 * top1 / total, 100 * top5 / total
 
 
 def _chunks(features: Features, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(values, labels, weight) of some rows at a time, weight being 1 for the chosen ones, else 0."""
+    """Yields (values, labels, weight) of some rows at a time, weight being 1 for the chosen ones, else 0."""
     for first in range(0, len(chosen), _ROWS):
         rows = slice(first, first + _ROWS)
         yield features.values[rows], features.labels[rows], chosen[rows].double()
 
 
 def _standard(features: Features, chosen: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and 1 / deviation of the chosen samples of all ranks, fp32 (d,), and their number."""
+    """Returns mean and 1 / deviation of the chosen samples of all ranks, fp32 (d,), and their number."""
     width = features.values.shape[1]
     sums = torch.zeros(width + 1, dtype=torch.float64, device=features.values.device)
     for values, _, weight in _chunks(features, chosen):

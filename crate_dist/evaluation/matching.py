@@ -1,4 +1,4 @@
-"""Which outputs of a model stand for which classes of the data: by name, or, where names are not known, by position."""
+"""Matches the outputs of a model to the classes of the data: by name, or, where names are not known, by position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crate_dist.checkpoint.trained import Subject, are_numbers
+from crate_dist.checkpoint.trained import Trained, are_numbers
 from crate_dist.data.index import ShardIndex
 from crate_dist.evaluation.on_ranks import CannotMeasure
 
@@ -19,12 +19,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Matching:
-    """How logits are held against the labels of a split.
+    """The outputs that are held against the labels of a split.
 
     by: "order" where model and data have the same classes in the same order; "number" where the model's classes were
     given no names but their numbers, "position" where it does not tell any
     columns: outputs that compete, those of the data's classes first, in their order; None: all, as they are
-    competing: how many; outputs: how many the model has
+    competing: their number; outputs: the number that the model has
     classes, names: of the columns, as far as they are known
     """
 
@@ -36,13 +36,13 @@ class Matching:
     names: Sequence[str]
 
     def select(self, logits: Tensor) -> Tensor:
-        """(n, outputs) -> (n, competing), such that label k of the data is column k."""
+        """Takes logits (n, outputs) to (n, competing), such that label k of the data is column k."""
         if self.columns is None:
             return logits
         return logits[:, torch.tensor(self.columns, device=logits.device)]
 
     def describe(self) -> str:
-        """What has to be said of it; "" for the same classes in the same order."""
+        """Says in words how classes are matched; "" for the same classes in the same order."""
         if self.by == "order":
             return ""
         how = {
@@ -53,7 +53,7 @@ class Matching:
         return f"classes are matched {how}; {self.competing:,} of the model's {self.outputs:,} compete"
 
 
-def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False) -> Matching:
+def match_classes(trained: Trained, index: ShardIndex, all_classes: bool = False) -> Matching:
     """Finds the outputs for the classes of a split.
 
     all_classes: lets the outputs compete that stand for none of them, too. They do in any case where the classes are
@@ -63,9 +63,9 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
     ------
     CannotMeasure: the model does not know all of the classes, or a name does not say which class it is
     """
-    outputs, known, wanted = subject.model.config.num_classes, subject.classes, list(index.classes)
+    outputs, known, wanted = trained.model.config.num_classes, trained.classes, list(index.classes)
     if known is not None and len(known) > outputs:
-        raise CannotMeasure(f"{subject.name} names {len(known):,} classes, and has {outputs:,} outputs")
+        raise CannotMeasure(f"{trained.name} names {len(known):,} classes, and has {outputs:,} outputs")
     numbers = known is not None and are_numbers(known)
     most = len(known) if known is not None and numbers else outputs
     if len(wanted) > most:
@@ -73,7 +73,7 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
     if known is not None and list(known) == wanted:
         return Matching("number" if numbers else "order", None, outputs, outputs, wanted, index.class_names)
     named = None if numbers else known
-    columns = list(range(len(wanted))) if named is None else _by_name(subject.name, named, index)
+    columns = list(range(len(wanted))) if named is None else _by_name(trained.name, named, index)
     classes, names = wanted, list(index.class_names)
     if all_classes:
         taken = set(columns)
@@ -85,9 +85,9 @@ def match_classes(subject: Subject, index: ShardIndex, all_classes: bool = False
 
 
 def _by_name(model: str, known: Sequence[str], index: ShardIndex) -> list[int]:
-    """The output of every class of a split."""
-    places = {name: output for output, name in enumerate(known)}
-    if unknown := [name for name in index.classes if name not in places]:
+    """Returns the output of every class of a split."""
+    outputs = {name: output for output, name in enumerate(known)}
+    if unknown := [name for name in index.classes if name not in outputs]:
         more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
         raise CannotMeasure(
             f"{model} does not know {len(unknown):,} of the {index.num_classes:,} classes of {index.place}: "
@@ -102,4 +102,4 @@ def _by_name(model: str, known: Sequence[str], index: ShardIndex) -> list[int]:
             f"{', '.join(map(repr, twice[:_SHOWN]))} is the name of several classes of {model} or of {index.place}, "
             "which are not in the same order: which is which cannot be told"
         )
-    return [places[name] for name in index.classes]
+    return [outputs[name] for name in index.classes]

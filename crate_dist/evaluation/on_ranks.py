@@ -1,4 +1,4 @@
-"""A trained model that is held against splits of data: what evaluate.py and probe.py have in common.
+"""Holds a trained model against splits of data: the common part of evaluate.py and probe.py.
 
 Under torchrun or srun every rank takes its share of each split, else one process takes all.
 """
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.checkpoint.trained import Subject
+from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
-from crate_dist.data.splits import open_split
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import PortIsTaken, gather_objects, init_distributed, leave_distributed, lost_a_rank
 from crate_dist.errors import UserError
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 
 class CannotMeasure(UserError):
-    """What was asked for does not fit the model or the data; the message says what would do."""
+    """A measurement that does not fit the model or the data; the message says what would do."""
 
 
 EXPECTED_ERRORS = (UserError, PortIsTaken, OSError)
@@ -62,16 +61,6 @@ def positive(text: str) -> int:
     return number
 
 
-def find_split(arguments: argparse.Namespace, subject: Subject, split: str) -> ShardIndex:
-    """The index of a split below --data, the run's folder of data, or the environment's.
-
-    Raises
-    ------
-    RecipeError, ShardError
-    """
-    return open_split(subject.data.place(arguments.data), split, subject.data)
-
-
 def check_output(path: Path | None) -> None:
     """Raises CannotMeasure for a file that could not be written after all the work."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
@@ -81,7 +70,7 @@ def check_output(path: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model in eval mode on this rank's device, and how images come to it."""
+    """A model in eval mode on this rank's device, and the way of images to it."""
 
     model: CRATE
     name: str
@@ -93,37 +82,37 @@ class Frozen:
     normalize: Normalize
 
     @classmethod
-    def place(cls, subject: Subject, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
+    def place(cls, trained: Trained, arguments: argparse.Namespace, world: World, device: torch.device) -> Frozen:
         """Brings the model to the device in the precision that was asked for."""
-        precision = arguments.precision or subject.precision
+        precision = arguments.precision or trained.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        subject.model.set_execution(autocast=precision == "autocast")
+        trained.model.set_execution(autocast=precision == "autocast")
         return cls(
-            subject.model.to(device, dtype).eval().requires_grad_(False),
-            subject.name,
+            trained.model.to(device, dtype).eval().requires_grad_(False),
+            trained.name,
             world,
             device,
-            subject.images,
+            trained.images,
             arguments.batch,
             arguments.workers,
-            Normalize(subject.images.mean, subject.images.std, device, dtype),
+            Normalize(trained.images.mean, trained.images.std, device, dtype),
         )
 
     def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
-        """This rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name."""
+        """Yields this rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name."""
         transform = eval_transform(self.images, self.model.config.image_size)
         rank, world_size = self.world.rank, self.world.world_size
         loader = eval_loader(index, rank, world_size, transform, self.batch, self.workers)
         return tqdm(loader, desc=split, unit="batch", disable=not self.shows, dynamic_ncols=True)
 
     def logits(self, images: Tensor) -> Tensor:
-        """uint8 images (n, height, width, 3) -> (n, classes)"""
+        """Takes uint8 images (n, height, width, 3) to logits (n, classes)."""
         logits: Tensor = self.model(self.normalize(images))
         return logits
 
     @property
     def shows(self) -> bool:
-        """Whether this rank shows progress to somebody."""
+        """True where this rank shows progress to somebody."""
         return self.world.is_main and sys.stderr.isatty()
 
 

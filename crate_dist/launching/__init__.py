@@ -1,1 +1,1 @@
-"""What every way to start a run shares: options, checks before it, ranks of this machine, memory. Imports no torch."""
+"""Shared by all ways to start a run: options, checks, opening its folder, local ranks, memory. Imports no torch."""

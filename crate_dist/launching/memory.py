@@ -1,8 +1,8 @@
-"""How much of a GPU's memory a training step needs, from shapes. Imports no torch: a login node asks it.
+"""Estimates from shapes the GPU memory of a training step. Imports no torch: a login node asks it.
 
-Counted is what autograd keeps of a forward pass (crate.py's layer keeps seven tensors of the tokens' size), what a
-backward pass has in hand at a time, and ZeRO-2's state. A test holds the first against what torch really keeps. Not
-counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for CUDA's own context.
+Counted is what autograd keeps of a forward pass (per layer seven tensors of the size of the tokens), what a backward
+pass has in hand at a time, and the state of ZeRO-2. A test holds the first against what torch really keeps. Not
+counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from crate_dist.config import OptimSection, Recipe
 from crate_dist.models.sizes import ARCHS
 
 KEPT_PER_LAYER = 7
-"""Input, normalised input, projections, attention's output, its sum with the input, that
+"""Tensors of the tokens' size: input, normalised input, projections, attention's output, its sum with the input, that
 normalised, ISTA's residual."""
 
 IN_HAND = 6
@@ -22,7 +22,7 @@ RESERVE = 0.12
 
 
 def parameters(recipe: Recipe, classes: int = 1000) -> int:
-    """The number of weights of the recipe's model."""
+    """Counts the weights of the recipe's model."""
     dims, patch, tokens = ARCHS[recipe.model.arch], _patch_values(recipe), _tokens(recipe)
     d = dims.dim
     layer = 2 * d * d + (d * d + d if dims.heads > 1 else 0) + 4 * d
@@ -31,7 +31,7 @@ def parameters(recipe: Recipe, classes: int = 1000) -> int:
 
 
 def kept_bytes_per_image(recipe: Recipe) -> int:
-    """What autograd keeps of one image from the forward pass to the backward pass."""
+    """Counts the bytes that autograd keeps of one image from the forward pass to the backward pass."""
     dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
     whole = KEPT_PER_LAYER * tokens * dims.dim * size + (4 + dims.heads) * tokens * 4
     again = min(recipe.train.recompute, dims.depth)
@@ -40,7 +40,7 @@ def kept_bytes_per_image(recipe: Recipe) -> int:
 
 
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
-    """The most that a rank of `world_size` needs at a time."""
+    """Counts the most bytes that a rank of `world_size` needs at a time."""
     dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
     in_hand = IN_HAND + (KEPT_PER_LAYER if recipe.train.recompute else 0)
     per_image = kept_bytes_per_image(recipe) + in_hand * tokens * dims.dim * size
@@ -52,14 +52,14 @@ def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
-    """The largest micro-batch that fits a card and divides a rank's share of the global batch; 0: not one image."""
+    """Finds the largest micro-batch that fits a card and divides a rank's share of the global batch; 0: none."""
     share = recipe.train.global_batch // world_size
     room = card_bytes * (1 - RESERVE)
     return next((n for n in range(share, 0, -1) if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
 
 
 def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
-    """One line: what the recipe's micro-batch needs, and what would fit a card of `card_gb` GB."""
+    """Says in a line what the recipe's micro-batch needs, and what would fit a card of `card_gb` GB."""
     need = step_bytes(recipe, micro_batch, world_size) / 1e9
     fits = largest_micro_batch(recipe, world_size, card_gb * 1e9)
     line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"

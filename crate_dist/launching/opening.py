@@ -56,7 +56,7 @@ def opened(
 
 
 def check_that_no_job_waits(folder: RunFolder) -> None:
-    """Asks SLURM, where there is one, what the folder's jobs are doing, unless this process belongs to one of them.
+    """Asks SLURM, where there is one, for the folder's jobs, unless this process belongs to one of them.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def check_that_no_job_waits(folder: RunFolder) -> None:
 
 
 def _queue(jobs: Collection[str]) -> str:
-    """The user's jobs, a line each."""
+    """Lists the user's jobs, a line each."""
     asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
     said = ""
     for pause_s in _PAUSES_S:

@@ -1,4 +1,4 @@
-"""The options that every way to start a run shares. Imports no torch."""
+"""Options that all ways to start a run share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         train__init_heads=arguments.heads,
     )
     # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
-    root = recipe.data_root()
+    root = recipe.data.find_root()
     if is_private(root):
         os.environ[DATA_VARIABLE] = str(root)
     data = recipe.data.model_copy(update={"root": root})

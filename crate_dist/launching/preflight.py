@@ -1,4 +1,4 @@
-"""What every launcher does before it starts anything: look whether the run can work at all. Imports no torch."""
+"""Checks, before a launcher starts anything, whether the run can work at all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crate_dist.run.folder import RunFolder, read_recipe
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was looked at and found in order."""
+    """A run that was looked at and found in order."""
 
     folder: RunFolder
     resumes: bool
@@ -79,7 +79,7 @@ def preflight(
             data = DataIdentity.of(train, val)
             if changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
-                if not accepted_data and not folder.data_was_accepted(manifest.progress.step, data.digest):
+                if not accepted_data and not folder.record.data_was_accepted(manifest.progress.step, data.digest):
                     problems.append(refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
@@ -102,7 +102,7 @@ def preflight(
     return Preflight(
         folder=folder,
         resumes=not start_over and folder.has_begun(),
-        data_root=recipe.data_root(),
+        data_root=recipe.data.find_root(),
         train_images=train.num_samples,
         val_images=val.num_samples if val else 0,
         classes=train.num_classes,
@@ -144,7 +144,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
 
 
 def folder_of_weights(source: Path) -> Path:
-    """What has to be seen for --init-from to be read: of a checkpoint, its whole run."""
+    """Returns the folder that has to be seen for --init-from to be read: of a checkpoint, its whole run."""
     return source.parent.parent if (source / MANIFEST).is_file() else source.parent
 
 

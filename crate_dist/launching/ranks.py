@@ -19,9 +19,9 @@ from crate_dist.run.folder import RunFolder
 from crate_dist.world import World, free_port
 
 STOP_GRACE_S = 60.0
-"""After a Ctrl-C or SIGTERM, which every rank gets; a second one ends them at once."""
+"""Seconds for the ranks after a Ctrl-C or SIGTERM, which every rank gets; a second one ends them at once."""
 SIBLING_GRACE_S = 5.0
-"""After the death of a rank, for the others: without it they can save nothing any more."""
+"""Seconds for the other ranks after the death of one: without it they can save nothing any more."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,7 +34,7 @@ class RankFailed(UserError):
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables by which world.detect_world knows a local rank, and its share of the cores."""
+    """Returns the variables by which world.detect_world knows a local rank, and its share of the cores."""
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks))
     world = World(rank, ranks, rank, ranks, "127.0.0.1", port, "local")
@@ -42,7 +42,7 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many GPUs a rank will be able to see, found without importing torch."""
+    """Counts the GPUs that a rank will be able to see, without importing torch."""
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
@@ -106,7 +106,7 @@ def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Pa
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], caught: Sequence[int]) -> int | None:
-    """Waits for all to end, as signals or the death of one may have it; gives the first that ended badly."""
+    """Waits for all to end, as signals or the death of one may have it; returns the first that ended badly."""
     failed: int | None = None
     told_to_stop = False
     deadline = float("inf")
@@ -144,7 +144,7 @@ def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals that came in meanwhile, instead of their usual effect."""
+    """Collects the signals that come in meanwhile, instead of their usual effect."""
     caught: list[int] = []
 
     def remember(signum: int, frame: FrameType | None) -> None:

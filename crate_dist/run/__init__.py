@@ -1,1 +1,1 @@
-"""One run: its folder, its one writer, the statuses that it ends with, and which faults may pass. Imports no torch."""
+"""One run: its folder and record, its one writer, its exit statuses, and which faults may pass. Imports no torch."""

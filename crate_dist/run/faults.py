@@ -1,4 +1,4 @@
-"""Which faults may pass, so that the run is tried again, and which need a person. Imports no torch.
+"""Judges faults: some may pass, so that the run is tried again, others need a person. Imports no torch.
 
 The one place where this is decided. A fault that is wrongly thought to pass costs little: a job whose starts get no
 further is ended by its batch script, launch/batch.sh.
@@ -20,7 +20,7 @@ DEVICE_FAULT = (
     "over nvlink or a hardware error|CUDA error: unknown error|device.s. is/are busy or unavailable|"
     "no CUDA-capable device is detected|GPU has fallen off the bus|NVRM: Xid"
 )
-"""By what the log of a rank shows that its GPU is broken rather than the program: a regular expression, also of awk.
+"""Regular expression, also of awk, of what a rank's log shows when its GPU is broken rather than the program.
 
 The texts are CUDA's own; its watchdog threads may end the process before Python sees an error.
 """
@@ -34,7 +34,7 @@ _PASSING = frozenset(
     )
     if hasattr(errno, name)
 )
-"""What network file systems and their servers answer while they are ill. A missing file, a full disk, or no permission
+"""Answers of network file systems and their servers while they are ill. A missing file, a full disk, or no permission
 is not among them."""
 
 _PASSING_TYPES = ("AcceleratorError", "OutOfMemoryError", "DistError", "LostWorker")
@@ -48,12 +48,12 @@ _LASTING_TEXTS = re.compile(r"no kernel image is available|driver version is ins
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same run, started again, may well not meet this error: it, or what caused it, is a passing one."""
+    """Tells whether the same run, started again, may well not meet this error: it, or what caused it, may pass."""
     return any(_passes(one) for one in _chain(error))
 
 
 def judged(error: E) -> E:
-    """The same error, which now keeps what `may_pass` says of it: pickled, it will lose its causes."""
+    """Returns the same error, which now keeps what `may_pass` says of it: pickled, it will lose its causes."""
     error.crate_may_pass = may_pass(error)  # type: ignore[attr-defined]
     return error
 

@@ -19,28 +19,23 @@ model-last.pt        the weights alone, and model-last.md, their card; model-bes
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import platform
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 from crate_dist.files import write_whole
 from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
+from crate_dist.run.record import Record
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
-_VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of what stands where in a run folder."""
+    """A run folder: the names of what stands in it, and how it is opened and set aside."""
 
     path: Path
 
@@ -51,8 +46,13 @@ class RunFolder:
 
     @property
     def record_file(self) -> Path:
-        """Code version and starts."""
+        """Code version and starts; see run/record.py."""
         return self.path / "run.json"
+
+    @property
+    def record(self) -> Record:
+        """The record that is in record_file."""
+        return Record(self.record_file)
 
     @property
     def checkpoints(self) -> Path:
@@ -86,7 +86,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Names the job that works in the folder; see lock.py."""
+        """Names the job that works in the folder; see run/lock.py."""
         return self.path / "lock"
 
     @property
@@ -100,11 +100,11 @@ class RunFolder:
         return self.path / "slurm"
 
     def model(self, which: str) -> Path:
-        """The exported weights, `which` being "last" or "best"."""
+        """Returns the file of the exported weights, `which` being "last" or "best"."""
         return self.path / f"model-{which}.pt"
 
     def log_file(self, rank: int) -> Path:
-        """The log of one rank."""
+        """Returns the file of one rank's log."""
         return self.logs / f"rank-{rank:05d}.log"
 
     def check(self, recipe: Recipe) -> None:
@@ -131,7 +131,7 @@ class RunFolder:
             )
 
     def has_begun(self) -> bool:
-        """Whether the run has made steps that somebody may want.
+        """Tells whether the run has made steps that somebody may want.
 
         Raises RecipeError when that cannot be seen.
         """
@@ -172,7 +172,7 @@ class RunFolder:
     def open(self, recipe: Recipe, check: Callable[[], None] = ALONE.check) -> None:
         """Creates the folder, or checks an existing one; then writes the recipe and the record.
 
-        The caller holds the lock. What starts with another recipe have left that came to nothing is put aside.
+        The caller holds the lock. Files of starts with another recipe that never made a step are put aside.
 
         check: called before whatever changes something; raises LostTheRun when the lock is another's
         Raises RecipeError as `check` does, or when the folder cannot be written.
@@ -186,8 +186,7 @@ class RunFolder:
             write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
             for folder in (self.checkpoints, self.tensorboard, self.logs):
                 folder.mkdir(exist_ok=True)
-            if not self.record_file.exists():
-                write_whole(self.record_file, json.dumps({"code": code_version(), "starts": []}, indent=1))
+            self.record.begin()
         except OSError as error:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
@@ -204,44 +203,9 @@ class RunFolder:
                 check()
                 path.rename(aside / path.name)
 
-    def note_origin(self, origin: Mapping[str, Any]) -> None:
-        """Puts down which weights the run began from."""
-        record = json.loads(self.record_file.read_text(encoding="utf-8"))
-        write_whole(self.record_file, json.dumps({**record, "began_from": origin}, indent=1))
-
-    def note_changed_data(self, step: int, digest: str, changes: Mapping[str, str]) -> None:
-        """Puts down that the run went on from a step with other data, of which `digest` is known, and what changed."""
-        record = json.loads(self.record_file.read_text(encoding="utf-8"))
-        note = {"step": step, "digest": digest, "changes": dict(changes)}
-        record["changed_data"] = [*record.get("changed_data", []), note]
-        write_whole(self.record_file, json.dumps(record, indent=1))
-
-    def changed_data(self) -> list[dict[str, Any]]:
-        """What note_changed_data has put down, the oldest first."""
-        if not self.record_file.exists():
-            return []
-        notes: list[dict[str, Any]] = json.loads(self.record_file.read_text(encoding="utf-8")).get("changed_data", [])
-        return notes
-
-    def data_was_accepted(self, step: int, digest: str) -> bool:
-        """Whether going on from this step with these data was put down before: the start died before its first save."""
-        return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
-
-    def note_start(self, check: Callable[[], None] = ALONE.check, **facts: Any) -> int:
-        """Adds this start (time, host, and `facts`) to the record; returns how many there were before it.
-
-        check: called before it is written; raises LostTheRun when the lock is another's
-        """
-        now, commit = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code_version()["commit"]
-        record = json.loads(self.record_file.read_text(encoding="utf-8"))
-        record["starts"].append({"time": now, "host": platform.node(), "commit": commit, **facts})
-        check()
-        write_whole(self.record_file, json.dumps(record, indent=1))
-        return len(record["starts"]) - 1
-
 
 def read_recipe(run_dir: Path) -> Recipe:
-    """The recipe of a run folder. Raises RecipeError when there is none."""
+    """Reads the recipe of a run folder. Raises RecipeError when there is none."""
     folder = RunFolder(Path(run_dir))
     if not folder.recipe_file.is_file():
         raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
@@ -249,7 +213,7 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 
 def _size(path: Path) -> int:
-    """Bytes; 0 when there is no such file. Raises OSError when that cannot be seen, as Path.exists does not."""
+    """Returns bytes; 0 when there is no such file. Raises OSError when that cannot be seen, as Path.exists does not."""
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
@@ -258,28 +222,3 @@ def _size(path: Path) -> int:
 
 def _stamp() -> str:
     return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-
-
-def code_version() -> dict[str, Any]:
-    """The git commit of the code (None outside a checkout), whether it was changed since, package versions."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    versions = {}
-    for package in _VERSIONED:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "packages": versions,
-    }

@@ -35,7 +35,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
-from crate_dist.whitebox.pixels import BLUE, ORANGE, Panel, heat, panels, tiles
+from crate_dist.whitebox.pixels import heat, layer_profile, tiles
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Live:
             return
         self._spent_s += seconds
         share = self._spent_s / (began + seconds - self._first_end)
-        if share > _COSTLY and self._first_time("dear", 0):
+        if share > _COSTLY and self._first_time("costly", 0):
             enough = math.ceil(self._every * share / _COSTLY / 100) * 100
             logger.warning(
                 "the white-box measures take %.1f %% of the time; --set log.whitebox_every_steps=%d costs 1 %% at most",
@@ -201,15 +201,10 @@ def first_images(
 
 def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dict[str, Pixels]:
     """Draws the profile, and the class token's attention. maps: attention (L, b, h, rows, cols)"""
-    rate, zeros = seen.coding_rate.mean(dim=1).numpy(), seen.zeros.mean(dim=1).numpy()
-    curves = [
-        Panel(f"coding rate of MSSA [nats], step {step:,}", rate, seen.coding_rate_std.numpy(), BLUE),
-        Panel(f"non-zeros after ISTA [%], step {step:,}", 100 - 100 * zeros, 100 * seen.zeros_std.numpy(), ORANGE),
-    ]
     by_layer = [[image, *map(heat, maps[:, n].mean(axis=1))] for n, image in enumerate(pixels)]
     by_head = [[image, *map(heat, maps[-1, n])] for n, image in enumerate(pixels)]
     return {
-        "whitebox/profile": panels(curves),
+        "whitebox/profile": layer_profile(seen, f", step {step:,}"),
         "whitebox/attention_of_the_layers": tiles(by_layer, _CELL_PIXELS),
         "whitebox/attention_of_the_last_layers_heads": tiles(by_head, _CELL_PIXELS),
     }

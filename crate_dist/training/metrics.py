@@ -197,7 +197,7 @@ class Monitor:
         check()
         self._ledger = Ledger(self._folder.ledger, up_s(), check)
         self._ledger.note("start", **facts)
-        restarts = self._folder.note_start(check, **facts, launcher=self._world.launcher)
+        restarts = self._folder.record.note_start(check, **facts, launcher=self._world.launcher)
         _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None

@@ -93,7 +93,7 @@ class Trainer:
             origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
             if world.is_main:
                 tenure.check()
-                folder.note_origin(asdict(origin))
+                folder.record.note_origin(asdict(origin))
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)
         if found:
             self.engine.load(found)

@@ -16,24 +16,24 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.linalg import eigh
 
+from crate_dist.errors import UserError
+
 Mask = NDArray[np.bool_]
 Float = NDArray[np.float64]
 
 NO_AFFINITY = 1e-5
-"""What joins two patches that are less alike than τ: the graph stays connected."""
+"""The weight between two patches that are less alike than τ: the graph stays connected."""
 _SPECK, _MOST_SPECKS = 0.01, 8
 _SAME_OBJECT = 0.5
 
 
 def attention_mask(attention: NDArray[np.floating], mass: float = 0.6) -> Mask:
-    """The fewest patches that hold the share `mass` of an attention map over patches (rows, cols); same shape.
+    """Marks the fewest patches that hold the share `mass` of an attention map over patches (rows, cols); same shape.
 
-    Raises
-    ------
-    ValueError: when `mass` is no share above 0
+    Raises UserError when `mass` is no share above 0.
     """
     if not 0 < mass <= 1:
-        raise ValueError(f"mass is a share above 0 and up to 1, not {mass}")
+        raise UserError(f"--mass is a share above 0 and up to 1, not {mass}")
     flat = np.asarray(attention, dtype=np.float64).ravel()
     order = np.argsort(-flat, kind="stable")
     held = np.cumsum(flat[order]) - flat[order]  # before each patch is added
@@ -43,7 +43,7 @@ def attention_mask(attention: NDArray[np.floating], mass: float = 0.6) -> Mask:
 
 
 def affinity(features: NDArray[np.floating], tau: float) -> Float:
-    """1 where two patches' features (patches, d) have a cosine above τ, next to 0 elsewhere: (patches, patches).
+    """Joins patches whose features (patches, d) have a cosine above τ by 1, others by next to 0: (patches, patches).
 
     A patch without features, one that an earlier object has taken, is like no other.
     """
@@ -55,7 +55,7 @@ def affinity(features: NDArray[np.floating], tau: float) -> Float:
 
 
 def second_eigenvector(weights: Float) -> Float:
-    """Of the second smallest eigenvalue of (D - W) x = λ D x, D the row sums of W (patches, patches): (patches,).
+    """Returns x of the second smallest λ in (D - W) x = λ D x, D the row sums of W (patches, patches): (patches,).
 
     The relaxed normalised cut of Shi and Malik (2000), computed as the second largest of the symmetric
     D^-½ W D^-½; length and sign are arbitrary.
@@ -68,7 +68,7 @@ def second_eigenvector(weights: Float) -> Float:
 
 
 def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3) -> list[Mask]:
-    """Up to `objects` masks, the most salient first, of a picture's features (rows, cols, d).
+    """Finds up to `objects` masks, the most salient first, of a picture's features (rows, cols, d).
 
     Each is cut out of the graph of what the ones before have left: of the two sides of the cut at the eigenvector's
     mean, the one with its largest entry, unless that has three of the picture's corners; and of that side, what
@@ -77,13 +77,11 @@ def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3
 
     It departs from CutLER's code: see docs/published-code.md.
 
-    Raises
-    ------
-    ValueError: when there are fewer than two patches
+    Raises UserError when there are fewer than two patches.
     """
     rows, cols, width = features.shape
     if rows * cols < 2:
-        raise ValueError(f"a cut needs two patches at least, and the picture has {rows * cols}")
+        raise UserError(f"a cut needs two patches at least, and the picture has {rows * cols}")
     found: list[Mask] = []
     taken = np.zeros((rows, cols), dtype=bool)
     cuts = _cuts(np.array(features, dtype=np.float64).reshape(-1, width), (rows, cols), tau)
@@ -98,13 +96,13 @@ def mask_cut(features: NDArray[np.floating], tau: float = 0.15, objects: int = 3
 
 
 def iou(mask: Mask, truth: Mask) -> float:
-    """Intersection over union of two masks of one shape; 0 when both are empty."""
+    """Returns intersection over union of two masks of one shape; 0 when both are empty."""
     union = np.logical_or(mask, truth).sum()
     return float(np.logical_and(mask, truth).sum() / union) if union else 0.0
 
 
 def _cuts(left: Float, grid: tuple[int, int], tau: float) -> Iterator[Mask]:
-    """One object after the other; its patches lose their features in `left`."""
+    """Yields one object after the other; its patches lose their features in `left`."""
     while True:
         vector = second_eigenvector(affinity(left, tau)).reshape(grid)
         if abs(vector.min()) > vector.max():

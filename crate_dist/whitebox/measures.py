@@ -1,4 +1,4 @@
-"""What makes CRATE a white box, in numbers: how far each layer compresses, how sparse it is, and where it looks.
+"""Measures the white box: the compression of each layer, its sparsity, and its attention.
 
     R^c(Z; U_1 … U_K) = Σ_k ½ log det(I + p / (n ε²) W_kᵀ W_k),   W_k = U_kᵀ LN(Z), each token scaled to length 1
 
@@ -27,7 +27,7 @@ QUANTIZATION = 0.01
 
 
 def coding_rate(projections: Tensor, quantization: float = QUANTIZATION) -> Tensor:
-    """R^c in nats of each image: projections (b, h, n, p) -> fp64 (b,), the sum over the heads' subspaces.
+    """Returns R^c in nats of each image: projections (b, h, n, p) -> fp64 (b,), the sum over the heads' subspaces.
 
     The determinant is taken of the smaller of I + c W Wᵀ and I + c Wᵀ W, which are equal, by Cholesky in fp64: both
     have no eigenvalue below 1. A token that is zero adds nothing, where the published code gives not-a-number; what
@@ -42,17 +42,17 @@ def coding_rate(projections: Tensor, quantization: float = QUANTIZATION) -> Tens
 
 
 def zero_share(features: Tensor) -> Tensor:
-    """Share of exact zeros in each image's tokens: (b, n, d) -> fp64 (b,)."""
+    """Returns the share of exact zeros in each image's tokens: (b, n, d) -> fp64 (b,)."""
     return (features == 0).double().mean(dim=(1, 2))
 
 
 def dead_token_share(features: Tensor) -> Tensor:
-    """Share of tokens of which nothing is left but zeros: (b, n, d) -> fp64 (b,)."""
+    """Returns the share of tokens of which nothing is left but zeros: (b, n, d) -> fp64 (b,)."""
     return (features == 0).all(dim=2).double().mean(dim=1)
 
 
 def class_attention(projections: Tensor) -> Tensor:
-    """How the class token attends to the patches, softmax(w_0 wᵀ / √p): (b, h, n, p) -> fp32 (b, h, n - 1).
+    """Returns the class token's attention to the patches, softmax(w_0 wᵀ / √p): (b, h, n, p) -> fp32 (b, h, n - 1).
 
     The first row of Intermediates.attention without its first entry: what a map lacks to 1 the class token pays itself.
     """
@@ -61,7 +61,7 @@ def class_attention(projections: Tensor) -> Tensor:
 
 
 def coherence(dictionary: Tensor) -> Tensor:
-    """μ(D), the largest |cosine| of two distinct columns of a dictionary (d, atoms), 0-d, between 0 and 1.
+    """Returns μ(D), the largest |cosine| of two distinct columns of a dictionary (d, atoms), 0-d, between 0 and 1.
 
     Mutual coherence (Donoho and Huo 2001): the smaller, the fewer atoms explain each other, and the safer is what
     a sparse code says. A column of zeros has cosine 0 with every other.
@@ -73,7 +73,7 @@ def coherence(dictionary: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Profile:
-    """A model's layers on some images. fp64 on the CPU, the first layer first.
+    """The measures of a model's layers on some images. fp64 on the CPU, the first layer first.
 
     coding_rate: R^c of what each layer's MSSA reads, in nats, (L, b)
     compressed: R^c in the same subspaces of Z + MSSA(LN(Z)), what it makes of them, (L, b)
@@ -105,7 +105,7 @@ class Profile:
         return _std(self.zeros, correction=0)
 
     def means(self) -> dict[str, list[float]]:
-        """Per layer and by name, the mean over the images."""
+        """Returns the means over the images, by name and layer."""
         return {
             "coding_rate": self.coding_rate.mean(dim=1).tolist(),
             "coding_rate_change": (self.compressed - self.coding_rate).mean(dim=1).tolist(),
@@ -136,7 +136,7 @@ def profile(model: CRATE, batches: Sequence[Tensor]) -> Profile:
 
 @torch.no_grad()
 def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
-    """class_attention in every layer, on the grid of patches: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
+    """Returns class_attention of all layers by patch: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
     rows, cols = (side // model.config.patch_size for side in images.shape[2:])
     with _evaluating(model):
         maps = torch.stack([class_attention(w) for w in model.forward_intermediates(images).projections])
@@ -145,7 +145,7 @@ def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def patch_projections(model: CRATE, images: Tensor, layer: int) -> Tensor:
-    """w = Uᵀ LN(z) of every patch in one layer, heads side by side: (b, 3, height, width) -> fp32 (b, rows, cols, d).
+    """Returns w = Uᵀ LN(z) of one layer by patch, heads side by side: (b, 3, height, width) -> fp32 (b, rows, cols, d).
 
     MSSA's w is query, key and value at once, hence these are the keys that the published pictures are made of.
     """
@@ -156,7 +156,7 @@ def patch_projections(model: CRATE, images: Tensor, layer: int) -> Tensor:
 
 
 def gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """‖∂ loss / ∂ θ_ℓ‖₂ over all parameters of each layer ℓ, fp64 (L,), of the mean cross-entropy on these images.
+    """Returns ‖∂ loss / ∂ θ_ℓ‖₂ over the parameters of each layer ℓ, fp64 (L,), of the mean cross-entropy on images.
 
     A backward pass of its own: parameters' .grad are neither read nor written, and no hook on them runs.
     images: (b, 3, image_size, image_size); labels: int64 (b,)
@@ -172,7 +172,7 @@ def gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smoothing
 
 @contextmanager
 def _evaluating(model: CRATE) -> Iterator[None]:
-    """Dropout off, and as it was afterwards."""
+    """Turns dropout off, and back to what it was afterwards."""
     training = model.training
     model.eval()
     try:

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from crate_dist.errors import UserError
+
 Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Components:
-    """Of one picture of (rows, cols) patches.
+    """The components of one picture of (rows, cols) patches.
 
     first: the first component, scaled to 0 … 1, high in the foreground, (rows, cols)
     foreground: bool (rows, cols)
@@ -36,17 +38,17 @@ class Components:
 def picture_components(
     features: Sequence[NDArray[np.floating]], threshold: float = 0.5, invert: bool = False
 ) -> list[Components]:
-    """Components of pictures whose patches have features (rows, cols, d); grids may differ.
+    """Finds the components of pictures whose patches have features (rows, cols, d); grids may differ.
 
     A component has no sign of its own. Foreground is the side that has the smaller share of the pictures' borders;
     `invert` takes the other one.
 
-    Raises
-    ------
-    ValueError: when `threshold` does not lie between 0 and 1
+    Raises UserError when `threshold` does not lie between 0 and 1, or features are not finite.
     """
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold lies between 0 and 1, not at {threshold}")
+        raise UserError(f"--threshold lies between 0 and 1, not at {threshold}")
+    if not np.isfinite(_flat(features)).all():
+        raise UserError("the model's patches have features that are not finite, which have no components")
     grids = [picture.shape[:2] for picture in features]
     scores = principal_components(_flat(features), 1)[:, 0]
     sides = [[_scaled(sign * part) for part in _split(scores, grids)] for sign in (1, -1)]
@@ -63,7 +65,7 @@ def picture_components(
 
 
 def principal_components(features: NDArray[np.floating], count: int) -> Float:
-    """Scores of the first `count` principal components, the largest variance first: (samples, d) -> (samples, count).
+    """Returns the scores of the first `count` components, the largest variance first: (samples, d) -> (samples, count).
 
     Each has the sign that makes the largest entry of its axis positive; components beyond the rank are 0.
     """
@@ -93,7 +95,7 @@ def _scaled(values: Float, axis: tuple[int, ...] | None = None) -> Float:
 
 
 def _coloured(scores: Float, mask: NDArray[np.bool_]) -> Float:
-    """Scores (rows, cols, 3), 0 outside `mask`, scaled as the published code does.
+    """Returns scores (rows, cols, 3), 0 outside `mask`, scaled as the published code does.
 
     The ground is given a score of one below the smallest in the picture, which sets the 0 of each component.
     """
@@ -102,7 +104,7 @@ def _coloured(scores: Float, mask: NDArray[np.bool_]) -> Float:
 
 
 def _on_border(mask: NDArray[np.bool_]) -> float:
-    """Share of the border's patches that are in the mask."""
+    """Returns the share of the border's patches that are in the mask."""
     border = np.ones(mask.shape, dtype=bool)
     border[1:-1, 1:-1] = False
     return float(mask[border].mean())

@@ -1,4 +1,4 @@
-"""Pictures to look at: from image files, a folder, a tensor file or a split of shards, as a model reads them."""
+"""Reads pictures to look at: from image files, a folder, a tensor file or a split of shards, as a model reads them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from crate_dist.data.reader import ShardReader
 from crate_dist.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-"""What is taken for an image in a folder, also in capitals."""
+"""Endings of images in a folder, also in capitals."""
 _MOST_LENGTHS = 8
 
 
-class GalleryError(UserError, ValueError):
-    """No pictures, or one that cannot be used; the message names it."""
+class PictureError(UserError):
+    """A picture that cannot be used, which the message names, or none at all."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of its files; pixels: uint8 (height, width, 3); tensor: the same, normalised, fp32 (3, height, width)."""
+    """A picture as pixels, uint8 (height, width, 3), and as a normalised tensor, fp32 (3, height, width)."""
 
     name: str
     pixels: Pixels
@@ -41,11 +41,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image becomes pixels whose sides are whole patches.
+    """The way from an image to pixels whose sides are whole patches.
 
     side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image,
     its short side as long, its proportions kept up to half a patch.
-    Raises GalleryError when `side` is no multiple.
+    Raises PictureError when `side` is no multiple.
     """
 
     side: int
@@ -56,13 +56,13 @@ class Framing:
     def __post_init__(self) -> None:
         if self.side % self.patch or self.side < self.patch:
             lower = max(self.side // self.patch * self.patch, self.patch)
-            raise GalleryError(
+            raise PictureError(
                 f"a side of {self.side} pixels is no whole number of patches of {self.patch}; "
                 f"{lower} or {lower + self.patch} would be"
             )
 
     def __call__(self, data: bytes) -> Pixels:
-        """The image as uint8 (height, width, 3). Raises BadImage."""
+        """Returns the image as uint8 (height, width, 3). Raises BadImage."""
         if self.square:
             return eval_transform(self.prepared, self.side)(data)
         image = open_image(data)
@@ -72,43 +72,43 @@ class Framing:
         return resized_exactly(image, whole, self.size(*image.size), self.prepared.resize_filter)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the whole image in whole patches."""
+        """Returns (width, height) of the whole image in whole patches."""
         patches = self.side / self.patch / min(width, height)
         return max(round(width * patches), 1) * self.patch, max(round(height * patches), 1) * self.patch
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask file, not zero where the object is, at the size of its picture: bool of `shape` (height, width).
+    """Reads a mask file, not zero where the object is, at the size of its picture: bool of `shape` (height, width).
 
-    Raises GalleryError when it is no image, or has other proportions than the picture.
+    Raises PictureError when it is no image, or has other proportions than the picture.
     """
     try:
         image = open_image(path.read_bytes())
         values = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise GalleryError(f"the mask {path} cannot be used: {getattr(error, 'strerror', None) or error}") from error
+        raise PictureError(f"the mask {path} cannot be used: {getattr(error, 'strerror', None) or error}") from error
     height, width = shape
     if abs(image.width / image.height * height / width - 1) > 0.1:
-        raise GalleryError(f"the mask {path} is {image.width} x {image.height}; its picture has other proportions")
+        raise PictureError(f"the mask {path} is {image.width} x {image.height}; its picture has other proportions")
     marked = Image.fromarray(values.reshape(image.height, image.width, -1).any(axis=2))
     return np.asarray(marked.resize((width, height), Image.Resampling.NEAREST))
 
 
 def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Picture]:
-    """The first `count` pictures of files and folders, the latter's in the order of their names.
+    """Reads the first `count` pictures of files and folders, the latter's in the order of their names.
 
     A `.pt` file holds images as the model reads them, a tensor (b, 3, height, width) or {"imgs": tensor}, the input
     of the published vis_utils; they are taken as they are.
-    Raises GalleryError when there are none, and at the first that cannot be used.
+    Raises PictureError when there are none, and at the first that cannot be used.
     """
     pictures = list(islice(_from_paths(_files(paths), framing), count))
     if not pictures:
-        raise GalleryError(f"no images in {', '.join(map(str, paths))}; known are {', '.join(SUFFIXES)} and .pt")
+        raise PictureError(f"no images in {', '.join(map(str, paths))}; known are {', '.join(SUFFIXES)} and .pt")
     return pictures
 
 
 def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]:
-    """The first `count` pictures of a split in the order of its index. Raises GalleryError, ShardError."""
+    """Reads the first `count` pictures of a split in the order of its index. Raises PictureError, ShardError."""
     reader, normalize = ShardReader(index), _normalize(framing.prepared)
     pictures = []
     for sample in range(min(count, index.num_samples)):
@@ -116,7 +116,7 @@ def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]
             pixels = framing(reader.read(sample))
         except BadImage as error:
             bad = reader.describe(sample, str(error))
-            raise GalleryError(f"{bad.key} of {index.place}/{bad.shard} cannot be used: {bad.reason}") from error
+            raise PictureError(f"{bad.key} of {index.place}/{bad.shard} cannot be used: {bad.reason}") from error
         name = Path(reader.describe(sample, "").key).stem
         pictures.append(Picture(name, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0]))
     return pictures
@@ -139,7 +139,7 @@ def _from_paths(files: Iterable[Path], framing: Framing) -> Iterator[Picture]:
         try:
             pixels = framing(file.read_bytes())
         except (OSError, BadImage) as error:
-            raise GalleryError(f"{file} cannot be used: {getattr(error, 'strerror', None) or error}") from error
+            raise PictureError(f"{file} cannot be used: {getattr(error, 'strerror', None) or error}") from error
         yield Picture(file.stem, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0])
 
 
@@ -147,16 +147,16 @@ def _from_tensors(file: Path, framing: Framing) -> Iterator[Picture]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise GalleryError(f"{file} is no file of tensors, or a damaged one: {str(error).splitlines()[0]}") from error
+        raise PictureError(f"{file} is no file of tensors, or a damaged one: {str(error).splitlines()[0]}") from error
     images = content.get("imgs") if isinstance(content, Mapping) else content
     if (
         not isinstance(images, Tensor)
         or images.ndim != 4
         or images.shape[1] != 3
-        or any(side % framing.patch for side in images.shape[2:])
+        or any(side % framing.patch or not side for side in images.shape[2:])
     ):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise GalleryError(
+        raise PictureError(
             f'{file}: expected a tensor (b, 3, height, width) or {{"imgs": tensor}}, with sides that are multiples of '
             f"the patch {framing.patch}, got {found}"
         )

@@ -1,4 +1,4 @@
-"""How figures look, in one place: sizes for a page of text 6.3 inches wide, set in the type of the formulas.
+"""Draws tables of pictures for a page of text 6.3 inches wide, set in the type of the formulas.
 
 Drawn with matplotlib's Agg renderer through its objects: there is no global figure, no backend is chosen for anyone.
 """
@@ -12,7 +12,6 @@ from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from crate_dist.data.decode import Pixels
 from crate_dist.files import written_whole
-from crate_dist.whitebox.pixels import BLUE, HEAT, ORANGE, heat, lit
+from crate_dist.whitebox.pixels import HEAT, heat, lit
 
 Float = NDArray[np.floating]
 _Arguments = ParamSpec("_Arguments")
@@ -66,20 +65,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @_styled
-def layer_profile(rate: Float, rate_std: Float, nonzero: Float, nonzero_std: Float) -> Figure:
-    """Coding rate after MSSA's projection and share of non-zeros after ISTA, over the layers, each (L,) with spread."""
-    figure = Figure(figsize=(TEXT_WIDTH_IN, 2.35), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _curve(left, rate, rate_std, _hex(BLUE), "o", r"coding rate  $R^c(Z^\ell;\, U^\ell)$  [nats]")
-    _curve(right, 100 * nonzero, 100 * nonzero_std, _hex(ORANGE), "s", r"non-zeros  $\|Z^{\ell+1}\|_0\,/\,(d\,n)$  [%]")
-    left.set_title("MSSA compresses")
-    right.set_title("ISTA sparsifies")
-    return figure
-
-
-@_styled
 def attention_grid(image: Pixels, maps: Float) -> Figure:
-    """Attention maps (L, h, rows, cols) of one picture: a row per layer, a column per head, the first their mean."""
+    """Draws attention maps (L, h, rows, cols) of one picture: rows are layers, columns heads, the first their mean."""
     layers, heads = maps.shape[:2]
     cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
     columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
@@ -94,31 +81,8 @@ def picture_table(
     notes: Sequence[Sequence[str]] = (),
     bar: bool = False,
 ) -> Figure:
-    """Pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
+    """Draws pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
     return _table(cells, columns, rows, notes, bar)
-
-
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _curve(axes: Axes, mean: Float, std: Float, colour: str, marker: str, label: str) -> None:
-    layers = np.arange(1, len(mean) + 1)
-    axes.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-    axes.errorbar(
-        layers,
-        mean,
-        yerr=std,
-        color=colour,
-        marker=marker,
-        markersize=4 if len(layers) < 16 else 3,
-        linewidth=1.3,
-        capsize=2,
-        elinewidth=0.8,
-    )
-    axes.set_xlabel(r"layer $\ell$")
-    axes.set_ylabel(label)
-    axes.set_xticks(layers[:: -(-len(layers) // 12)])
 
 
 def _table(
@@ -128,7 +92,7 @@ def _table(
     notes: Sequence[Sequence[str]] = (),
     bar: bool = False,
 ) -> Figure:
-    """Laid out in inches, cell by cell: every column as wide as the others, every row as high as its first picture."""
+    """Lays a table out in inches, cell by cell: columns of one width, every row as high as its first picture."""
     left = _LABEL_IN if rows else 0.02
     right = _BAR_IN if bar else 0.02
     below = 0.16 if notes else 0.0
@@ -168,7 +132,7 @@ def _table(
 
 
 def _label(text: str, room_in: float) -> tuple[str, float]:
-    """What of a title such as "head 12" fits in so many inches, and its size: at worst the number or the first word."""
+    """Returns the part of a title such as "head 12" that fits, at worst the number or first word, and its size."""
     if room_in > 0.4:
         return text, 8 if room_in > 0.55 else 6
     first, *_, last = text.split() if " " in text else (text, text)

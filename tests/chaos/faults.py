@@ -45,7 +45,7 @@ POINTS = {
     "locking the run folder": Point("os", "link", lambda _, new: Path(new).parent.name == "lock"),
     "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
     "writing the recipe": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "recipe.toml"),
-    "noting the start": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "run.json"),
+    "noting the start": Point("crate_dist.run.record", "write_whole", lambda path, _: path.name == "run.json"),
     "building the engine": Point("crate_dist.training.trainer", "Engine"),
     # a step
     "loading a checkpoint": Point("crate_dist.training.engine", "Engine.load"),

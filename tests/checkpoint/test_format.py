@@ -25,7 +25,7 @@ from crate_dist.checkpoint.format import (
     write_manifest,
 )
 from crate_dist.checkpoint.loading import open_checkpoint
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import load_recipe
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
@@ -148,19 +148,19 @@ def test_a_checkpoint_of_another_model_than_its_recipe_s_is_refused(small_recipe
         groups = {"groups": [{"names": names, "shapes": shapes}], "partitions": [len(flat)]}
         return written(folder, {**manifest(), **groups, "world_size": 1, "files": files, "kinds": ["fp32"]})
 
-    loaded = load_subject(saved(names, shapes, {"fp32": [flat]})).model.state_dict()
+    loaded = load_trained(saved(names, shapes, {"fp32": [flat]})).model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     for changed, said in (
         ([name.replace("head.", "tail.") for name in names], "is not a CRATE's: head.linear.bias is no vector in it"),
         (["x", *names[1:]], rf"does not fit the recipe of its run: .*missing '{names[0]}'"),
     ):
         with pytest.raises(CheckpointError, match=f"(?s)manifest.json .*{said}"):
-            load_subject(saved(changed, shapes, {"fp32": [flat]}))
+            load_trained(saved(changed, shapes, {"fp32": [flat]}))
     for state in ({"fp32": [flat[:1]]}, {"fp32": flat}, {}, [flat], {"fp32": [1.0]}):
         with pytest.raises(CheckpointError, match="does not hold the partitions of fp32"):
-            load_subject(saved(names, shapes, {**state, "padding": flat} if isinstance(state, dict) else [*state]))
+            load_trained(saved(names, shapes, {**state, "padding": flat} if isinstance(state, dict) else [*state]))
     with pytest.raises(CheckpointError, match="holds more than tensors"):
-        load_subject(saved(names, shapes, {"fp32": [flat], "path": tmp_path}))
+        load_trained(saved(names, shapes, {"fp32": [flat], "path": tmp_path}))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -146,7 +146,7 @@ def test_other_data_are_refused_with_what_differs_by_the_launcher_and_by_the_run
         assert ("val:" in message) == any("val:" in words for words in said)
     accepted = preflight(recipe, 1, folder.path, accept_changed_data=True).accepted_data
     assert accepted == identity(tmp_path / "data").digest  # what a job in a queue is given
-    assert folder.changed_data() == []
+    assert folder.record.changed_data() == []
 
 
 def test_a_checkpoint_from_before_this_is_accepted_with_a_line(
@@ -194,8 +194,8 @@ def test_changed_data_that_are_accepted_count_from_there_on_and_are_put_down(
     assert data.differences(last.manifest.data, last.manifest.classes) == {}
     model, meta = load_model(folder.model("last"))
     assert "| data changed after step 10 | val: other labels |" in model_card("model-last.pt", model.config, meta)
-    assert folder.data_was_accepted(10, data.digest)
-    assert not folder.data_was_accepted(12, data.digest)
+    assert folder.record.data_was_accepted(10, data.digest)
+    assert not folder.record.data_was_accepted(12, data.digest)
 
 
 @pytest.mark.spawn

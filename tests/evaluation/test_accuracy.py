@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crate_dist.distributed import World
-from crate_dist.evaluation.accuracy import ByClass, Tally, places
+from crate_dist.evaluation.accuracy import ByClass, Tally, label_ranks
 from tests.ranks import spawn
 
 CLASSES = 7
@@ -74,4 +74,4 @@ def test_confusions_name_both_classes_and_their_share_of_the_true_one() -> None:
 
 def test_places_count_the_classes_before_the_right_one() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3], [0.3, 0.3, 0.3]])
-    assert places(scores, torch.tensor([2, 0, 2])).tolist() == [1, 0, 2]
+    assert label_ranks(scores, torch.tensor([2, 0, 2])).tolist() == [1, 0, 2]

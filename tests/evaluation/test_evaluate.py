@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import ImageSection, ModelSection, load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader, eval_transform
@@ -153,7 +153,7 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
     settings = ("--set", "images.resize_filter=bilinear")
     train_to_the_end(["--config", small_recipe, "--data", cast_shards, "--run-dir", run, *settings], world_size=1)
     exported = torch.load(run / "model-last.pt", weights_only=True)
-    assert {load_subject(source).images.resize_filter for source in (run, run / "model-last.pt")} == {"bilinear"}
+    assert {load_trained(source).images.resize_filter for source in (run, run / "model-last.pt")} == {"bilinear"}
     net = model()
     net.load_state_dict(exported["state_dict"])
     export_reference(tmp_path / "reference.pth.tar", net.config, net.state_dict())
@@ -171,10 +171,10 @@ def test_the_command_takes_a_run_a_checkpoint_an_export_and_a_published_checkpoi
     (tmp_path / "link").symlink_to(run / "checkpoints" / "step-00000025")
     monkeypatch.chdir(run / "checkpoints")
     for source in (Path("step-00000025"), tmp_path / "link"):
-        assert load_subject(source).images.eval_crop == 1.0
+        assert load_trained(source).images.eval_crop == 1.0
     check_init_from(tmp_path / "link", load_recipe(small_recipe))
     monkeypatch.chdir("step-00000025")
-    assert load_subject(Path()).images.eval_crop == 1.0
+    assert load_trained(Path()).images.eval_crop == 1.0
     assert len(set(outputs)) == 1, outputs
     done = command(tmp_path / "reference.pth.tar", "--data", cast_shards)
     assert "37 samples" in done.stdout, done.stderr
@@ -282,7 +282,7 @@ def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> tuple[dict[str, Any], str]:
-    """What the command writes and says."""
+    """Returns what the command writes and says."""
     assert main([*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]) == 0
     return json.loads((folder / "out.json").read_text()), capsys.readouterr().out
 

@@ -17,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from crate_dist.checkpoint.trained import find_layer
 from crate_dist.config import ImageSection, ModelSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader, eval_transform
 from crate_dist.distributed import World
+from crate_dist.errors import UserError
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
 from crate_dist.evaluation.features import Features, extract, pooled
@@ -28,7 +30,7 @@ from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE, Pool
 from crate_dist.models.weights.write import export_model
-from crate_dist.probe import find_layer, main
+from crate_dist.probe import main
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, spawn
 
@@ -73,17 +75,17 @@ def test_the_feature_is_what_the_linear_part_of_the_head_reads(pool: Pool) -> No
 
 def test_layers_count_from_one_and_the_last_is_minus_one() -> None:
     config = model().config
-    assert [find_layer(asked, config) for asked in (None, -1, 1, config.depth)] == [config.depth] * 2 + [
+    assert [find_layer(asked, config.depth) for asked in (None, -1, 1, config.depth)] == [config.depth] * 2 + [
         1,
         config.depth,
     ]
     for asked in (0, config.depth + 1, -config.depth - 1):
-        with pytest.raises(CannotMeasure, match=f"1 to {config.depth}"):
-            find_layer(asked, config)
+        with pytest.raises(UserError, match=f"1 to {config.depth}"):
+            find_layer(asked, config.depth)
 
 
 class OnRanks(NamedTuple):
-    """What one rank found."""
+    """The findings of one rank."""
 
     features: Features
     neighbours: list[knn.Neighbours]
@@ -136,13 +138,13 @@ def odd_split(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def alone(odd_split: ShardIndex) -> OnRanks:
-    """What a single rank found."""
+    """The findings of a single rank."""
     return spawn(everything_on_ranks, 1, odd_split.root)[0]
 
 
 @pytest.fixture(scope="module")
 def together(odd_split: ShardIndex) -> list[OnRanks]:
-    """What each of three ranks found."""
+    """The findings of each of three ranks."""
     return spawn(everything_on_ranks, 3, odd_split.root)
 
 

@@ -19,7 +19,7 @@ from crate_dist.models.weights import load_model
 from crate_dist.models.weights.__main__ import convert
 from crate_dist.models.weights.card import card_path, model_card, write_card
 from crate_dist.models.weights.write import export_model, export_safetensors
-from crate_dist.run.folder import code_version
+from crate_dist.run.record import code_version
 
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 

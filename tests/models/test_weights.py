@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lion_pytorch import Lion
 from torch import Tensor, nn
 
-from crate_dist.checkpoint.trained import load_subject
+from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import ModelSection
 from crate_dist.models.build import build_model, initialise
 from crate_dist.models.crate import CRATE, CrateConfig
@@ -205,7 +205,7 @@ def test_what_the_published_layout_has_no_place_for_is_written_beside_it_and_rea
     meta["classes"] = list("abcdefg")
     export_model(tmp_path / "ours.pt", config, state, meta)
     main(["convert", str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pth.tar"), "--to", "reference"])
-    one, other = (load_subject(tmp_path / name) for name in ("ours.pt", "theirs.pth.tar"))
+    one, other = (load_trained(tmp_path / name) for name in ("ours.pt", "theirs.pth.tar"))
     assert other.model.config == one.model.config == config
     assert (other.data, other.classes, other.precision) == (one.data, one.classes, one.precision)
     for said in (
@@ -229,7 +229,7 @@ def test_what_a_file_cannot_mean_is_not_taken_from_it(
     assert load_model(tmp_path / "theirs.pth.tar", heads=3)[0].config == SMALL
     torch.save({"state_dict": to_reference(state), "mean": torch.ones(2)}, tmp_path / "theirs.pth.tar")
     with pytest.raises(WeightsError, match="how its images are prepared"):
-        load_subject(tmp_path / "theirs.pth.tar", heads=3)
+        load_trained(tmp_path / "theirs.pth.tar", heads=3)
 
 
 def test_heads_of_a_published_size_need_not_be_given_and_are_said(

@@ -19,7 +19,7 @@ def test_a_run_folder_knows_its_recipe_and_its_starts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new" / "run")
     folder.open(recipe)
     assert read_recipe(folder.path) == recipe
-    assert [folder.note_start(step=step) for step in (0, 40)] == [0, 1]
+    assert [folder.record.note_start(step=step) for step in (0, 40)] == [0, 1]
     record = json.loads(folder.record_file.read_text())
     assert [start["step"] for start in record["starts"]] == [0, 40]
     assert set(record["code"]) == {"commit", "changed", "python", "packages"}
@@ -28,7 +28,7 @@ def test_a_run_folder_knows_its_recipe_and_its_starts(tmp_path: Path) -> None:
 def test_a_run_is_opened_again_with_other_means_to_the_same_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open(load_recipe("demo"))
-    folder.note_start(step=0)
+    folder.record.note_start(step=0)
     folder.open(load_recipe("demo", ["data.workers=3", "train.micro_batch=4", "cluster.nodes=2"]))
     assert read_recipe(folder.path).data.workers == 3
     assert len(json.loads(folder.record_file.read_text())["starts"]) == 1
@@ -46,7 +46,7 @@ def test_a_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) ->
 def test_a_folder_in_which_no_step_was_ever_made_takes_another_recipe_and_loses_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open(load_recipe("demo"))
-    folder.note_start(step=0)
+    folder.record.note_start(step=0)
     folder.open(load_recipe("demo", ["train.seed=1"]))
     assert read_recipe(folder.path).train.seed == 1
     assert json.loads(folder.record_file.read_text())["starts"] == []
@@ -68,7 +68,7 @@ def test_a_launcher_that_has_lost_the_folder_changes_nothing_in_it(tmp_path: Pat
         lambda: folder.set_aside(lost),
         lambda: folder.open(load_recipe("demo", ["train.seed=1"]), lost),
         lambda: folder.open(load_recipe("demo", ["data.workers=3"]), lost),
-        lambda: folder.note_start(lost, step=0),
+        lambda: folder.record.note_start(lost, step=0),
     ]
     for change in changes:
         with pytest.raises(LostTheRun):

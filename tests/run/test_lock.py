@@ -20,9 +20,11 @@ from pathlib import Path
 
 import pytest
 
+from crate_dist.run import holder as holder_module
 from crate_dist.run import lock as lock_module
 from crate_dist.run.exit_status import LOST_THE_RUN
-from crate_dist.run.lock import Holder, LostTheRun, RunIsLocked, RunLock
+from crate_dist.run.holder import Holder
+from crate_dist.run.lock import LostTheRun, RunIsLocked, RunLock
 from tests.ranks import REPOSITORY
 
 LEASE_S = 0.6
@@ -87,7 +89,7 @@ def newest(path: Path) -> Holder:
 
 def on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on this process knows nothing of other processes."""
-    monkeypatch.setattr(lock_module, "_machine", lambda: "another one")
+    monkeypatch.setattr(holder_module, "_machine", lambda: "another one")
 
 
 def test_it_names_its_holder_and_afterwards_says_that_it_is_free(path: Path) -> None:

@@ -17,7 +17,7 @@ from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.write import export_model
-from crate_dist.whitebox.pictures import Framing, GalleryError, from_paths, read_mask
+from crate_dist.whitebox.pictures import Framing, PictureError, from_paths, read_mask
 from tests.pictures import photo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
@@ -194,5 +194,5 @@ def test_masks_of_all_kinds_mean_the_same(tmp_path: Path) -> None:
     for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", (20, 30)), mask > 0), name
-    with pytest.raises(GalleryError, match=r"l\.png is 30 x 20; its picture has other proportions"):
+    with pytest.raises(PictureError, match=r"l\.png is 30 x 20; its picture has other proportions"):
         read_mask(tmp_path / "l.png", (30, 20))

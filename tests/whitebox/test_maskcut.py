@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import eigh
 
+from crate_dist.errors import UserError
 from crate_dist.whitebox.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
 from crate_dist.whitebox.pca import picture_components, principal_components
 
@@ -82,7 +83,7 @@ def test_no_more_objects_are_named_than_there_are() -> None:
     masks = mask_cut(planted((10, 16), (slice(2, 8), slice(2, 7))), objects=5)
     assert 1 <= len(masks) <= 5
     assert np.sum(masks, axis=0).max() == 1  # none of them overlap
-    with pytest.raises(ValueError, match="two patches at least"):
+    with pytest.raises(UserError, match="two patches at least"):
         mask_cut(np.ones((1, 1, 4)))
 
 
@@ -92,7 +93,7 @@ def test_attention_masks_are_the_fewest_patches_with_their_share() -> None:
     assert attention_mask(attention, 0.7).tolist() == [[True, False], [False, True]]
     assert attention_mask(attention, 0.71).tolist() == [[True, False], [True, True]]
     assert attention_mask(0.001 * attention, 1).all()
-    with pytest.raises(ValueError, match=r"not 1\.5"):
+    with pytest.raises(UserError, match=r"not 1\.5"):
         attention_mask(attention, 1.5)
 
 
@@ -140,5 +141,5 @@ def test_holes_in_the_foreground_are_filled() -> None:
     features[4, 4] = features[0, 0]
     (one,) = picture_components([features])
     assert one.foreground[2:7, 2:7].all()
-    with pytest.raises(ValueError, match=r"between 0 and 1, not at 1\.5"):
+    with pytest.raises(UserError, match=r"between 0 and 1, not at 1\.5"):
         picture_components([features], threshold=1.5)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_dist.config import ImageSection
 from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch, find_published
 from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
@@ -20,7 +21,7 @@ from crate_dist.models.sizes import ARCHS
 FORMAT = "crate-dist/1"
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
 """Fields of CrateConfig that leave no trace in the shapes."""
-RECORDED = ("mean", "std", "eval_fit", "eval_crop", "resize_filter", "precision", "classes")
+RECORDED = (*ImageSection.model_fields, "precision", "classes")
 """Values of a run that decide how its model is evaluated."""
 StateDict = Mapping[str, Tensor]
 

@@ -1,0 +1,92 @@
+"""run.json, the record of a run: its code, its starts, the weights it began from, changes of its data. No torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crate_dist.files import write_whole
+from crate_dist.run.lock import ALONE
+
+_VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of one run; rank 0 and launchers write it."""
+
+    path: Path
+
+    def begin(self) -> None:
+        """Writes the version of the code, unless the run has a record."""
+        if not self.path.exists():
+            self._write({"code": code_version(), "starts": []})
+
+    def note_origin(self, origin: Mapping[str, Any]) -> None:
+        """Puts down which weights the run began from."""
+        self._write({**self._read(), "began_from": origin})
+
+    def note_changed_data(self, step: int, digest: str, changes: Mapping[str, str]) -> None:
+        """Puts down that the run went on from a step with other data, of which `digest` is known, and what changed."""
+        note = {"step": step, "digest": digest, "changes": dict(changes)}
+        self._write({**self._read(), "changed_data": [*self.changed_data(), note]})
+
+    def changed_data(self) -> list[dict[str, Any]]:
+        """Returns what note_changed_data has put down, the oldest first."""
+        notes: list[dict[str, Any]] = self._read().get("changed_data", []) if self.path.exists() else []
+        return notes
+
+    def data_was_accepted(self, step: int, digest: str) -> bool:
+        """Tells whether these data were put down before for this step: that start died before its first save."""
+        return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
+
+    def note_start(self, check: Callable[[], None] = ALONE.check, **facts: Any) -> int:
+        """Puts down this start (time, host, commit, and `facts`); returns how many there were before it.
+
+        check: called before it is written; raises LostTheRun when the lock is another's
+        """
+        now, commit = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code_version()["commit"]
+        record = self._read()
+        record["starts"].append({"time": now, "host": platform.node(), "commit": commit, **facts})
+        check()
+        self._write(record)
+        return len(record["starts"]) - 1
+
+    def _read(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        return record
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        write_whole(self.path, json.dumps(record, indent=1))
+
+
+def code_version() -> dict[str, Any]:
+    """Returns the git commit of the code (None outside a checkout), whether it was changed since, package versions."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for package in _VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": versions,
+    }

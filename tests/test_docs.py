@@ -1,0 +1,310 @@
+"""The pages keep their word: commands run, links lead somewhere, and files, keys and messages are the program's.
+
+Every command in README.md and docs/ is run here on a small world, with the paths of the pages as they are; or it stands
+in ELSEWHERE, with the reason why not and with what runs it. A command that is in neither place fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from crate_dist.config import Recipe
+from tests.data_prep import picture, write_tree
+from tests.ranks import REPOSITORY, train_to_the_end
+
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
+TEXT = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in PAGES}
+
+ELSEWHERE = {
+    "source .venv/bin/activate": ("it changes the shell that it is typed in", "Makefile"),
+    "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
+    "make setup": ("it installs", "Makefile"),
+    "make demo": ("it trains for a minute", "launch/demo.py"),
+    "make test": ("it is what runs this", "Makefile"),
+    "make lint": ("it looks at code, not at pages", "Makefile"),
+    "python -m pytest tests/test_floors.py": ("a test", "tests/test_floors.py"),
+    "python launch/local.py --arch crate_tiny --data https://example.org/imagenet-shards": (
+        "the server is nobody's",
+        "tests/data/test_cache.py",
+    ),
+    "python launch/local.py --arch crate_tiny --data 'pipe:ssh store cat /data/imagenet-shards/{}'": (
+        "the host is nobody's",
+        "tests/data/test_cache.py",
+    ),
+    "srun python -m crate_dist.train --arch crate_tiny --data DIR": ("needs SLURM", "tests/cluster/test_launch.py"),
+    "torchrun --nproc-per-node 2 -m crate_dist.train --arch crate_tiny --data DIR": (
+        "it would train",
+        "tests/training/test_train.py",
+    ),
+    "python -m crate_dist.train --arch crate_tiny --data DIR": ("it would train", "tests/training/test_train.py"),
+    "python data_prep/cifar.py --source cifar-10-python.tar.gz --out /data/cifar10-shards": (
+        "needs the published archive",
+        "tests/prep/test_cifar.py",
+    ),
+    "python data_prep/flowers.py --source /data/downloads --out /data/flowers-shards": (
+        "needs the published archives",
+        "tests/prep/test_flowers.py",
+    ),
+    "python data_prep/pets.py --source /data/downloads --out /data/pet-shards": (
+        "needs the published archives",
+        "tests/prep/test_pets.py",
+    ),
+    "python data_prep/index.py /data/shards --label json:label --classes synset_words.txt": (
+        "needs shards of somebody else's",
+        "tests/prep/test_check.py",
+    ),
+    "python data_prep/index.py '/data/in1k-train-{000000..001281}.tar' --out /data/splits/train": (
+        "needs 1,282 shards of somebody else's",
+        "tests/prep/test_check.py",
+    ),
+    "python -m tests.chaos --seed 31337": ("half an hour", "tests/test_chaos.py"),
+    "python benchmarks/pixels.py --source DIR": ("needs ImageNet's own images", "benchmarks/pixels.py"),
+}
+"""Command -> why it is not run here, and the file that runs it or says what it is."""
+
+FITTING = {
+    "launch/local.py": ["--dry-run", "--run-dir", "runs/new", "--set", "train.global_batch=32"],
+    "launch/slurm.py": ["--dry-run", "--run-dir", "runs/new", "--set", "train.global_batch=64"],
+    "--init-from": ["--set", "model.arch=crate_demo"],
+}
+"""What a command with this in it gets besides: nothing is trained, the data are few, the run to begin from is small."""
+
+
+class Command(NamedTuple):
+    """What a reader would type, as it stands on a page."""
+
+    page: str
+    line: str
+
+
+def commands() -> Iterator[Command]:
+    """In fenced blocks, and in code spans that begin a program with options."""
+    for page, text in TEXT.items():
+        fences = re.findall(r"^( *)```\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+        for _, block in fences:
+            for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
+                line = re.sub(r"\s+#.*|\s+->.*", "", line.strip())
+                if re.match(r"(python|make|torchrun|srun|tensorboard|source|cp|pip|git)\s", line):
+                    yield Command(page, " ".join(line.split()))
+        prose = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL)
+        for line in re.findall(r"`((?:python|torchrun|srun)\s[^`]*--[^`]*)`", prose):
+            yield Command(page, line)
+
+
+RUN_HERE = sorted({line for _, line in commands() if line not in ELSEWHERE})
+HACKING = [line for page, line in commands() if page == "docs/hacking.md" and "make" not in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small are slower on several threads, by far where other tests run beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages take for granted: images, shards, a trained run, files of weights, photos.
+
+    What stands below /data on the pages is below data/ here.
+    """
+    folder = tmp_path_factory.mktemp("reader")
+    images = {
+        f"{split}/n0144000{label}/{number}.JPEG": picture(1000 * label + number, (40, 32))
+        for split, count in (("train", 60), ("val", 8))
+        for label in range(4)
+        for number in range(count)
+    }
+    write_tree(folder / "data/ILSVRC2012", images)
+    write_tree(folder / "data/photos", {name.partition("/")[2]: data for name, data in images.items()})
+    (folder / "imagenet-sample").symlink_to("data/ILSVRC2012")
+    converted = ["--source", folder / "data/ILSVRC2012", "--out", folder / "data/imagenet-shards", "--workers", "1"]
+    _program("data_prep/imagenet.py", *map(str, converted), cwd=folder)
+    (folder / "runs").mkdir()
+    for alias in ("DIR", "imagenet-sample-shards", "runs/demo-shards", "data/cifar10-shards", "data/flowers-shards"):
+        (folder / alias).symlink_to(folder / "data/imagenet-shards")
+    run = folder / "runs/crate_base"
+    small = ["train.max_steps=2", "data.workers=0", "log.whitebox_every_steps=0", "train.global_batch=16"]
+    sets = [argument for value in small for argument in ("--set", value)]
+    train_to_the_end(["--arch", "demo", "--data", folder / "data/imagenet-shards", "--run-dir", run, *sets], 1)
+    shutil.copy(run / "model-best.pt", folder)
+    shutil.copy(REPOSITORY / "tests/golden/crate_reference_checkpoint.pth.tar", folder / "checkpoint.pth.tar")
+    mask = io.BytesIO()
+    Image.fromarray(np.eye(32, 40, dtype=np.uint8) * 255).save(mask, "PNG")
+    write_tree(folder / "photos", {f"{name}.jpg": picture(number, (40, 32)) for number, name in enumerate("de")})
+    write_tree(folder, {f"{name}.jpg": picture(number, (40, 32)) for number, name in enumerate("abc")})
+    write_tree(folder / "truth", {f"{name}.png": mask.getvalue() for name in "de"})
+    return folder
+
+
+def _program(path: str, *arguments: str, cwd: Path, code: Path = REPOSITORY) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "CRATE_DATA"} | {"PYTHONPATH": str(code)}
+    line = [sys.executable, str(code / path), *arguments]
+    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _module(name: str, *arguments: str) -> None:
+    module = importlib.import_module("crate_dist.models.weights.__main__" if name.endswith(".weights") else name)
+    assert not module.main(list(arguments))
+
+
+@pytest.mark.parametrize("line", [line for line in RUN_HERE if line not in HACKING])
+def test_a_command_of_the_pages_runs(line: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.delenv("CRATE_DATA", raising=False)
+    line = re.sub(r"^torchrun --nproc-per-node 2 ", "python ", line)
+    python, *words = (word.replace("/data/", f"{world}/data/") for word in shlex.split(line))
+    assert python == "python", f"{line}: run it here, or say in ELSEWHERE why not"
+    added = [word for text, more in FITTING.items() if text in words for word in more]
+    if words[0] == "-m":
+        _module(words[1], *words[2:], *added)
+    else:
+        _program(words[0], *words[1:], *added, cwd=world)
+
+
+def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    for folder in ("crate_dist", "configs", "launch"):
+        shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (clone / "runs").symlink_to(world / "runs")
+    edits = {
+        "config.py": ('ArchName = Literal["crate_demo",', 'ArchName = Literal["crate_demo", "crate_mini",'),
+        "models/sizes.py": (
+            "= {\n",
+            '= {\n    "crate_mini": ArchDims(dim=192, depth=6, heads=6),\n',
+        ),
+    }
+    for name, (before, after) in edits.items():
+        path = clone / "crate_dist" / name
+        text = path.read_text()
+        assert text.count(before) == 1
+        path.write_text(text.replace(before, after))
+    for line in HACKING:
+        if line in ELSEWHERE:
+            continue
+        program, *words = shlex.split(line)
+        if program == "cp":
+            shutil.copy(*(clone / word for word in words))
+        else:
+            assert program == "python"
+            said = _program(words[0], *words[1:], "--set", "train.global_batch=32", cwd=clone, code=clone)
+            assert "my_recipe" in said or "runs/mini" in said
+
+
+def test_python_on_the_pages_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    blocks = [block for text in TEXT.values() for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "page", "exec"), {})
+
+
+def test_what_is_not_run_here_is_on_a_page_and_run_elsewhere() -> None:
+    lines = {line for _, line in commands()}
+    assert not ELSEWHERE.keys() - lines
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    assert all(line.split()[1] in targets for line in lines if line.startswith("make "))
+    assert all((REPOSITORY / place).is_file() for _, place in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert path.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page}: {target}"
+
+
+ROOTS = [REPOSITORY, REPOSITORY / "crate_dist"]
+TO_BE_WRITTEN = re.compile(r"mydata|my_recipe")
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    tops = {path.name for root in ROOTS for path in root.iterdir() if path.is_dir()} - {"runs"}
+    named = re.findall(r"`(?:python )?((?:\w+/)+[\w.]+\.(?:py|md|toml|sh))", TEXT[page])
+    ours = [name for name in named if name.partition("/")[0] in tops and not TO_BE_WRITTEN.search(name)]
+    assert not [
+        name for name in ours if not any((root / name).is_file() for root in ROOTS) and name != "model/crate.py"
+    ]
+
+
+def test_modules_that_the_house_names_are_there() -> None:
+    rows = re.findall(r"^\| `(\w+)/` \| (.+) \|$", TEXT["docs/design.md"], re.M)
+    assert len(rows) >= 8
+    for room, words in rows:
+        folder = REPOSITORY / "crate_dist" / room
+        names = [name.rstrip("/") for name in re.findall(r"`(\w+/?)`", words)]
+        assert not [name for name in names if not (folder / f"{name}.py").is_file() and not (folder / name).is_dir()]
+
+
+def _keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{name}.")
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_keys_that_a_page_names_are_keys_of_a_recipe(page: str) -> None:
+    known = set(_keys())
+    sections = {key.partition(".")[0] for key in known if "." in key} | {"data"}
+    code = " ".join(re.findall(r"```.*?```|`[^`]+`", TEXT[page], re.S))
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?![\w(./])", code)
+    files = re.compile(r"\.(py|md|json|pt|config|eval|forward_intermediates)$")
+    assert not {name for name in named if name not in known and not files.search(name)}
+
+
+def _texts() -> list[str]:
+    """Every text of the program, with … for what is filled in."""
+    texts = []
+    for path in [*(REPOSITORY / "crate_dist").rglob("*.py"), *(REPOSITORY / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"%[.\d]*[dfgs]( %%)?", "…", node.value))
+    return texts
+
+
+def test_messages_of_troubleshooting_are_messages_of_the_program() -> None:
+    messages = re.findall(r"^\| `([^`]+)`(?:[^|]*) \| [^|]+ \|$", TEXT["docs/troubleshooting.md"], re.M)
+    assert len(messages) > 40
+    texts = _texts()
+    for message in messages:
+        pieces = [piece.strip() for piece in message.split("…")]
+        found = re.compile(".*".join(map(re.escape, filter(None, pieces))), re.S)
+        assert message.startswith("ModuleNotFoundError") or any(found.search(text) for text in texts), message
+
+
+def test_the_readme_takes_ten_minutes() -> None:
+    assert len(TEXT["README.md"].split()) < 2300
