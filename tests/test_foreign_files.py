@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import config, evaluate, figures, probe
+from crate_dist import evaluate, figures, probe
 from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
@@ -181,7 +181,7 @@ def test_the_project_s_own_recipes_may_say_it(
 ) -> None:
     path = foreign('[cluster]\nsetup = ["module load cuda"]')
     assert load_recipe(path).cluster.setup == ()
-    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    monkeypatch.setattr("crate_dist.config.recipe.CONFIG_DIR", tmp_path)
     assert load_recipe("foreign").cluster.setup == ("module load cuda",)
 
 
