@@ -38,20 +38,8 @@ MAX_BYTES = 4 * MAX_PIXELS
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """What Pillow may open; it would also run external programs for EPS."""
 IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-)
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif", ".tif", ".tiff"
+)  # fmt: skip
 """Of files that are taken for images, in lower case."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
