@@ -40,7 +40,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif", ".tif", ".tiff"
 )  # fmt: skip
-"""Of files that are taken for images, in lower case."""
+"""The suffixes of files that are taken for images, in lower case."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
 _START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
