@@ -38,21 +38,9 @@ MAX_BYTES = 4 * MAX_PIXELS
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 """What Pillow may open; it would also run external programs for EPS."""
 IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-)
-"""Of files that are taken for images, in lower case."""
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif", ".tif", ".tiff"
+)  # fmt: skip
+"""The suffixes of files that are taken for images, in lower case."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
 _START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
