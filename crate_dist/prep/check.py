@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from crate_dist.data.decode import BadImage
 from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
 from crate_dist.prep.folders import first_few
-from crate_dist.prep.images import BadImage, check_decodes
+from crate_dist.prep.images import check_decodes
 from crate_dist.prep.journal import missing_shards, read_identity
 from crate_dist.prep.pool import advance, run_parallel
 from crate_dist.prep.program import progress_bar

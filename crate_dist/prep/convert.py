@@ -20,9 +20,10 @@ import numpy as np
 import PIL
 
 from crate_dist.arguments import positive, whole_number
+from crate_dist.data.decode import BadImage
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.folders import ListOptions, Source, Split, first_few
-from crate_dist.prep.images import BadImage, ImageOptions, transcode
+from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
 from crate_dist.prep.pool import run_parallel
 from crate_dist.prep.program import (

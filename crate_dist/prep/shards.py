@@ -21,10 +21,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
 from crate_dist.files import written_whole
-from crate_dist.prep.images import BadImage, ImageOptions, extension, transcode
+from crate_dist.prep.images import ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
 from crate_dist.prep.program import explained
 from crate_dist.prep.samples import Samples
