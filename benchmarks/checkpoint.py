@@ -1,4 +1,4 @@
-"""How long training stands still for a save: ours against DeepSpeed's own synchronous save_checkpoint, in one run.
+"""Measures the pause of training for a save: ours, and DeepSpeed's own synchronous save_checkpoint, in one run.
 
     python benchmarks/checkpoint.py [--arch crate_large] [--ranks 1 2 4] [--rounds 5] [--json FILE]
 
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.config import load_recipe
 from crate_dist.launching.ranks import rank_environment
 from crate_dist.world import free_port

@@ -90,6 +90,6 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 def apart(logits: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
-    """How far two outcomes for the same images are from each other."""
+    """Measures how far two outcomes for the same images are from each other."""
     agree = (logits.argmax(1) == base.argmax(1)).double().mean()
     return {"logits": float((logits - base).abs().max()), "same_percent": 100 * float(agree)}

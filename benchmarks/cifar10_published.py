@@ -30,6 +30,21 @@ from crate_dist.models.build import model_config
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
+def reference_model(recipe: Recipe, classes: int, reference: Path) -> Any:
+    """Builds the published code's model in the size of a recipe; `reference` is a checkout of that code."""
+    config = model_config(recipe.model, classes)
+    sys.path.insert(0, str(reference))
+    return importlib.import_module("model.crate").CRATE(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=classes,
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.dim // config.heads,
+    )
+
+
 class Published:
     """Its model, optimizer and scheduler under a recipe, on the CPU. Seeds the global generators, as its main does.
 
@@ -50,17 +65,7 @@ class Published:
             )
         random.seed(recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
-        config = model_config(recipe.model, classes)
-        sys.path.insert(0, str(reference))
-        self.model = importlib.import_module("model.crate").CRATE(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=classes,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            dim_head=config.dim // config.heads,
-        )
+        self.model = reference_model(recipe, classes, reference)
         self.optimizer: torch.optim.Optimizer
         if optim.name == "lion":
             self.optimizer = Lion(self.model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
@@ -132,7 +137,7 @@ def train(
 
 
 class Folder(Dataset[tuple[Tensor, int]]):
-    """What ImageFolder does: one file per sample, its label the place of its folder's name in sorted order."""
+    """Reads as ImageFolder does: one file per sample, its label the place of its folder's name in sorted order."""
 
     def __init__(self, root: Path) -> None:
         self.classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())

@@ -23,7 +23,7 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader
 from crate_dist.data.order import Order
 from crate_dist.data.transforms import TrainTransform, random_crop
-from crate_dist.prep.images import Treatment, treat
+from crate_dist.prep.images import ImageOptions, transcode
 
 SIZE = 224
 LANES = 4
@@ -55,7 +55,7 @@ def pillow_transform(image: Image.Image) -> torch.Tensor:
 
 
 class FolderDataset(Dataset[tuple[torch.Tensor, int]]):
-    """What torchvision's ImageFolder does: open a file, decode it with Pillow, transform."""
+    """Does as torchvision's ImageFolder: opens a file, decodes it with Pillow, transforms."""
 
     def __init__(self, root: Path) -> None:
         self.classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
@@ -174,7 +174,7 @@ def ffcv_loader(folder: Path, batch: int, workers: int) -> Iterator[Any]:
         epoch.close()
 
 
-def write_ffcv(source: Path, out: Path, copies: int, workers: int, treatment: Treatment | None = None) -> None:
+def write_ffcv(source: Path, out: Path, copies: int, workers: int, image_options: ImageOptions | None = None) -> None:
     """The images as JPEGs of quality 90, which it encodes itself, `copies` times; treated by ours before, or not."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -182,15 +182,15 @@ def write_ffcv(source: Path, out: Path, copies: int, workers: int, treatment: Tr
     out.mkdir()
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
     DatasetWriter(str(out / "train.beton"), fields, num_workers=workers).from_indexed_dataset(
-        Decoded(FolderDataset(source).files * copies, treatment)
+        Decoded(FolderDataset(source).files * copies, image_options)
     )
 
 
 class Decoded(Dataset[tuple[np.ndarray, int]]):
     """Files as pixels (height, width, 3), as FFCV's writer takes them."""
 
-    def __init__(self, files: list[tuple[Path, int]], treatment: Treatment | None) -> None:
-        self.files, self.treatment = files, treatment
+    def __init__(self, files: list[tuple[Path, int]], image_options: ImageOptions | None) -> None:
+        self.files, self.image_options = files, image_options
 
     def __len__(self) -> int:
         return len(self.files)
@@ -198,8 +198,8 @@ class Decoded(Dataset[tuple[np.ndarray, int]]):
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         path, label = self.files[number]
         data = path.read_bytes()
-        if self.treatment:
-            data = treat(data, self.treatment)[0]
+        if self.image_options:
+            data = transcode(data, self.image_options)[0]
         return np.array(Image.open(io.BytesIO(data)).convert("RGB")), label
 
 

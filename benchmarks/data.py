@@ -26,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import contestants
 import numpy as np
 import psutil
@@ -34,12 +36,12 @@ from PIL import Image
 
 from crate_dist.data.index import checksum
 from crate_dist.data.transforms import TrainTransform, sample_rng
-from crate_dist.prep.images import Treatment, treat
+from crate_dist.prep.images import ImageOptions, transcode
 
 REPO = Path(__file__).resolve().parents[1]
-FOR_SPEED = Treatment(short_side=320, quality=90)
+FOR_SPEED = ImageOptions(short_side=320, quality=90)
 """The documented default for speed."""
-TREATMENTS = [None, *(Treatment(side, quality) for side in (320, 256) for quality in (95, 90))]
+IMAGE_OPTIONS = [None, *(ImageOptions(side, quality) for side in (320, 256) for quality in (95, 90))]
 BATCH = 50
 WARM_BATCHES = 6
 PACKAGES = (
@@ -139,7 +141,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "loaders": [{"name": name, "workers": n, **quartiles(values)} for (name, n), values in raw.items()],
         "decode": [{"name": name, **quartiles(values)} for name, values in inside.items()],
         "conversion": conversion,
-        "re-encoding": [re_encoding(files[:: max(1, len(files) // 200)], treatment) for treatment in TREATMENTS],
+        "re-encoding": [re_encoding(files[:: max(1, len(files) // 200)], options) for options in IMAGE_OPTIONS],
     }
 
 
@@ -157,9 +159,9 @@ def through(make: contestants.Contestant, place: Path, workers: int, images: int
     return result
 
 
-def in_process(files: Sequence[Path], treatment: Treatment | None, pillow: bool = False) -> Callable[[], float]:
+def in_process(files: Sequence[Path], options: ImageOptions | None, pillow: bool = False) -> Callable[[], float]:
     """A function that decodes and crops all images from memory, and returns how many."""
-    images = [treat(path.read_bytes(), treatment or Treatment())[0] for path in files]
+    images = [transcode(path.read_bytes(), options or ImageOptions())[0] for path in files]
     transform, out = (
         TrainTransform(contestants.SIZE),
         np.empty((BATCH, contestants.SIZE, contestants.SIZE, 3), np.uint8),
@@ -176,9 +178,9 @@ def in_process(files: Sequence[Path], treatment: Treatment | None, pillow: bool 
     return run
 
 
-def checksums(files: Sequence[Path], treatment: Treatment | None) -> Callable[[], float]:
+def checksums(files: Sequence[Path], options: ImageOptions | None) -> Callable[[], float]:
     """A function that takes the checksums of all images as the reader does, and returns how many."""
-    images = [treat(path.read_bytes(), treatment or Treatment())[0] for path in files]
+    images = [transcode(path.read_bytes(), options or ImageOptions())[0] for path in files]
 
     def run() -> float:
         for data in images:
@@ -219,27 +221,27 @@ def writer_row(name: str, seconds: float, cpu: float, count: int, workers: int) 
     }
 
 
-def re_encoding(files: Sequence[Path], treatment: Treatment | None) -> Row:
+def re_encoding(files: Sequence[Path], options: ImageOptions | None) -> Row:
     """Bytes per image, and the PSNR of crops: fast against exact resize, re-encoded against original image."""
     transform = TrainTransform(contestants.SIZE, flip=0.0)
     size, sizes, fast, kept = (contestants.SIZE, contestants.SIZE), [], [], []
     for number, path in enumerate(files):
         original = path.read_bytes()
-        data = treat(original, treatment or Treatment())[0]
+        data = transcode(original, options or ImageOptions())[0]
         sizes.append(len(data))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         box, _, _ = transform.draw(image.size, random.Random(number))
         exact = np.asarray(image.crop(box).resize(size, Image.Resampling.BICUBIC))
         fast.append(psnr_db(transform(data, random.Random(number)), exact))
-        if treatment:
+        if options:
             whole = Image.open(io.BytesIO(original)).convert("RGB")
             x, y = whole.width / image.width, whole.height / image.height
             there = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
             here = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
             kept.append(psnr_db(here, np.asarray(whole.resize(size, Image.Resampling.BICUBIC, box=there))))
     return {
-        "short_side": treatment.short_side if treatment else None,
-        "quality": treatment.quality if treatment else None,
+        "short_side": options.short_side if options else None,
+        "quality": options.quality if options else None,
         "bytes": statistics.mean(sizes),
         "fast_psnr_db": [float(np.percentile(fast, p)) for p in (50, 5, 0)],
         "kept_psnr_db": [float(np.percentile(kept, p)) for p in (50, 5)] if kept else None,
@@ -266,7 +268,7 @@ def quartiles(values: Sequence[tuple[float, float]]) -> Row:
 
 
 def machine() -> Row:
-    """What the numbers depend on."""
+    """Describes what the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     versions = {}

@@ -18,6 +18,8 @@ import random
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 import torch
 from PIL import Image

@@ -18,6 +18,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 
 from crate_dist.data.order import Order, permutation

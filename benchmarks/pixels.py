@@ -1,4 +1,4 @@
-"""How far our pixels are from the published code's, on real images: evaluation, and the crops of training.
+"""Measures how far our pixels are from the published code's, on real images: evaluation, and the crops of training.
 
     python benchmarks/pixels.py --source DIR [--images N]
 
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 from cifar10_published import FILTERS, centre
 from PIL import Image
 
 from crate_dist.config import ResizeFilter
-from crate_dist.data.decode import Pixels, open_image, resized_exactly
+from crate_dist.data.decode import IMAGE_SUFFIXES, Pixels, open_image, resized_exactly
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
-from crate_dist.whitebox.pictures import SUFFIXES
 
 SIZE, SHORT_SIDE = 224, 256
 Apart = tuple[float, float, float]
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="DIR")
     parser.add_argument("--images", type=int, default=400, metavar="N", help="[%(default)s]")
     given = parser.parse_args()
-    files = [path for path in sorted(given.source.rglob("*")) if path.suffix.lower() in SUFFIXES][: given.images]
+    files = [path for path in sorted(given.source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES][: given.images]
     if not files:
         parser.error(f"no images in {given.source}")
     apart: dict[str, list[Apart]] = {}
@@ -62,7 +64,7 @@ def compared(data: bytes, number: int) -> dict[str, tuple[Pixels, Pixels]]:
 
 
 def theirs(data: bytes, resampling: Image.Resampling) -> Pixels:
-    """What the published code evaluates, before it is a tensor."""
+    """Prepares what the published code evaluates, before it is a tensor."""
     return np.asarray(centre(Image.open(io.BytesIO(data)).convert("RGB"), SHORT_SIDE, SIZE, resampling))
 
 

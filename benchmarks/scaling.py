@@ -1,4 +1,4 @@
-"""How the step scales: what is sent, counted; what 1 to 64 nodes would take, from a model that states its assumptions.
+"""Counts what a step sends as it scales; for 1 to 64 nodes, from a model that states its assumptions, its time.
 
     python benchmarks/scaling.py [--arch crate_base] [--step-ms MS --micro-batch N] [--gpus-per-node 8] …
 
@@ -23,8 +23,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.launching.memory import parameters
 from crate_dist.launching.ranks import rank_environment
@@ -43,7 +45,7 @@ class Network:
     latency_s: float
 
     def ring_s(self, sent: float, ranks: int, nodes: int, messages: int) -> float:
-        """Seconds to send so many bytes per rank; the slowest link of the ring decides."""
+        """Returns the seconds to send a number of bytes per rank; the slowest link of the ring decides."""
         if ranks == 1:
             return 0.0
         return sent / (self.between if nodes > 1 else self.inside) + messages * self.latency_s * nodes

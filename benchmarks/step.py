@@ -31,8 +31,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import torch
 import torch.nn.functional as F
+from cifar10_published import reference_model
 from lion_pytorch import Lion
 from torch import nn
 
@@ -62,7 +65,9 @@ def main() -> int:
     batches = [synthetic(arguments.batch, recipe.model.image_size, seed, device) for seed in range(4)]
     entries: dict[str, Callable[[], Step]] = {}
     if arguments.reference:
-        entries["published code"] = lambda: published(recipe, reference_model(recipe, arguments.reference), device)
+        entries["published code"] = lambda: published(
+            recipe, reference_model(recipe, CLASSES, arguments.reference), device
+        )
     entries["crate-dist"] = lambda: ours(recipe, device, compile=False)
     if arguments.compile:
         entries["crate-dist, compiled"] = lambda: ours(recipe, device, compile=True)
@@ -139,22 +144,6 @@ def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
         engine.step(iter([batch]), recipe.optim.lr, 0)
 
     return step
-
-
-def reference_model(recipe: Recipe, path: Path) -> nn.Module:
-    """The published code's model."""
-    sys.path.insert(0, str(path))
-    config = model_config(recipe.model, CLASSES)
-    model: nn.Module = importlib.import_module("model.crate").CRATE(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=CLASSES,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        dim_head=config.dim // config.heads,
-    )
-    return model
 
 
 def vit(recipe: Recipe) -> nn.Module:
@@ -289,7 +278,7 @@ def profile(step: Step, batch: Batch, device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on."""
+    """Describes what was measured on."""
     chip: Any = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
     return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

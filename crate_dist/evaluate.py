@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import open_split
@@ -36,7 +37,6 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    positive,
     run_on_ranks,
 )
 from crate_dist.files import write_whole

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.config import DATA_VARIABLE, RecipeError
-from crate_dist.data.decode import Pixels
+from crate_dist.data.decode import IMAGE_SUFFIXES, Pixels
 from crate_dist.data.splits import open_split
 from crate_dist.errors import UserError
-from crate_dist.evaluation.on_ranks import positive
 from crate_dist.files import written_whole
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
@@ -39,7 +39,7 @@ from crate_dist.whitebox import plots
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
 from crate_dist.whitebox.pca import picture_components
-from crate_dist.whitebox.pictures import SUFFIXES, Framing, Picture, PictureError, from_paths, from_split, read_mask
+from crate_dist.whitebox.pictures import Framing, Picture, PictureError, from_paths, from_split, read_mask
 from crate_dist.whitebox.pixels import enlarged, heat, layer_profile, masked
 
 _BATCH = 16
@@ -74,6 +74,8 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], out: Path) -> list[Pa
     """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
     device = next(model.parameters()).device
     tensors = [picture.tensor for picture in pictures]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise PictureError("the profile over the layers is that of pictures of one size, and these tensors have others")
     batches = [torch.stack(tensors[first : first + _BATCH]).to(device) for first in range(0, len(tensors), _BATCH)]
     seen = profile(model, batches)
     numbers = {
@@ -192,7 +194,7 @@ def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, NDArray
     truths = {}
     for picture in pictures:
         stem = picture.name.partition("-")[2]
-        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in SUFFIXES]
+        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise PictureError(f"no mask for {stem} in {folder}: expected {stem}.png")
         truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
@@ -31,7 +32,6 @@ from crate_dist.evaluation.on_ranks import (
     Frozen,
     add_arguments,
     check_output,
-    positive,
     run_on_ranks,
 )
 from crate_dist.files import write_whole

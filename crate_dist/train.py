@@ -9,7 +9,6 @@ launch/slurm.py start it for you. The second goes on with a run by the recipe th
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from crate_dist.data.workers import open_server
 from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
@@ -95,9 +94,7 @@ def _opened_by_rank_0(folder: RunFolder, recipe: Recipe | None, world: World, st
 
 def main(argv: list[str] | None = None) -> int:
     """Trains what the command line names, and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m crate_dist.train", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_recipe_arguments(parser, required=False)
+    parser = recipe_parser(__doc__, "python -m crate_dist.train", required=False)
     arguments = parser.parse_args(argv)
     run_dir, recipe = arguments.run_dir, None
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
 
-from crate_dist.prep.archives import Place, add_any_digest, add_val_fraction, working_folder
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.prep.archives import Download, add_any_digest, working_folder
 from crate_dist.prep.cifar import cifar
-from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -22,29 +23,21 @@ example:
   the training images, and the test images are test. Images are PNGs with the published pixels; --quality makes
   them JPEGs. All four kinds of files are checked by their published digests as far as there are any, and give the
   same shards. The pickles in the Python editions are read without running anything in them.
-
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
 """
 
 
-def main() -> int:
-    """Converts. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_conversion_arguments(parser)
+def main() -> None:
+    """Converts."""
+    parser = conversion_parser(__doc__, EPILOG)
     add_any_digest(parser)
-    add_val_fraction(parser)
+    add_val_fraction(parser, "the test images are test then")
     parser.add_argument("--dataset", choices=("10", "100"), help="where the source holds both")
     parser.add_argument("--coarse", action="store_true", help="CIFAR-100: its 20 superclasses as classes")
-    arguments = parser.parse_args()
-    options = options_from(arguments, lossless=True, archive=True)
+    arguments, options = parsed(parser, lossless=True, archive=True)
     with working_folder(options.out, options.dry_run) as work:
-        place = Place(options.source, (), work, arguments.any_digest)
-        source = cifar(place, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)
-        convert(source, options, "data_prep/cifar.py")
-    return 0
+        download = Download(options.source, work, arguments.any_digest)
+        source = cifar(download, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)
+        convert(source, options)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
 
-from crate_dist.prep.archives import Place, add_any_digest, working_folder
-from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
-from crate_dist.prep.flowers import WITHIN, flowers
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.prep.archives import Download, add_any_digest, working_folder
+from crate_dist.prep.convert import conversion_parser, convert, parsed
+from crate_dist.prep.flowers import flowers
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -20,26 +21,18 @@ example:
   Writes the published splits: train and val, 1,020 images each, and test, 6,149. With --join-val, train has the 2,040
   images of both, and val is the published test split. The files are checked by their published digests; images are
   copied byte for byte. With --short-side 256 training reads faster, at a small cost in accuracy.
-
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
 """
 
 
-def main() -> int:
-    """Converts. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_conversion_arguments(parser)
+def main() -> None:
+    """Converts."""
+    parser = conversion_parser(__doc__, EPILOG)
     add_any_digest(parser)
     parser.add_argument("--join-val", action="store_true", help="train on train and val; the test images are val then")
-    arguments = parser.parse_args()
-    options = options_from(arguments)
+    arguments, options = parsed(parser)
     with working_folder(options.out, options.dry_run) as work:
-        place = Place(options.source, WITHIN, work, arguments.any_digest)
-        convert(flowers(place, options.reading, arguments.join_val), options, "data_prep/flowers.py")
-    return 0
+        download = Download(options.source, work, arguments.any_digest)
+        convert(flowers(download, options.list_options, arguments.join_val), options)
 
 
 if __name__ == "__main__":

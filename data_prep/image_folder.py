@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
 
-from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.folders import image_folder
-from crate_dist.prep.program import proper_fraction, run_program
+from crate_dist.prep.program import run_program
 
 EPILOG = """
 the source is one of:
@@ -20,30 +21,16 @@ example:
   Images may lie in further folders below their class. A label is the position of the class folder's name in sorted
   order. Hidden files and files that are no images are passed over and counted. Symbolic links are followed within
   the source; those that lead out of it only with --follow-links.
-
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
 """
 
 
-def main() -> int:
-    """Converts. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_conversion_arguments(parser)
-    parser.add_argument(
-        "--val-fraction",
-        type=proper_fraction,
-        default=0.0,
-        metavar="F",
-        help="share of every class that is held out for validation, where the source has no validation split",
-    )
-    arguments = parser.parse_args()
-    options = options_from(arguments)
-    source = image_folder(options.source, options.reading, arguments.val_fraction, options.seed)
-    convert(source, options, "data_prep/image_folder.py")
-    return 0
+def main() -> None:
+    """Converts."""
+    parser = conversion_parser(__doc__, EPILOG)
+    add_val_fraction(parser, "where the source has no validation split")
+    arguments, options = parsed(parser)
+    source = image_folder(options.source, options.list_options, arguments.val_fraction, options.seed)
+    convert(source, options)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
 
-from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.prep.convert import conversion_parser, convert, parsed
 from crate_dist.prep.ilsvrc import imagenet
 from crate_dist.prep.program import run_program
 
@@ -23,26 +24,18 @@ example:
   Labels are positions in the sorted list of wnids, as in torchvision. Plain JPEGs are copied byte for byte; CMYK
   JPEGs and the PNG named .JPEG become RGB JPEGs; EXIF rotation is not applied. With --short-side 256 the shards
   shrink several times and training reads faster, at a small cost in accuracy.
-
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
 """
 
 
-def main() -> int:
-    """Converts. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_conversion_arguments(parser)
+def main() -> None:
+    """Converts."""
+    parser = conversion_parser(__doc__, EPILOG)
     parser.add_argument(
         "--splits", nargs="+", choices=("train", "val"), metavar="SPLIT", help="train, val [those that are there]"
     )
-    arguments = parser.parse_args()
-    options = options_from(arguments)
-    source = imagenet(options.source, arguments.splits, options.reading)
-    convert(source, options, "data_prep/imagenet.py")
-    return 0
+    arguments, options = parsed(parser)
+    source = imagenet(options.source, arguments.splits, options.list_options)
+    convert(source, options)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 
 from crate_dist.data.index import ShardIndex
 from crate_dist.prep.check import Classes, build_indexes, link_shards, split_folders
-from crate_dist.prep.program import available_cpus, counted, human_bytes, positive, run_program, tell, warn
+from crate_dist.prep.program import counted, human_bytes, program_parser, run_program, tell, warn
 from crate_dist.prep.tar import LabelRule
 
 EPILOG = """
@@ -32,7 +34,7 @@ example:
 
 
 def label_rule(text: str) -> LabelRule:
-    """An argparse type: cls or json:KEY."""
+    """Reads cls or json:KEY; a type for argparse."""
     try:
         return LabelRule.parse(text)
     except ValueError as error:
@@ -55,15 +57,13 @@ def describe(index: ShardIndex) -> None:
 
 
 def labels_of_shards(index: ShardIndex) -> list[np.ndarray]:
-    """The labels of each shard that has samples."""
+    """Returns the labels of each shard that has samples."""
     return [labels for labels in np.split(index.rows["label"], np.cumsum(index.shard_sizes)[:-1]) if len(labels)]
 
 
-def main() -> int:
-    """Indexes. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    """Indexes."""
+    parser = program_parser(__doc__, EPILOG)
     parser.add_argument(
         "shards", metavar="DIR|PATTERN", help="folder of shards, or of folders of shards; or shards as a brace pattern"
     )
@@ -77,17 +77,14 @@ def main() -> int:
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class ids and names, one a line")
     parser.add_argument("--changed", action="store_true", help="shards were added, removed or replaced on purpose")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes that read shards [one per CPU]")
     arguments = parser.parse_args()
     classes = Classes.read(arguments.classes) if arguments.classes else None
     if arguments.out:
         folders = [link_shards(arguments.shards, arguments.out.expanduser().absolute())]
     else:
         folders = split_folders(Path(arguments.shards).expanduser().absolute())
-    workers = arguments.workers or available_cpus()
-    for index in build_indexes(folders, arguments.label, classes, workers, arguments.changed):
+    for index in build_indexes(folders, arguments.label, classes, arguments.workers, arguments.changed):
         describe(index)
-    return 0
 
 
 if __name__ == "__main__":

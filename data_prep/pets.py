@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
 
-from crate_dist.prep.archives import Place, add_any_digest, add_val_fraction, working_folder
-from crate_dist.prep.convert import add_conversion_arguments, convert, options_from
-from crate_dist.prep.pets import WITHIN, pets
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.prep.archives import Download, add_any_digest, working_folder
+from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
+from crate_dist.prep.pets import pets
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -20,27 +21,19 @@ example:
   Writes train, the 3,680 images of trainval.txt, and val, the 3,669 of test.txt. With --val-fraction 0.1 val is held
   out of the training images, and the test images are test. Classes are the 37 breeds. The archives are checked by
   their published digests; plain JPEGs are copied byte for byte, the few images of other formats become JPEGs.
-
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
 """
 
 
-def main() -> int:
-    """Converts. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_conversion_arguments(parser)
+def main() -> None:
+    """Converts."""
+    parser = conversion_parser(__doc__, EPILOG)
     add_any_digest(parser)
-    add_val_fraction(parser)
-    arguments = parser.parse_args()
-    options = options_from(arguments)
+    add_val_fraction(parser, "the test images are test then")
+    arguments, options = parsed(parser)
     with working_folder(options.out, options.dry_run) as work:
-        place = Place(options.source, WITHIN, work, arguments.any_digest)
-        source = pets(place, options.reading, arguments.val_fraction, options.seed)
-        convert(source, options, "data_prep/pets.py")
-    return 0
+        download = Download(options.source, work, arguments.any_digest)
+        source = pets(download, options.list_options, arguments.val_fraction, options.seed)
+        convert(source, options)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep.check import split_folders, verify_split
-from crate_dist.prep.program import available_cpus, counted, human_time, positive, run_program, tell
+from crate_dist.prep.program import counted, human_time, program_parser, run_program, tell
 
 EPILOG = """
 example:
@@ -43,15 +43,12 @@ def verify(folder: Path, decode: bool, workers: int) -> bool:
 
 def main() -> int:
     """Verifies. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__, EPILOG)
     parser.add_argument("shards", type=Path, metavar="DIR", help="folder of shards, or of folders of shards")
     parser.add_argument("--images", action="store_true", help="decode every image")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes that read shards [one per CPU]")
     arguments = parser.parse_args()
-    workers = arguments.workers or available_cpus()
-    sound = [verify(f, arguments.images, workers) for f in split_folders(arguments.shards.expanduser().absolute())]
+    folders = split_folders(arguments.shards.expanduser().absolute())
+    sound = [verify(folder, arguments.images, arguments.workers) for folder in folders]
     return 0 if all(sound) else 1
 
 

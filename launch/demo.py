@@ -16,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # isort: skip
 import numpy as np
 from PIL import Image
 
-CLONE = Path(__file__).resolve().parents[1]
+CLONE = Path(crate_dist.__file__).parents[1]
 FOLDER = Path("runs")
 IMAGES, SHARDS, RUN = FOLDER / "demo-images", FOLDER / "demo-shards", FOLDER / "demo"
 

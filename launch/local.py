@@ -13,10 +13,12 @@ import shlex
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.world import free_port
@@ -49,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes [one per GPU; without a GPU, one]")
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--ranks", type=positive, metavar="N", help="processes [one per GPU; without a GPU, one]")
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
     return parser
 
@@ -59,8 +60,6 @@ def _parser() -> argparse.ArgumentParser:
 def _ranks(asked: int | None) -> int:
     gpus = visible_gpus()
     ranks = max(gpus, 1) if asked is None else asked
-    if ranks < 1:
-        raise RecipeError(f"--ranks {ranks}: at least one rank is needed")
     if 0 < gpus < ranks:
         raise RecipeError(
             f"--ranks {ranks}, but there are {gpus} GPUs and each rank needs its own; "

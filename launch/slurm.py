@@ -23,16 +23,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import crate_dist  # isort: skip
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import crate_dist
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import add_recipe_arguments, default_run_dir, recipe_from
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
 from crate_dist.locations import is_private
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
@@ -161,8 +162,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
+    parser = recipe_parser(__doc__)
     cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
     cluster.add_argument("--nodes", type=int, metavar="N")
     cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="0: train on the CPU")

@@ -62,7 +62,7 @@ def class_tree(root: Path, classes: int = 3, images: int = 8, size: tuple[int, i
 
 
 def command(program: str, *arguments: object) -> list[str]:
-    """What a user would type."""
+    """The command that a user would type."""
     return [sys.executable, str(REPO / "data_prep" / program), *map(str, arguments)]
 
 

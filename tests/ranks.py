@@ -24,18 +24,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def lock_is_free(folder: RunFolder) -> bool:
-    """Whether the last holder of a run folder has left in order."""
+    """Tells whether the last holder of a run folder has left in order."""
     newest = max((name for name in os.listdir(folder.lock) if name.isdecimal()), key=int)
     return bool(json.loads((folder.lock / newest).read_text())["free"])
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun would set, and one thread for each."""
+    """Returns the variables that torchrun would set, and one thread for each."""
     return {**local_world(rank, world_size, port).environment(), "OMP_NUM_THREADS": "1"}
 
 
 def local_world(rank: int, world_size: int, port: int) -> World:
-    """The place of a rank of this machine."""
+    """Returns the place of a rank of this machine."""
     return World(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
 
 
@@ -117,7 +117,7 @@ class Training:
         return [process.wait(timeout_s) for process in self.processes]
 
     def output(self, rank: int = 0) -> str:
-        """What a rank has written so far."""
+        """Returns what a rank has written so far."""
         self._outputs[rank].seek(0)
         return self._outputs[rank].read()
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import config, evaluate, figures, probe
+from crate_dist import evaluate, figures, probe
 from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.remote import fetch as remote
-from crate_dist.data.remote.fetch import Patience
+from crate_dist.data.remote.fetch import RetryPolicy
 from crate_dist.data.splits import open_split
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
 from crate_dist.models.weights import __main__ as weights
@@ -181,7 +181,7 @@ def test_the_project_s_own_recipes_may_say_it(
 ) -> None:
     path = foreign('[cluster]\nsetup = ["module load cuda"]')
     assert load_recipe(path).cluster.setup == ()
-    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    monkeypatch.setattr("crate_dist.config.recipe.CONFIG_DIR", tmp_path)
     assert load_recipe("foreign").cluster.setup == ("module load cuda",)
 
 
@@ -203,7 +203,7 @@ def test_a_path_in_a_recipe_mounts_nothing_else_into_a_container(
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSection:
-    monkeypatch.setattr(remote, "PATIENCE", Patience(1, silence_s=10))
+    monkeypatch.setattr(remote, "RETRIES", RetryPolicy(1, silence_s=10))
     return DataSection(cache_dir=tmp_path / "cache")
 
 

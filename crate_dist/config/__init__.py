@@ -4,53 +4,22 @@ Imports neither torch nor deepspeed, so that a login node can resolve and check 
 here and not beside their users, which are rooms above this one: a recipe knows all of them.
 """
 
-from crate_dist.config.keys import RecipeError, new_names
-from crate_dist.config.recipe import (
-    CONFIG_DIR,
-    Recipe,
-    build_recipe,
-    derive_batch,
-    find_recipe,
-    load_recipe,
-)
-from crate_dist.config.sections import (
-    CACHE_VARIABLE,
-    DATA_VARIABLE,
-    ArchName,
-    AugmentSection,
-    ClusterSection,
-    Colour,
-    Compile,
-    DataSection,
-    ImageSection,
-    ModelSection,
-    OptimSection,
-    OrderSection,
-    Precision,
-    ResizeFilter,
-)
-
-__all__ = [
-    "CACHE_VARIABLE",
-    "CONFIG_DIR",
-    "DATA_VARIABLE",
-    "ArchName",
-    "AugmentSection",
-    "ClusterSection",
-    "Colour",
-    "Compile",
-    "DataSection",
-    "ImageSection",
-    "ModelSection",
-    "OptimSection",
-    "OrderSection",
-    "Precision",
-    "Recipe",
-    "RecipeError",
-    "ResizeFilter",
-    "build_recipe",
-    "derive_batch",
-    "find_recipe",
-    "load_recipe",
-    "new_names",
-]
+from crate_dist.config.keys import RecipeError as RecipeError
+from crate_dist.config.keys import new_names as new_names
+from crate_dist.config.recipe import CONFIG_DIR as CONFIG_DIR
+from crate_dist.config.recipe import Recipe as Recipe
+from crate_dist.config.recipe import build_recipe as build_recipe
+from crate_dist.config.recipe import derive_batch as derive_batch
+from crate_dist.config.recipe import load_recipe as load_recipe
+from crate_dist.config.sections import CACHE_VARIABLE as CACHE_VARIABLE
+from crate_dist.config.sections import DATA_VARIABLE as DATA_VARIABLE
+from crate_dist.config.sections import ArchName as ArchName
+from crate_dist.config.sections import AugmentSection as AugmentSection
+from crate_dist.config.sections import ClusterSection as ClusterSection
+from crate_dist.config.sections import Colour as Colour
+from crate_dist.config.sections import Compile as Compile
+from crate_dist.config.sections import DataSection as DataSection
+from crate_dist.config.sections import ImageSection as ImageSection
+from crate_dist.config.sections import ModelSection as ModelSection
+from crate_dist.config.sections import OptimSection as OptimSection
+from crate_dist.config.sections import ResizeFilter as ResizeFilter

@@ -28,7 +28,7 @@ Box = tuple[int, int, int, int]
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded: no photograph, but perhaps a decompression bomb."""
 MAX_SIDE = 65_500
-"""What libjpeg takes. A strip that is longer costs more in memory per row than in pixels."""
+"""The longest that libjpeg takes. A longer strip costs more in memory per row than in pixels."""
 MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
 """Pixels times scans of a JPEG: the usual ten scans of a progressive one, at every size. A file may have thousands."""
 MAX_PYTHON_SAMPLES = 2 * 1024 * 1024
@@ -36,7 +36,11 @@ MAX_PYTHON_SAMPLES = 2 * 1024 * 1024
 MAX_BYTES = 4 * MAX_PIXELS
 """Larger files are refused before they are read: MAX_PIXELS have that many uncompressed."""
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-"""What Pillow may open; it would also run external programs for EPS."""
+"""The formats that Pillow may open; it would also run external programs for EPS."""
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif", ".tif", ".tiff"
+)  # fmt: skip
+"""The suffixes of files that are taken for images, in lower case."""
 
 _START_OF_FRAME, _START_OF_SCAN = 0xC0, 0xDA
 _START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"

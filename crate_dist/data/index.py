@@ -1,4 +1,4 @@
-"""What lies beside the shards: samples per shard, offsets, digests, class names.
+"""The index beside the shards: samples per shard, offsets, digests, class names.
 
 A split is a folder of plain WebDataset tars with two files beside them:
 
@@ -31,7 +31,7 @@ from crate_dist.locations import redacted
 INDEX_JSON = "index.json"
 INDEX_ROWS = "index.npy"
 TAR_BLOCK = 512
-"""Every file in a tar has a header of so many bytes before it."""
+"""Bytes of the header before every file in a tar."""
 _SHARDS_AT_ONCE = 1024
 ROW_WITHOUT_CHECKSUM = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
 ROW = np.dtype([*ROW_WITHOUT_CHECKSUM.descr, ("checksum", "<u8")])
@@ -46,7 +46,7 @@ class ShardError(UserError, ValueError):
 
 
 def checksum(image: bytes) -> int:
-    """XXH3, 64 bits, of the bytes of an image: against what happens to them by chance, some 20 GB a second."""
+    """Returns the XXH3, 64 bits, of the bytes of an image: against chance damage, at some 20 GB a second."""
     return xxh3_64_intdigest(image)
 
 
@@ -61,7 +61,7 @@ class Shard:
 
     @classmethod
     def read(cls, entry: Any, what: str = "shard") -> Shard:
-        """A shard as JSON has it. Raises ValueError that names the field, `what` in front, for one that cannot be."""
+        """Reads a shard from JSON. Raises ValueError that names the field, `what` in front, for one that cannot be."""
         if not isinstance(entry, dict) or entry.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{what} is {_shown(entry)}, expected {', '.join(cls.__dataclass_fields__)}")
         shard = cls(**entry)
@@ -77,7 +77,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where shards are fetched from, and where and how many bytes of them each node keeps.
+    """A place that shards are fetched from, and the cache of them that each node keeps.
 
     url: of the split; file names are put in place of `{}` in it, or behind it
     """
@@ -114,7 +114,7 @@ class ShardIndex:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether rows have a checksum of their image."""
+        """True when rows have a checksum of their image."""
         return "checksum" in (self.rows.dtype.names or ())
 
     @property
@@ -197,7 +197,7 @@ class ShardIndex:
             )
 
     def bad_row(self, sample: int) -> ShardError:
-        """What is to be raised for a row that cannot be right."""
+        """Returns what is to be raised for a row that cannot be right."""
         row = self.rows[sample]
         return ShardError(
             f"row {sample} of {self.root / INDEX_ROWS} cannot be right: {row['size']} bytes at byte {row['offset']}, "
@@ -225,7 +225,7 @@ class ShardIndex:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What an index.json says, looked at field by field.
+    """Reads an index.json and checks it field by field.
 
     Raises ShardError for another version, ValueError that names the field for what no index says; OSError, and
     RecursionError for JSON that is nested without end.
@@ -258,13 +258,13 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _rebuilds(root: Path, remote: Remote | None) -> str:
-    """The remedy, to be followed by its object; data_prep/index.py takes no URL."""
+    """Says the remedy, to be followed by its object; data_prep/index.py takes no URL."""
     if remote is None:
         return f"`python data_prep/index.py {root}` rebuilds"
     return f"`python data_prep/index.py DIR`, where the shards of {redacted(remote.url)} lie, rebuilds"
 
 
 def _shown(value: Any) -> str:
-    """A value of a file for a message, in one line and not at any length."""
+    """Says a value of a file in a message, in one line and not at any length."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -28,7 +28,7 @@ from crate_dist.data.decode import Box, Pixels, decode_crop, jpeg_size, open_ima
 
 _CROP_TRIES = 10
 _SHRINK_REST = 1.5
-"""What the DCT leaves to the filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
+"""The shrinking that the DCT leaves to the filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
 _MOST_LENGTHS = 32
 """Length to width, at the most, of a photograph; of a longer picture only the crop is resized."""
 _64_BITS = (1 << 64) - 1

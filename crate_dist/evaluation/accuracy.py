@@ -25,7 +25,7 @@ _LABEL_BITS = 32
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Returns the number of classes that stand before the right one, int64 (n,): 0 is a hit in top-1, 4 one in top-5.
+    """Returns the number of classes that stand before the right one, int64 (n,): 0 hits in top-1, up to 4 in top-5.
 
     scores: (n, classes), finite; labels: int64 (n,). Of classes with equal scores the one of lower number stands first.
     """

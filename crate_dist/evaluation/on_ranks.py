@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
@@ -52,13 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-
-
-def positive(text: str) -> int:
-    """An option's value, for argparse."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
 
 
 def check_output(path: Path | None) -> None:

@@ -10,11 +10,16 @@ from crate_dist.config import DATA_VARIABLE, Recipe, load_recipe
 from crate_dist.locations import is_private, location
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds the options that name a run and its recipe: --arch/--config, --data, --run-dir, --set and others.
+def recipe_parser(
+    description: str | None, program: str | None = None, required: bool = True
+) -> argparse.ArgumentParser:
+    """Returns a parser of the options that name a run and its recipe: --arch/--config, --data, --run-dir, --set, …
 
     required: one of --arch and --config must be given
     """
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     group = parser.add_argument_group("recipe")
     which = group.add_mutually_exclusive_group(required=required)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
@@ -48,10 +53,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, required: bool = True)
         dest="overrides",
         help="change one value of the recipe; can be given several times",
     )
+    return parser
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """Loads the recipe that the options of add_recipe_arguments name. Raises RecipeError.
+    """Loads the recipe that the options of recipe_parser name. Raises RecipeError.
 
     A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
     """

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from crate_dist.data.decode import BadImage
 from crate_dist.data.identity import first_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
-from crate_dist.prep.images import BadImage, check_decodes
+from crate_dist.prep.folders import first_few
+from crate_dist.prep.images import check_decodes
 from crate_dist.prep.journal import missing_shards, read_identity
 from crate_dist.prep.pool import advance, run_parallel
 from crate_dist.prep.program import progress_bar
@@ -27,14 +29,14 @@ _NAMED = 10
 
 @dataclass(frozen=True)
 class Classes:
-    """ids: position = label; names: for people, same length."""
+    """The classes of a data set. ids: position = label; names: for people, same length."""
 
     ids: Sequence[str]
     names: Sequence[str]
 
     @classmethod
     def read(cls, path: Path) -> Classes:
-        """One class a line: its id, and after a tab a name for people; `n01440764 tench, Tinca tinca` is taken too.
+        """Reads one class a line: its id, and after a tab a name for people; also `n01440764 tench, Tinca tinca`.
 
         Raises ShardError.
         """
@@ -51,7 +53,7 @@ class Classes:
 
     @classmethod
     def numbered(cls, number: int) -> Classes:
-        """Classes that nothing is known of but their number."""
+        """Returns classes of which nothing is known but their number."""
         ids = [str(label) for label in range(number)]
         return cls(ids, ids)
 
@@ -74,7 +76,7 @@ class _VerifyTask:
 
 
 def split_folders(root: Path) -> list[Path]:
-    """The folders of shards that a path means: itself, or those in it. Raises ShardError when there are none."""
+    """Finds the folders of shards that a path means: itself, or those in it. Raises ShardError when there are none."""
     if not root.is_dir():
         raise ShardError(f"no folder {root}; give a folder of shards, or one that holds such folders")
     if _holds_shards(root):
@@ -100,7 +102,7 @@ def link_shards(pattern: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     foreign = [p.name for p in folder.iterdir() if p.name not in (INDEX_JSON, INDEX_ROWS) and p.name not in links]
     if foreign:
-        raise ShardError(f"--out {folder} holds something else: {', '.join(sorted(foreign)[:3])}")
+        raise ShardError(f"--out {folder} holds something else: {first_few(sorted(foreign), 3)}")
     for name, path in links.items():
         link = folder / name
         if link.is_symlink() or not link.exists():
@@ -157,7 +159,7 @@ def build_indexes(
 
 
 def verify_split(index: ShardIndex, decode: bool, workers: int) -> Iterator[tuple[str, str]]:
-    """(shard, what is wrong with it) for each shard that is not what the index says, as they are found."""
+    """Yields (shard, what is wrong with it) for each shard that is not what the index says, as it is found."""
     try:
         rule = LabelRule.parse(index.made_by.get("label", "cls"))
     except ValueError as error:
@@ -231,7 +233,7 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
-    """What an index.json says that stands; None where there is none, or a damaged one that nothing is lost with."""
+    """Reads the index.json that stands; None where there is none, or a damaged one that nothing is lost with."""
     path = folder / INDEX_JSON
     if not path.exists():
         return None
@@ -252,7 +254,7 @@ def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
 
 
 def _present_classes(folders: Sequence[Path], before: Sequence[Mapping[str, Any] | None]) -> Classes | None:
-    """Those of the indexes that stand. Raises ShardError where two of them say different ones."""
+    """Returns the classes of the indexes that stand. Raises ShardError where two of them differ."""
     known = [(folder, meta) for folder, meta in zip(folders, before, strict=True) if meta]
     if not known:
         return None

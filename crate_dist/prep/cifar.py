@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crate_dist.data.index import ShardError
-from crate_dist.prep.archives import Files, Place, Published, named_splits
-from crate_dist.prep.folders import Source, Split, whats_in
+from crate_dist.prep.archives import Download, Files, PublishedFile, named_splits
+from crate_dist.prep.folders import Source, Split, contents_of
 from crate_dist.prep.pickles import PickleError, load_dict
 from crate_dist.prep.program import progress_bar
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.samples import ImageRef, Samples
 
 SIDE = 32
 PIXEL_BYTES = 3 * SIDE * SIDE
@@ -41,7 +41,7 @@ class Edition:
 
     dataset: str
     num_classes: int
-    archive: Published
+    archive: PublishedFile
     folder: str
     train: Mapping[str, str | None]
     test: Mapping[str, str | None]
@@ -51,32 +51,32 @@ class Edition:
     label_bytes: int = 0
 
     def batch(self, files: Files, name: str, md5: str | None) -> Batch:
-        """One file of images. Raises ShardError that names it."""
+        """Reads one file of images. Raises ShardError that names it."""
         data = files.read(name, md5)
         try:
             found = _from_pickle(data, self.label) if isinstance(self.label, str) else self._from_records(data)
         except ValueError as error:  # PickleError among them
-            raise ShardError(f"{name} in {files.place} cannot be used: {error}") from error
+            raise ShardError(f"{name} in {files.path} cannot be used: {error}") from error
         low, high = int(found.labels.min()), int(found.labels.max())
         if low < 0 or high >= self.num_classes:
             wrong = low if low < 0 else high
             raise ShardError(
-                f"{name} in {files.place} has an image of class {wrong}; {self.dataset} has classes 0 to "
+                f"{name} in {files.path} has an image of class {wrong}; {self.dataset} has classes 0 to "
                 f"{self.num_classes - 1}"
             )
         return found
 
     def class_names(self, files: Files) -> list[str]:
-        """All names, position = label. Raises ShardError when their number is another."""
+        """Reads the names of all classes, position = label. Raises ShardError when their number is another."""
         name, md5 = self.names_file
         data = files.read(name, md5)
         try:
             given = load_dict(data).get(self.names_key, ()) if self.names_key else data.split()
             names = [item.decode("ascii") if isinstance(item, bytes) else str(item) for item in given]
         except ValueError as error:
-            raise ShardError(f"{name} in {files.place} cannot be used: {error}") from error
+            raise ShardError(f"{name} in {files.path} cannot be used: {error}") from error
         if len(set(names)) != self.num_classes or len(names) != self.num_classes:
-            raise ShardError(f"{name} in {files.place} has {len(names)} names of classes, not {self.num_classes}")
+            raise ShardError(f"{name} in {files.path} has {len(names)} names of classes, not {self.num_classes}")
         return names
 
     def _from_records(self, data: bytes) -> Batch:
@@ -89,7 +89,7 @@ class Edition:
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 of shape (images, 3072); labels: int64 of shape (images,)"""
+    """The images of one file. pixels: uint8 of shape (images, 3072); labels: int64 of shape (images,)"""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -99,7 +99,7 @@ CIFAR_10 = (
     Edition(
         "CIFAR-10",
         10,
-        Published("cifar-10-python.tar.gz", f"{_SITE}cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+        PublishedFile("cifar-10-python.tar.gz", _SITE, "c58f30108f718f92721af3b95e74349a"),
         "cifar-10-batches-py",
         {
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -116,7 +116,7 @@ CIFAR_10 = (
     Edition(
         "CIFAR-10",
         10,
-        Published("cifar-10-binary.tar.gz", f"{_SITE}cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        PublishedFile("cifar-10-binary.tar.gz", _SITE, "c32a1d4ab5d03f1284b67883e8d87530"),
         "cifar-10-batches-bin",
         {f"data_batch_{number}.bin": None for number in range(1, 6)},
         {"test_batch.bin": None},
@@ -129,13 +129,13 @@ CIFAR_10 = (
 
 
 def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
-    """Both editions of CIFAR-100, with its 100 classes or, `coarse`, with its 20 superclasses."""
+    """Returns both editions of CIFAR-100, with its 100 classes or, `coarse`, with its 20 superclasses."""
     kind, num_classes = ("coarse", 20) if coarse else ("fine", 100)
     return (
         Edition(
             "CIFAR-100",
             num_classes,
-            Published("cifar-100-python.tar.gz", f"{_SITE}cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+            PublishedFile("cifar-100-python.tar.gz", _SITE, "eb9058c3a382ffc7106e4002c42a8d85"),
             "cifar-100-python",
             {"train": "16019d7e3df5f24257cddd939b257f8d"},
             {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
@@ -146,7 +146,7 @@ def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
         Edition(
             "CIFAR-100",
             num_classes,
-            Published("cifar-100-binary.tar.gz", f"{_SITE}cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+            PublishedFile("cifar-100-binary.tar.gz", _SITE, "03b5dce01913d631647c71ecec9e9cb8"),
             "cifar-100-binary",
             {"train.bin": None},
             {"test.bin": None},
@@ -158,42 +158,41 @@ def cifar_100(coarse: bool) -> tuple[Edition, Edition]:
     )
 
 
-def cifar(place: Place, dataset: str | None, coarse: bool, val_fraction: float, seed: int) -> Source:
+def cifar(download: Download, dataset: str | None, coarse: bool, val_fraction: float, seed: int) -> Source:
     """Finds CIFAR, `dataset` being "10", "100" or None for the one that is there, and lays its images out as PNGs.
 
     Raises ShardError: none there, or both and none chosen; an archive or a file in it that cannot be used.
     """
     known = {"10": CIFAR_10, "100": cifar_100(coarse)}
-    there = [name for name, editions in known.items() if any(_stands(place, edition) for edition in editions)]
+    there = [name for name, editions in known.items() if any(_stands(download, edition) for edition in editions)]
     if dataset is None and len(there) > 1:
-        raise ShardError(f"{place.source} holds CIFAR-10 and CIFAR-100; say which one, with --dataset 10 or 100")
+        raise ShardError(f"{download.source} holds CIFAR-10 and CIFAR-100; say which one, with --dataset 10 or 100")
     chosen = dataset or (there[0] if there else "10")
     if chosen not in there:
         names = [edition.archive.name for name in ([dataset] if dataset else known) for edition in known[name]]
         raise ShardError(
-            f"no CIFAR{'-' + dataset if dataset else ''} in {place.source}: looked for {', '.join(names)} and what "
-            f"they unpack to; {whats_in(place.source)}. They are at {_SITE}cifar.html"
+            f"no CIFAR{'-' + dataset if dataset else ''} in {download.source}: looked for {', '.join(names)} and what "
+            f"they unpack to; {contents_of(download.source)}. They are at {_SITE}cifar.html"
         )
     if coarse and chosen == "10":
         raise ShardError("--coarse: CIFAR-10 has no superclasses, CIFAR-100 has")
-    edition = next(edition for edition in known[chosen] if _stands(place, edition))
-    files = place.files(edition.archive, edition.folder)
-    assert files is not None
+    edition = next(edition for edition in known[chosen] if _stands(download, edition))
+    files = download.files(edition.archive, edition.folder)
     names = edition.class_names(files)
-    train = Split(_lay_out(edition, files, "train", edition.train, place.work))
-    test = Split(_lay_out(edition, files, "test", edition.test, place.work))
-    layout = f"{edition.dataset}, {files.place.name}"
-    return Source(place.source, layout, names, names, named_splits(train, test, val_fraction, seed))
+    train = Split(_lay_out(edition, files, "train", edition.train, download.work))
+    test = Split(_lay_out(edition, files, "test", edition.test, download.work))
+    layout = f"{edition.dataset}, {files.path.name}"
+    return Source(download.source, layout, names, names, named_splits(train, test, val_fraction, seed))
 
 
-def _stands(place: Place, edition: Edition) -> bool:
-    return place.find(edition.archive.name) is not None or place.find(edition.folder) is not None
+def _stands(download: Download, edition: Edition) -> bool:
+    return download.find(edition.archive.name) is not None or download.find(edition.folder) is not None
 
 
 def _lay_out(edition: Edition, files: Files, split: str, given: Mapping[str, str | None], work: Path) -> Samples:
-    """All images of a split as PNGs in one file, numbered in the order in which they were published."""
+    """Writes all images of a split as PNGs into one file, numbered in the order in which they were published."""
     path = work / f"{split}.pngs"
-    found: list[Found] = []
+    found: list[ImageRef] = []
     labels: list[int] = []
     offset = 0
     with path.open("wb") as out, progress_bar(f"{edition.dataset} {split}", 0, " images") as bar:
@@ -201,7 +200,7 @@ def _lay_out(edition: Edition, files: Files, split: str, given: Mapping[str, str
             batch = edition.batch(files, name, md5)
             bar.total = len(found) + len(batch.pixels)
             for png in _pngs(batch.pixels):
-                found.append(Found(f"{split}-{len(found):05d}.png", out.write(png), offset))
+                found.append(ImageRef(f"{split}-{len(found):05d}.png", out.write(png), offset))
                 offset += len(png)
                 bar.update()
             labels += batch.labels.tolist()

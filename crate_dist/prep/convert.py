@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,46 @@ from typing import Any
 import numpy as np
 import PIL
 
+from crate_dist.arguments import positive, whole_number
+from crate_dist.data.decode import BadImage
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
-from crate_dist.prep.folders import Reading, Source, Split
-from crate_dist.prep.images import BadImage, Treatment, treat
+from crate_dist.prep.folders import ListOptions, Source, Split, first_few
+from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
 from crate_dist.prep.pool import run_parallel
-from crate_dist.prep.program import available_cpus, counted, human_bytes, human_time, positive, progress_bar, tell, warn
+from crate_dist.prep.program import (
+    counted,
+    explained,
+    human_bytes,
+    human_time,
+    program_parser,
+    progress_bar,
+    proper_fraction,
+    tell,
+    warn,
+)
 from crate_dist.prep.shards import ShardPlan, ShardResult, make_shard
 
 _TRIED_IMAGES = 32
 _LISTED_SKIPPED = 1000
+_CONTINUES = """
+An interrupted conversion continues when the same command is given again. The same images, seed and options give the
+same bytes, at any number of workers.
+"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; the fields are the options of the same names."""
+    """The options of a conversion, called as on the command line. program: the one that converts, for the record"""
 
+    program: str
     source: Path
     out: Path
     workers: int
     seed: int
     shard_samples: int
-    treatment: Treatment
-    reading: Reading
+    image_options: ImageOptions
+    list_options: ListOptions
     dry_run: bool
 
 
@@ -55,33 +72,49 @@ class _Job:
     estimated_bytes: int
 
 
-def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --source, --out and all options of a conversion."""
+def conversion_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """Returns a parser with --source, --out and all options of a conversion."""
+    parser = program_parser(description, epilog + _CONTINUES)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder that the images are in")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the shards: DIR/train/, DIR/val/"
     )
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes that write shards [one per CPU]")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the one global shuffle [0]")
+    seed = whole_number(0, 2**63 - 1)
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the one global shuffle [0]")
     parser.add_argument("--shard-samples", type=positive, default=1000, metavar="N", help="images per shard [1000]")
     parser.add_argument(
         "--short-side", type=positive, metavar="N", help="resize larger images so that their short side has N pixels"
     )
     parser.add_argument(
-        "--quality", type=_quality, metavar="Q", help="re-encode every image as JPEG of quality Q; without it only "
-        "images that are resized or no plain JPEG are, with 95"
+        "--quality", type=whole_number(1, 100), metavar="Q", help="re-encode every image as JPEG of quality Q; without "
+        "it only images that are resized or no plain JPEG are, with 95"
     )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used, and list them")
     parser.add_argument("--verify-images", action="store_true", help="decode every image, also those that stay as is")
     parser.add_argument("--follow-links", action="store_true", help="follow links that lead out of the source")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    return parser
 
 
-def options_from(arguments: argparse.Namespace, lossless: bool = False, archive: bool = False) -> Options:
-    """The options that add_conversion_arguments added; lossless: as in Treatment; archive: the source may be a file.
+def add_val_fraction(parser: argparse.ArgumentParser, note: str) -> None:
+    """Adds --val-fraction. note: what else there is to know of it"""
+    parser.add_argument(
+        "--val-fraction",
+        type=proper_fraction,
+        default=0.0,
+        metavar="F",
+        help=f"share of every class that is held out of the training images as val; {note}",
+    )
 
-    Raises ShardError when the folders cannot be meant.
+
+def parsed(
+    parser: argparse.ArgumentParser, lossless: bool = False, archive: bool = False
+) -> tuple[argparse.Namespace, Options]:
+    """Returns what the user typed, as it is and as the options of a conversion.
+
+    lossless: as in ImageOptions; archive: the source may be a file. Raises ShardError when the folders cannot be meant.
     """
+    arguments = parser.parse_args()
     source, out = arguments.source.expanduser().absolute(), arguments.out.expanduser().absolute()
     if not source.is_dir() and not (archive and source.is_file()):
         what = "is not a folder" if source.exists() else "does not exist"
@@ -89,19 +122,20 @@ def options_from(arguments: argparse.Namespace, lossless: bool = False, archive:
     real_source, real_out = source.resolve(), out.resolve()
     if real_out == real_source or real_source in real_out.parents:
         raise ShardError(f"--out {out} lies in the source {source}; give a folder beside it")
-    return Options(
+    return arguments, Options(
+        f"data_prep/{parser.prog}",
         source,
         out,
-        arguments.workers or available_cpus(),
+        arguments.workers,
         arguments.seed,
         arguments.shard_samples,
-        Treatment(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
-        Reading(arguments.follow_links, arguments.skip_bad),
+        ImageOptions(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
+        ListOptions(arguments.follow_links, arguments.skip_bad),
         arguments.dry_run,
     )
 
 
-def convert(source: Source, options: Options, program: str) -> None:
+def convert(source: Source, options: Options) -> None:
     """Writes all splits of a source that are not finished yet, and tells the user what was done and what comes next.
 
     Raises ShardError; what is finished then is kept, and the same call continues.
@@ -119,7 +153,7 @@ def convert(source: Source, options: Options, program: str) -> None:
         tell("dry run: nothing was written")
         return
     for job in unfinished:
-        _write_split(job, source, options, program)
+        _write_split(job, source, options)
     for job in jobs:
         index = job.folder.complete()
         assert index is not None
@@ -134,18 +168,18 @@ def convert(source: Source, options: Options, program: str) -> None:
 
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
     plan = ShardPlan(folder, split.samples, options.seed, options.shard_samples)
-    ratio = _size_ratio(plan, options.treatment) if options.treatment.changes_sizes else 1.0
-    identity = Identity.of(plan, source.classes, options.treatment)
+    ratio = _size_ratio(plan, options.image_options) if options.image_options.changes_sizes else 1.0
+    identity = Identity.of(plan, source.classes, options.image_options)
     return _Job(split, plan, SplitFolder(plan, identity), plan.estimated_bytes(ratio))
 
 
-def _size_ratio(plan: ShardPlan, treatment: Treatment) -> float:
-    """Bytes after to bytes before, tried on a few images."""
+def _size_ratio(plan: ShardPlan, image_options: ImageOptions) -> float:
+    """Returns bytes after by bytes before, tried on a few images."""
     before = after = 0
     for i in plan.order()[:_TRIED_IMAGES]:
         try:
             data = plan.samples.read(int(i))
-            after += len(treat(data, treatment)[0])
+            after += len(transcode(data, image_options)[0])
         except (BadImage, ShardError):  # the conversion will say so, or leave the image out
             continue
         before += len(data)
@@ -172,8 +206,7 @@ def _check_out(source: Source, options: Options) -> None:
                 "convert all splits from one source, or give another --out"
             )
     if foreign:
-        rest = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise ShardError(f"--out {out} holds something else: {', '.join(foreign[:3])}{rest}; give a folder of its own")
+        raise ShardError(f"--out {out} holds something else: {first_few(foreign, 3)}; give a folder of its own")
 
 
 def _check_space(jobs: Sequence[_Job], out: Path) -> None:
@@ -202,52 +235,48 @@ def _tell_plan(source: Source, jobs: Sequence[_Job], unfinished: Sequence[_Job],
         )
 
 
-def _write_split(job: _Job, source: Source, options: Options, program: str) -> None:
+def _write_split(job: _Job, source: Source, options: Options) -> None:
     started = time.monotonic()
     job.folder.start()
     try:
         finished = job.folder.finished()
-        tasks = job.plan.tasks(options.treatment, options.reading.skip_bad, finished)
+        tasks = job.plan.tasks(options.image_options, options.list_options.skip_bad, finished)
         results: dict[str, ShardResult] = {}
         workers = min(options.workers, job.plan.num_shards)
         with progress_bar(job.folder.path.name, len(job.split.samples), " images") as bar:
             for result in run_parallel(make_shard, tasks, workers, bar):
                 if not result.kept:
-                    job.folder.note(result.finished)
+                    job.folder.record(result.finished)
                 results[result.finished.shard.name] = result
         ordered = [results[name] for name in job.plan.names() if results[name].finished.shard.samples]
         if not ordered:
             raise ShardError(f"no image of {job.folder.path.name} could be used")
-        made_by = _made_by(job, results, source, options, program)
+        made_by = _made_by(job, results, source, options)
         rows = np.concatenate([result.rows for result in ordered])
         shards = [result.finished.shard for result in ordered]
         index = ShardIndex(job.folder.path, shards, rows, source.classes, source.class_names, made_by)
-        try:
+        with explained(f"cannot write {job.folder.path / INDEX_JSON}"):
             index.save()
-        except OSError as error:
-            raise ShardError(f"cannot write {job.folder.path / INDEX_JSON}: {error.strerror or error}") from error
     finally:
         job.folder.remove_temporary()
         job.folder.release()
     _tell_result(index, job.split, results, time.monotonic() - started)
 
 
-def _made_by(
-    job: _Job, results: dict[str, ShardResult], source: Source, options: Options, program: str
-) -> dict[str, Any]:
+def _made_by(job: _Job, results: dict[str, ShardResult], source: Source, options: Options) -> dict[str, Any]:
     oddities: Counter[str] = Counter()
     skipped = list(job.split.unreadable)
     for name in job.plan.names():
         oddities.update(results[name].finished.counted)
         skipped += results[name].finished.skipped
     return {
-        "program": program,
+        "program": options.program,
         "layout": source.layout,
         "label": "cls",
         "seed": options.seed,
         "shard_samples": options.shard_samples,
-        "short_side": options.treatment.short_side,
-        "quality": options.treatment.quality,
+        "short_side": options.image_options.short_side,
+        "quality": options.image_options.quality,
         "pillow": PIL.__version__,
         "counted": dict(sorted(oddities.items())),
         "files_ignored": job.split.ignored,
@@ -282,16 +311,3 @@ def _size_of(index: ShardIndex) -> str:
         f"{counted(index.num_samples, 'image')} of {counted(present, 'class', 'classes')} "
         f"in {counted(len(index.shards), 'shard')}, {human_bytes(total)}"
     )
-
-
-def _in_range(low: int, high: int | None, what: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
-        return int(text)
-
-    return parse
-
-
-_seed = _in_range(0, 2**63 - 1, "a whole number from 0 on")
-_quality = _in_range(1, 100, "a JPEG quality from 1 to 100")

@@ -9,21 +9,20 @@ The images are numbered; imagelabels.mat has the class of each, from 1 on, and s
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.prep.archives import Files, Place, Published
-from crate_dist.prep.folders import Reading, Source, Split, some, whats_in
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.archives import Download, Files, PublishedFile
+from crate_dist.prep.folders import ListOptions, Source, Split, first_few
+from crate_dist.prep.samples import ImageRef, Samples
 
 _SITE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-IMAGES = Published("102flowers.tgz", f"{_SITE}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")
-LABELS = Published("imagelabels.mat", f"{_SITE}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d")
-SPLITS = Published("setid.mat", f"{_SITE}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c")
-WITHIN = ("flowers-102",)
+IMAGES = PublishedFile("102flowers.tgz", _SITE, "52808999861908f626f3c1f4e79d11fa")
+LABELS = PublishedFile("imagelabels.mat", _SITE, "e0620be6f572b9609742df49c70aed4d")
+SPLITS = PublishedFile("setid.mat", _SITE, "a5357ecc9cb78c4bef273ce3793fc85c")
 _FOLDER = "jpg"
 _KEYS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
@@ -49,32 +48,26 @@ blanket flower, trumpet creeper, blackberry lily
 """In the order of the labels; the files themselves have numbers only."""
 
 
-def flowers(place: Place, reading: Reading, join_val: bool) -> Source:
+def flowers(download: Download, options: ListOptions, join_val: bool) -> Source:
     """Finds the data set and lists its splits train, val and test; with `join_val`, train and val in one, and test.
 
     Raises ShardError: something is missing, damaged or not what was published, or the parts do not fit each other.
     """
-    files = place.files(IMAGES, _FOLDER)
-    if files is None:
-        raise ShardError(
-            f"no Flowers 102 in {place.source}: looked for {IMAGES.name} and for the folder {_FOLDER}/ that it unpacks "
-            f"to; {whats_in(place.source)}. The archive, {LABELS.name} and {SPLITS.name} are at {_SITE}"
-        )
-    labels = _integers(place.file(LABELS), "labels", LABELS.name)
+    files = download.files(IMAGES, _FOLDER)
+    labels = _integers(download.file(LABELS), "labels", LABELS.name)
     if labels.min() < 1 or labels.max() > len(CLASS_NAMES):
         wrong = int(labels.min() if labels.min() < 1 else labels.max())
         raise ShardError(f"{LABELS.name} has an image of class {wrong}; the classes are 1 to {len(CLASS_NAMES)}")
-    setid = place.file(SPLITS)
+    setid = download.file(SPLITS)
     ids = {split: _integers(setid, key, SPLITS.name) for split, key in _KEYS.items()}
     _check_apart(ids)
-    images, ignored, unreadable = files.images(reading)
+    images, ignored, unreadable = files.images(options)
     listed = {split: Split(_samples(files, images, labels, numbers)) for split, numbers in ids.items()}
     if join_val:  # the test images stand in for validation, as they do where nothing else is
-        both = Samples.concatenate([listed["train"].samples, listed["val"].samples])
-        listed = {"train": Split(both), "val": listed["test"]}
+        listed = {"train": Split.joined([listed["train"], listed["val"]]), "val": listed["test"]}
     listed["train"] = Split(listed["train"].samples, ignored, unreadable)
     classes = [f"{number:03d}" for number in range(1, len(CLASS_NAMES) + 1)]
-    return Source(place.source, f"Flowers 102, {files.place.name}", classes, CLASS_NAMES, listed)
+    return Source(download.source, f"Flowers 102, {files.path.name}", classes, CLASS_NAMES, listed)
 
 
 def _integers(mat: bytes, key: str, name: str) -> Int64:
@@ -92,21 +85,16 @@ def _integers(mat: bytes, key: str, name: str) -> Int64:
 def _check_apart(ids: dict[str, Int64]) -> None:
     numbers, counts = np.unique(np.concatenate(list(ids.values())), return_counts=True)
     if (counts > 1).any():
-        twice = some(f"image_{number:05d}" for number in numbers[counts > 1])
+        twice = first_few(f"image_{number:05d}" for number in numbers[counts > 1])
         raise ShardError(f"{SPLITS.name}: more than once in the splits: {twice}")
 
 
-def _samples(files: Files, images: dict[str, Found], labels: Int64, numbers: Int64) -> Samples:
-    names: Sequence[str] = [f"image_{number:05d}" for number in np.sort(numbers)]
-    if missing := [name for name in names if name not in images]:
+def _samples(files: Files, images: Mapping[str, ImageRef], labels: Int64, numbers: Int64) -> Samples:
+    numbers = np.sort(numbers)
+    if numbers[-1] > len(labels) or numbers[0] < 1:
         raise ShardError(
-            f"{files.place} has no {some(f'{name}.jpg' for name in missing)}, which {SPLITS.name} names: it is "
-            "incomplete, or another data set"
-        )
-    if numbers.max() > len(labels) or numbers.min() < 1:
-        raise ShardError(
-            f"{SPLITS.name} names image {int(numbers.max())}, and {LABELS.name} has the classes of {len(labels):,}: "
+            f"{SPLITS.name} names image {numbers[-1]}, and {LABELS.name} has the classes of {len(labels):,}: "
             "they do not belong together"
         )
-    found = [images[name] for name in names]
-    return Samples.collect(files.root, found, [int(label) - 1 for label in labels[np.sort(numbers) - 1]], files.tar)
+    stems = [f"image_{number:05d}" for number in numbers]
+    return files.samples(images, stems, (labels[numbers - 1] - 1).tolist(), SPLITS.name)

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import hash64
-from crate_dist.prep.samples import Found, Samples, called_image
+from crate_dist.prep.program import explained
+from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 
 _LISTING_THREADS = 16  # listing a million files over a network is waiting, not computing
 _HELD_OUT = 0x686F6C64  # keeps the choice of held-out images apart from the shuffle
@@ -31,8 +32,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a source is to be read; both as the options of the same names."""
+class ListOptions:
+    """The options of listing a source, called as on the command line."""
 
     follow_links: bool = False
     skip_bad: bool = False
@@ -49,10 +50,19 @@ class Split:
     ignored: int = 0
     unreadable: Sequence[str] = ()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Returns all parts after each other as one split; they come from the same root and archive."""
+        return cls(
+            Samples.concatenate([part.samples for part in parts]),
+            sum(part.ignored for part in parts),
+            [name for part in parts for name in part.unreadable],
+        )
+
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that there is to convert.
+    """All splits that there are to convert, and the classes that they share.
 
     layout: for people; classes: ids, position = label, shared by all splits; class_names: for people, same length
     notes: what the user should know before the conversion starts
@@ -66,57 +76,44 @@ class Source:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-class _Listing(NamedTuple):
-    samples: Samples
-    ignored: int
-    unreadable: list[str]
-
-
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, hidden ones left out, sorted. Raises ShardError when it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise ShardError(f"cannot read the folder {folder}: {error.strerror}") from error
+    """Lists the folders in a folder by name, but for hidden ones, sorted. Raises ShardError when it cannot be read."""
+    with explained(f"cannot read the folder {folder}"), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def list_classes(
-    root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], reading: Reading
+    root: Path, folder: Path, classes: Sequence[str], labels: Mapping[str, int], options: ListOptions
 ) -> Split:
-    """All images below folder/<class> for each of `classes`, sorted by label and name; names start from `root`.
+    """Lists all images below folder/<class> for each of `classes` by label and name; names start from `root`.
 
     Raises ShardError: a class without an image, something that cannot be read, a link that leads out of `root`.
     """
 
-    def one(name: str) -> _Listing:
-        found, ignored, unreadable = list_images(root, folder / name, reading)
-        return _Listing(Samples.collect(root, found, labels[name]), ignored, unreadable)
+    def one(name: str) -> Split:
+        found, ignored, unreadable = list_images(root, folder / name, options)
+        return Split(Samples.collect(root, found, labels[name]), ignored, unreadable)
 
     ordered = sorted(classes, key=labels.__getitem__)
-    listings = list(with_threads(one, ordered, f"listing {folder.name}", "class"))
+    listings = list(threaded_map(one, ordered, f"listing {folder.name}", "class"))
     empty = [name for name, listing in zip(ordered, listings, strict=True) if not len(listing.samples)]
     if empty:
         raise ShardError(
-            f"{some(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
+            f"{first_few(empty)}: no image in {'this class folder' if len(empty) == 1 else 'these class folders'} of "
             f"{folder}; remove what is no class, or fill what is incomplete"
         )
-    return Split(
-        Samples.concatenate([listing.samples for listing in listings]),
-        sum(listing.ignored for listing in listings),
-        [name for listing in listings for name in listing.unreadable],
-    )
+    return Split.joined(listings)
 
 
-def list_images(root: Path, folder: Path, reading: Reading) -> tuple[list[Found], int, list[str]]:
-    """(images anywhere below `folder` sorted by name, number of files passed over, names of unreadable images)."""
-    walk = _Walk(os.fspath(root), os.path.realpath(root), reading)
+def list_images(root: Path, folder: Path, options: ListOptions) -> tuple[list[ImageRef], int, list[str]]:
+    """Returns (images anywhere below `folder` by name, number of files passed over, names of unreadable images)."""
+    walk = _Walk(os.fspath(root), os.path.realpath(root), options)
     walk.descend(os.fspath(folder), (walk.check_link(os.fspath(folder)),))
     return sorted(walk.found), walk.ignored, sorted(walk.unreadable)
 
 
-def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: int = 0) -> Source:
-    """A tree of class folders, or of splits that hold class folders.
+def image_folder(root: Path, options: ListOptions, val_fraction: float = 0.0, seed: int = 0) -> Source:
+    """Lists a tree of class folders, or of splits that hold class folders.
 
     `train` is a split when it holds folders itself; beside it `val`, `valid`, `validation` or `test` is the validation
     split, and a `test` beside one of the others stays a split of its own. Where there is no validation split,
@@ -132,10 +129,11 @@ def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: 
     classes = class_folders(train)
     if not classes:
         raise ShardError(
-            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; {whats_in(train)}"
+            f"no class folders in {train}: expected DIR/<class>/<image> or DIR/train/<class>/<image>; "
+            f"{contents_of(train)}"
         )
     labels = {name: label for label, name in enumerate(classes)}
-    listed = {"train": list_classes(root, train, classes, labels, reading)}
+    listed = {"train": list_classes(root, train, classes, labels, options)}
     notes = [f"{name}/ is not read: beside train/ only splits are" for name in _not_splits(top, splits, root)]
     for name, folder in splits.items():
         if name == "train":
@@ -143,11 +141,11 @@ def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: 
         present = class_folders(folder)
         if unknown := [wrong for wrong in present if wrong not in labels]:
             raise ShardError(
-                f"{folder} has classes that {train} has not: {some(unknown)}; labels come from {train.name}/"
+                f"{folder} has classes that {train} has not: {first_few(unknown)}; labels come from {train.name}/"
             )
         if missing := len(classes) - len(present):
             notes.append(f"{folder.name}/ has no folder for {missing} of the {len(classes)} classes")
-        listed[name] = list_classes(root, folder, present, labels, reading)
+        listed[name] = list_classes(root, folder, present, labels, options)
     if val_fraction:
         listed["train"], listed["val"] = hold_out(listed["train"], val_fraction, seed)
     elif "val" not in listed:
@@ -157,7 +155,7 @@ def image_folder(root: Path, reading: Reading, val_fraction: float = 0.0, seed: 
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(rest, held out): a seeded share of every class, at least one image of it where it has two, and never all.
+    """Returns (rest, held out): a seeded share of every class, of two images at least one, and never all of them.
 
     Raises ShardError when no class has two images.
     """
@@ -173,8 +171,8 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return rest, Split(samples.take(np.sort(by_class[held])))
 
 
-def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
-    """Results in the order of `items`, with a progress bar; the first error ends it."""
+def threaded_map(function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str) -> Iterator[Result]:
+    """Yields results in the order of `items`, with a progress bar; the first error ends it."""
     pool = ThreadPoolExecutor(_LISTING_THREADS)
     try:
         yield from tqdm(
@@ -184,16 +182,16 @@ def with_threads(function: Callable[[Item], Result], items: Sequence[Item], what
         pool.shutdown(cancel_futures=True)
 
 
-def whats_in(folder: Path) -> str:
-    """What a folder holds, for a message that says that it is not what was expected."""
+def contents_of(folder: Path) -> str:
+    """Says what a folder holds, for a message that it is not what was expected."""
     if not folder.is_dir():
         return "it is a file of another name"
     names = sorted(name + ("/" if (folder / name).is_dir() else "") for name in os.listdir(folder))
-    return f"found {some(names)}" if names else "the folder is empty"
+    return f"found {first_few(names)}" if names else "the folder is empty"
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
-    """The first few names and how many more there are."""
+def first_few(names: Iterable[str], most: int = 5) -> str:
+    """Says the first few names and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
@@ -218,10 +216,10 @@ def _not_splits(top: Sequence[str], splits: Mapping[str, Path], root: Path) -> l
 
 
 class _Walk:
-    def __init__(self, root: str, real_root: str, reading: Reading) -> None:
-        self.root, self.real_root, self.reading = root, real_root, reading
+    def __init__(self, root: str, real_root: str, options: ListOptions) -> None:
+        self.root, self.real_root, self.options = root, real_root, options
         self.prefix = len(os.path.join(root, ""))
-        self.found: list[Found] = []
+        self.found: list[ImageRef] = []
         self.ignored = 0
         self.unreadable: list[str] = []
 
@@ -235,7 +233,7 @@ class _Walk:
 
     def check_link(self, path: str) -> str:
         target = os.path.realpath(path)
-        if not self.reading.follow_links and os.path.commonpath((target, self.real_root)) != self.real_root:
+        if not self.options.follow_links and os.path.commonpath((target, self.real_root)) != self.real_root:
             raise ShardError(
                 f"{path} leads by a link out of {self.root}, to {target}; --follow-links takes what such links lead to"
             )
@@ -245,15 +243,15 @@ class _Walk:
         if entry.name.startswith("."):
             self.ignored += not entry.is_dir(follow_symlinks=False)
             return
-        if entry.is_dir() and not called_image(entry.name):
+        if entry.is_dir() and not is_image_name(entry.name):
             target = self.check_link(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
             if target in above:
                 raise ShardError(f"{entry.path} is a link to a folder that it stands in, {target}: remove it")
             self.descend(entry.path, (*above, target))
-        elif not called_image(entry.name):
+        elif not is_image_name(entry.name):
             self.ignored += 1
         elif (size := self._size_of_image(entry)) is not None:
-            self.found.append(Found(entry.path[self.prefix :], size))
+            self.found.append(ImageRef(entry.path[self.prefix :], size))
 
     def _size_of_image(self, entry: os.DirEntry[str]) -> int | None:
         try:
@@ -265,7 +263,7 @@ class _Walk:
             problem = "a folder" if entry.is_dir() else "neither a file nor a folder"
         except OSError as error:
             problem = "a link to nothing" if entry.is_symlink() else (error.strerror or str(error))
-        if not self.reading.skip_bad:
+        if not self.options.skip_bad:
             raise ShardError(
                 f"{entry.path} is called like an image and is {problem}; "
                 "remove it, or leave out and list such images with --skip-bad"

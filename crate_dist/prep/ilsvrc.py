@@ -23,17 +23,17 @@ import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.folders import (
-    Reading,
+    ListOptions,
     Source,
     Split,
     class_folders,
+    contents_of,
+    first_few,
     list_classes,
     list_images,
-    some,
-    whats_in,
-    with_threads,
+    threaded_map,
 )
-from crate_dist.prep.samples import Found, Samples, list_archive
+from crate_dist.prep.samples import ImageRef, Samples, list_archive
 from crate_dist.prep.tar import Member, walk_tar
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -47,7 +47,7 @@ _VAL_NUMBER = re.compile(r"_([0-9]{8})$")
 _MAX_DEVKIT_FILE = 64 * 2**20
 
 
-def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Source:
+def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> Source:
     """Finds ImageNet in a folder and lists the splits asked for (None: those that are there).
 
     Raises ShardError: no ImageNet here, a split that is missing, validation images without a list of their classes,
@@ -57,7 +57,7 @@ def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Sour
     if not parts.found:
         raise ShardError(
             f"{root} is not ImageNet: looked for class folders named like n01440764 in it, in train/ and in "
-            f"ILSVRC/Data/CLS-LOC/train/, and for {TRAIN_TAR}; {whats_in(root)}. "
+            f"ILSVRC/Data/CLS-LOC/train/, and for {TRAIN_TAR}; {contents_of(root)}. "
             f"For any tree of class folders: python data_prep/image_folder.py --source {root} --out DIR"
         )
     if missing := [name for name in splits or () if name not in parts.found]:
@@ -73,14 +73,14 @@ def imagenet(root: Path, splits: Sequence[str] | None, reading: Reading) -> Sour
         notes.append(f"no {absent.pop()} images in {root}")
     listed = {}
     for name in wanted:
-        listed[name] = parts.list_train(labels, reading) if name == "train" else parts.list_val(labels, truth, reading)
+        listed[name] = parts.list_train(labels, options) if name == "train" else parts.list_val(labels, truth, options)
     names = parts.class_names()
     return Source(root, parts.layout, classes, [names.get(wnid, wnid) for wnid in classes], listed, notes)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What of ImageNet a folder holds. base: the folder that train/ and val/ stand in."""
+    """The parts of ImageNet that a folder holds. base: the folder that train/ and val/ stand in."""
 
     root: Path
     base: Path
@@ -131,34 +131,34 @@ class _Parts:
             return "original archives"
         return "CLS-LOC folders" if self.base.name == "CLS-LOC" else "class folders"
 
-    def list_train(self, labels: Mapping[str, int], reading: Reading) -> Split:
+    def list_train(self, labels: Mapping[str, int], options: ListOptions) -> Split:
         assert self.train is not None
         if not self.train_tars:
-            return list_classes(self.root, self.train, self.train_classes, labels, reading)
+            return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
 
-        def one(wnid: str) -> tuple[Samples, int]:
+        def one(wnid: str) -> Split:
             member = self.train_tars[wnid]
             found, ignored = list_archive(archive, member.offset, member.size)
-            return Samples.collect(self.root, found, labels[wnid], archive), ignored
+            return Split(Samples.collect(self.root, found, labels[wnid], archive), ignored)
 
-        listed = list(with_threads(one, self.train_classes, f"listing {archive.name}", "class"))
-        if empty := [wnid for wnid, (part, _) in zip(self.train_classes, listed, strict=True) if not len(part)]:
-            raise ShardError(f"{archive}: no image in {some(f'{wnid}.tar' for wnid in empty)}")
-        return Split(Samples.concatenate([part for part, _ in listed]), sum(ignored for _, ignored in listed))
+        listed = list(threaded_map(one, self.train_classes, f"listing {archive.name}", "class"))
+        if empty := [wnid for wnid, part in zip(self.train_classes, listed, strict=True) if not len(part.samples)]:
+            raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
+        return Split.joined(listed)
 
-    def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], reading: Reading) -> Split:
+    def list_val(self, labels: Mapping[str, int], truth: Mapping[str, str], options: ListOptions) -> Split:
         assert self.val is not None
         if self.val_folders:
             self._check_known(self.val_folders, labels)
-            return list_classes(self.root, self.val, self.val_folders, labels, reading)
+            return list_classes(self.root, self.val, self.val_folders, labels, options)
         archive = self.val if self.val.is_file() else None
         unreadable: list[str] = []
         if archive:
             found, ignored = list_archive(archive)
         else:
-            found, ignored, unreadable = list_images(self.root, self.val, reading)
-        by_wnid: dict[str, list[Found]] = {}
+            found, ignored, unreadable = list_images(self.root, self.val, options)
+        by_wnid: dict[str, list[ImageRef]] = {}
         for image in found:
             stem = Path(image.name).stem
             number = _VAL_NUMBER.search(stem)
@@ -176,11 +176,11 @@ class _Parts:
         if unknown := [wnid for wnid in wnids if wnid not in labels]:
             raise ShardError(
                 f"{len(unknown)} classes of the images in {self.val} are not among the {len(labels)} training classes "
-                f"({some(unknown)}); labels are numbered by the training classes, so these must hold all of them"
+                f"({first_few(unknown)}); labels are numbered by the training classes, so these must hold all of them"
             )
 
     def truth(self) -> Mapping[str, str]:
-        """Validation image -> wnid, by its stem (from the CSV) or by its number's eight digits (from the devkit)."""
+        """Reads validation image -> wnid, by its stem (from the CSV) or its number's eight digits (from the devkit)."""
         if path := self._beside(SOLUTION):
             return _read_solution(path)
         if devkit := self._devkit():
@@ -192,7 +192,7 @@ class _Parts:
         )
 
     def class_names(self) -> Mapping[str, str]:
-        """wnid -> words, as far as a file that tells them stands with the images."""
+        """Reads wnid -> words, as far as a file that tells them stands with the images."""
         for name in _NAME_FILES:
             if path := self._beside(name):
                 lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
@@ -218,7 +218,7 @@ class _Devkit:
 
     @classmethod
     def read(cls, path: Path) -> _Devkit:
-        """From the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
+        """Reads the archive, which stays packed, or from the folder that it was unpacked to. Raises ShardError."""
         from scipy.io import loadmat
 
         meta, truth = (_devkit_file(path, n) for n in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"))
@@ -265,10 +265,6 @@ def _read_solution(path: Path) -> dict[str, str]:
 def _wnids(folder: Path, notes: list[str]) -> list[str]:
     names = class_folders(folder)
     wnids = [name for name in names if _WNID.fullmatch(name)]
-    if wnids and (others := _without(names, {*wnids, "train", "val", "test"})):
-        notes.append(f"{folder}: not named like a class, not read: {some(others)}")
+    if wnids and (others := [name for name in names if name not in {*wnids, "train", "val", "test"}]):
+        notes.append(f"{folder}: not named like a class, not read: {first_few(others)}")
     return wnids
-
-
-def _without(names: Iterable[str], known: set[str]) -> list[str]:
-    return [name for name in names if name not in known]

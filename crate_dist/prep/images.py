@@ -1,4 +1,4 @@
-"""What happens to one image on its way into a shard.
+"""Converts one image on its way into a shard, or lets it pass.
 
 A plain JPEG, colour or greyscale, passes byte for byte. Everything else becomes an RGB JPEG (grey stays grey): CMYK
 and YCCK JPEGs, and other formats whatever their file is called (ImageNet has a PNG named .JPEG); where no pixel may
@@ -25,8 +25,8 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What the conversion was asked to do to every image.
+class ImageOptions:
+    """The options of converting an image.
 
     short_side: larger images are resized to it, in pixels; quality: re-encode all images with this JPEG quality;
     verify: decode also those that pass byte for byte
@@ -40,12 +40,12 @@ class Treatment:
 
     @property
     def changes_sizes(self) -> bool:
-        """Whether the bytes written may differ much from the bytes read."""
+        """True when the bytes written may differ much from the bytes read."""
         return self.short_side is not None or self.quality is not None
 
 
-def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
-    """The JPEG or PNG that goes into the shard, and what is to be counted about it.
+def transcode(data: bytes, options: ImageOptions) -> tuple[bytes, list[str]]:
+    """Returns the JPEG or PNG that goes into the shard, and the oddities and changes to be counted.
 
     Raises BadImage when the bytes are no image, are cut off, do not decode, or would be a decompression bomb. Of a
     file that passes byte for byte only headers and end are looked at, unless they look odd or `verify` is set.
@@ -55,7 +55,7 @@ def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # oddities are counted, not told one by one
         try:
-            return _treat(data, treatment)
+            return _transcode(data, options)
         except BadImage:
             raise
         except Exception as error:  # Pillow's parsers raise whatever the bytes make them trip over
@@ -63,30 +63,30 @@ def treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
 
 
 def extension(data: bytes) -> str:
-    """jpg or png, of an image that treat returned."""
+    """Returns the extension of an image that transcode returned, jpg or png."""
     return "png" if data.startswith(_PNG_START) else "jpg"
 
 
 def check_decodes(data: bytes) -> None:
     """Decodes an image fully. Raises BadImage."""
-    treat(data, Treatment(verify=True))
+    transcode(data, ImageOptions(verify=True))
 
 
-def _treat(data: bytes, treatment: Treatment) -> tuple[bytes, list[str]]:
+def _transcode(data: bytes, options: ImageOptions) -> tuple[bytes, list[str]]:
     image = open_image(data)
     width, height = image.size
     counted = _oddities(image)
     is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it
-    too_large = treatment.short_side is not None and min(width, height) > treatment.short_side
-    passes = is_jpeg or (treatment.lossless and image.format == "PNG")
-    if passes and image.mode in ("RGB", "L") and treatment.quality is None and not too_large:
-        if treatment.verify or not data.endswith(b"\xff\xd9" if is_jpeg else _PNG_END):
+    too_large = options.short_side is not None and min(width, height) > options.short_side
+    passes = is_jpeg or (options.lossless and image.format == "PNG")
+    if passes and image.mode in ("RGB", "L") and options.quality is None and not too_large:
+        if options.verify or not data.endswith(b"\xff\xd9" if is_jpeg else _PNG_END):
             image.load()
         return data, counted
-    if treatment.short_side is not None and too_large:
-        image = _resized(image, treatment.short_side)
+    if options.short_side is not None and too_large:
+        image = _resized(image, options.short_side)
         counted.append("resized")
-    return _encoded(image, treatment), [*counted, "re-encoded"]
+    return _encoded(image, options), [*counted, "re-encoded"]
 
 
 def _oddities(image: Image.Image) -> list[str]:
@@ -125,10 +125,10 @@ def _rgb_or_grey(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encoded(image: Image.Image, treatment: Treatment) -> bytes:
+def _encoded(image: Image.Image, options: ImageOptions) -> bytes:
     out = io.BytesIO()
-    if treatment.lossless and treatment.quality is None:
+    if options.lossless and options.quality is None:
         _rgb_or_grey(image).save(out, format="PNG")
     else:
-        _rgb_or_grey(image).save(out, format="JPEG", quality=treatment.quality or DEFAULT_QUALITY)
+        _rgb_or_grey(image).save(out, format="JPEG", quality=options.quality or DEFAULT_QUALITY)
     return out.getvalue()

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
-from crate_dist.prep.images import Treatment
-from crate_dist.prep.shards import Finished, ShardPlan, is_temporary, shard_names
+from crate_dist.files import write_whole
+from crate_dist.prep.folders import first_few
+from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.program import explained
+from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
 
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
@@ -38,7 +41,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two conversions the same one: equal identities write equal bytes."""
+    """The input and options that decide the bytes: conversions of equal identity are the same one."""
 
     samples: int
     source: str
@@ -50,22 +53,22 @@ class Identity:
     verify: bool
 
     @classmethod
-    def of(cls, plan: ShardPlan, classes: Sequence[str], treatment: Treatment) -> Identity:
-        """The identity of a planned conversion."""
+    def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> Identity:
+        """Returns the identity of a planned conversion."""
         return cls(
             len(plan.samples),
             plan.samples.digest(),
             digest_of_classes(classes),
             plan.seed,
             plan.shard_samples,
-            treatment.short_side,
-            treatment.quality,
-            treatment.verify,
+            image_options.short_side,
+            image_options.quality,
+            image_options.verify,
         )
 
 
 class SplitFolder:
-    """A split's folder, for one conversion. Nothing is written before start()."""
+    """The folder of a split, for one conversion. Nothing is written before start()."""
 
     def __init__(self, plan: ShardPlan, identity: Identity) -> None:
         self.path, self.plan, self.identity = plan.folder, plan, identity
@@ -86,14 +89,13 @@ class SplitFolder:
             foreign = [name for name in foreign if name.endswith(".tar") and name not in own]
             self._compare(before)
         if foreign:
-            rest = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise ShardError(
-                f"{self.path} holds something else: {', '.join(foreign[:3])}{rest}; "
+                f"{self.path} holds something else: {first_few(foreign, 3)}; "
                 "give --out a folder of its own, or move these away"
             )
 
     def complete(self) -> ShardIndex | None:
-        """The index when the split is whole: it names all shards as the journal does, and each has its size on disk."""
+        """Returns the index of a whole split, which names all shards as the journal does, each of its size on disk."""
         if not (self.path / INDEX_JSON).exists():
             return None
         finished = self.finished()
@@ -109,12 +111,12 @@ class SplitFolder:
         return None
 
     def finished_bytes(self) -> int:
-        """Bytes of finished shards."""
+        """Returns the bytes of the finished shards."""
         return sum(entry.shard.bytes for entry in self.finished().values() if (self.path / entry.shard.name).exists())
 
     def start(self) -> None:
-        """Takes the folder: locks it, notes the identity, removes what a dead conversion left. Raises ShardError."""
-        try:
+        """Takes the folder: locks it, writes the identity, removes what a dead conversion left. Raises ShardError."""
+        with explained(f"cannot write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -128,30 +130,25 @@ class SplitFolder:
             self.remove_temporary()
             if not (self.path / CONVERSION_JSON).exists():
                 (self.path / JOURNAL).unlink(missing_ok=True)
-                temporary = self.path / f".{CONVERSION_JSON}.{os.getpid()}.tmp"
-                temporary.write_text(json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1))
-                temporary.replace(self.path / CONVERSION_JSON)
-        except OSError as error:
-            raise ShardError(f"cannot write to {self.path}: {error.strerror or error}") from error
+                whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
+                write_whole(self.path / CONVERSION_JSON, whole)
 
-    def finished(self) -> dict[str, Finished]:
-        """Shards that the journal knows, by name."""
+    def finished(self) -> dict[str, JournalEntry]:
+        """Reads the shards that the journal knows, by name."""
         return read_journal(self.path)
 
-    def note(self, finished: Finished) -> None:
+    def record(self, finished: JournalEntry) -> None:
         """Adds a shard to the journal. Raises ShardError when the disk is full."""
         entry: Mapping[str, Any] = {
             "shard": asdict(finished.shard),
             "counted": dict(finished.counted),
             "skipped": list(finished.skipped),
         }
-        try:
-            with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ShardError(f"cannot write {self.path / JOURNAL}: {error.strerror or error}") from error
+        path = self.path / JOURNAL
+        with explained(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
+            file.flush()
+            os.fsync(file.fileno())
 
     def remove_temporary(self) -> None:
         """Removes shards in the making; to be called when no worker is left."""
@@ -160,7 +157,7 @@ class SplitFolder:
                 (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Gives the folder free."""
+        """Unlocks the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -183,12 +180,12 @@ class SplitFolder:
 
 
 def digest_of_classes(classes: Sequence[str]) -> str:
-    """Of the class ids in their order."""
+    """Returns the SHA-256 of the class ids in their order."""
     return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What conversion.json in a folder says, None when there is none. Raises ShardError when it is damaged."""
+    """Reads the conversion.json of a folder, None when there is none. Raises ShardError when it is damaged."""
     path = folder / CONVERSION_JSON
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -202,8 +199,8 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_journal(folder: Path) -> dict[str, Finished]:
-    """The finished shards of a conversion, by name; none where there is no journal."""
+def read_journal(folder: Path) -> dict[str, JournalEntry]:
+    """Reads the finished shards of a conversion, by name; none where there is no journal."""
     try:
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -214,14 +211,14 @@ def read_journal(folder: Path) -> dict[str, Finished]:
             entry = json.loads(line)
             shard = Shard.read(entry["shard"])
             if isinstance(entry["counted"], dict) and isinstance(entry["skipped"], list):
-                found[shard.name] = Finished(shard, entry["counted"], entry["skipped"])
+                found[shard.name] = JournalEntry(shard, entry["counted"], entry["skipped"])
         except (ValueError, KeyError, TypeError):  # a line that a crash cut short: its shard is made again
             continue
     return found
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Shards that the conversion in a folder was to write and that do not stand there; none where there was none."""
+    """Names the shards that the conversion in a folder was to write and that do not stand there."""
     identity = read_identity(folder)
     if identity is None:
         return []

@@ -14,14 +14,12 @@ from collections import Counter
 from typing import NamedTuple
 
 from crate_dist.data.index import ShardError
-from crate_dist.prep.archives import Files, Place, Published, named_splits
-from crate_dist.prep.folders import Reading, Source, Split, some, whats_in
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.archives import Download, Files, PublishedFile, named_splits
+from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 
-_SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
-IMAGES = Published("images.tar.gz", f"{_SITE}data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c")
-ANNOTATIONS = Published("annotations.tar.gz", f"{_SITE}data/annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f")
-WITHIN = ("oxford-iiit-pet",)
+_SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+IMAGES = PublishedFile("images.tar.gz", _SITE, "5c4f3ee8e5d25df40f4fd59a7f44e54c")
+ANNOTATIONS = PublishedFile("annotations.tar.gz", _SITE, "95a8c909bbe2e81eed6a22bccdf3f68f")
 _NAME = re.compile(r"([A-Za-z_]+)_[0-9]+")
 
 
@@ -30,29 +28,25 @@ class _Line(NamedTuple):
     label: int
 
 
-def pets(place: Place, reading: Reading, val_fraction: float, seed: int) -> Source:
+def pets(download: Download, options: ListOptions, val_fraction: float, seed: int) -> Source:
     """Finds the data set and lists trainval.txt as train and test.txt as val, or as named_splits says.
 
     Raises ShardError: something is missing, damaged or not what was published, or the parts do not fit each other.
     """
-    files, annotations = place.files(IMAGES, "images"), place.files(ANNOTATIONS, "annotations")
-    if files is None or annotations is None:
-        missing = IMAGES if files is None else ANNOTATIONS
-        folder = missing.name.partition(".")[0]
-        raise ShardError(
-            f"no Oxford-IIIT Pet in {place.source}: looked for {missing.name} and for the folder {folder}/ that it "
-            f"unpacks to; {whats_in(place.source)}. {IMAGES.name} and {ANNOTATIONS.name} are at {_SITE}"
-        )
+    files, annotations = download.files(IMAGES, "images"), download.files(ANNOTATIONS, "annotations")
     lists = {name: _read_list(annotations, name) for name in ("trainval.txt", "test.txt")}
     everything = [line for lines in lists.values() for line in lines]
     if twice := [image for image, times in Counter(line.image for line in everything).items() if times > 1]:
-        raise ShardError(f"{annotations.place}: more than once in {' and '.join(lists)}: {some(twice)}")
+        raise ShardError(f"{annotations.path}: more than once in {' and '.join(lists)}: {first_few(twice)}")
     classes = _class_names(everything, annotations)
-    images, ignored, unreadable = files.images(reading)
-    train, test = (_samples(files, images, lines, name) for name, lines in lists.items())
+    images, ignored, unreadable = files.images(options)
+    train, test = (
+        files.samples(images, [line.image for line in lines], [line.label for line in lines], name)
+        for name, lines in lists.items()
+    )
     splits = named_splits(Split(train, ignored, unreadable), Split(test), val_fraction, seed)
     words = [" ".join(word.capitalize() for word in name.split("_")) for name in classes]
-    return Source(place.source, f"Oxford-IIIT Pet, {files.place.name}", classes, words, splits)
+    return Source(download.source, f"Oxford-IIIT Pet, {files.path.name}", classes, words, splits)
 
 
 def _read_list(annotations: Files, name: str) -> list[_Line]:
@@ -64,35 +58,25 @@ def _read_list(annotations: Files, name: str) -> list[_Line]:
             continue
         if len(fields) < 2 or not _NAME.fullmatch(fields[0]) or not fields[1].isdecimal() or int(fields[1]) < 1:
             raise ShardError(
-                f"{name} in {annotations.place}, line {number}: expected an image and its class like "
+                f"{name} in {annotations.path}, line {number}: expected an image and its class like "
                 f"'Abyssinian_100 1 1 1', not {line[:80]!r}"
             )
         lines.append(_Line(fields[0], int(fields[1]) - 1))
     if not lines:
-        raise ShardError(f"{name} in {annotations.place} lists no images")
+        raise ShardError(f"{name} in {annotations.path} lists no images")
     return sorted(lines)
 
 
 def _class_names(lines: list[_Line], annotations: Files) -> list[str]:
-    """The name of each class, position = label. Raises ShardError where numbers and names contradict each other."""
+    """Returns the name of each class, position = label. Raises ShardError where numbers and names contradict."""
     names: dict[int, str] = {}
     for line in lines:
         name = line.image.rpartition("_")[0]
         if names.setdefault(line.label, name) != name:
-            raise ShardError(f"{annotations.place}: class {line.label + 1} is {names[line.label]} and {name} in it")
+            raise ShardError(f"{annotations.path}: class {line.label + 1} is {names[line.label]} and {name} in it")
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
         raise ShardError(
-            f"{annotations.place}: its classes {some(f'{n + 1} {name}' for n, name in sorted(names.items()))} are not "
-            "numbered from 1 on, each once"
+            f"{annotations.path}: its classes {first_few(f'{n + 1} {name}' for n, name in sorted(names.items()))} "
+            "are not numbered from 1 on, each once"
         )
     return [names[label] for label in range(len(names))]
-
-
-def _samples(files: Files, images: dict[str, Found], lines: list[_Line], name: str) -> Samples:
-    if missing := [line.image for line in lines if line.image not in images]:
-        raise ShardError(
-            f"{files.place} has no {some(f'{image}.jpg' for image in missing)}, which {name} names: it is incomplete, "
-            "or another data set"
-        )
-    found = [images[line.image] for line in lines]
-    return Samples.collect(files.root, found, [line.label for line in lines], files.tar)

@@ -20,7 +20,7 @@ class PickleError(ValueError):
 
 
 def load_dict(data: bytes) -> dict[str, Any]:
-    """A dictionary of a pickle of Python 2 or 3; arrays of uint8 come as numpy arrays, text of Python 2 as bytes.
+    """Reads a pickled dictionary of Python 2 or 3; arrays of uint8 come as numpy arrays, text of Python 2 as bytes.
 
     Raises PickleError when the pickle is damaged, is no dictionary, or names anything but arrays.
     """

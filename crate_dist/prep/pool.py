@@ -30,11 +30,11 @@ _FIRST = 2  # in the shared array: [0] is set to stop, [1] hands out the places 
 
 
 class Stopped(Exception):
-    """Raised within a task by advance() when the program is about to end."""
+    """The program is about to end; advance() raises it within a task."""
 
 
-class _Place:
-    """What this worker process shares with the program. No locks: a killed process would keep one for ever."""
+class _Worker:
+    """The memory that a worker process shares with the program. No locks: a killed process would keep one for ever."""
 
     shared: Any = None
     number = 0
@@ -43,7 +43,7 @@ class _Place:
 def run_parallel(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, bar: tqdm[Any]
 ) -> Iterator[Result]:
-    """Results in the order in which they are ready; tasks are taken from the iterable as they can be worked on.
+    """Yields results in the order in which they are ready; takes tasks from the iterable as they can be worked on.
 
     `function` is a module's function and calls advance(n) now and then, which moves the bar. The first exception
     ends all work: tasks in progress get Stopped from their next advance(), and have ended when it is raised here; the
@@ -81,17 +81,17 @@ def run_parallel(
 
 def advance(number: int) -> None:
     """Tells the program that a task got on by `number`. Raises Stopped when it is to end early."""
-    if _Place.shared is not None:
-        _Place.shared[_Place.number] += number
-        if _Place.shared[0]:
+    if _Worker.shared is not None:
+        _Worker.shared[_Worker.number] += number
+        if _Worker.shared[0]:
             raise Stopped
 
 
 def _begin(shared: Any, places: Any) -> None:
     with places.get_lock():
-        _Place.number = places.value
+        _Worker.number = places.value
         places.value += 1
-    _Place.shared = shared
+    _Worker.shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells the workers
     # webdataset runs without torch, and each worker saves two seconds and a few hundred MB by not importing it.
     if "torch" not in sys.modules:
@@ -118,7 +118,7 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Workers start within; they inherit the mask, so that Ctrl-C does not hit one before it is set up."""
+    """Blocks SIGINT for workers that start within, which inherit that until they are set up to ignore it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,29 +1,45 @@
-"""How the programs of data_prep talk to a person: output, errors, progress, numbers."""
+"""The talk of the data_prep programs with a person: options, output, errors, progress, numbers."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+from crate_dist.arguments import positive
+from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
 
 INTERRUPTED = 130
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
-def run_program(main: Callable[[], int]) -> int:
+def program_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """Returns a parser that shows both texts line by line as they are written, with --workers."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=available_cpus(), metavar="N", help="processes at work [one per CPU]"
+    )
+    return parser
+
+
+def run_program(main: Callable[[], int | None]) -> int:
     """Runs a program's main and turns what goes wrong into a line on stderr. Returns the exit status.
 
-    1 for an error that the user can mend, 130 after Ctrl-C or SIGTERM; a bug keeps its traceback.
+    Main's own or 0, 1 for an error that the user can mend, 130 after Ctrl-C or SIGTERM; a bug keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's warning: end as cleanly as on Ctrl-C
     try:
-        return main()
+        return main() or 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
     except KeyboardInterrupt:
@@ -32,18 +48,30 @@ def run_program(main: Callable[[], int]) -> int:
     return 1
 
 
+@contextmanager
+def explained(failure: str, remedy: str = "make room, then the same command continues") -> Iterator[None]:
+    """Turns an OSError of the block into a ShardError. failure: like "cannot write FILE"; remedy: of a full disk"""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            reason = f"{_FULL[error.errno]}; {remedy}"
+        raise ShardError(f"{failure}: {reason}") from error
+
+
 def tell(text: str) -> None:
-    """A line of the program's result."""
+    """Prints a line of the program's result."""
     tqdm.write(text, file=sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A line that the user should see and that is no error."""
+    """Prints a line that the user should see and that is no error."""
     tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
-    """A bar with rate and time left; a line every ten seconds where stderr is a file. unit: " images", "B"."""
+    """Returns a bar with rate and time left; a line every ten seconds where stderr is a file. unit: " images", "B"."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(
         desc=what,
@@ -57,17 +85,17 @@ def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which on a cluster are fewer than the machine has."""
+    """Returns the number of CPUs that this process may use, on a cluster fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def counted(number: int, what: str, plural: str | None = None) -> str:
-    """1 shard, 1,282 shards."""
+    """Says 1 shard, 1,282 shards."""
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
 def human_bytes(number: float) -> str:
-    """1.5 GB."""
+    """Says 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} bytes"
@@ -76,22 +104,15 @@ def human_bytes(number: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """2 h 05 min, 3 min 20 s, 4.2 s."""
+    """Says 2 h 05 min, 3 min 20 s, 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)
-
-
 def proper_fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1, neither of them."""
+    """Reads an option between 0 and 1, neither of them allowed; a type for argparse."""
     try:
         value = float(text)
     except ValueError:

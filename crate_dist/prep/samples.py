@@ -1,4 +1,4 @@
-"""Where the images of a conversion lie before they are in shards: cheap to hold by the million, cheap to cut.
+"""The places of images before they are in shards: cheap to hold by the million, cheap to cut.
 
 An image is a file below a folder, or a stretch of bytes in a tar that is read in place.
 """
@@ -16,15 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.prep.tar import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, walk_tar
+from crate_dist.prep.program import explained
+from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
 
 
-class Found(NamedTuple):
-    """One image of a source: its name (path below the root, or name in the archive), size and offset in bytes."""
+class ImageRef(NamedTuple):
+    """An image of a source. name: path below the root, or name in the archive; size, offset: bytes"""
 
     name: str
     size: int
@@ -50,9 +52,9 @@ class Samples:
 
     @classmethod
     def collect(
-        cls, root: Path, found: Iterable[Found], label: int | Sequence[int], archive: Path | None = None
+        cls, root: Path, found: Iterable[ImageRef], label: int | Sequence[int], archive: Path | None = None
     ) -> Samples:
-        """Images in their order, all with the same label or each with its own."""
+        """Collects images in their order, all with the same label or each with its own."""
         entries = list(found)
         names = [os.fsencode(entry.name) for entry in entries]
         return cls(
@@ -67,7 +69,7 @@ class Samples:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:
-        """All parts after each other; they come from the same root and archive."""
+        """Returns all parts after each other; they come from the same root and archive."""
         shifts = np.cumsum([0, *(len(part.names) for part in parts[:-1])])
         return cls(
             parts[0].root,
@@ -83,7 +85,7 @@ class Samples:
         return len(self.ends)
 
     def take(self, ids: Int64) -> Samples:
-        """The images with these numbers, in this order."""
+        """Returns the images with these numbers, in this order."""
         names = [self._raw_name(int(i)) for i in ids]
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return Samples(
@@ -91,22 +93,20 @@ class Samples:
         )
 
     def name(self, i: int) -> str:
-        """Path below the root, or the name in the archive."""
+        """Returns the path of an image below the root, or its name in the archive."""
         return os.fsdecode(self._raw_name(i))
 
     def describe(self, i: int) -> str:
-        """The image's place, for messages."""
+        """Says where an image lies, for messages."""
         return f"{self.archive}: {self.name(i)}" if self.archive else os.path.join(self.root, self.name(i))
 
     def read(self, i: int) -> bytes:
-        """The bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
-        try:
+        """Reads the bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
+        with explained(f"cannot read {self.describe(i)}"):
             if self.archive is None:
                 data = _read_file(os.path.join(self.root, self.name(i)))
             else:
                 data = os.pread(_open_archive(self.archive), int(self.sizes[i]), int(self.offsets[i]))
-        except OSError as error:
-            raise ShardError(f"cannot read {self.describe(i)}: {error.strerror or error}") from error
         if len(data) != self.sizes[i]:
             raise ShardError(
                 f"{self.describe(i)} has {len(data)} bytes and had {self.sizes[i]} when it was listed: "
@@ -115,7 +115,7 @@ class Samples:
         return data
 
     def digest(self) -> str:
-        """Of all names, sizes and labels; not of where the source lies."""
+        """Returns the SHA-256 of all names, sizes and labels; where the source lies is no part of it."""
         digest = hashlib.sha256(self.names)
         for array in (self.ends, self.sizes, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -125,21 +125,21 @@ class Samples:
         return self.names[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
 
 
-def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[Found], int]:
-    """(images in a tar sorted by name, number of other files). Raises ShardError."""
+def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[ImageRef], int]:
+    """Returns (images in a tar sorted by name, number of other files). Raises ShardError."""
     found, others = [], 0
     for member in walk_tar(path, start, size):
-        if called_image(member.name):
-            found.append(Found(member.name, member.size, member.offset))
+        if is_image_name(member.name):
+            found.append(ImageRef(member.name, member.size, member.offset))
         else:
             others += 1
     return sorted(found), others
 
 
-def called_image(name: str) -> bool:
-    """Whether a file's name has the extension of an image and is not hidden."""
+def is_image_name(name: str) -> bool:
+    """Tells whether a file's name has the suffix of an image and is not hidden."""
     stem, extension = os.path.splitext(os.path.basename(name))
-    return not stem.startswith(".") and extension.lower().removeprefix(".") in IMAGE_EXTENSIONS
+    return not stem.startswith(".") and extension.lower() in IMAGE_SUFFIXES
 
 
 def _read_file(path: str) -> bytes:

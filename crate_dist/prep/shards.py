@@ -2,7 +2,7 @@
 
 One seeded shuffle of all samples, cut into shards of equal length (the last one may be shorter). Each shard is a
 task of its own that depends on nothing else, so the bytes are the same at any number of workers and after any number
-of interruptions. A shard is written under a hidden name, synced, read back for its index rows, and renamed.
+of interruptions. A shard is written under a hidden name, read back for its index rows, synced, and renamed.
 
 Sample number p of the shuffled split has the key `<p, eight digits>-<stem of its file>`: unique, ASCII, and telling
 where the image came from. An image that is left out (`skip_bad`) leaves a gap in the numbers and a shorter shard;
@@ -11,36 +11,34 @@ the other samples stay where they are.
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
+from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
 from crate_dist.data.order import Int64, permutation
-from crate_dist.files import sync_folder
-from crate_dist.prep.images import BadImage, Treatment, extension, treat
+from crate_dist.files import written_whole
+from crate_dist.prep.images import ImageOptions, extension, transcode
 from crate_dist.prep.pool import advance
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import scan_shard
 
 _SHUFFLE = 0x73687566  # keeps the shuffle apart from what else is derived from the same seed
 _PROGRESS_EVERY = 16
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
-_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What is known about a written shard: one line of the conversion's journal.
+class JournalEntry:
+    """A written shard, as one line of the conversion's journal has it.
 
     counted: oddities and re-encodings, name -> images; skipped: images that were left out, and why
     """
@@ -54,7 +52,7 @@ class Finished:
 class ShardResult:
     """A finished shard; rows: its part of the index; kept: it stood already."""
 
-    finished: Finished
+    finished: JournalEntry
     rows: np.ndarray
     kept: bool
 
@@ -67,14 +65,14 @@ class ShardTask:
     name: str
     first: int
     samples: Samples
-    treatment: Treatment
+    image_options: ImageOptions
     skip_bad: bool
-    finished: Finished | None
+    finished: JournalEntry | None
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which sample goes into which shard of a split."""
+    """The division of a split's samples into shards."""
 
     folder: Path
     samples: Samples
@@ -83,30 +81,32 @@ class ShardPlan:
 
     @property
     def num_shards(self) -> int:
-        """Shards that will be written."""
+        """The number of shards that will be written."""
         return -(-len(self.samples) // self.shard_samples)
 
     def names(self) -> list[str]:
-        """File names of all shards, train-000000.tar and so on."""
+        """Returns the file names of all shards, train-000000.tar and so on."""
         return shard_names(self.folder, self.num_shards)
 
     def order(self) -> Int64:
-        """Sample ids in the order in which they are written."""
+        """Returns the sample ids in the order in which they are written."""
         return permutation(len(self.samples), self.seed, _SHUFFLE)
 
     def estimated_bytes(self, ratio: float = 1.0) -> int:
-        """Bytes of all shards when an image shrinks to `ratio` of its size; exact for images that are not changed."""
+        """Returns the bytes of all shards when an image shrinks to `ratio` of its size; exact for a ratio of 1."""
         images = (self.samples.sizes * ratio).astype(np.int64)
         blocks = -(-images // _TAR_BLOCK) + 3  # two headers and the label
         return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
 
-    def tasks(self, treatment: Treatment, skip_bad: bool, finished: Mapping[str, Finished]) -> Iterator[ShardTask]:
-        """All shards in order, each made as it is taken."""
+    def tasks(
+        self, image_options: ImageOptions, skip_bad: bool, finished: Mapping[str, JournalEntry]
+    ) -> Iterator[ShardTask]:
+        """Yields all shards in order, each made as it is taken."""
         order = self.order()
         for number, name in enumerate(self.names()):
             first = number * self.shard_samples
             samples = self.samples.take(order[first : first + self.shard_samples])
-            yield ShardTask(self.folder, name, first, samples, treatment, skip_bad, finished.get(name))
+            yield ShardTask(self.folder, name, first, samples, image_options, skip_bad, finished.get(name))
 
 
 def make_shard(task: ShardTask) -> ShardResult:
@@ -119,38 +119,31 @@ def make_shard(task: ShardTask) -> ShardResult:
     if task.finished and (rows := _rows_if_intact(path, task.finished)) is not None:
         advance(len(task.samples))
         return ShardResult(task.finished, rows, kept=True)
-    temporary = task.folder / f".{task.name}.{os.getpid()}.tmp"
     counted: Counter[str] = Counter()
     skipped: list[str] = []
-    try:
-        with _full_disk_explained(path):
-            with temporary.open("wb") as file:
-                written = _write(file, task, counted, skipped)
-                file.flush()
-                os.fsync(file.fileno())
-            scan = scan_shard(temporary)
-            shard = Shard(task.name, scan.shard.samples, scan.shard.bytes, scan.shard.sha256)
-            if scan.rows["checksum"].tolist() != written:
-                raise ShardError(f"{temporary} does not read back as it was written: memory or disk are at fault")
-            if shard.samples:
-                temporary.replace(path)
-                sync_folder(task.folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ShardResult(Finished(shard, dict(counted), skipped), scan.rows, kept=False)
+    with explained(f"cannot write {path}"), written_whole(path) as file:
+        written = _write(file, task, counted, skipped)
+        file.flush()
+        scan = scan_shard(Path(file.name))
+        if scan.rows["checksum"].tolist() != written:
+            raise ShardError(f"{file.name} does not read back as it was written: memory or disk are at fault")
+    if not written:
+        path.unlink()
+    shard = replace(scan.shard, name=task.name)
+    return ShardResult(JournalEntry(shard, dict(counted), skipped), scan.rows, kept=False)
 
 
 def shard_names(folder: Path, number: int) -> list[str]:
-    """File names of a split's shards, called after its folder."""
+    """Returns the file names of a split's shards, called after its folder."""
     return [f"{folder.name}-{shard:06d}.tar" for shard in range(number)]
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is one that a conversion which was killed left behind."""
+    """Tells whether a file is one that a killed conversion left behind."""
     return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
 
 
-def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
+def _rows_if_intact(path: Path, finished: JournalEntry) -> np.ndarray | None:
     if not finished.shard.samples:
         return np.empty(0, dtype=ROW)
     try:
@@ -163,7 +156,7 @@ def _rows_if_intact(path: Path, finished: Finished) -> np.ndarray | None:
 
 
 def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list[str]) -> list[int]:
-    """Returns the checksums of the images, in their order."""
+    """Writes a shard. Returns the checksums of its images, in their order."""
     from webdataset.writer import TarWriter  # here, because the program itself need not import it
 
     # The tar is made in memory, sample by sample, so that a full disk is met by our own write() below.
@@ -175,7 +168,7 @@ def _write(file: BinaryIO, task: ShardTask, counted: Counter[str], skipped: list
                 advance(min(_PROGRESS_EVERY, len(samples) - i))
             data = samples.read(i)
             try:
-                image, oddities = treat(data, task.treatment)
+                image, oddities = transcode(data, task.image_options)
             except BadImage as error:
                 if not task.skip_bad:
                     raise ShardError(
@@ -199,17 +192,5 @@ def _drain(buffer: io.BytesIO, file: BinaryIO) -> None:
 
 
 def _ascii_stem(name: str) -> str:
-    """The file's name without extension, in characters that a key may have, and short enough for a plain header."""
+    """Returns the file's name without extension, in characters that a key may have, short enough for a plain header."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:64]
-
-
-@contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise ShardError(
-                f"cannot write {path}: {_FULL[error.errno]}; make room, then the same command continues"
-            ) from error
-        raise ShardError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""What a tar holds, read from its headers alone: nothing is ever unpacked to disk, no path in it is followed.
+"""Reads what a tar holds from its headers alone: nothing is ever unpacked to disk, no path in it is followed.
 
 Serves the shards of this project, WebDataset shards that others made (ustar, GNU long names, pax headers), and the
 archives that ImageNet comes in, also nested ones, whose members are located inside the outer file.
@@ -18,15 +18,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from crate_dist.data.decode import IMAGE_SUFFIXES
 from crate_dist.data.index import ROW, Shard, ShardError, checksum
+from crate_dist.prep.program import explained
 
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp", "gif", "tif", "tiff")
-)
 MAX_CLASSES = 1_000_000
 """A larger label is taken for a mistake where no list of classes says otherwise."""
 MAX_IMAGE_BYTES = 2**31 - 1
-"""What the index has room for."""
+"""The largest size that the index has room for."""
 _MAX_LABEL_BYTES = 16 * 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset splits names
@@ -50,13 +49,13 @@ class ShardScan:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Where the label of a sample stands: in its `.cls` file, or under a key of its `.json` file (`meta.label`)."""
+    """The place of a sample's label: in its `.cls` file, or under a key of its `.json` file (`meta.label`)."""
 
     json_key: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> LabelRule:
-        """`cls` or `json:KEY`. Raises ValueError."""
+        """Reads `cls` or `json:KEY`. Raises ValueError."""
         kind, _, key = text.partition(":")
         if text == "cls":
             return cls()
@@ -69,11 +68,11 @@ class LabelRule:
 
     @property
     def suffix(self) -> str:
-        """Of the file that holds the label."""
+        """The suffix of the file that holds the label."""
         return "json" if self.json_key else "cls"
 
     def read(self, data: bytes) -> int:
-        """The label in the bytes of that file. Raises ValueError with what stands there instead of an integer."""
+        """Reads the label in the bytes of that file. Raises ValueError with what stands there instead of an integer."""
         if self.json_key is None:
             text = data[:80].decode("utf-8", "replace").strip()
             if len(data) > 80 or not re.fullmatch(r"[+-]?[0-9]+", text):
@@ -91,16 +90,13 @@ class LabelRule:
 
 
 def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The regular files of a plain tar, in their order, or of a tar that lies at `start` in another one.
+    """Yields the regular files of a plain tar, in their order, or of a tar that lies at `start` in another one.
 
     Raises ShardError when it is compressed, damaged or cut off, or holds a name that leads out of it.
     """
-    try:
-        with path.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size if size is None else start + size
-            yield from _walk(file, path, start, end)
-    except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror or error}") from error
+    with explained(f"cannot read {path}"), path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size if size is None else start + size
+        yield from _walk(file, path, start, end)
 
 
 def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | None = None) -> ShardScan:
@@ -114,22 +110,19 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
     limit = num_classes if num_classes is not None else MAX_CLASSES
     rows: list[tuple[int, int, int, int]] = []
     seen: set[str] = set()
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            for key, files in _samples(_walk(file, path, 0, size), path):
-                if key in seen:
-                    raise ShardError(f"{path}: sample {key} comes twice")
-                seen.add(key)
-                image = _only_image(files, path, key)
-                number = _label(file, files, label, path, key)
-                if not 0 <= number < limit:
-                    raise ShardError(f"{path}: sample {key} has label {number}, expected 0 to {limit - 1}")
-                data = os.pread(file.fileno(), image.size, image.offset)
-                rows.append((image.offset, image.size, number, checksum(data)))
-    except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror or error}") from error
+    with explained(f"cannot read {path}"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        for key, files in _samples(_walk(file, path, 0, size), path):
+            if key in seen:
+                raise ShardError(f"{path}: sample {key} comes twice")
+            seen.add(key)
+            image = _only_image(files, path, key)
+            number = _label(file, files, label, path, key)
+            if not 0 <= number < limit:
+                raise ShardError(f"{path}: sample {key} has label {number}, expected 0 to {limit - 1}")
+            data = os.pread(file.fileno(), image.size, image.offset)
+            rows.append((image.offset, image.size, number, checksum(data)))
     return ShardScan(Shard(path.name, len(rows), size, digest), np.array(rows, dtype=ROW))
 
 
@@ -186,7 +179,7 @@ def _samples(members: Iterator[Member], path: Path) -> Iterator[tuple[str, dict[
 
 
 def _only_image(files: dict[str, Member], path: Path, key: str) -> Member:
-    images = [suffix for suffix in files if suffix in IMAGE_EXTENSIONS]
+    images = [suffix for suffix in files if f".{suffix}" in IMAGE_SUFFIXES]
     if len(images) != 1:
         has = ", ".join(f".{suffix}" for suffix in sorted(images or files))
         what = "several images" if images else "no image"

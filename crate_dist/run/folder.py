@@ -1,18 +1,18 @@
 """The run folder: one run, one folder, one curve. Imports no torch.
 
 recipe.toml          the resolved recipe
-run.json             where the code came from, each start of the run, the weights that it began from if not new ones,
-                     and changes of its data that were accepted
+run.json             the code's version, each start of the run, the weights that it began from if not new ones, and
+                     changes of its data that were accepted; see run/record.py
 checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
-ledger.jsonl         where the time went
-lock/                who works here now
-failed-start-…/      what starts that never made a step have left to a start with another recipe
-logs/                one log per rank
-slurm/               what submitit wrote
+ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
+lock/                the job that works here now; see run/lock.py
+failed-start-…/      files of starts that never made a step, left by a start with another recipe
+logs/                rank-00000.log …, one per rank
+slurm/               submitit's files
 model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
 """
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
@@ -33,71 +32,23 @@ from crate_dist.run.record import Record
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """A run folder: the names of what stands in it, and how it is opened and set aside."""
+    """A run folder: the names of what stands in it, as drawn above, and how it is opened and set aside."""
 
-    path: Path
-
-    @property
-    def recipe_file(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.toml"
-
-    @property
-    def record_file(self) -> Path:
-        """Code version and starts; see run/record.py."""
-        return self.path / "run.json"
-
-    @property
-    def record(self) -> Record:
-        """The record that is in record_file."""
-        return Record(self.record_file)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of published checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def bad_samples(self) -> Path:
-        """One JSON object per sample that could not be read."""
-        return self.path / "bad_samples.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        """One JSON object per start, report, evaluation and save."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def published(self) -> Path:
-        """The newest step that was ever published."""
-        return published_file(self.checkpoints)
-
-    @property
-    def lock(self) -> Path:
-        """Names the job that works in the folder; see run/lock.py."""
-        return self.path / "lock"
-
-    @property
-    def logs(self) -> Path:
-        """Folder of rank logs."""
-        return self.path / "logs"
-
-    @property
-    def slurm(self) -> Path:
-        """Folder that submitit writes to."""
-        return self.path / "slurm"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.toml"
+        self.record_file = path / "run.json"
+        self.record = Record(self.record_file)
+        self.checkpoints = path / "checkpoints"
+        self.published = published_file(self.checkpoints)
+        self.tensorboard = path / "tensorboard"
+        self.metrics = path / "metrics.jsonl"
+        self.bad_samples = path / "bad_samples.jsonl"
+        self.ledger = path / "ledger.jsonl"
+        self.lock = path / "lock"
+        self.logs = path / "logs"
+        self.slurm = path / "slurm"
 
     def model(self, which: str) -> Path:
         """Returns the file of the exported weights, `which` being "last" or "best"."""

@@ -6,6 +6,7 @@ A step carries nothing for it: its micro-batches are made again from the order o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,7 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
         watchdog.beat(f"looking for what is not finite in step {step + 1}", _PATIENCE)
         with eagerly():
-            place = where_not_finite(engine.module, lambda batch=(images, labels): engine.loss(batch))  # type: ignore[misc]
+            place = where_not_finite(engine.module, partial(engine.loss, (images, labels)))
         if place:
             reader = ShardReader(source.index)
             named = (reader.describe(sample, "") for sample in source.samples(number).tolist())

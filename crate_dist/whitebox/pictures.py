@@ -15,14 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from crate_dist.config import ImageSection
-from crate_dist.data.decode import BadImage, Pixels, open_image, resized_exactly
+from crate_dist.data.decode import IMAGE_SUFFIXES, BadImage, Pixels, open_image, resized_exactly
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-"""Endings of images in a folder, also in capitals."""
 _MOST_LENGTHS = 8
 
 
@@ -103,7 +101,7 @@ def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Pict
     """
     pictures = list(islice(_from_paths(_files(paths), framing), count))
     if not pictures:
-        raise PictureError(f"no images in {', '.join(map(str, paths))}; known are {', '.join(SUFFIXES)} and .pt")
+        raise PictureError(f"no images in {', '.join(map(str, paths))}; known are {', '.join(IMAGE_SUFFIXES)} and .pt")
     return pictures
 
 
@@ -125,7 +123,7 @@ def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         else:
             yield path
 

@@ -5,10 +5,9 @@ Drawn with matplotlib's Agg renderer through its objects: there is no global fig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,39 +22,12 @@ from crate_dist.files import written_whole
 from crate_dist.whitebox.pixels import HEAT, heat, lit
 
 Float = NDArray[np.floating]
-_Arguments = ParamSpec("_Arguments")
 
 TEXT_WIDTH_IN = 6.3
 DPI = 300
-_STYLE: Any = {
-    "font.family": "STIXGeneral",
-    "mathtext.fontset": "stix",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.color": "#d8d8d8",
-    "axes.axisbelow": True,
-}
+_STYLE: Any = {"font.family": "STIXGeneral", "font.size": 9, "axes.linewidth": 0.6, "ytick.major.width": 0.6}
 _HEAT_MAP = LinearSegmentedColormap.from_list("heat", [tuple(part / 255 for part in colour) for colour in HEAT])
 _GAP_IN, _LABEL_IN, _TITLE_IN, _BAR_IN = 0.05, 0.22, 0.2, 0.62
-
-
-def _styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
-    @wraps(draw)
-    def styled(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> Figure:
-        with rc_context(_STYLE):
-            return draw(*arguments, **options)
-
-    return styled
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -64,16 +36,15 @@ def save(figure: Figure, path: Path) -> None:
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=DPI)
 
 
-@_styled
 def attention_grid(image: Pixels, maps: Float) -> Figure:
     """Draws attention maps (L, h, rows, cols) of one picture: rows are layers, columns heads, the first their mean."""
     layers, heads = maps.shape[:2]
     cells = [[lit(image, each.mean(axis=0)), *map(heat, each)] for each in maps]
     columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
-    return _table(cells, columns, [f"layer {layer + 1}" for layer in range(layers)], bar=True)
+    return picture_table(cells, columns, [f"layer {layer + 1}" for layer in range(layers)], bar=True)
 
 
-@_styled
+@rc_context(_STYLE)
 def picture_table(
     cells: Sequence[Sequence[Pixels]],
     columns: Sequence[str],
@@ -81,18 +52,10 @@ def picture_table(
     notes: Sequence[Sequence[str]] = (),
     bar: bool = False,
 ) -> Figure:
-    """Draws pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right."""
-    return _table(cells, columns, rows, notes, bar)
+    """Draws pictures in rows and titled columns. notes: a line below each; bar: the scale of `heat` at the right.
 
-
-def _table(
-    cells: Sequence[Sequence[Pixels]],
-    columns: Sequence[str],
-    rows: Sequence[str] = (),
-    notes: Sequence[Sequence[str]] = (),
-    bar: bool = False,
-) -> Figure:
-    """Lays a table out in inches, cell by cell: columns of one width, every row as high as its first picture."""
+    Laid out in inches, cell by cell: columns of one width, every row as high as its first picture.
+    """
     left = _LABEL_IN if rows else 0.02
     right = _BAR_IN if bar else 0.02
     below = 0.16 if notes else 0.0

@@ -86,7 +86,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `nth` call of a point.
+    """A fault at the `nth` call of a point.
 
     "stand still": the process is stopped before the call, for the test to kill or to leave
     "slow": this call takes `seconds` longer, and `times - 1` after it

@@ -112,7 +112,7 @@ class Ranks:
             process.join()
 
     def output(self, rank: int) -> str:
-        """What a rank printed, in all its starts."""
+        """Returns what a rank printed, in all its starts."""
         path = _output(self.notes, rank)
         return path.read_text(errors="replace") if path.exists() else ""
 

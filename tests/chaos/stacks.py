@@ -1,4 +1,4 @@
-"""What every thread of every process is doing: left behind by a trial that gives up."""
+"""The stacks of every thread of every process, left behind by a trial that gives up."""
 
 from __future__ import annotations
 

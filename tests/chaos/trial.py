@@ -23,7 +23,7 @@ from tests.chaos.ranks import Ranks
 from tests.ranks import lock_is_free
 
 GRACE_S = 5.0
-"""What a launcher gives the ranks that are left when one has died, before it kills them."""
+"""Seconds that a launcher gives the ranks that are left when one has died, before it kills them."""
 STEPS, SAMPLES, EPOCHS = 25, 200, 3
 """Of the recipe and the shards in tests/conftest.py."""
 VOLATILE = ("time", "speed/images_per_s", "speed/data_wait_fraction")
@@ -80,7 +80,7 @@ class Trial:
                 self.leave(ranks)
 
     def leave(self, ranks: Ranks) -> None:
-        """What a launcher does when a rank has died."""
+        """Ends the other ranks as a launcher does when one has died."""
         began = time.monotonic()
         while ranks.running() and time.monotonic() - began < GRACE_S:
             time.sleep(0.02)
@@ -175,7 +175,7 @@ class Trial:
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
     def samples(self) -> dict[tuple[int, int], list[str]]:
-        """What each rank made of each step (counted from 0). A step that was made twice had the same samples."""
+        """Reads each rank's samples of each step (counted from 0). A step that was made twice had the same samples."""
         made: dict[tuple[int, int], list[str]] = {}
         for rank in range(2):
             for text in (self.folder / "notes" / f"samples-{rank}").read_text().splitlines():

@@ -118,7 +118,7 @@ def fill(path: Path) -> None:
 
 
 def can_mount() -> bool:
-    """Whether this is root, and free to mount."""
+    """Tells whether this is root, and free to mount."""
     return (
         os.geteuid() == 0 and subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]).returncode == 0
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from crate_dist.checkpoint.finetune import Origin, begin_from, weights_digest
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.data.augment import RandAugment, augmentations
 from crate_dist.distributed import World
-from crate_dist.launching.options import add_recipe_arguments, recipe_from
+from crate_dist.launching.options import recipe_from, recipe_parser
 from crate_dist.launching.preflight import preflight
 from crate_dist.models.build import build_model
 from crate_dist.models.positions import interpolate_positions
@@ -199,8 +198,7 @@ def test_heads_of_the_weights_to_begin_from_are_taken_from_the_command_line(
     assert isinstance(
         begin_on_ranks(alone, torch.device("cpu"), [tmp_path / "bare.pth"], list("abcd"), "auto", 4), tuple
     )
-    parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
+    parser = recipe_parser(None)
     line = ["--config", str(small_recipe), "--data", str(tmp_path), "--init-from", "bare.pth", "--heads", "4"]
     assert recipe_from(parser.parse_args(line)).train.init_heads == 4
 

@@ -25,7 +25,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def missing_programs() -> list[str]:
-    """Which of the programs that a cluster takes are not installed."""
+    """Lists the programs that a cluster takes and that are not installed."""
     return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 
 

@@ -1,4 +1,4 @@
-"""Where the cluster's daemons run: each node in Linux namespaces of its own, or all on the bare machine.
+"""Places for the cluster's daemons: each node in Linux namespaces of its own, or all on the bare machine.
 
 In namespaces a node has its own address, host name, process tree and shared memory, as a real one does: a rendezvous
 at 127.0.0.1 fails, and a crash is one kill of the node's first process. All of them lie within one outer namespace,
@@ -93,7 +93,7 @@ def set_link(outer: Namespace, link: str, up: bool) -> None:
 
 
 def namespaces_work() -> bool:
-    """Whether this user on this machine may build all that a cluster of namespaces needs."""
+    """Tells whether this user on this machine may build all that a cluster of namespaces needs."""
     hosts = Path("/etc/hosts")
     try:
         outer = Namespace("probe", hosts)

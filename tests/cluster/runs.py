@@ -53,7 +53,7 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:
-    """What run.json has noted of each start."""
+    """Reads what run.json has noted of each start."""
     record: dict[str, Any] = json.loads(RunFolder(run_dir).record_file.read_text())
     return list(record["starts"])
 

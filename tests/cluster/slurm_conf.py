@@ -1,4 +1,4 @@
-"""Which daemon of the cluster is where, and the configuration files that tell them so."""
+"""The places of the cluster's daemons, and the configuration files that tell them so."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def munge_socket(self) -> Path:
-        """Where munged listens."""
+        """The socket of munged."""
         return self.folder / "run" / "munge.socket"
 
     @property

@@ -1,4 +1,4 @@
-"""What a cluster does to a run, done on a real scheduler: the run is complete in the end, as if nothing had been."""
+"""A cluster's faults, done to a run on a real scheduler: it is complete in the end, as if nothing had been."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Arguments) -> 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Where the run of this test lives."""
+    """The folder of this test's run."""
     return tmp_path / "run"
 
 
@@ -87,19 +87,19 @@ def in_each_rank(run_dir: Path, variable: str, value: str, code: str) -> Argumen
 
 
 def wait_for_start(run_dir: Path, restarts: int) -> None:
-    """Waits until the run has begun once more, after so many restarts."""
+    """Waits until the run has begun once more, after `restarts` restarts."""
     wait_until(lambda: RunFolder(run_dir).record_file.exists() and len(starts(run_dir)) > restarts, "next start")
 
 
 def finish(cluster: Cluster, job_id: str, restarts: int) -> Job:
-    """Waits for the end of a run that was restarted so many times, by itself."""
+    """Waits for the end of a run that was restarted `restarts` times, by itself."""
     job = cluster.wait_for(job_id, "COMPLETED", restarts=restarts, timeout_s=240)
     assert job.restarts == restarts
     return job
 
 
 def nodes(job: Job) -> list[str]:
-    """Where it runs."""
+    """Returns the nodes that it runs on."""
     return expand_nodelist(job.nodes)
 
 
@@ -112,12 +112,12 @@ def check_as_if_nothing_had_been(run_dir: Path, undisturbed: Path, starts: int) 
 
 
 def check_nothing_was_made_twice(run_dir: Path) -> None:
-    """What a warning in time is good for."""
+    """Checks that a warning in time has cost nothing."""
     assert totals(run_dir).steps_redone == 0
 
 
 def check_at_most_the_last_interval_was_made_twice(run_dir: Path) -> None:
-    """What each interruption without a warning costs."""
+    """Checks what each interruption without a warning has cost."""
     resumed_at = [start["step"] for start in starts(run_dir)[1:]]
     assert all(step > 0 for step in resumed_at)
     # One save may have been on its way: it is written beside the training.

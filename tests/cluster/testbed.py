@@ -28,7 +28,7 @@ __all__ = ["Cluster", "ClusterError", "Job", "missing_programs", "wait_until"]
 ENDED = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"})
 """Job states that nothing follows; NODE_FAIL and PREEMPTED are not among them, since a requeue follows."""
 SICK = ("down", "drain", "fail")
-"""What the states of nodes begin with that nothing but an administrator's word ends."""
+"""Beginnings of the states of nodes that only an administrator's word ends."""
 
 
 class ClusterError(Exception):
@@ -37,7 +37,7 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What slurmctld knows about a job at this moment."""
+    """A job as slurmctld knows it at this moment."""
 
     id: str
     state: str
@@ -79,7 +79,7 @@ class Cluster:
 
     @property
     def isolated(self) -> bool:
-        """Whether each node has a network, a host name and processes of its own."""
+        """True when each node has a network, a host name and processes of its own."""
         return self.layout.isolated
 
     @property
@@ -157,7 +157,7 @@ class Cluster:
         return set(expand_nodelist(listed[1])) if listed and listed[1] != "(null)" else set()
 
     def wait_for(self, job_id: str, *states: str, restarts: int = 0, timeout_s: float = 120) -> Job:
-        """Waits until the job is in one of `states`, restarted at least so many times.
+        """Waits until the job is in one of `states`, restarted at least `restarts` times.
 
         Raises ClusterError with the end of the job's log when it ended otherwise or the time is over.
         """

@@ -19,7 +19,7 @@ from crate_dist.config import ImageSection
 from crate_dist.data import decode
 from crate_dist.data.decode import MAX_BYTES, MAX_SCANNED_PIXELS, BadImage, Pixels, open_image
 from crate_dist.data.transforms import EvalTransform, TrainTransform
-from crate_dist.prep.images import Treatment, treat
+from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.whitebox.pictures import Framing
 from tests.pictures import encode, photo, psnr_db, with_scans
 
@@ -27,8 +27,8 @@ WAYS: dict[str, Callable[[bytes], object]] = {
     "training": lambda data: TrainTransform(224)(data, random.Random(0)),
     "evaluation": EvalTransform(224, 256),
     "figures": Framing(224, 16, square=False, prepared=ImageSection()),
-    "conversion": lambda data: treat(data, Treatment(short_side=320, quality=90)),
-    "verification": lambda data: treat(data, Treatment(verify=True)),
+    "conversion": lambda data: transcode(data, ImageOptions(short_side=320, quality=90)),
+    "verification": lambda data: transcode(data, ImageOptions(verify=True)),
 }
 
 STRIPS = [(1, 6000), (6000, 1), (1, 60_000), (60_000, 1), (40, 30_000)]

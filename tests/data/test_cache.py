@@ -28,7 +28,7 @@ from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote import prefetch as ahead
 from crate_dist.data.remote.cache import NoRoom, ShardCache, locked
 from crate_dist.data.remote.cache_folder import close
-from crate_dist.data.remote.fetch import Patience, below, file_url
+from crate_dist.data.remote.fetch import RetryPolicy, below, file_url
 from crate_dist.data.splits import open_split, open_splits
 from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.launching.preflight import preflight
@@ -57,7 +57,7 @@ def server(folder: Path) -> Iterator[FolderServer]:
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "PATIENCE", Patience(4, first_delay_s=0.05, longest_delay_s=0.2, silence_s=0.5))
+    monkeypatch.setattr(remote, "RETRIES", RetryPolicy(4, first_delay_s=0.05, longest_delay_s=0.2, silence_s=0.5))
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_looking_ahead_leaves_half_of_the_cache_to_those_who_need_a_shard_now(
 def test_a_cache_that_cannot_hold_one_shard_says_so(
     server: FolderServer, data: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "ROOM_PATIENCE_S", 0.3)
+    monkeypatch.setattr(ahead, "ROOM_TIMEOUT_S", 0.3)
     index = open_split(server.url, "train", data.model_copy(update={"cache_gb": 1e-6}))
     with pytest.raises(ShardError, match=r"raise data.cache_gb"):
         ShardReader(index).read(0)

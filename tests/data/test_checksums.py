@@ -23,8 +23,8 @@ from crate_dist.data.splits import open_split
 from crate_dist.data.transforms import EvalTransform
 from crate_dist.prep import shards
 from crate_dist.prep.check import build_indexes, verify_split
-from crate_dist.prep.images import Treatment
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.images import ImageOptions
+from crate_dist.prep.samples import ImageRef, Samples
 from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
 from tests.conftest import write_split
 from tests.data_prep import class_tree, picture
@@ -140,7 +140,7 @@ def test_a_shard_that_does_not_read_back_as_it_was_written_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, rng = class_tree(tmp_path / "source", classes=1), random.Random(3)
-    found = [Found(str(path.relative_to(root)), path.stat().st_size) for path in sorted(root.glob("*/*"))]
+    found = [ImageRef(str(path.relative_to(root)), path.stat().st_size) for path in sorted(root.glob("*/*"))]
     (tmp_path / "train").mkdir()
     plan = shards.ShardPlan(tmp_path / "train", Samples.collect(root, found, 0), 0, 8)
 
@@ -151,7 +151,7 @@ def test_a_shard_that_does_not_read_back_as_it_was_written_is_not_kept(
 
     monkeypatch.setattr(shards, "scan_shard", after_a_flip)
     with pytest.raises(ShardError, match="does not read back as it was written"):
-        shards.make_shard(next(plan.tasks(Treatment(), False, {})))
+        shards.make_shard(next(plan.tasks(ImageOptions(), False, {})))
     assert not list((tmp_path / "train").iterdir())
 
 

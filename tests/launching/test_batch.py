@@ -1,4 +1,4 @@
-"""What the batch script remembers and reads, in a real shell without a scheduler. On a real one: tests/cluster."""
+"""The batch script's memory and its reading of logs, in a real shell, no scheduler. On a real one: tests/cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEFORE = "crate-dist start 1.1: rank {rank} on node {node}\n"
 
 
 def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> str:
-    """What `commands` print after launch/batch.sh has been read, as in a job that was requeued twice."""
+    """Returns what `commands` print after launch/batch.sh has been read, as in a job that was requeued twice."""
     lines = [
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",

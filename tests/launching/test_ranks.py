@@ -69,7 +69,7 @@ def launched(recipe: Path, shards: Path, run_dir: Path, *arguments: str) -> Iter
 
 
 def lines(run_dir: Path) -> int:
-    """How many lines metrics.jsonl has."""
+    """Counts the lines of metrics.jsonl."""
     metrics = RunFolder(run_dir).metrics
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 

@@ -75,6 +75,8 @@ def test_what_is_known_stands_in_the_card(tmp_path: Path, meta: dict[str, Any]) 
         "the short side resized to 18 pixels (bilinear), the central 16 x 16 cut out, less the mean (0.5, 0.4, 0.3)",
     ):
         assert line in card
+    older = model_card("model-best.pt", SMALL, {**meta, "recipe_values": {"data.lanes": 8}})
+    assert "| `order.lanes` | 8 |" in older
     stretched = model_card("model-best.pt", SMALL, {**meta, "eval_fit": "stretch"})
     assert "from 0 to 1: both sides resized to 16 pixels (bilinear), less the mean" in stretched
     assert meta["code"]["commit"] is None or meta["code"]["commit"] in card

@@ -18,7 +18,7 @@ from PIL import Image
 
 from crate_dist.data.decode import open_image
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.prep.archives import Place, working_folder
+from crate_dist.prep.archives import Download, working_folder
 from crate_dist.prep.cifar import cifar
 from crate_dist.prep.pickles import PickleError, load_dict
 from tests.data_prep import (
@@ -152,9 +152,9 @@ def binary_10(root: Path, files: dict[str, bytes] | None = None) -> Path:
 
 
 def opened(source: Path, tmp_path: Path) -> Any:
-    """What the program makes of a source, in this process."""
+    """The program's source of images, made in this process."""
     with working_folder(tmp_path / "out", dry_run=False) as work:
-        return cifar(Place(source, (), work, any_digest=True), None, False, 0.0, 0)
+        return cifar(Download(source, work, any_digest=True), None, False, 0.0, 0)
 
 
 def refused(source: Path, tmp_path: Path) -> str:

@@ -12,9 +12,9 @@ import pytest
 import scipy.io
 
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.prep.archives import Place, working_folder
+from crate_dist.prep.archives import Download, working_folder
 from crate_dist.prep.flowers import CLASS_NAMES, flowers
-from crate_dist.prep.folders import Reading
+from crate_dist.prep.folders import ListOptions
 from tests.data_prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "flowers.py"
@@ -53,7 +53,7 @@ def wanted(key: str) -> list[tuple[bytes, int]]:
 
 def refused(source: Path, tmp_path: Path) -> str:
     with working_folder(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
-        flowers(Place(source, ("flowers-102",), work, any_digest=True), Reading(), join_val=False)
+        flowers(Download(source, work, any_digest=True), ListOptions(), join_val=False)
     assert not (tmp_path / "out").exists()
     return str(caught.value)
 
@@ -111,7 +111,10 @@ def test_a_dry_run_writes_nothing_and_says_how_much_it_would(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"setid.mat": splits_of(tstid=[20, 21])}, "has no image_00021.jpg, which setid.mat names"),
+        (
+            {"setid.mat": splits_of(tstid=[20, 21]), "imagelabels.mat": labels_of([*LABELS, 1])},
+            "has no image_00021.jpg, which setid.mat names",
+        ),
         ({"setid.mat": splits_of(valid=[9])}, "more than once in the splits: image_00009"),
         ({"setid.mat": mat(trnid=np.array([1.5]))}, "holds no whole numbers but float64"),
         ({"setid.mat": mat(other=[1])}, "setid.mat is not the one of Flowers 102"),

@@ -1,4 +1,4 @@
-"""Scanning tars, the treatment of images, the plan of shards: without programs and processes."""
+"""Scanning tars, what becomes of images, the plan of shards: without programs and processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from PIL import Image
 from crate_dist.data.decode import BadImage
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep import convert
-from crate_dist.prep.images import Treatment, treat
-from crate_dist.prep.samples import Found, Samples
+from crate_dist.prep.images import ImageOptions, transcode
+from crate_dist.prep.samples import ImageRef, Samples
 from crate_dist.prep.shards import ShardPlan, make_shard
 from crate_dist.prep.tar import LabelRule, scan_shard, walk_tar
 from tests.data_prep import class_tree, picture, write_tree
@@ -145,7 +145,7 @@ def test_a_nested_tar_is_walked_in_place_and_not_beyond_its_end(tmp_path: Path) 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_plain_jpeg_passes_byte_for_byte(mode: str) -> None:
     data = picture(3, mode=mode)
-    assert treat(data, Treatment()) == (data, ["greyscale"] if mode == "L" else [])
+    assert transcode(data, ImageOptions()) == (data, ["greyscale"] if mode == "L" else [])
 
 
 @pytest.mark.parametrize(
@@ -160,43 +160,43 @@ def test_a_plain_jpeg_passes_byte_for_byte(mode: str) -> None:
 )
 def test_everything_else_becomes_an_rgb_jpeg_of_the_same_picture(mode: str, format: str, counted: str) -> None:
     data = picture(5, mode=mode, format=format)
-    out, oddities = treat(data, Treatment())
+    out, oddities = transcode(data, ImageOptions())
     image = Image.open(io.BytesIO(out))
     assert (image.format, image.mode, oddities) == ("JPEG", "RGB", [counted, "re-encoded"])
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
     assert np.abs(np.asarray(image, dtype=int) - expected).mean() < 15
-    assert treat(data, Treatment())[0] == out
+    assert transcode(data, ImageOptions())[0] == out
 
 
 def test_sixteen_bits_keep_their_brightness() -> None:
     out = io.BytesIO()
     Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16)).save(out, format="PNG")
-    assert abs(int(np.asarray(Image.open(io.BytesIO(treat(out.getvalue(), Treatment())[0]))).mean()) - 0x80) <= 1
+    assert abs(int(np.asarray(Image.open(io.BytesIO(transcode(out.getvalue(), ImageOptions())[0]))).mean()) - 0x80) <= 1
 
 
 def test_exif_rotation_is_counted_and_not_applied() -> None:
     data = picture(1, exif=6)
-    assert treat(data, Treatment()) == (data, ["EXIF rotation (not applied)"])
-    resized = Image.open(io.BytesIO(treat(data, Treatment(short_side=9))[0]))
+    assert transcode(data, ImageOptions()) == (data, ["EXIF rotation (not applied)"])
+    resized = Image.open(io.BytesIO(transcode(data, ImageOptions(short_side=9))[0]))
     assert resized.size == (12, 9)
     assert not resized.getexif()
-    assert treat(picture(1, exif=1), Treatment())[1] == []
+    assert transcode(picture(1, exif=1), ImageOptions())[1] == []
 
 
 def test_short_side_shrinks_and_never_enlarges() -> None:
     large = picture(1, (300, 200))
-    assert Image.open(io.BytesIO(treat(large, Treatment(short_side=64))[0])).size == (96, 64)
-    assert treat(large, Treatment(short_side=200)) == (large, [])
-    assert treat(large, Treatment(short_side=300)) == (large, [])
-    assert "resized" in treat(picture(1, (20, 4000)), Treatment(short_side=1))[1]
+    assert Image.open(io.BytesIO(transcode(large, ImageOptions(short_side=64))[0])).size == (96, 64)
+    assert transcode(large, ImageOptions(short_side=200)) == (large, [])
+    assert transcode(large, ImageOptions(short_side=300)) == (large, [])
+    assert "resized" in transcode(picture(1, (20, 4000)), ImageOptions(short_side=1))[1]
 
 
 def test_quality_re_encodes_every_image() -> None:
     data = picture(1, (200, 200))
-    low, oddities = treat(data, Treatment(quality=10))
+    low, oddities = transcode(data, ImageOptions(quality=10))
     assert len(low) < len(data)
     assert oddities == ["re-encoded"]
-    assert Image.open(io.BytesIO(treat(picture(1, mode="L"), Treatment(quality=50))[0])).mode == "L"
+    assert Image.open(io.BytesIO(transcode(picture(1, mode="L"), ImageOptions(quality=50))[0])).mode == "L"
 
 
 @pytest.mark.parametrize(
@@ -211,20 +211,20 @@ def test_quality_re_encodes_every_image() -> None:
 )
 def test_what_is_no_whole_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(BadImage, match=message):
-        treat(data, Treatment())
+        transcode(data, ImageOptions())
 
 
 def test_damage_in_the_middle_is_found_when_asked() -> None:
     data = bytearray(picture(1, (64, 64), format="PNG"))
     data[len(data) // 2] ^= 0xFF
     with pytest.raises(BadImage):
-        treat(bytes(data), Treatment())
+        transcode(bytes(data), ImageOptions())
     jpeg = bytearray(picture(1))
     table = jpeg.index(b"\xff\xc4") + 5
     jpeg[table : table + 16] = b"\xff" * 16
-    assert treat(bytes(jpeg), Treatment())[0] == bytes(jpeg)
+    assert transcode(bytes(jpeg), ImageOptions())[0] == bytes(jpeg)
     with pytest.raises(BadImage):
-        treat(bytes(jpeg), Treatment(verify=True))
+        transcode(bytes(jpeg), ImageOptions(verify=True))
 
 
 def test_a_decompression_bomb_is_refused_without_being_decoded() -> None:
@@ -233,7 +233,7 @@ def test_a_decompression_bomb_is_refused_without_being_decoded() -> None:
         data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
         data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
         with pytest.raises(BadImage, match=r"(?i)decompression ?bomb"):
-            treat(data, Treatment())
+            transcode(data, ImageOptions())
 
 
 # ------------------------------------------------------------------------------------------------ plan and shards
@@ -242,7 +242,9 @@ def test_a_decompression_bomb_is_refused_without_being_decoded() -> None:
 def plan_of(tmp_path: Path, seed: int = 0, shard_samples: int = 7) -> ShardPlan:
     root = class_tree(tmp_path / "source")
     parts = [
-        Samples.collect(root, [Found(str(p.relative_to(root)), p.stat().st_size) for p in sorted(c.iterdir())], label)
+        Samples.collect(
+            root, [ImageRef(str(p.relative_to(root)), p.stat().st_size) for p in sorted(c.iterdir())], label
+        )
         for label, c in enumerate(sorted(root.iterdir()))
     ]
     (tmp_path / "train").mkdir(exist_ok=True)
@@ -250,7 +252,7 @@ def plan_of(tmp_path: Path, seed: int = 0, shard_samples: int = 7) -> ShardPlan:
 
 
 def test_every_sample_goes_into_one_shard_and_the_seed_decides_where(tmp_path: Path) -> None:
-    tasks = list(plan_of(tmp_path).tasks(Treatment(), False, {}))
+    tasks = list(plan_of(tmp_path).tasks(ImageOptions(), False, {}))
     assert [(task.name, len(task.samples)) for task in tasks] == [
         ("train-000000.tar", 7), ("train-000001.tar", 7), ("train-000002.tar", 7), ("train-000003.tar", 3)
     ]  # fmt: skip
@@ -258,7 +260,7 @@ def test_every_sample_goes_into_one_shard_and_the_seed_decides_where(tmp_path: P
     assert len(set(names)) == 24
     assert names != sorted(names)
     assert names != [
-        t.samples.name(i) for t in plan_of(tmp_path, 1).tasks(Treatment(), False, {}) for i in range(len(t.samples))
+        t.samples.name(i) for t in plan_of(tmp_path, 1).tasks(ImageOptions(), False, {}) for i in range(len(t.samples))
     ]
     assert all(len(set(task.samples.labels)) > 1 for task in tasks)
 
@@ -269,7 +271,7 @@ def test_the_order_is_stable_over_versions_and_machines(tmp_path: Path) -> None:
 
 def test_the_estimate_is_exact_up_to_the_padding(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    for task in plan.tasks(Treatment(), False, {}):
+    for task in plan.tasks(ImageOptions(), False, {}):
         make_shard(task)
     written = sum(path.stat().st_size for path in plan.folder.iterdir())
     assert written <= plan.estimated_bytes() + plan.num_shards * 1024
@@ -279,10 +281,10 @@ def test_the_estimate_is_exact_up_to_the_padding(tmp_path: Path) -> None:
 def test_any_name_becomes_a_key_that_webdataset_and_ustar_take(tmp_path: Path) -> None:
     names = ["c/ä ö.v2.jpg", "c/" + "x" * 200 + ".JPEG", "c/ä ö.v2.png", os.fsdecode(b"c/\xff.jpg")]
     root = write_tree(tmp_path / "s", {name: picture(n) for n, name in enumerate(names)})
-    found = [Found(name, (root / name).stat().st_size) for name in names]
+    found = [ImageRef(name, (root / name).stat().st_size) for name in names]
     (tmp_path / "train").mkdir()
     plan = ShardPlan(tmp_path / "train", Samples.collect(root, found, 0), 0, 10)
-    make_shard(next(plan.tasks(Treatment(), False, {})))
+    make_shard(next(plan.tasks(ImageOptions(), False, {})))
     with tarfile.open(tmp_path / "train/train-000000.tar") as archive:
         members = archive.getmembers()
     assert len(members) == 8
@@ -292,13 +294,13 @@ def test_any_name_becomes_a_key_that_webdataset_and_ustar_take(tmp_path: Path) -
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crate_dist.prep.folders import Reading, image_folder
+    from crate_dist.prep.folders import ListOptions, image_folder
 
     root = class_tree(tmp_path / "source")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    options = convert.Options(root, tmp_path / "out", 1, 0, 1000, Treatment(), Reading(), False)
+    options = convert.Options("test", root, tmp_path / "out", 1, 0, 1000, ImageOptions(), ListOptions(), False)
     with pytest.raises(ShardError, match=r"need about .* kB and .* has 10 bytes free"):
-        convert.convert(image_folder(root, Reading()), options, "test")
+        convert.convert(image_folder(root, ListOptions()), options)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Which errors are tried again: those that may pass, wherever they happened and however they travelled."""
+"""Errors that may pass are tried again, wherever they happened and however they travelled; others are not."""
 
 from __future__ import annotations
 

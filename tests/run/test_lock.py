@@ -83,7 +83,7 @@ def put(path: Path, holder: Holder, number: int = 1) -> None:
 
 
 def newest(path: Path) -> Holder:
-    """Who has made the newest number."""
+    """Reads the holder that has made the newest number."""
     return Holder(**json.loads((path / max((n for n in os.listdir(path) if n.isdecimal()), key=int)).read_text()))
 
 
@@ -242,10 +242,8 @@ def test_a_launcher_that_opens_the_folder_is_waited_for(path: Path) -> None:
 
 
 def test_a_lock_that_cannot_be_read_is_waited_for_and_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "LEASE_S", LEASE_S)
     path.mkdir()
     (path / "00000007").write_text("{")
-    monkeypatch.setattr(Holder, "lease_s", LEASE_S)
     monkeypatch.setattr(RunLock, "_holder", _with_short_lease(RunLock._holder))
     with quick(path) as lock:
         assert lock.tenure.number == 8

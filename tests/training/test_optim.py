@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from crate_dist.config import ModelSection, OptimSection
 from crate_dist.models.build import build_model
+from crate_dist.training.lion import Lion
 from crate_dist.training.optim import Schedule, build_optimizer, learning_rate, parameter_groups
 
 IMAGENET = Schedule(epochs=150, num_samples=1_281_167, global_batch=2048)
@@ -84,11 +85,10 @@ def vectors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(size, generator=generator) for size in (300_001, 7)]
 
 
-def test_the_fused_lion_is_lion_pytorch_bit_for_bit() -> None:
+@pytest.mark.parametrize("arguments", [{}, {"lr": 1e-3, "weight_decay": 0.3, "decoupled_weight_decay": True}], ids=str)
+def test_lion_in_one_pass_is_lion_pytorch_bit_for_bit(arguments: dict[str, Any]) -> None:
     ours, theirs = ([torch.nn.Parameter(v.clone()) for v in vectors(0)] for _ in range(2))
-    optim = OptimSection(lr=1e-3, weight_decay=0.3)
-    fused = build_optimizer([{"params": ours, "weight_decay": 0.3}], optim)
-    plain = lion_pytorch.Lion(theirs, lr=1e-3, weight_decay=0.3)
+    fused, plain = Lion(ours, **arguments), lion_pytorch.Lion(theirs, **arguments)
     for step in range(5):
         for optimizer, parameters in ((fused, ours), (plain, theirs)):
             optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
@@ -98,6 +98,8 @@ def test_the_fused_lion_is_lion_pytorch_bit_for_bit() -> None:
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
         assert torch.equal(fused.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+    plain.load_state_dict(fused.state_dict())  # the same groups and names: either goes on from the other's state
+    fused.load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw"])

@@ -167,10 +167,37 @@ def test_models_that_cannot_be_used_are_named(photos: Path, tmp_path: Path, caps
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert wrong.name in error
-    assert draw("pca", model(tmp_path, 8), "--images", photos, "--out", tmp_path, "--layer", 4) == 1
-    assert "the model has layers 1 to 3" in capsys.readouterr().err
-    assert draw("pca", model(tmp_path, 16), "--images", photos, "--out", tmp_path, "--size", 40) == 1
-    assert "32 or 48 would be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("attention", "--layer", 4), "--layer 4: the model has layers 1 to 3, the last also being -1"),
+        (("attention", "--layer", 0), "--layer 0: the model has layers 1 to 3"),
+        (("attention", "--size", 44), "a side of 44 pixels is no whole number of patches of 8; 40 or 48 would be"),
+        (("pca", "--threshold", 1.5), "--threshold lies between 0 and 1, not at 1.5"),
+        (("mask", "--mass", 0), "--mass is a share above 0 and up to 1, not 0.0"),
+    ],
+)
+def test_options_that_cannot_be_are_named(
+    wrong: tuple[str | float, ...], said: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure, *options = wrong
+    assert draw(figure, model(tmp_path, 8), "--images", photos, "--out", tmp_path, *options) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_what_a_figure_cannot_be_drawn_of_is_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, side in enumerate((32, 40)):
+        torch.save(torch.zeros(1, 3, side, side), tmp_path / f"{number}.pt")
+    tensors = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    assert draw("layers", model(tmp_path, 8), "--images", *tensors, "--out", tmp_path) == 1
+    assert "pictures of one size" in capsys.readouterr().err
+    torch.save(torch.full((1, 3, 32, 32), torch.nan), tmp_path / "nan.pt")
+    assert draw("pca", model(tmp_path, 8), "--images", tmp_path / "nan.pt", "--out", tmp_path) == 1
+    assert "features that are not finite" in capsys.readouterr().err
 
 
 def test_a_tensor_file_is_read_as_the_model_does_and_shown_as_it_was(golden_files: tuple[Path, Path]) -> None:

@@ -26,6 +26,7 @@ from stat import S_ISREG
 
 from crate_dist.data.index import Remote, Shard, ShardError
 from crate_dist.data.remote.cache_folder import (
+    FULL,
     SHARD_FILE,
     claim,
     close,
@@ -37,7 +38,6 @@ from crate_dist.data.remote.cache_folder import (
 )
 from crate_dist.data.remote.fetch import Damaged, fetch
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.05
 _NO_ROOM_HOLDS_S = 1.0
 _CHUNK = 2**20
@@ -91,7 +91,7 @@ class ShardCache:
             raise unwritable(self._folder, error) from error
 
     def is_sound(self, descriptor: int, shard: Shard) -> bool:
-        """Whether an open shard still has its digest. One that has not is no longer in the cache then."""
+        """Tells whether an open shard still has its digest. One that has not is no longer in the cache then."""
         digest, place = hashlib.sha256(), 0
         while chunk := os.pread(descriptor, _CHUNK, place):
             digest.update(chunk)
@@ -104,7 +104,7 @@ class ShardCache:
         return False
 
     def _was_sound(self, descriptor: int, shard: Shard) -> bool:
-        """is_sound, where no process of this node has looked since this one was started."""
+        """As is_sound, but looks only where no process of this node has since this one was started."""
         mark = self._folder / f"{shard.sha256}.sound"
         with locked(mark):
             if (found := _stat(mark)) is not None and found.st_size and found.st_mtime >= _STARTED:
@@ -190,7 +190,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor with a shared lock, or None when there is no such file of that size."""
+    """Opens a file under a shared lock; None when there is no such file of that size."""
     with unless_gone():
         descriptor = open_file(path, os.O_RDONLY)
         try:
@@ -250,7 +250,7 @@ def _in_use(path: Path) -> bool:
 
 
 def _open_to_lock(path: Path) -> int:
-    """NFS locks exclusively only what is open for writing."""
+    """Opens a file for writing if that is allowed, since NFS locks exclusively only what is open for it."""
     try:
         return open_file(path, os.O_RDWR)
     except PermissionError:
@@ -294,7 +294,7 @@ def _reserve(descriptor: int, size: int) -> bool:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return False
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise

@@ -1,4 +1,4 @@
-"""The folder that a cache of shards may have: nobody else's, nothing else's, and one whose locks hold.
+"""The folder of a cache: nobody else's, nothing else's, and on a file system whose locks hold.
 
     CACHEDIR.TAG            says that all the rest may be removed: crate-dist's word for it, and that of backup programs
     shards/, indexes/       see cache.py and splits.py
@@ -25,12 +25,13 @@ from crate_dist.config import CACHE_VARIABLE, DataSection
 from crate_dist.data.index import ShardError
 
 SHARD_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
-"""What may lie in shards/, and be evicted from there."""
+"""Names of files that may lie in shards/, and be evicted from there."""
 _TAG = "CACHEDIR.TAG"
 _TAG_BEGINS = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of crate-dist"
 _TAG_TEXT = f"{_TAG_BEGINS}, which it may be removed from at any time while nothing trains. See bford.info/cachedir\n"
 _KNOWN = re.compile(r"shards|indexes|room\.lock|half-in-use|lost\+found|\.nfs[0-9a-f]+|\.CACHEDIR\.TAG\.[0-9a-f]+\.tmp")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errors of a full disk."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ANOTHER = f"name another folder as data.cache_dir or export {CACHE_VARIABLE}=DIR"
 _LOCKS_OF_ONE_NODE = {
@@ -45,7 +46,7 @@ _LOCKS_OF_ONE_NODE = {
 
 
 def cache_folder(data: DataSection) -> Path:
-    """Where this node keeps the shards of a URL, made if need be.
+    """Returns the folder where this node keeps the shards of a URL, made if need be.
 
     Chosen by the user, it may be a group's: everybody who can write there is trusted. The one in the temporary folder,
     where anybody can put something first, is this user's alone. Raises ShardError.
@@ -128,7 +129,7 @@ def _check_is_folder(folder: Path) -> None:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor of a file in the cache, which everybody who may write to its folder may write to. Raises OSError."""
+    """Opens a file in the cache, which everybody who may write to its folder may write to. Raises OSError."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if flags & os.O_CREAT and path.parent.stat().st_mode & stat.S_IWGRP and os.fstat(descriptor).st_uid == os.geteuid():
         os.fchmod(descriptor, 0o664)
@@ -146,7 +147,7 @@ def unless_gone() -> Iterator[None]:
 
 
 def lock(descriptor: int, operation: int) -> None:
-    """flock. Raises BlockingIOError, and ShardError where the file system has no locks."""
+    """Locks as flock does. Raises BlockingIOError, and ShardError where the file system has no locks."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
@@ -167,13 +168,13 @@ def close(descriptor: int) -> None:
 
 
 def unwritable(folder: Path, error: OSError) -> ShardError:
-    """What is to be raised when the cache cannot be written."""
-    remedy = "make room there, lower data.cache_gb, or name another folder as" if error.errno in _FULL else "see"
+    """Returns what is to be raised when the cache cannot be written."""
+    remedy = "make room there, lower data.cache_gb, or name another folder as" if error.errno in FULL else "see"
     return ShardError(f"cannot write the cache {folder}: {error.strerror or error}; {remedy} data.cache_dir")
 
 
 def locks_of_one_node(folder: Path, mounts: str | None = None) -> str:
-    """Why other nodes that share the folder would not see a lock in it, or "".
+    """Says why other nodes that share the folder would not see a lock in it, or "".
 
     mounts: of /proc/self/mountinfo. Linux makes flock on NFS a lock of the server's, unless it was mounted otherwise.
     """
@@ -219,7 +220,7 @@ def _has_tag(folder: Path) -> bool:
 
 
 def _put_tag(folder: Path) -> None:
-    """Whole at once: others may look for it at this moment."""
+    """Writes the tag whole at once, as others may look for it now, and with the mode that open_file gives."""
     beside = folder / f".{_TAG}.{secrets.token_hex(8)}.tmp"
     with os.fdopen(open_file(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
         file.write(_TAG_TEXT)

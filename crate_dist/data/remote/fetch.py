@@ -1,4 +1,4 @@
-"""Fetches files by URL, with patience: what may pass is tried again, what will not pass is told at once.
+"""Fetches files by URL: what may pass is tried again, what will not pass is told at once.
 
 http and https are spoken here. webdataset would start curl for them, which repeats by itself for a minute, waits for
 ever on a connection that has gone silent, and says no more of a failure than an exit status. s3 and gs go through
@@ -44,7 +44,7 @@ _jitter = random.SystemRandom()  # forked processes would share the state of any
 
 
 class Damaged(Exception):
-    """What arrived is not what was announced; another attempt may bring it."""
+    """The bytes that arrived are not those announced; another attempt may bring them."""
 
 
 class _Refused(Exception):
@@ -52,8 +52,8 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to go on trying.
+class RetryPolicy:
+    """The attempts at fetching a file, and the pauses between them.
 
     attempts: in all; first_delay_s, longest_delay_s: pause after the first failure, doubled after each, up to the
     longest, of which a random part between half and all is taken; silence_s: an attempt ends when fewer than 64 KiB
@@ -66,13 +66,13 @@ class Patience:
     silence_s: float = 60.0
 
     def delay_s(self, failures: int) -> float:
-        """The pause after so many failures."""
+        """Returns the pause after this number of failures, in seconds."""
         longest = min(self.first_delay_s * 2 ** (failures - 1), self.longest_delay_s)
         return longest * _jitter.uniform(0.5, 1.0)
 
 
 def below(root: str, folder: str) -> str:
-    """The URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there.
+    """Returns the URL of a folder in a root. In a root with `{}`, such as `pipe:ssh host cat /data/{}`, it goes there.
 
     Raises ShardError for a name that a shell or a server could misread.
     """
@@ -82,7 +82,7 @@ def below(root: str, folder: str) -> str:
 
 
 def file_url(folder: str, name: str) -> str:
-    """The URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
+    """Returns the URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
     _check_name(name)
     return folder.replace("{}", name) if "{}" in folder else f"{folder.rstrip('/')}/{name}"
 
@@ -92,7 +92,7 @@ def _check_name(name: str) -> None:
         raise ShardError(f"a remote file called {name!r} is refused: names may hold letters, digits, and . _ - + =")
 
 
-PATIENCE = Patience()
+RETRIES = RetryPolicy()
 
 
 def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
@@ -106,22 +106,22 @@ def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
     """
     url = file_url(folder, name)
     place = f"{name} by {redacted(url)}" if url.startswith("pipe:") else redacted(url)
-    patience, began = PATIENCE, time.monotonic()
-    for attempt in range(1, patience.attempts + 1):
+    policy, began = RETRIES, time.monotonic()
+    for attempt in range(1, policy.attempts + 1):
         try:
-            with closing(_chunks(url, patience.silence_s)) as chunks:
+            with closing(_chunks(url, policy.silence_s)) as chunks:
                 return take(chunks)
         except _Refused as error:
             raise ShardError(f"cannot fetch {place}: {error}") from None
         except (OSError, http.client.HTTPException, Damaged) as error:
             failure, cause = _reason(error), error
-        if attempt < patience.attempts:
-            pause_s = patience.delay_s(attempt)
+        if attempt < policy.attempts:
+            pause_s = policy.delay_s(attempt)
             logger.warning("fetching %s: %s; attempt %d follows in %.1f s", place, failure, attempt + 1, pause_s)
             time.sleep(pause_s)
     seconds = time.monotonic() - began
     raise ShardError(
-        f"cannot fetch {place}: {patience.attempts} attempts in {seconds:.0f} s, the last: {failure}"
+        f"cannot fetch {place}: {policy.attempts} attempts in {seconds:.0f} s, the last: {failure}"
     ) from cause
 
 
@@ -168,7 +168,7 @@ def _http(url: str, silence_s: float) -> Generator[bytes, None, None]:
 
 
 def _command(url: str) -> list[str] | None:
-    """The words of the command that reads a URL; None for one that webdataset opens."""
+    """Returns the words of the command that reads a URL; None for one that webdataset opens."""
     scheme, _, rest = url.partition(":")
     return {
         "pipe": ["/bin/sh", "-c", rest],
@@ -208,7 +208,7 @@ def _gopen(url: str, silence_s: float) -> Generator[bytes, None, None]:
 
 
 def _output(process: subprocess.Popen[bytes], url: str, silence_s: float) -> Generator[bytes, None, None]:
-    """What a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
+    """Yields what a command writes. The end of its complaints, if they are caught, becomes a part of the error."""
     assert process.stdout
     out, complaints, said = process.stdout.fileno(), process.stderr.fileno() if process.stderr else None, b""
     poll = select.poll()

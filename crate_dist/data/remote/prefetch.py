@@ -34,8 +34,8 @@ _MOST_AHEAD = 4096
 """Items of the plan that are looked at ahead of the reader, and how many of them in one step."""
 _AT_ONCE = 64
 _POLL_S, _NO_ROOM_POLL_S = 0.05, 0.5
-ROOM_PATIENCE_S = 30.0
-"""How long a reader waits for others to let go of shards before it gives up."""
+ROOM_TIMEOUT_S = 30.0
+"""Seconds that a reader waits for others to let go of shards before it gives up."""
 
 
 class CachedShards:
@@ -78,8 +78,8 @@ class CachedShards:
             self._thread.start()
 
     def descriptor(self, shard: int) -> int:
-        """Of a shard by its number, fetched now if need be. Raises ShardError."""
-        deadline = time.monotonic() + ROOM_PATIENCE_S
+        """Returns the descriptor of a shard by its number, fetched now if need be. Raises ShardError."""
+        deadline = time.monotonic() + ROOM_TIMEOUT_S
         while True:
             with self._lock:
                 if shard in self._held:
@@ -101,7 +101,7 @@ class CachedShards:
             self._keep(shard, descriptor)
 
     def renewed(self, shard: int) -> bool:
-        """Whether a shard was found damaged in the cache, so that its next descriptor is of another file."""
+        """Tells whether a shard was found damaged in the cache, so that its next descriptor is of another file."""
         if shard in self._sound or self._cache.is_sound(self.descriptor(shard), self._shards[shard]):
             self._sound.add(shard)
             return False
@@ -145,7 +145,7 @@ class CachedShards:
         return self._seen != before
 
     def _needed(self, number: int) -> list[int] | None:
-        """The shards of an item, in the order in which it reads them; None behind the last item."""
+        """Returns the shards of an item, in the order in which it reads them; None behind the last item."""
         assert self._plan is not None
         samples = self._plan(number)
         if samples is None:
@@ -166,7 +166,7 @@ class CachedShards:
             self._awaited = [other for other in self._awaited if other != shard]
 
     def _let_go_but(self, needed: Container[int]) -> None:
-        """Only the reader does so, which at that moment reads none of them."""
+        """Closes all other descriptors; for the reader alone, which at that moment reads none of them."""
         for shard in [shard for shard in self._held if shard not in needed]:
             close(self._held.pop(shard))
 
