@@ -58,9 +58,10 @@ def train(
     safety = (recipe or read_recipe(folder.path)).safety
     with ending_at_once():
         device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
+        interrupt = Interrupt()  # here, since it waits for all ranks too
     startup.mark("process group")
     try:
-        with Interrupt() as interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
+        with interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
             start_logging(folder, world)
             recipe = read_recipe(folder.path)
             with Watchdog(world, recipe.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog:
