@@ -29,7 +29,7 @@ from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import open_split
-from crate_dist.distributed import World, exit_at_once
+from crate_dist.distributed import exit_at_once
 from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, Evaluation, class_text, evaluate
 from crate_dist.evaluation.matching import Matching, match_classes
 from crate_dist.evaluation.on_ranks import (
@@ -40,6 +40,7 @@ from crate_dist.evaluation.on_ranks import (
     run_on_ranks,
 )
 from crate_dist.files import write_whole
+from crate_dist.world import World
 
 _NAMED = 5
 

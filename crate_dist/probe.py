@@ -23,7 +23,7 @@ from crate_dist.arguments import positive
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
-from crate_dist.distributed import World, exit_at_once
+from crate_dist.distributed import exit_at_once
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
 from crate_dist.evaluation.features import Features, extract, pooled
@@ -36,6 +36,7 @@ from crate_dist.evaluation.on_ranks import (
 )
 from crate_dist.files import write_whole
 from crate_dist.models.crate import Pool
+from crate_dist.world import World
 
 KS = (10, 20, 100, 200)
 

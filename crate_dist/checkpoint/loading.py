@@ -26,8 +26,9 @@ from crate_dist.checkpoint.format import (
     rank_file,
     read_manifest,
 )
-from crate_dist.distributed import World, gather_objects
+from crate_dist.distributed import gather_objects
 from crate_dist.run.checkpoints import checkpoint_names, published_file, published_step, step_name
+from crate_dist.world import World
 
 _PAUSES_S: tuple[float, ...] = (0.5, 2.0)
 T = TypeVar("T")

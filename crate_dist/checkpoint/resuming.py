@@ -8,8 +8,9 @@ from dataclasses import replace
 from crate_dist.checkpoint.format import CheckpointError, Progress
 from crate_dist.checkpoint.loading import Checkpoint
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
-from crate_dist.distributed import World, gather_objects
+from crate_dist.distributed import gather_objects
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

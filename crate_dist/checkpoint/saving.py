@@ -28,10 +28,11 @@ from crate_dist.checkpoint.format import (
     write_manifest,
 )
 from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
-from crate_dist.distributed import World, gather_objects
+from crate_dist.distributed import gather_objects
 from crate_dist.files import sync_folder
 from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name
 from crate_dist.run.lock import ALONE, Tenure
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

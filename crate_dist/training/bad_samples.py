@@ -9,11 +9,12 @@ from typing import Any
 
 from crate_dist.config import Recipe
 from crate_dist.data.reader import BadSample
-from crate_dist.distributed import World, gather_objects
+from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
 from crate_dist.files import AppendedFile
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -29,13 +29,14 @@ from crate_dist.data.decode import BadImage, Pixels
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
-from crate_dist.distributed import Left, World, gather_objects
+from crate_dist.distributed import Left, gather_objects
 from crate_dist.models.crate import CRATE
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
 from crate_dist.whitebox.pixels import heat, layer_profile, tiles
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

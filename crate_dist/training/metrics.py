@@ -22,7 +22,6 @@ from tqdm import tqdm
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
-from crate_dist.distributed import World
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
@@ -31,6 +30,7 @@ from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.tensorboard import Curves
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import sys
 
 from tqdm import tqdm
 
-from crate_dist.distributed import World
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World
 
 
 def start_logging(folder: RunFolder, world: World) -> None:

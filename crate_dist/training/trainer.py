@@ -23,7 +23,7 @@ from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_t
 from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
-from crate_dist.distributed import Left, World, gather_objects
+from crate_dist.distributed import Left, gather_objects
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
@@ -36,6 +36,7 @@ from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule, learning_rate
 from crate_dist.training.startup import Startup
 from crate_dist.training.watchdog import Watchdog
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from crate_dist.distributed import World
 from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.training.interrupt import Interrupt
+from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 

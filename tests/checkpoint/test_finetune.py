@@ -17,7 +17,6 @@ import torch
 from crate_dist.checkpoint.finetune import Origin, begin_from, weights_digest
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.data.augment import RandAugment, augmentations
-from crate_dist.distributed import World
 from crate_dist.launching.options import recipe_from, recipe_parser
 from crate_dist.launching.preflight import preflight
 from crate_dist.models.build import build_model
@@ -25,6 +24,7 @@ from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.weights.names import to_reference
 from crate_dist.models.weights.write import export_model, export_reference
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.ranks import REPOSITORY, spawn, train_to_the_end
 

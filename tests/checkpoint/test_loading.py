@@ -27,9 +27,9 @@ from crate_dist.checkpoint.format import (
     manifest_digest,
 )
 from crate_dist.checkpoint.loading import StateReader
-from crate_dist.distributed import World
 from crate_dist.run.checkpoints import checkpoint_names, note_published
 from crate_dist.run.lock import ALONE, LostTheRun, Tenure
+from crate_dist.world import World
 from tests.chaos.ranks import spawn_statuses
 from tests.ranks import spawn
 

@@ -20,12 +20,12 @@ from crate_dist.config import RecipeError, load_recipe
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.splits import open_split, open_splits
-from crate_dist.distributed import World
 from crate_dist.launching.preflight import preflight
 from crate_dist.models.weights.card import model_card
 from crate_dist.models.weights.read import load_model
 from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.run.folder import RunFolder
+from crate_dist.world import World
 from tests.conftest import SMALL_RECIPE, casts, write_split
 from tests.data_prep import run
 from tests.ranks import Training, train_to_the_end

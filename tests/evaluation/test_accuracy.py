@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from crate_dist.distributed import World
 from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, label_ranks
+from crate_dist.world import World
 from tests.ranks import spawn
 
 CLASSES = 7

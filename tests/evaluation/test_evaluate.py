@@ -22,13 +22,13 @@ from crate_dist.config import ImageSection, ModelSection, load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader, eval_transform
 from crate_dist.data.reader import BadSample
-from crate_dist.distributed import World
 from crate_dist.evaluate import Evaluation, evaluate, main
 from crate_dist.launching.preflight import check_init_from
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import to_reference
 from crate_dist.models.weights.write import export_model, export_reference
+from crate_dist.world import World
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, free_port, rank_environment, spawn, train_to_the_end
 

@@ -21,7 +21,6 @@ from crate_dist.checkpoint.trained import find_layer
 from crate_dist.config import ImageSection, ModelSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Normalize, eval_loader, eval_transform
-from crate_dist.distributed import World
 from crate_dist.errors import UserError
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
@@ -31,6 +30,7 @@ from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE, Pool
 from crate_dist.models.weights.write import export_model
 from crate_dist.probe import main
+from crate_dist.world import World
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, spawn
 

@@ -18,10 +18,10 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
-from crate_dist.distributed import World
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
+from crate_dist.world import World
 from tests.ranks import spawn
 from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 

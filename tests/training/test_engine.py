@@ -12,7 +12,7 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
 from crate_dist.config import Recipe, build_recipe
-from crate_dist.distributed import World
+from crate_dist.world import World
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.spawn

@@ -17,12 +17,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
-from crate_dist.distributed import World
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.live import Live, first_images
 from crate_dist.training.optim import Schedule
+from crate_dist.world import World
 from tests.conftest import SMALL_RECIPE, write_split
 from tests.ranks import train_to_the_end
 

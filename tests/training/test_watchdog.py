@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_dist.distributed import World
 from crate_dist.run.exit_status import TRY_AGAIN
 from crate_dist.training.watchdog import Watchdog
+from crate_dist.world import World
 from tests.chaos.ranks import spawn_statuses
 
 pytestmark = pytest.mark.spawn
