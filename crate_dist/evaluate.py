@@ -30,7 +30,7 @@ from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import open_split
 from crate_dist.distributed import World, exit_at_once
-from crate_dist.evaluation.accuracy import ByClass, Evaluation, Tally, class_text, evaluate
+from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, Evaluation, class_text, evaluate
 from crate_dist.evaluation.matching import Matching, match_classes
 from crate_dist.evaluation.on_ranks import (
     CannotMeasure,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(prepared: tuple[Trained, ShardIndex, Matching], world: World, device: torch.device) -> None:
         trained, index, matching = prepared
         model = Frozen.place(trained, arguments, world, device)
-        tally = Tally(index.num_classes, device)
+        tally = ClassCounts(index.num_classes, device)
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             return matching.select(model.logits(images))
@@ -111,7 +111,7 @@ def _report(
     matching: Matching,
     world: World,
     result: Evaluation,
-    by_class: ByClass,
+    by_class: ClassAccuracies,
     seconds: float,
 ) -> None:
     """Prints and writes the result. seconds: of the whole pass, the start of the loader's workers among them."""

@@ -41,7 +41,7 @@ KS = (10, 20, 100, 200)
 
 
 @dataclass(frozen=True)
-class Question:
+class ProbeInputs:
     """A probe that fits model and data. layer: 1 … depth; pool: the token, or the mean of them, that is the feature."""
 
     trained: Trained
@@ -56,7 +56,7 @@ class Question:
         return f"{tokens} after layer {self.layer} of {self.trained.model.config.depth} and the head's norm"
 
 
-def question(arguments: argparse.Namespace) -> Question:
+def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
     """Opens what the command line names.
 
     Raises
@@ -79,12 +79,12 @@ def question(arguments: argparse.Namespace) -> Question:
             f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
             f"--k {' '.join(fitting)} would do"
         )
-    return Question(
+    return ProbeInputs(
         trained, train, val, find_layer(arguments.layer, trained.model.config.depth), _pool(arguments, trained)
     )
 
 
-def features(model: Frozen, asked: Question) -> tuple[Features, Features]:
+def features(model: Frozen, asked: ProbeInputs) -> tuple[Features, Features]:
     """Extracts the features of the training and of the validation split. A collective."""
 
     def read(images: torch.Tensor) -> torch.Tensor:
@@ -132,18 +132,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     measure = _measure_knn if arguments.probe == "knn" else _measure_linear
 
-    def work(asked: Question, world: World, device: torch.device) -> None:
+    def work(asked: ProbeInputs, world: World, device: torch.device) -> None:
         model = Frozen.place(asked.trained, arguments, world, device)
         train, val = features(model, asked)
         measured = measure(arguments, train, val, asked, model)
         if world.is_main:
             _report(arguments.json, asked, train, val, {"probe": arguments.probe, **measured})
 
-    return run_on_ranks(lambda: question(arguments), work)
+    return run_on_ranks(lambda: open_inputs(arguments), work)
 
 
 def _measure_knn(
-    arguments: argparse.Namespace, train: Features, val: Features, asked: Question, model: Frozen
+    arguments: argparse.Namespace, train: Features, val: Features, asked: ProbeInputs, model: Frozen
 ) -> dict[str, Any]:
     ks = sorted(set(arguments.k))
     results = knn.classify(train, val, ks, arguments.temperature, _bar("neighbours", model))
@@ -151,7 +151,7 @@ def _measure_knn(
 
 
 def _measure_linear(
-    arguments: argparse.Namespace, train: Features, val: Features, asked: Question, model: Frozen
+    arguments: argparse.Namespace, train: Features, val: Features, asked: ProbeInputs, model: Frozen
 ) -> dict[str, Any]:
     result = linear_probe.probe(
         train, val, asked.train.num_classes, arguments.l2, arguments.seed, arguments.max_steps, _bar("l2", model)
@@ -163,7 +163,7 @@ def _bar(what: str, model: Frozen) -> Callable[[Any], Iterable[Any]]:
     return lambda items: tqdm(items, desc=what, disable=not model.shows, dynamic_ncols=True)
 
 
-def _report(path: Path | None, asked: Question, train: Features, val: Features, measured: dict[str, Any]) -> None:
+def _report(path: Path | None, asked: ProbeInputs, train: Features, val: Features, measured: dict[str, Any]) -> None:
     replaced = train.replaced + val.replaced
     print(  # noqa: T201
         f"{asked.trained.name}: {asked.describe()}, {train.values.shape[1]} numbers an image; "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from crate_dist.checkpoint.format import CheckpointError, Progress
 from crate_dist.checkpoint.loading import Checkpoint
-from crate_dist.data.identity import DataIdentity, refusal
+from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.distributed import World, gather_objects
 from crate_dist.run.folder import RunFolder
 
@@ -38,7 +38,7 @@ def progress_on(
         if accepted and not noted:
             folder.record.note_changed_data(found.step, data.digest, changed)
     if not gather_objects(accepted)[0]:
-        raise CheckpointError(refusal(found.path, changed))
+        raise CheckpointError(changed_data_refusal(found.path, changed))
     what = "; ".join(f"{split}: {words}" for split, words in changed.items())
     logger.warning("going on from step %d with OTHER DATA, as accepted: %s", found.step, what)
     if not changed.keys() & {"val", "classes"}:

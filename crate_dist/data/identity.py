@@ -90,12 +90,12 @@ class DataIdentity:
                 found[split] = words
             elif before and bool(there) != bool(here):
                 found[split] = "none there" if here else "none now"
-        if classes is not None and (words := first_difference(classes, self.classes)):
+        if classes is not None and (words := first_class_difference(classes, self.classes)):
             found["classes"] = words
         return found
 
 
-def first_difference(one: Sequence[str], other: Sequence[str], here: str = "there", there: str = "now") -> str:
+def first_class_difference(one: Sequence[str], other: Sequence[str], here: str = "there", there: str = "now") -> str:
     """Says where two lists of classes part; "" when they do not. here, there: the names of the lists."""
     if len(one) != len(other):
         return f"{len(one):,} {here}, {len(other):,} {there}"
@@ -105,7 +105,7 @@ def first_difference(one: Sequence[str], other: Sequence[str], here: str = "ther
     return ""
 
 
-def refusal(run: Path, differences: Mapping[str, str]) -> str:
+def changed_data_refusal(run: Path, differences: Mapping[str, str]) -> str:
     """Returns the message to somebody who goes on with a run on other data."""
     listing = "\n".join(f"  {what}: {words}" for what, words in differences.items())
     return (

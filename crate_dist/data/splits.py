@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crate_dist.config import DataSection, Recipe, RecipeError
-from crate_dist.data.identity import first_difference
+from crate_dist.data.identity import first_class_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Remote, ShardError, ShardIndex
 from crate_dist.data.remote.cache import locked
 from crate_dist.data.remote.cache_folder import cache_folder, make_subfolder, open_file, unwritable
@@ -56,7 +56,7 @@ def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
 
 def check_same_classes(train: ShardIndex, val: ShardIndex | None) -> None:
     """Raises ShardError where two splits do not have the same classes in the same order, and says where they part."""
-    if val is not None and (words := first_difference(train.classes, val.classes, "in the one", "in the other")):
+    if val is not None and (words := first_class_difference(train.classes, val.classes, "in the one", "in the other")):
         raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order: {words}")
 
 

@@ -35,7 +35,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class ByClass:
+class ClassAccuracies:
     """Counts of a split; arrays have one entry per class.
 
     samples, top1, top5: int64 (classes,), the samples of the class, and those of them that were hit
@@ -88,7 +88,7 @@ class ByClass:
         ]
 
 
-class Tally:
+class ClassCounts:
     """A count of predictions, batch by batch, without waiting for the device.
 
     Of the confusion matrix only what happened is kept, one number per sample until the end and then one per pair of
@@ -106,7 +106,7 @@ class Tally:
         self._counts.index_add_(0, labels, counts.long())
         self._pairs.append(labels << _LABEL_BITS | ranked[:, 0])
 
-    def total(self) -> ByClass:
+    def total(self) -> ClassAccuracies:
         """Returns the counts of all ranks. A collective."""
         pairs, times = torch.unique(torch.cat(self._pairs), return_counts=True)
         mine = self._counts.cpu().numpy(), pairs.cpu().numpy(), times.cpu().numpy()
@@ -118,7 +118,7 @@ class Tally:
         order = np.lexsort((predicted, true, -count))
         order = order[true[order] != predicted[order]]
         samples, top1, top5 = np.sum(counts, axis=0).T
-        return ByClass(samples, top1, top5, true[order], predicted[order], count[order])
+        return ClassAccuracies(samples, top1, top5, true[order], predicted[order], count[order])
 
 
 def class_text(classes: Sequence[str], names: Sequence[str], label: int) -> str:
@@ -167,7 +167,7 @@ def evaluate(
     predict: Callable[[torch.Tensor], torch.Tensor],
     batches: Iterable[Batch],
     device: torch.device,
-    tally: Tally | None = None,
+    tally: ClassCounts | None = None,
     leave: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.

@@ -84,7 +84,7 @@ def extract(
     return Features(values, labels, sizes, int(seen[0]))
 
 
-def gather_rows(mine: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def gather_features(mine: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Returns the rows (sizes[rank], …) of all ranks, one rank's behind the other's, on every rank. A collective."""
     most = max(sizes)
     padded = mine.new_zeros(most, *mine.shape[1:])

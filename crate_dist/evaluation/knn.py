@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_dist.evaluation.accuracy import label_ranks
-from crate_dist.evaluation.features import Features, gather_rows
+from crate_dist.evaluation.features import Features, gather_features
 
 TEMPERATURE = 0.07
 QUERIES = 512
@@ -51,8 +51,8 @@ def classify(
     neighbours the earlier training sample comes first, among classes with equal votes the lower number.
     ks: none above train.total
     """
-    labels = gather_rows(train.labels, train.sizes).cpu()
-    wanted, right = gather_rows(queries.values, queries.sizes), gather_rows(queries.labels, queries.sizes).cpu()
+    labels = gather_features(train.labels, train.sizes).cpu()
+    wanted, right = gather_features(queries.values, queries.sizes), gather_features(queries.labels, queries.sizes).cpu()
     bank, wanted = F.normalize(train.values), F.normalize(wanted)
     classes = int(max(labels.max(), right.max())) + 1
     hits = torch.zeros(len(ks), 2, dtype=torch.int64)

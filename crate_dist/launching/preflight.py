@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crate_dist.checkpoint.format import MANIFEST, newest_manifest
 from crate_dist.config import Recipe, RecipeError, derive_batch
-from crate_dist.data.identity import DataIdentity, refusal
+from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.splits import open_splits
 from crate_dist.errors import UserError
 from crate_dist.locations import redacted
@@ -80,7 +80,7 @@ def preflight(
             if changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
                 if not accepted_data and not folder.record.data_was_accepted(manifest.progress.step, data.digest):
-                    problems.append(refusal(run_dir, changed))
+                    problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
     except OSError as error:

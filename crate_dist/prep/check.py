@@ -14,11 +14,11 @@ import numpy as np
 from braceexpand import braceexpand
 
 from crate_dist.data.decode import BadImage
-from crate_dist.data.identity import first_difference
+from crate_dist.data.identity import first_class_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import check_decodes
-from crate_dist.prep.journal import missing_shards, read_identity
+from crate_dist.prep.journal import missing_shards, read_conversion
 from crate_dist.prep.pool import advance, run_parallel
 from crate_dist.prep.program import progress_bar
 from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
@@ -125,7 +125,7 @@ def build_indexes(
     before = [_present_index(folder, classes is not None) for folder in folders]
     for folder, meta in zip(folders, before, strict=True):
         missing = missing_shards(folder)
-        if missing or (meta is None and read_identity(folder) is not None):
+        if missing or (meta is None and read_conversion(folder) is not None):
             lost = f", {len(missing)} shards are missing, the first is {missing[0]}" if missing else ""
             raise ShardError(
                 f"{folder} is a conversion that is not finished or was damaged{lost}; "
@@ -242,7 +242,7 @@ def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:
     except ShardError:
         raise
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        if classes_given or read_identity(folder) is not None:
+        if classes_given or read_conversion(folder) is not None:
             return None
         raise ShardError(
             f"{path} is damaged ({error}), and the names of its classes are lost; give them with --classes, or remove "
@@ -261,7 +261,7 @@ def _present_classes(folders: Sequence[Path], before: Sequence[Mapping[str, Any]
     first, said = known[0]
     for folder, meta in known[1:]:
         for key in ("classes", "class_names"):
-            if words := first_difference(said[key], meta[key], "in the one", "in the other"):
+            if words := first_class_difference(said[key], meta[key], "in the one", "in the other"):
                 raise ShardError(
                     f"{first / INDEX_JSON} and {folder / INDEX_JSON} have other {key}: {words}; "
                     "--classes says which are right, or index the folders one by one"

@@ -24,7 +24,7 @@ from crate_dist.data.decode import BadImage
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 from crate_dist.prep.images import ImageOptions, transcode
-from crate_dist.prep.journal import CONVERSION_JSON, Identity, SplitFolder, digest_of_classes, read_identity
+from crate_dist.prep.journal import CONVERSION_JSON, ConversionIdentity, SplitFolder, digest_of_classes, read_conversion
 from crate_dist.prep.pool import run_parallel
 from crate_dist.prep.program import (
     counted,
@@ -169,7 +169,7 @@ def convert(source: Source, options: Options) -> None:
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
     plan = ShardPlan(folder, split.samples, options.seed, options.shard_samples)
     ratio = _size_ratio(plan, options.image_options) if options.image_options.changes_sizes else 1.0
-    identity = Identity.of(plan, source.classes, options.image_options)
+    identity = ConversionIdentity.of(plan, source.classes, options.image_options)
     return _Job(split, plan, SplitFolder(plan, identity), plan.estimated_bytes(ratio))
 
 
@@ -199,7 +199,7 @@ def _check_out(source: Source, options: Options) -> None:
         if not any((out / name / mark).exists() for mark in (CONVERSION_JSON, INDEX_JSON)):
             foreign.append(name)
             continue
-        other = read_identity(out / name)
+        other = read_conversion(out / name)
         if other is not None and other.get("classes") != digest_of_classes(source.classes):
             raise ShardError(
                 f"{out / name} was converted with other classes, so its labels would mean something else; "

@@ -40,7 +40,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Identity:
+class ConversionIdentity:
     """The input and options that decide the bytes: conversions of equal identity are the same one."""
 
     samples: int
@@ -53,7 +53,7 @@ class Identity:
     verify: bool
 
     @classmethod
-    def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> Identity:
+    def of(cls, plan: ShardPlan, classes: Sequence[str], image_options: ImageOptions) -> ConversionIdentity:
         """Returns the identity of a planned conversion."""
         return cls(
             len(plan.samples),
@@ -70,7 +70,7 @@ class Identity:
 class SplitFolder:
     """The folder of a split, for one conversion. Nothing is written before start()."""
 
-    def __init__(self, plan: ShardPlan, identity: Identity) -> None:
+    def __init__(self, plan: ShardPlan, identity: ConversionIdentity) -> None:
         self.path, self.plan, self.identity = plan.folder, plan, identity
         self._lock: int | None = None
 
@@ -82,7 +82,7 @@ class SplitFolder:
             return
         except OSError as error:
             raise ShardError(f"cannot use {self.path}: {error.strerror}") from error
-        before = read_identity(self.path)
+        before = read_conversion(self.path)
         foreign = [name for name in names if not name.startswith(".")]
         if before is not None:
             own = set(self.plan.names())
@@ -184,7 +184,7 @@ def digest_of_classes(classes: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()
 
 
-def read_identity(folder: Path) -> dict[str, Any] | None:
+def read_conversion(folder: Path) -> dict[str, Any] | None:
     """Reads the conversion.json of a folder, None when there is none. Raises ShardError when it is damaged."""
     path = folder / CONVERSION_JSON
     try:
@@ -219,7 +219,7 @@ def read_journal(folder: Path) -> dict[str, JournalEntry]:
 
 def missing_shards(folder: Path) -> list[str]:
     """Names the shards that the conversion in a folder was to write and that do not stand there."""
-    identity = read_identity(folder)
+    identity = read_conversion(folder)
     if identity is None:
         return []
     number = -(-int(identity["samples"]) // int(identity["shard_samples"]))

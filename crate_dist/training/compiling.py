@@ -24,7 +24,7 @@ from crate_dist.models.crate import CRATE
 logger = logging.getLogger(__name__)
 
 
-def wanted(compile: Compile, device: torch.device) -> bool:
+def should_compile(compile: Compile, device: torch.device) -> bool:
     """Says whether to compile; "auto": on a GPU that Triton knows, since its step is bound by memory between products.
 
     On a CPU products and attention take nine tenths of the step, and compiling the rest of CRATE-B's gained nothing.

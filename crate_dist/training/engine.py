@@ -104,7 +104,7 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
-        if compiling.wanted(recipe.train.compile, device):
+        if compiling.should_compile(recipe.train.compile, device):
             seconds = compiling.compile_layers(self.module, device, self.dtype, micro_batch)
             if seconds is not None:
                 logger.info("compiled the layers in %.1f s", seconds)

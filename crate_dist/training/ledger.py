@@ -22,7 +22,7 @@ from crate_dist.run.lock import ALONE
 
 
 @dataclass
-class Totals:
+class LedgerTotals:
     """The sums of the ledger: seconds, and counts."""
 
     wall_s: float = 0.0
@@ -111,7 +111,7 @@ class Ledger:
     """The ledger's file, which rank 0 writes. up_s: seconds since the process began, until now."""
 
     def __init__(self, path: Path, up_s: float = 0.0, check: Callable[[], None] = ALONE.check) -> None:
-        self.totals = Totals()
+        self.totals = LedgerTotals()
         self._began = time.monotonic() - up_s
         for text in mended_lines(path):
             try:

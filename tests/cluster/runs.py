@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crate_dist.run.folder import RunFolder
-from crate_dist.training.ledger import Ledger, Totals
+from crate_dist.training.ledger import Ledger, LedgerTotals
 from tests.cluster import places
 from tests.cluster.testbed import Cluster, wait_until
 from tests.ranks import REPOSITORY
@@ -58,7 +58,7 @@ def starts(run_dir: Path) -> list[dict[str, Any]]:
     return list(record["starts"])
 
 
-def totals(run_dir: Path) -> Totals:
+def totals(run_dir: Path) -> LedgerTotals:
     """The sums of the run's ledger."""
     return Ledger(RunFolder(run_dir).ledger).totals
 

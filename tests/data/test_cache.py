@@ -26,7 +26,7 @@ from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote import prefetch as ahead
-from crate_dist.data.remote.cache import NoRoom, ShardCache, locked
+from crate_dist.data.remote.cache import CacheIsFull, ShardCache, locked
 from crate_dist.data.remote.cache_folder import close
 from crate_dist.data.remote.fetch import RetryPolicy, below, file_url
 from crate_dist.data.splits import open_split, open_splits
@@ -248,9 +248,9 @@ def test_the_least_recently_used_goes_first_and_what_is_held_stays(server: Folde
     names = {path.stem for path in cached(data)}
     assert names == {index.shards[number].sha256 for number in (0, 2, 3)}
     more = [one_shard(index, cache, number) for number in (2, 3)]
-    with pytest.raises(NoRoom, match=r"is too small: .* in use at this moment, and train-000004.tar needs"):
+    with pytest.raises(CacheIsFull, match=r"is too small: .* in use at this moment, and train-000004.tar needs"):
         one_shard(index, cache, 4)
-    with pytest.raises(NoRoom):
+    with pytest.raises(CacheIsFull):
         cache.hold(index.shards[5], ahead=True)
     assert os.pread(held, index.shards[0].bytes, 0)
     for descriptor in (held, *more):
@@ -266,7 +266,7 @@ def test_looking_ahead_leaves_half_of_the_cache_to_those_who_need_a_shard_now(
     size = max(shard.bytes for shard in index.shards)
     cache = ShardCache(Remote(index.remote.url, index.remote.cache, int(4.5 * size)))
     held = [cache.hold(index.shards[number], ahead=True) for number in range(2)]
-    with pytest.raises(NoRoom):
+    with pytest.raises(CacheIsFull):
         cache.hold(index.shards[2], ahead=True)
     held += [cache.hold(index.shards[number]) for number in (2, 3)]
     assert None not in held

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crate_dist.distributed import World
-from crate_dist.evaluation.accuracy import ByClass, Tally, label_ranks
+from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, label_ranks
 from tests.ranks import spawn
 
 CLASSES = 7
@@ -25,9 +25,9 @@ def predictions() -> tuple[np.ndarray, np.ndarray]:
     return labels, np.argsort(-(rng.random((101, KNOWN)) + liked), axis=1)[:, :5]
 
 
-def tally_on_ranks(world: World, device: torch.device) -> ByClass:
+def tally_on_ranks(world: World, device: torch.device) -> ClassAccuracies:
     """Each rank takes every so manieth sample, three at a time; of five ranks the last has none."""
-    tally = Tally(CLASSES, device)
+    tally = ClassCounts(CLASSES, device)
     labels, ranked = (torch.from_numpy(part) for part in predictions())
     sharing = min(world.world_size, 4)
     mine = range(world.rank, len(labels), sharing) if world.rank < sharing else range(0)
@@ -56,7 +56,7 @@ def test_the_worst_class_comes_first_and_one_without_samples_not_at_all() -> Non
     counts = np.array([[4, 2, 4], [4, 2, 3], [0, 0, 0], [10, 1, 1], [4, 2, 3]])
     none = np.array([], dtype=np.int64)
     samples, top1, top5 = counts.T
-    by_class = ByClass(samples, top1, top5, none, none, none)
+    by_class = ClassAccuracies(samples, top1, top5, none, none, none)
     assert by_class.worst_first().tolist() == [3, 1, 4, 0]
     records = by_class.records(list("abcde"), ["one", "two", "three", "four", "five"])
     assert records[3] == {"label": 3, "class": "d", "name": "four", "samples": 10, "top1": 10.0, "top5": 10.0}
@@ -65,7 +65,7 @@ def test_the_worst_class_comes_first_and_one_without_samples_not_at_all() -> Non
 
 def test_confusions_name_both_classes_and_their_share_of_the_true_one() -> None:
     samples = np.array([8, 5, 5])
-    by_class = ByClass(samples, samples, samples, np.array([0, 1]), np.array([1, 4]), np.array([2, 1]))
+    by_class = ClassAccuracies(samples, samples, samples, np.array([0, 1]), np.array([1, 4]), np.array([2, 1]))
     first, second = by_class.confusions(["n1", "n2", "n3"], ["crane", "crane", "n3"])
     assert (first["true"], first["predicted"], first["count"], first["share"]) == ("n1 crane", "n2 crane", 2, 25.0)
     assert (second["predicted"], second["predicted_label"], second["share"]) == ("class 4", 4, 20.0)

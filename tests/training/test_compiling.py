@@ -164,7 +164,7 @@ def test_compiled_logits_equal_the_published_codes(cache: Path) -> None:
 
 def test_auto_leaves_a_cpu_alone() -> None:
     cpu = torch.device("cpu")
-    assert [compiling.wanted(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]
+    assert [compiling.should_compile(choice, cpu) for choice in ("auto", True, False)] == [False, True, False]
 
 
 def compiled_lion(world: World, device: torch.device, cache: Path) -> tuple[float, int]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from crate_dist.training import ledger as ledger_module
-from crate_dist.training.ledger import Ledger, Totals
+from crate_dist.training.ledger import Ledger, LedgerTotals
 
 
-def replay(*events: dict[str, object]) -> Totals:
-    totals = Totals()
+def replay(*events: dict[str, object]) -> LedgerTotals:
+    totals = LedgerTotals()
     for event in events:
         totals.add(event)
     return totals

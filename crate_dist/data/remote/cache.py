@@ -46,7 +46,7 @@ _STARTED = time.time()
 logger = logging.getLogger(__name__)
 
 
-class NoRoom(ShardError):
+class CacheIsFull(ShardError):
     """Everything in the cache is in use, and one more shard does not fit."""
 
 
@@ -70,7 +70,7 @@ class ShardCache:
 
         Raises
         ------
-        NoRoom: everything in the cache is in use; for `ahead` half of it
+        CacheIsFull: everything in the cache is in use; for `ahead` half of it
         ShardError: the shard cannot be fetched, or the cache cannot be written
         """
         final, part = self._folder / f"{shard.sha256}.tar", self._folder / f"{shard.sha256}.part"
@@ -148,9 +148,11 @@ class ShardCache:
             raise Damaged("its sha256 is not the one in the index, which may be that of other shards")
 
     def _allocate(self, descriptor: int, shard: Shard, ahead: bool) -> None:
-        """Reserves the bytes of a shard, evicting others. Raises NoRoom, and OSError when the disk is full."""
+        """Reserves the bytes of a shard, evicting others. Raises CacheIsFull, and OSError when the disk is full."""
         if ahead and time.time() - _mtime(self._full) < _NO_ROOM_HOLDS_S:
-            raise NoRoom("half of the cache is in use")  # found a moment ago, and finding out means trying every lock
+            raise CacheIsFull(
+                "half of the cache is in use"
+            )  # found a moment ago, and finding out means trying every lock
         with locked(self._room):
             files: dict[Path, os.stat_result] = {}
             for there in [there for there in self._folder.iterdir() if SHARD_FILE.fullmatch(there.name)]:
@@ -171,8 +173,8 @@ class ShardCache:
                 if _evict(path):
                     total -= files[path].st_size
 
-    def _no_room(self, held: int, shard: Shard) -> NoRoom:
-        return NoRoom(
+    def _no_room(self, held: int, shard: Shard) -> CacheIsFull:
+        return CacheIsFull(
             f"the cache {self._folder.parent} is too small: {held / 1e9:.3g} of its {self._limit / 1e9:.3g} GB are in "
             f"use at this moment, and {shard.name} needs {shard.bytes / 1e9:.3g} more; raise data.cache_gb"
         )

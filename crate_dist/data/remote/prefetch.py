@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.data.remote.cache import NoRoom, ShardCache
+from crate_dist.data.remote.cache import CacheIsFull, ShardCache
 from crate_dist.data.remote.cache_folder import close
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class CachedShards:
                     return self._held[shard]
             try:
                 descriptor = self._cache.hold(self._shards[shard])
-            except NoRoom:
+            except CacheIsFull:
                 with self._lock:
                     self._let_go_but({})  # its own future gives way first
                 if time.monotonic() > deadline:
@@ -116,7 +116,7 @@ class CachedShards:
             descriptor = None
             try:
                 descriptor = self._cache.hold(self._shards[shard], ahead=True)
-            except NoRoom:
+            except CacheIsFull:
                 return _NO_ROOM_POLL_S
             except ShardError as error:
                 logger.warning("%s; it will be tried again when it is needed", error)
