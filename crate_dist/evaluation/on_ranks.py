@@ -24,7 +24,7 @@ from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import PortIsTaken, gather_objects, init_distributed, leave_distributed, lost_a_rank
+from crate_dist.distributed import gather_objects, init_distributed, leave_distributed, lost_a_rank
 from crate_dist.errors import UserError
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
@@ -37,7 +37,7 @@ class CannotMeasure(UserError):
     """A measurement that does not fit the model or the data; the message says what would do."""
 
 
-EXPECTED_ERRORS = (UserError, PortIsTaken, OSError)
+EXPECTED_ERRORS = (UserError, OSError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
