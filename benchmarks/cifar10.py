@@ -7,7 +7,7 @@
     python benchmarks/cifar10.py finetune --seeds 0 1 2       five classes, after the other five and from scratch
     python benchmarks/cifar10.py report --figure FILE         the tables and the curves of what has been run
 
---reference is a checkout of the published code: its model is imported from there, its loop is cifar10_published.py.
+--reference is a checkout of the published code: its model is imported from there, its loop is published.py.
 Everything lies in --work; what has been run already is not run again, and a run of ours goes on where it was.
 """
 
@@ -21,16 +21,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # noqa: F401  isort: skip
+import measuring  # isort: skip
 import cifar10_equal
-import cifar10_published
 import cifar10_report
+from published import FILTERS, train_epochs
 
-from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.config import RecipeError, load_recipe
 
 REPO = Path(__file__).resolve().parents[1]
 HALVES = {"first": slice(0, 5), "last": slice(5, 10)}
@@ -54,40 +53,33 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(required=True, metavar="STEP")
-    for step in (prepare, equal, ours, published, finetune, report):
+    recipe, json_file = measuring.recipe_options("cifar10_small"), measuring.json_option()
+    reference, seeds = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    reference.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the published code")
+    seeds.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+
+    def add(step: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         summary = (step.__doc__ or "").partition("\n")[0]
-        sub = steps.add_parser(step.__name__, help=summary, description=summary)
+        sub = steps.add_parser(step.__name__, help=summary, description=summary, parents=parents)
         sub.set_defaults(run=step)
         sub.add_argument("--work", type=Path, default=Path("runs/cifar10"), metavar="DIR", help="[%(default)s]")
-        if step is report:
-            sub.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves here")
-        else:
-            sub.add_argument("--arch", default="cifar10_small", metavar="NAME", help="recipe [%(default)s]")
-            add = sub.add_argument
-            add(
-                "--set",
-                action="append",
-                default=[],
-                dest="overrides",
-                metavar="SECTION.KEY=VALUE",
-                help="of the recipe",
-            )
-        if step in (report, equal):
-            sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-        if step is prepare:
-            sub.add_argument("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
-        if step in (equal, published):
-            sub.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the published code")
-        if step is equal:
-            sub.add_argument("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
-        if step in (ours, published, finetune):
-            sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
-        if step is published:
-            names = list(cifar10_published.FILTERS)
-            sub.add_argument("--filter", choices=names, default=names[0], help="of its resize [its own: %(default)s]")
+        return sub
+
+    add(prepare, recipe).add_argument(
+        "--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs"
+    )
+    add(equal, recipe, json_file, reference).add_argument(
+        "--steps", type=int, default=500, metavar="N", help="[%(default)s]"
+    )
+    add(ours, recipe, seeds)
+    add(published, recipe, reference, seeds).add_argument(
+        "--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]"
+    )
+    add(finetune, recipe, seeds)
+    add(report, json_file).add_argument("--figure", type=Path, metavar="FILE", help="draw the curves here")
     return parser.parse_args()
 
 
@@ -108,14 +100,13 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def equal(arguments: argparse.Namespace) -> None:
-    """Both take the same steps: same first weights, same batches; how far the losses and the logits come apart."""
-    recipe = recipe_of(arguments, data__root=str((arguments.work / "shards" / "all").absolute()))
+    """Takes the same steps with both, from the same weights; how far the losses and the logits come apart."""
+    root = (arguments.work / "shards" / "all").absolute()
+    recipe = load_recipe(arguments.arch, arguments.overrides, data__root=str(root))
     result = cifar10_equal.compare(recipe, arguments.reference, arguments.steps)
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     for path in (arguments.work / "equal.json", arguments.json):
-        if path:
-            path.write_text(text, encoding="utf-8")
+        measuring.write_json(path, result)
 
 
 def ours(arguments: argparse.Namespace) -> None:
@@ -127,22 +118,16 @@ def ours(arguments: argparse.Namespace) -> None:
 def published(arguments: argparse.Namespace) -> None:
     """Trains the published code's model with its pipeline and loop from files, a file of metrics per seed."""
     for seed in arguments.seeds:
-        recipe = recipe_of(arguments, train__seed=seed)
+        recipe = load_recipe(arguments.arch, arguments.overrides, train__seed=seed)
         folder = arguments.work / f"published-{arguments.filter}-seed{seed}"
         metrics, beside = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
         folder.mkdir(parents=True, exist_ok=True)
         if metrics.exists():
             print(f"{metrics} is there")
             continue
-        began = time.monotonic()
+        began, images = time.monotonic(), arguments.work / "images" / "all"
         with beside.open("w", encoding="utf-8") as file:
-            for row in cifar10_published.train(
-                recipe,
-                arguments.work / "images" / "all",
-                arguments.reference,
-                arguments.filter,
-                lambda text, name=folder.name: print(f"{name}: {text}", flush=True),  # type: ignore[misc]
-            ):
+            for row in train_epochs(recipe, images, arguments.reference, arguments.filter, f"{folder.name}: "):
                 file.write(json.dumps(row) + "\n")
         beside.replace(metrics)
         (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
@@ -159,13 +144,12 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables of what has been run, and the figure."""
+    """Prints the tables of what has been run, and draws the figure."""
     result = cifar10_report.collect(arguments.work)
-    print(cifar10_report.tables(result))
+    cifar10_report.print_tables(result)
     if arguments.figure:
         cifar10_report.draw(result, arguments.figure)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    measuring.write_json(arguments.json, result)
 
 
 def train(
@@ -176,7 +160,7 @@ def train(
     overrides: Sequence[str] = (),
     options: Sequence[object] = (),
 ) -> None:
-    """One run of ours in WORK/name, unless it is complete."""
+    """Makes a run of ours in WORK/name, unless it is complete."""
     data, folder = arguments.work / "shards" / shards, arguments.work / name
     if (folder / "model-last.pt").exists():
         print(f"{folder} is complete")
@@ -187,17 +171,12 @@ def train(
 
 
 def run(program: str, *options: object) -> None:
-    """One of the project's programs, with its command shown. Raises CalledProcessError."""
+    """Runs one of the project's programs, and shows its command. Raises CalledProcessError."""
     line = [program, *map(str, options)]
     print(f"$ python {shlex.join(line)}", flush=True)
     search = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(REPO / program), *line[1:]]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": search})
-
-
-def recipe_of(arguments: argparse.Namespace, **values: object) -> Recipe:
-    """The recipe that the command line names."""
-    return load_recipe(arguments.arch, arguments.overrides, **values)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_published import Normalise, Published
+from published import Normalise, seeded_loop
 from tqdm import tqdm
 
 from crate_dist.config import Recipe
@@ -24,11 +24,11 @@ MARKS = (1, 10, 100)
 
 
 def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
-    """The largest differences from the published code: of losses, and of logits on all test images; on the CPU.
+    """Returns the largest differences from the published code: of losses, and of logits on all test images; on the CPU.
 
     Ours is the model under training.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
     batches are those of our loader. The control is the published code itself from weights that are changed in their
-    last bit: what rounding alone does. Raises RecipeError as Published does.
+    last bit: what rounding alone does. Raises RecipeError as seeded_loop does.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from crate_dist.training.engine import Engine
@@ -45,13 +45,10 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
         as_tested = eval_transform(recipe.images, side)
         tests = [found.images for found in eval_loader(val_index, 0, 1, as_tested, batch, workers)]
         classes = train_index.num_classes
-        published, control = Published(recipe, classes, reference), Published(recipe, classes, reference)
+        published, control = (seeded_loop(recipe, classes, reference) for _ in range(2))
         perturb(control.model)
         engine = Engine(build_model(recipe.model, classes, recipe.train.seed), recipe, device, batch, 1)
-        normalise = Normalise(recipe.images)
-
-        def theirs(images: torch.Tensor) -> torch.Tensor:
-            return normalise(images.permute(0, 3, 1, 2).float() / 255)
+        theirs = Normalise(recipe.images).batch
 
         def on_tests() -> dict[str, Any]:
             base = torch.cat([published.logits(theirs(images)) for images in tests])
@@ -66,7 +63,7 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
             images, labels = theirs(found.images), found.labels.clone()
             lr = learning_rate(step, recipe.optim, schedule)
             mine = engine.step(iter([(found.images, found.labels)]), lr, step).loss.item()
-            losses.append((mine, published.step(images, labels), control.step(images, labels)))
+            losses.append((mine, published.step(images, labels).item(), control.step(images, labels).item()))
             if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
                 published.scheduler.step()
                 control.scheduler.step()
@@ -82,7 +79,7 @@ def compare(recipe: Recipe, reference: Path, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module) -> None:
-    """Every weight by one or no step of fp32, at random."""
+    """Changes every weight by one or no step of fp32, at random."""
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         ulp = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
@@ -90,6 +87,6 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 def apart(logits: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
-    """How far two outcomes for the same images are from each other."""
+    """Returns how far two outcomes for the same images are from each other."""
     agree = (logits.argmax(1) == base.argmax(1)).double().mean()
     return {"logits": float((logits - base).abs().max()), "same_percent": 100 * float(agree)}
