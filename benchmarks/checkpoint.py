@@ -26,7 +26,7 @@ COLUMNS = ("DeepSpeed save", "our stall", "our save in all", "DeepSpeed load", "
 
 def main() -> int:
     """Prints one row of medians per number of ranks."""
-    parser = measuring.parser(__doc__, "crate_large")
+    parser = measuring.parser(__doc__, measuring.arch("crate_large"), measuring.JSON)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="saves of each kind, after one to warm up")
     parser.add_argument("--folder", type=Path, help="where to write and remove checkpoints [the temporary folder]")

@@ -21,21 +21,32 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import measuring  # isort: skip
-import cifar10_equal
 import cifar10_report
-from published import FILTERS, train_epochs
+import torch
+from published import FILTERS, Normalise, class_folders, seeded_loop, train_epochs
+from tqdm import tqdm
 
-from crate_dist.config import RecipeError, load_recipe
+from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
+from crate_dist.data.order import Order
+from crate_dist.data.splits import open_splits
+from crate_dist.distributed import init_distributed, leave_distributed
+from crate_dist.files import write_whole
+from crate_dist.models.build import build_model
+from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.world import detect_world
 
 REPO = Path(__file__).resolve().parents[1]
 HALVES = {"first": slice(0, 5), "last": slice(5, 10)}
 """Class folders in sorted order: disjoint classes, hence disjoint images."""
 SHORT = ["train.epochs=2", "optim.warmup_epochs=1"]
 """The small budget that both contestants of `finetune` have."""
+MARKS = (1, 10, 100)
+"""Steps up to which the largest difference of the losses is told, beside that of all."""
 
 
 def main() -> int:
@@ -54,39 +65,34 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__)
     steps = parser.add_subparsers(required=True, metavar="STEP")
-    recipe, json_file = measuring.recipe_options("cifar10_small"), measuring.json_option()
-    reference, seeds = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    reference.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the published code")
-    seeds.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
-
-    def add(step: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    recipe, option = measuring.arch("cifar10_small"), measuring.option
+    reference = option("--reference", type=Path, required=True, metavar="PATH", help="the published code")
+    seeds = option("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+    source = option("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
+    count = option("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
+    resize = option("--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]")
+    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here")
+    for step, parents in {
+        prepare: [recipe, source],
+        equal: [recipe, reference, count, measuring.JSON],
+        ours: [recipe, seeds],
+        published: [recipe, reference, seeds, resize],
+        finetune: [recipe, seeds],
+        report: [figure, measuring.JSON],
+    }.items():
         summary = (step.__doc__ or "").partition("\n")[0]
         sub = steps.add_parser(step.__name__, help=summary, description=summary, parents=parents)
         sub.set_defaults(run=step)
         sub.add_argument("--work", type=Path, default=Path("runs/cifar10"), metavar="DIR", help="[%(default)s]")
-        return sub
-
-    add(prepare, recipe).add_argument(
-        "--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs"
-    )
-    add(equal, recipe, json_file, reference).add_argument(
-        "--steps", type=int, default=500, metavar="N", help="[%(default)s]"
-    )
-    add(ours, recipe, seeds)
-    add(published, recipe, reference, seeds).add_argument(
-        "--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]"
-    )
-    add(finetune, recipe, seeds)
-    add(report, json_file).add_argument("--figure", type=Path, metavar="FILE", help="draw the curves here")
     return parser.parse_args()
 
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Copies the images to WORK/images, and converts them to shards: all ten classes, the first and the last five."""
     source, images = arguments.source, arguments.work / "images"
-    classes = sorted(folder.name for folder in (source / "train").iterdir() if folder.is_dir())
+    classes, _ = class_folders(source / "train")
     for name, part in {"all": slice(None), **HALVES}.items():
         if not (images / name).is_dir():
             beside = images / f"{name}.tmp"
@@ -103,7 +109,12 @@ def equal(arguments: argparse.Namespace) -> None:
     """Takes the same steps with both, from the same weights; how far the losses and the logits come apart."""
     root = (arguments.work / "shards" / "all").absolute()
     recipe = load_recipe(arguments.arch, arguments.overrides, data__root=str(root))
-    result = cifar10_equal.compare(recipe, arguments.reference, arguments.steps)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    device = init_distributed(detect_world())
+    try:
+        result = compare(recipe, arguments.reference, arguments.steps, device)
+    finally:
+        leave_distributed()
     print(json.dumps(result, indent=1))
     for path in (arguments.work / "equal.json", arguments.json):
         measuring.write_json(path, result)
@@ -120,16 +131,13 @@ def published(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         recipe = load_recipe(arguments.arch, arguments.overrides, train__seed=seed)
         folder = arguments.work / f"published-{arguments.filter}-seed{seed}"
-        metrics, beside = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics.exists():
-            print(f"{metrics} is there")
+        if (folder / "metrics.jsonl").exists():
+            print(f"{folder / 'metrics.jsonl'} is there")
             continue
         began, images = time.monotonic(), arguments.work / "images" / "all"
-        with beside.open("w", encoding="utf-8") as file:
-            for row in train_epochs(recipe, images, arguments.reference, arguments.filter, f"{folder.name}: "):
-                file.write(json.dumps(row) + "\n")
-        beside.replace(metrics)
+        rows = list(train_epochs(recipe, images, arguments.reference, arguments.filter, f"{folder.name}: "))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
         print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -138,9 +146,8 @@ def finetune(arguments: argparse.Namespace) -> None:
     """Trains on five classes; then, briefly, on the other five from that checkpoint, and from scratch."""
     train(arguments, "first", "first-five", seed=0)
     for seed in arguments.seeds:
-        train(arguments, "last", f"scratch-seed{seed}", seed, overrides=SHORT)
-        start = ["--init-from", arguments.work / "first-five"]
-        train(arguments, "last", f"tuned-seed{seed}", seed, overrides=SHORT, options=start)
+        train(arguments, "last", f"scratch-seed{seed}", seed, short=True)
+        train(arguments, "last", f"tuned-seed{seed}", seed, short=True, start="first-five")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -152,22 +159,81 @@ def report(arguments: argparse.Namespace) -> None:
     measuring.write_json(arguments.json, result)
 
 
+def compare(recipe: Recipe, reference: Path, steps: int, device: torch.device) -> dict[str, Any]:
+    """Returns the largest differences from the published code: of losses, and of logits on all test images.
+
+    Ours is the model under training.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
+    batches are those of our loader. The control is the published code itself from weights that are changed in their
+    last bit: what rounding alone does. Raises RecipeError as seeded_loop does.
+    """
+    from crate_dist.training.engine import Engine
+
+    train_index, val_index = open_splits(recipe)
+    assert val_index is not None
+    batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers
+    schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
+    order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+    transform = train_transform(recipe.augment, recipe.images, side)
+    batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), transform, workers)
+    as_tested = eval_transform(recipe.images, side)
+    tests = [found.images for found in eval_loader(val_index, 0, 1, as_tested, batch, workers)]
+    classes = train_index.num_classes
+    published, control = (seeded_loop(recipe, classes, reference) for _ in range(2))
+    perturb(control.model)
+    engine = Engine(build_model(recipe.model, classes, recipe.train.seed), recipe, device, batch, 1)
+    theirs = Normalise(recipe.images).batch
+
+    def on_tests() -> dict[str, Any]:
+        base, changed = (torch.cat([loop.logits(theirs(images)) for images in tests]) for loop in (published, control))
+        mine = torch.cat([engine.predict(images) for images in tests])
+        return {"ours": apart(mine, base), "control": apart(changed, base)}
+
+    result: dict[str, Any] = {"images": sum(map(len, tests)), "steps": steps, "before": on_tests()}
+    losses = []
+    for step in tqdm(range(steps), unit="step"):
+        found = next(batches)
+        images, labels = theirs(found.images), found.labels.clone()
+        lr = learning_rate(step, recipe.optim, schedule)
+        mine = engine.step(iter([(found.images, found.labels)]), lr, step).loss.item()
+        losses.append((mine, published.step(images, labels).item(), control.step(images, labels).item()))
+        if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
+            for loop in (published, control):
+                loop.scheduler.step()
+    result["losses"] = {
+        name: {str(n): max(abs(row[place] - row[1]) for row in losses[:n]) for n in (*MARKS, steps) if n <= steps}
+        for place, name in ((0, "ours"), (2, "control"))
+    }
+    result["after"] = on_tests()
+    return result
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module) -> None:
+    """Changes every weight by one or no step of fp32, at random."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        ulp = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
+        weight.add_(ulp * torch.randint(-1, 2, weight.shape, generator=generator))
+
+
+def apart(logits: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
+    """Returns how far two outcomes for the same images are from each other."""
+    agree = (logits.argmax(1) == base.argmax(1)).double().mean()
+    return {"logits": float((logits - base).abs().max()), "same_percent": 100 * float(agree)}
+
+
 def train(
-    arguments: argparse.Namespace,
-    shards: str,
-    name: str,
-    seed: int,
-    overrides: Sequence[str] = (),
-    options: Sequence[object] = (),
+    arguments: argparse.Namespace, shards: str, name: str, seed: int, short: bool = False, start: str | None = None
 ) -> None:
-    """Makes a run of ours in WORK/name, unless it is complete."""
+    """Makes a run of ours in WORK/name, unless it is complete. start: the run whose weights it begins with."""
     data, folder = arguments.work / "shards" / shards, arguments.work / name
     if (folder / "model-last.pt").exists():
         print(f"{folder} is complete")
         return
-    settings = [part for text in [*overrides, *arguments.overrides] for part in ("--set", text)]
-    where = ["--data", data, "--run-dir", folder, "--seed", seed, "--ranks", 1]
-    run("launch/local.py", "--arch", arguments.arch, *where, *options, *settings)
+    options = ["--data", data, "--run-dir", folder, "--seed", seed, "--ranks", 1]
+    options += ["--init-from", arguments.work / start] if start else []
+    settings = [part for text in (SHORT if short else []) + arguments.overrides for part in ("--set", text)]
+    run("launch/local.py", "--arch", arguments.arch, *options, *settings)
 
 
 def run(program: str, *options: object) -> None:

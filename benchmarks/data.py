@@ -46,7 +46,6 @@ WARM_BATCHES = 6
 BASELINE = "ImageFolder + Pillow, float32 (baseline)"
 OURS, SMALL = "crate-dist, original images", "crate-dist, re-encoded"
 PACKAGES = ("torch", "pillow", "simplejpeg", "webdataset", "timm", "torchvision", "litdata", "mosaicml-streaming")
-
 UNITS = ("ms", "ms_best", "cpu_ms")
 
 Row = dict[str, Any]
@@ -54,7 +53,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Measures and prints. Returns the exit status."""
-    parser = measuring.parser(__doc__)
+    parser = measuring.parser(__doc__, measuring.JSON)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="DIR/<class>/<image>")
     parser.add_argument("--images", type=int, default=600, metavar="N", help="images per measurement [%(default)s]")
     parser.add_argument("--rounds", type=int, default=7, metavar="R", help="measurements of each [%(default)s]")
@@ -74,45 +73,37 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     files = [path for path, _ in class_folders(source)[1]]
     conversion = convert(source, work, len(files))
     copies = -(-(images + (WARM_BATCHES + 8) * BATCH) // len(files))
-    loaders: dict[str, tuple[contestants.Contestant, Path]] = {
-        BASELINE: (contestants.pillow_folder, source),
-        "timm": (contestants.timm_folder, source),
-        "webdataset, shuffle(1000) + Pillow": (contestants.webdataset, work / "original"),
-        "litdata + Pillow": (contestants.litdata_stream, work / "litdata"),
-        "mosaicml-streaming + Pillow": (contestants.mosaic_stream, work / "mosaic"),
-        "FFCV, original size": (contestants.ffcv_loader, work / "ffcv"),
-        "FFCV, re-encoded": (contestants.ffcv_loader, work / "ffcv-re-encoded"),
-        OURS: (contestants.ours, work / "original"),
-        SMALL: (contestants.ours, work / "re-encoded"),
+    loaders: dict[str, tuple[contestants.Contestant, Path, Callable[..., object] | None]] = {
+        BASELINE: (contestants.pillow_folder, source, None),
+        "timm": (contestants.timm_folder, source, lambda *_: next(contestants.timm_folder(source, 2, 0))),
+        "webdataset, shuffle(1000) + Pillow": (contestants.webdataset, work / "original", None),
+        "litdata + Pillow": (contestants.litdata_stream, work / "litdata", contestants.write_litdata),
+        "mosaicml-streaming + Pillow": (contestants.mosaic_stream, work / "mosaic", contestants.write_mosaic),
+        "FFCV, original size": (contestants.ffcv_loader, work / "ffcv", contestants.write_ffcv),
+        "FFCV, re-encoded": (
+            contestants.ffcv_loader,
+            work / "ffcv-re-encoded",
+            partial(contestants.write_ffcv, image_options=FOR_SPEED),
+        ),
+        OURS: (contestants.ours, work / "original", None),
+        SMALL: (contestants.ours, work / "re-encoded", None),
     }
     missing: dict[str, str] = {}
-    for name, write, *options in (
-        ("FFCV, original size", contestants.write_ffcv),
-        ("FFCV, re-encoded", contestants.write_ffcv, FOR_SPEED),
-        ("litdata + Pillow", contestants.write_litdata),
-        ("mosaicml-streaming + Pillow", contestants.write_mosaic),
-        ("timm", lambda *_: next(contestants.timm_folder(source, 2, 0))),
-    ):
+    for name, (_, place, write) in list(loaders.items()):
         try:
-            taken = cost(write, source, loaders[name][1], copies, *options, cpu_s=cpu_with_children_s)
+            taken = cost(write, source, place, copies, cpu_s=cpu_with_children_s) if write else None
         except (ImportError, RuntimeError) as error:
             missing[name] = f"not installed ({type(error).__name__}: {error})"
             del loaders[name]
-            continue
-        if name != "timm":
-            conversion.append(writer_row(name, taken, len(files) * copies, 1))
+        else:
+            if taken and place != source:
+                conversion.append(writer_row(name, taken, len(files) * copies, 1))
     torch.multiprocessing.set_start_method("fork", force=True)  # litdata's writer leaves "spawn" behind for all
-    costs = measuring.in_turns(
-        {
-            **{(name, 0): measure for name, measure in in_process(files).items()},
-            **{
-                (name, workers): partial(through, *loaders[name], workers, images)
-                for name, workers in itertools.product(loaders, arguments.workers)
-                if workers == 1 or "+" not in name or name == BASELINE
-            },
-        },
-        arguments.rounds,
-    )
+    turns = {(name, 0): measured for name, measured in in_process(files).items()}
+    for name, workers in itertools.product(loaders, arguments.workers):
+        if workers == 1 or "+" not in name or name == BASELINE:
+            turns[name, workers] = partial(through, *loaders[name][:2], workers, images)
+    costs = measuring.in_turns(turns, arguments.rounds)
     return {
         "missing": missing,
         "loaders": [{"name": name, "workers": n, **summary(values)} for (name, n), values in costs.items() if n],
@@ -131,7 +122,7 @@ def through(make: contestants.Contestant, place: Path, workers: int, images: int
             next(batches)
 
     take(WARM_BATCHES)
-    return per_image(cost(take, images // BATCH, cpu_s=cpu_of_living_s), images // BATCH * BATCH)
+    return cost(take, images // BATCH, count=images // BATCH * BATCH, cpu_s=cpu_of_living_s)
 
 
 def in_process(files: Sequence[Path]) -> dict[str, Callable[[], Cost]]:
@@ -156,7 +147,7 @@ def in_process(files: Sequence[Path]) -> dict[str, Callable[[], Cost]]:
                 work(data, number)
 
         torch.set_num_threads(1)  # FFCV leaves its own number behind
-        return per_image(cost(all_of_them), len(images))
+        return cost(all_of_them, count=len(images))
 
     return {
         "Pillow, original": partial(measured, pillow, original),
@@ -165,11 +156,6 @@ def in_process(files: Sequence[Path]) -> dict[str, Callable[[], Cost]]:
         "checksums alone, original": partial(measured, take_checksum, original),
         "checksums alone, re-encoded": partial(measured, take_checksum, small),
     }
-
-
-def per_image(taken: Cost, images: int) -> Cost:
-    """Divides by the number of images."""
-    return Cost(taken.wall_s / images, taken.cpu_s / images)
 
 
 def convert(source: Path, work: Path, count: int) -> list[Row]:

@@ -37,11 +37,16 @@ class Cost(NamedTuple):
     cpu_s: float
 
 
-def cost(work: Callable[..., object], *arguments: Any, cpu_s: Callable[[], float] = time.process_time) -> Cost:
-    """Calls `work` and returns what that took. cpu_s: the CPU seconds so far, of this process as a rule."""
+def cost(
+    work: Callable[..., object], *arguments: Any, count: int = 1, cpu_s: Callable[[], float] = time.process_time
+) -> Cost:
+    """Calls `work` and returns what each of the `count` things that it does took.
+
+    cpu_s: the CPU seconds so far, of this process as a rule
+    """
     began, used = time.perf_counter(), cpu_s()
     work(*arguments)
-    return Cost(time.perf_counter() - began, cpu_s() - used)
+    return Cost((time.perf_counter() - began) / count, (cpu_s() - used) / count)
 
 
 def in_turns(contestants: Mapping[Name, Callable[[], Cost]], rounds: int, warm_up: int = 0) -> dict[Name, list[Cost]]:
@@ -91,29 +96,29 @@ def _as_rank(environment: dict[str, str], work: Callable[..., Any], *arguments: 
         leave_distributed()
 
 
-def parser(doc: str | None, arch: str | None = None) -> argparse.ArgumentParser:
-    """Returns the parser of a program: its docstring as help, --json, and recipe_options where it has an `arch`."""
-    parents = [json_option(), *([recipe_options(arch)] if arch else [])]
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents
-    )
+def parser(doc: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Returns the parser of a program, with its docstring as help and the options of `parents`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=formatter, parents=parents)
 
 
-def json_option() -> argparse.ArgumentParser:
-    """Returns a parent parser with --json."""
+def option(name: str, **settings: Any) -> argparse.ArgumentParser:
+    """Returns a parent parser with one option, as add_argument takes it."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parent.add_argument(name, **settings)
     return parent
 
 
-def recipe_options(arch: str) -> argparse.ArgumentParser:
-    """Returns a parent parser with --arch, `arch` by default, and --set."""
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--arch", default=arch, metavar="NAME", help="recipe in configs/ [%(default)s]")
+def arch(default: str) -> argparse.ArgumentParser:
+    """Returns a parent parser with --arch and --set, which name a recipe."""
+    parent = option("--arch", default=default, metavar="NAME", help="recipe in configs/ [%(default)s]")
     parent.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="of the recipe"
     )
     return parent
+
+
+JSON = option("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
 
 def machine(*packages: str) -> dict[str, Any]:

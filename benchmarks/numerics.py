@@ -12,7 +12,6 @@ order.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -34,7 +33,15 @@ BAND = 0.02
 
 def main() -> int:
     """Prints the table; fails where a contestant leaves the band."""
-    given = parse()
+    parser = measuring.parser(__doc__, measuring.arch("crate_tiny"), measuring.JSON)
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="images in folders by class")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=200, metavar="N")
+    parser.add_argument("--batch", type=int, default=16, metavar="N")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS")
+    parser.add_argument("--lr", type=float, default=3e-5, help="rate after a rise over the first tenth [%(default)s]")
+    parser.add_argument("--fp32-compiled", action="store_true", help="as well: what rounding alone may do")
+    given = parser.parse_args()
     classes, files = class_folders(given.source)
     random.Random(0).shuffle(files)
     images = torch.from_numpy(np.stack([pixels(path, given.size) for path, _ in files]))
@@ -77,19 +84,6 @@ def main() -> int:
     print(f"band, every quarter's mean within {BAND}: {said}")
     measuring.write_json(given.json, losses)
     return 0 if all(inside.values()) else 1
-
-
-def parse() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = measuring.parser(__doc__, "crate_tiny")
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="images in folders by class")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=200, metavar="N")
-    parser.add_argument("--batch", type=int, default=16, metavar="N")
-    parser.add_argument("--size", type=int, default=64, metavar="PIXELS")
-    parser.add_argument("--lr", type=float, default=3e-5, help="rate after a rise over the first tenth [%(default)s]")
-    parser.add_argument("--fp32-compiled", action="store_true", help="as well: what rounding alone may do")
-    return parser.parse_args()
 
 
 def pixels(path: Path, size: int) -> np.ndarray:

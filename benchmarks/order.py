@@ -25,7 +25,7 @@ NODES, RANKS_PER_NODE = 16, 8
 
 def main() -> int:
     """Prints the three tables."""
-    given = measuring.parser(__doc__).parse_args()
+    given = measuring.parser(__doc__, measuring.JSON).parse_args()
     results: dict[str, Any] = {"machine": measuring.machine("numpy")}
     print(f"{measuring.in_words(results['machine'])}\n")
     default = ("lanes 64, window 4096 (default)", 64, 4096)

@@ -26,7 +26,7 @@ SIZE, SHORT_SIDE = 224, 256
 
 def main() -> int:
     """Prints one row for each pair of pixels."""
-    parser = measuring.parser(__doc__)
+    parser = measuring.parser(__doc__, measuring.JSON)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR")
     parser.add_argument("--images", type=int, default=400, metavar="N", help="[%(default)s]")
     given = parser.parse_args()
@@ -41,7 +41,7 @@ def main() -> int:
             apart.setdefault(name, []).append(found)
     measuring.print_table(
         ["against the published code", "images that differ", "mean", "largest", "PSNR: median, least"],
-        ([name, *row(*np.transpose(images))] for name, images in apart.items()),
+        ([name, *over_all(*np.transpose(images))] for name, images in apart.items()),
         "s s .3f .0f s",
     )
     measuring.write_json(given.json, {"machine": measuring.machine("pillow", "simplejpeg", "torch"), "images": apart})
@@ -69,7 +69,7 @@ def theirs(data: bytes, resampling: Image.Resampling) -> Pixels:
     return np.asarray(centre(Image.open(io.BytesIO(data)).convert("RGB"), SHORT_SIDE, SIZE, resampling))
 
 
-def row(means: np.ndarray, largest: np.ndarray, psnr: np.ndarray) -> list[object]:
+def over_all(means: np.ndarray, largest: np.ndarray, psnr: np.ndarray) -> list[object]:
     """Returns the differences over all images, each of them given per image."""
     shown = f"{np.median(psnr):.1f}, {psnr.min():.1f} dB" if largest.any() else "equal"
     return [f"{(largest > 0).sum()} of {len(means)}", means.mean(), largest.max(), shown]

@@ -37,15 +37,10 @@ def load_model(config: CrateConfig, reference: Path) -> nn.Module:
     if not (reference / "model" / "crate.py").is_file():
         raise RecipeError(f"--reference {reference}: no model/crate.py there; give a checkout of the published code")
     sys.path.insert(0, str(reference))
-    model: nn.Module = importlib.import_module("model.crate").CRATE(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.num_classes,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        dim_head=config.dim // config.heads,
-    )
+    dims = {
+        name: getattr(config, name) for name in ("image_size", "patch_size", "num_classes", "dim", "depth", "heads")
+    }
+    model: nn.Module = importlib.import_module("model.crate").CRATE(**dims, dim_head=config.dim // config.heads)
     return model
 
 

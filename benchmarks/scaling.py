@@ -47,7 +47,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    parser = measuring.parser(__doc__, "crate_base")
+    parser = measuring.parser(__doc__, measuring.arch("crate_base"), measuring.JSON)
     parser.add_argument("--local-batch", type=int, default=2, metavar="N", help="images per local rank [%(default)s]")
     parser.add_argument("--model-only", action="store_true", help="the third table alone")
     given = parser.add_argument_group("assumptions of the model")

@@ -102,7 +102,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    parser = measuring.parser(__doc__, "crate_base")
+    parser = measuring.parser(__doc__, measuring.arch("crate_base"), measuring.JSON)
     parser.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the published code")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="[bf16 on a GPU, fp32 on a CPU]")
