@@ -83,25 +83,21 @@ def print_tables(result: dict[str, Any]) -> None:
     for title, names in GROUPS.items():
         there = {name: result["runs"][name] for name in names if name in result["runs"]}
         steps = steps_of(there.values())
-        compared = {pair: found for pair, found in result["differences"].items() if pair.startswith(f"{names[0]} - ")}
-        differences = [
-            [
-                " - ".join(NAMES[name] for name in pair.split(" - ")),
-                *(shown(found[s]) if s in found else "" for s in steps),
-            ]
-            for pair, found in compared.items()
-        ]
+        lines = rows(there, steps)
+        for pair, found in result["differences"].items():
+            first, other = pair.split(" - ")
+            if first == names[0]:
+                lines.append([f"{NAMES[first]} - {NAMES[other]}", *(shown(found.get(step)) for step in steps)])
         if there:
-            head = [f"{title}: top-1, %", *(f"step {step}" for step in steps)]
-            print_table(head, [*rows(there, steps), *differences])
+            print_table([f"{title}: top-1, %", *(f"step {s}" for s in steps)], lines, "s" + " .2f" * len(steps))
     if result["equal"]:
         print_equal(result["equal"])
 
 
-def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[list[str]]:
+def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[list[object]]:
     """Returns one for each run, then the mean and the standard deviation over the seeds of each contestant."""
-    lines = [
-        [f"{NAMES[name]}, seed {seed}", *(f"{run[step]:.2f}" if step in run else "" for step in steps)]
+    lines: list[list[object]] = [
+        [f"{NAMES[name]}, seed {seed}", *(run.get(step, "") for step in steps)]
         for name, runs in contestants.items()
         for seed, run in runs.items()
     ]
@@ -112,9 +108,9 @@ def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[list[str]]:
     return lines
 
 
-def shown(found: dict[str, float]) -> str:
-    """Returns a difference of means with its standard error and its interval."""
-    return f"{found['difference']:+.2f} ± {found['standard_error']:.2f} ({found['low']:+.1f} to {found['high']:+.1f})"
+def shown(found: dict[str, float] | None) -> str:
+    """Returns a difference of means with its standard error and its interval, or nothing."""
+    return "{difference:+.2f} ± {standard_error:.2f} ({low:+.1f} to {high:+.1f})".format(**found) if found else ""
 
 
 def print_equal(found: dict[str, Any]) -> None:

@@ -77,19 +77,9 @@ def main() -> int:
             cpu = statistics.median(cost.cpu_s for cost in taken)
             [peak] = measuring.on_ranks(1, peak_memory, name, given)
             rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "cpu_s": cpu, "peak": peak})
-            mfu = "" if name == VIT else flops / median / rate
-            ratios = rows[0]["median_s"] / median, rows[0]["cpu_s"] / cpu
-            yield [
-                name,
-                median,
-                f"{low:.4f} to {high:.4f}",
-                given.batch / median,
-                mfu,
-                ratios[0],
-                cpu,
-                ratios[1],
-                peak / 1e9,
-            ]
+            speed = [given.batch / median, "" if name == VIT else flops / median / rate, rows[0]["median_s"] / median]
+            used = [cpu, rows[0]["cpu_s"] / cpu, peak / 1e9]
+            yield [name, median, f"{low:.4f} to {high:.4f}", *speed, *used]
 
     head = ["", "median, s", "quartiles", "images/s", "MFU", "ratio", "CPU s", "ratio", "peak memory, GB"]
     measuring.print_table(head, shown(), "s .4f s ,.1f .1% .2f .3f .2f .2f")
@@ -232,11 +222,8 @@ def peak_memory(world: World, device: torch.device, name: str, given: argparse.N
 
 def profile(step: Step, batch: Batch, device: torch.device) -> None:
     """Prints the fifteen most expensive kernels of a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
+    key = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    with torch.profiler.profile() as profiler:
         step(batch)
     print("\n" + profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
 
