@@ -130,12 +130,13 @@ def machine(*packages: str) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "load": os.getloadavg(), "python": platform.python_version(), **versions}
+    load = [round(number, 2) for number in os.getloadavg()]
+    return {"cpu": model, "cores": cores, "load": load, "python": platform.python_version(), **versions}
 
 
 def in_words(facts: Mapping[str, Any]) -> str:
     """Returns what `machine` found as a line."""
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+    return "machine: " + ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
 def print_table(head: Sequence[str], rows: Iterable[Iterable[object]], formats: str = "") -> None:
