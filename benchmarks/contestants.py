@@ -34,7 +34,7 @@ Contestant = Callable[[Path, int, int], Iterator[Any]]
 
 
 def ours(shards: Path, batch: int, workers: int) -> Iterator[Any]:
-    """The project's own loader: index, order, DataLoader; uint8 batches, normalised on the device."""
+    """Starts the project's own loader: index, order, DataLoader; uint8 batches, normalised on the device."""
     index = ShardIndex.load(shards / "train")
     order = Order(index.shard_sizes, seed=0, lanes=LANES)
     return TrainLoader(index, order, Share(0, 1, batch, batch), TrainTransform(SIZE), workers)
@@ -51,14 +51,14 @@ def pillow_transform(image: Image.Image) -> torch.Tensor:
 
 
 def pillow_folder(source: Path, batch: int, workers: int) -> Iterator[Any]:
-    """ImageFolder + Pillow + float32 in a DataLoader: the baseline."""
+    """Starts ImageFolder + Pillow + float32 in a DataLoader: the baseline."""
     dataset = Folder(source, pillow_transform)
     permutations = RandomSampler(dataset, num_samples=2**40)  # so that no epoch ends within a measurement
     return iter(DataLoader(dataset, batch, sampler=permutations, num_workers=workers))
 
 
 def webdataset(shards: Path, batch: int, workers: int) -> Iterator[Any]:
-    """webdataset's own pipeline with its shuffle buffer, on the shards of the project."""
+    """Starts webdataset's own pipeline with its shuffle buffer, on the shards of the project."""
     import webdataset as wds
 
     urls = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
@@ -74,7 +74,7 @@ def webdataset(shards: Path, batch: int, workers: int) -> Iterator[Any]:
 
 
 def timm_folder(source: Path, batch: int, workers: int) -> Iterator[Any]:
-    """timm's loader with its defaults and no colour jitter: uint8 to the main process, normalised there."""
+    """Starts timm's loader with its defaults and no colour jitter: uint8 to the main process, normalised there."""
     from timm.data import ImageDataset, create_loader
 
     loader = create_loader(
@@ -104,7 +104,7 @@ def _decoding(dataset: Any) -> Any:
 
 
 def litdata_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
-    """litdata's optimized chunks + Pillow + float32."""
+    """Starts litdata's optimized chunks + Pillow + float32."""
     import litdata
 
     dataset = _decoding(litdata.StreamingDataset)(str(folder), shuffle=True, drop_last=True)
@@ -112,7 +112,7 @@ def litdata_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
 
 
 def mosaic_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
-    """mosaicml-streaming's MDS shards + Pillow + float32."""
+    """Starts mosaicml-streaming's MDS shards + Pillow + float32."""
     import streaming
 
     streaming.base.util.clean_stale_shared_memory()
@@ -121,7 +121,7 @@ def mosaic_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
 
 
 def ffcv_loader(folder: Path, batch: int, workers: int) -> Iterator[Any]:
-    """FFCV's loader on the machine's page cache: libjpeg-turbo, OpenCV's area resize, uint8; `workers` threads."""
+    """Starts FFCV's loader on the machine's page cache: libjpeg-turbo, OpenCV's area resize, uint8; `workers` threads."""
     from ffcv.fields.decoders import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

@@ -86,12 +86,16 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _as_rank(environment: dict[str, str], work: Callable[..., Any], *arguments: Any) -> Any:
     os.environ.update(environment)  # read when torch is imported
+    import torch.distributed as dist
+
     from crate_dist.distributed import init_distributed, leave_distributed
 
     world = detect_world()
     device = init_distributed(world)
     try:
-        return work(world, device, *arguments)
+        result = work(world, device, *arguments)
+        dist.barrier()  # nobody leaves while another one may still read what it sent
+        return result
     finally:
         leave_distributed()
 

@@ -114,7 +114,7 @@ def as_rank(world: World, device: Any, kind: str, given: argparse.Namespace) -> 
 
 
 def listen() -> list[tuple[str, int, int]]:
-    """(collective, bytes of its whole vector, ranks) of each call from now on."""
+    """Returns the list to which each call from now on adds (collective, bytes of its whole vector, ranks)."""
     import torch.distributed as dist
 
     passed: list[tuple[str, int, int]] = []
@@ -137,7 +137,7 @@ def listen() -> list[tuple[str, int, int]]:
 
 
 def ddp(recipe: Recipe) -> Any:
-    """The same model in torch's DistributedDataParallel: fp32 weights, bf16 by autocast, Lion on every rank."""
+    """Returns a step of the same model in torch's DistributedDataParallel: fp32 weights, autocast to bf16, Lion."""
     import torch
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
