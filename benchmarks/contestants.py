@@ -121,7 +121,7 @@ def mosaic_stream(folder: Path, batch: int, workers: int) -> Iterator[Any]:
 
 
 def ffcv_loader(folder: Path, batch: int, workers: int) -> Iterator[Any]:
-    """Starts FFCV's loader on the machine's page cache: libjpeg-turbo, OpenCV's area resize, uint8; `workers` threads."""
+    """Starts FFCV's loader on the machine's page cache: libjpeg-turbo, OpenCV's area resize, uint8, in threads."""
     from ffcv.fields.decoders import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
