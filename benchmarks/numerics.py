@@ -47,20 +47,12 @@ def main() -> int:
     images = torch.from_numpy(np.stack([pixels(path, given.size) for path, _ in files]))
     labels = torch.tensor([label for _, label in files])
     init_distributed(detect_world())
-    contestants = {"fp32": ("fp32", False)}
-    for precision in ("bf16", "autocast"):
-        contestants |= {precision: (precision, False), f"{precision}, compiled": (precision, True)}
-    if given.fp32_compiled:
-        contestants["fp32, compiled"] = ("fp32", True)
+    names = ["fp32", "bf16", "bf16, compiled", "autocast", "autocast, compiled"]
     losses: dict[str, list[float]] = {}
-    for name, (precision, compile) in contestants.items():
-        settings = [
-            f"train.precision={precision}",
-            f"train.compile={str(compile).lower()}",
-            f"train.global_batch={given.batch}",
-            f"model.image_size={given.size}",
-            f"optim.lr={given.lr}",
-        ]
+    for name in names + ["fp32, compiled"] * given.fp32_compiled:
+        precision, _, compiled = name.partition(", ")
+        settings = [f"train.precision={precision}", f"train.compile={str(bool(compiled)).lower()}"]
+        settings += [f"train.global_batch={given.batch}", f"model.image_size={given.size}", f"optim.lr={given.lr}"]
         recipe = load_recipe(given.arch, settings + given.overrides)
         losses[name] = run(recipe, torch.device(given.device), images, labels, len(classes), given.steps)
     leave_distributed()

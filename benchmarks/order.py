@@ -31,26 +31,19 @@ def main() -> int:
     default = ("lanes 64, window 4096 (default)", 64, 4096)
     kinds = [("ImageNet-1K", *IMAGENET), ("ImageNet-21K", 14_197_122, 14_198), ("a billion", 1_000_000_000, 1_000_000)]
     show(results, "planning an epoch, per rank", planning, *kinds)
-    show(
-        results,
-        f"reads of ImageNet's shards, {NODES} nodes x {RANKS_PER_NODE} ranks, batch {GLOBAL_BATCH}",
-        locality,
-        default,
-        ("lanes 128, window 4096", 128, 4096),
-        ("lanes 64, window 16384", 64, 16384),
-        ("lanes 1, window = all", 1, 1 << 30),
-    )
-    show(
-        results,
-        "quality of the shuffle, ImageNet's shape",
-        shuffle,
-        default,
-        ("lanes 64, window 1000", 64, 1000),
-        ("lanes 1, window 4096", 1, 4096),
-        ("full permutation", 0, 0),
-    )
+    title = f"reads of ImageNet's shards, {NODES} nodes x {RANKS_PER_NODE} ranks, batch {GLOBAL_BATCH}"
+    whole = ("lanes 1, window = all", 1, 1 << 30)
+    show(results, title, locality, default, lanes_and_window(128, 4096), lanes_and_window(64, 16384), whole)
+    full = ("full permutation", 0, 0)
+    title = "quality of the shuffle, ImageNet's shape"
+    show(results, title, shuffle, default, lanes_and_window(64, 1000), lanes_and_window(1, 4096), full)
     measuring.write_json(given.json, results)
     return 0
+
+
+def lanes_and_window(lanes: int, window: int) -> tuple[str, int, int]:
+    """Returns a case and its name."""
+    return f"lanes {lanes}, window {window}", lanes, window
 
 
 def show(results: dict[str, Any], title: str, count: Callable[..., dict[str, Any]], *cases: tuple[object, ...]) -> None:
