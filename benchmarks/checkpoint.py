@@ -8,135 +8,96 @@ to the same disk. Ours stands still for the copy to host memory; writing, digest
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import multiprocessing
-import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+import measuring  # isort: skip
 from crate_dist.config import load_recipe
-from crate_dist.launching.ranks import rank_environment
-from crate_dist.world import free_port
+from crate_dist.world import World
 
 COLUMNS = ("DeepSpeed save", "our stall", "our save in all", "DeepSpeed load", "our load")
 
 
 def main() -> int:
     """Prints one row of medians per number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="crate_large", help="recipe in configs/ [%(default)s]")
+    parser = measuring.parser(__doc__, measuring.arch("crate_large"), measuring.JSON)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="saves of each kind, after one to warm up")
     parser.add_argument("--folder", type=Path, help="where to write and remove checkpoints [the temporary folder]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    arguments = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
-    print(f"machine: {machine}; {arguments.arch}; medians of {arguments.rounds} rounds, seconds\n")
-    print("| ranks | state, MB | " + " | ".join(COLUMNS) + " | stall / DeepSpeed save |\n|" + "---|" * 8)
-    rows = []
-    for ranks in arguments.ranks:
-        row = measure_on(ranks, arguments.arch, arguments.rounds, arguments.folder)
-        rows.append(row)
-        ratio = row["our stall"] / row["DeepSpeed save"]
-        print(
-            f"| {ranks} | {row['bytes'] / 1e6:,.0f} | "
-            + " | ".join(f"{row[name]:.2f}" for name in COLUMNS)
-            + f" | {ratio:.2f} |",
-            flush=True,
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "arch": arguments.arch, "rows": rows}, indent=1))
+    given = parser.parse_args()
+    machine, rows = measuring.machine("torch", "deepspeed"), []
+    print(f"{measuring.in_words(machine)}; {given.arch}; medians of {given.rounds} rounds, seconds\n")
+
+    def measured() -> Iterator[list[object]]:
+        for ranks in given.ranks:
+            with tempfile.TemporaryDirectory(dir=given.folder) as place:
+                found = measuring.on_ranks(ranks, as_rank, given.arch, given.overrides, given.rounds, Path(place))
+            slowest = [
+                {name: max(rank[name] for rank in times) for name in COLUMNS} for times in zip(*found, strict=True)
+            ]
+            row = {name: statistics.median(times[name] for times in slowest) for name in COLUMNS}
+            state = sum(rank[0]["bytes"] for rank in found)
+            rows.append({"ranks": ranks, "bytes": state, **row})
+            yield [ranks, state / 1e6, *row.values(), row["our stall"] / row["DeepSpeed save"]]
+
+    measuring.print_table(["ranks", "state, MB", *COLUMNS, "stall / DeepSpeed save"], measured(), "d ,.0f" + " .2f" * 6)
+    measuring.write_json(given.json, {"machine": machine, "arch": given.arch, "rows": rows})
     return 0
 
 
-def measure_on(ranks: int, arch: str, rounds: int, folder: Path | None) -> dict[str, Any]:
-    """Medians over the rounds; of each round the slowest rank counts."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    port = free_port()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        processes = [
-            context.Process(target=as_rank, args=(rank, ranks, port, arch, rounds, Path(place), queue))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        results = [queue.get() for _ in processes]
-        for process in processes:
-            process.join()
-    times = {
-        name: statistics.median(max(result[name][i] for result in results) for i in range(rounds)) for name in COLUMNS
-    }
-    return {"ranks": ranks, "bytes": sum(result["bytes"] for result in results), **times}
-
-
-def as_rank(rank: int, ranks: int, port: int, arch: str, rounds: int, place: Path, queue: Any) -> None:
-    """One rank: an engine with a full optimizer state, saved and loaded in turns."""
-    os.environ.update(rank_environment(rank, ranks, port))
-    import torch
+def as_rank(
+    world: World, device: Any, arch: str, overrides: list[str], rounds: int, place: Path
+) -> list[dict[str, float]]:
+    """Saves and loads an engine with a full optimizer state; returns seconds of each round, and this rank's bytes."""
     import torch.distributed as dist
 
     from crate_dist.checkpoint.format import Progress
     from crate_dist.checkpoint.loading import find_newest
     from crate_dist.checkpoint.saving import Saver
-    from crate_dist.distributed import init_distributed
     from crate_dist.models.build import build_model
     from crate_dist.training.engine import Engine
-    from crate_dist.world import detect_world
 
     logging.disable(logging.WARNING)
-    world = detect_world()
-    device = init_distributed(world)
-    recipe = load_recipe(arch)
-    engine = Engine(build_model(recipe.model, 1000, seed=0), recipe, device, 1, recipe.train.global_batch // ranks)
+    recipe = load_recipe(arch, overrides)
+    batch = recipe.train.global_batch // world.world_size
+    engine = Engine(build_model(recipe.model, 1000, seed=0), recipe, device, 1, batch)
     state = engine.state()
     for part in state["exp_avg"]:
         part.normal_()  # zeros would compress in some file systems
+    size = sum(part.numel() * part.element_size() for parts in state.values() for part in parts)
     saver = Saver(place / "ours", engine.layouts, world, keep=1, max_failures=1)
-    times: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    deepspeed = str(place / "deepspeed")
 
-    def timed(name: str, began: float, count: bool) -> None:
-        if count:
-            times[name].append(time.perf_counter() - began)
+    def timed(work: Callable[[], object]) -> float:
+        dist.barrier()
+        return measuring.cost(work).wall_s
 
-    for number in range(rounds + 1):
-        count = number > 0
-        dist.barrier()
-        began = time.perf_counter()
-        engine._engine.save_checkpoint(str(place / "deepspeed"), tag=str(number))
-        timed("DeepSpeed save", began, count)
-        dist.barrier()
-        began = time.perf_counter()
-        engine._engine.load_checkpoint(str(place / "deepspeed"), tag=str(number))
-        timed("DeepSpeed load", began, count)
-        dist.barrier()
-        began = time.perf_counter()
-        saver.save(engine.state(), Progress(step=number))
-        timed("our stall", began, count)
-        saver.wait()
-        timed("our save in all", began, count)
-        dist.barrier()
-        began = time.perf_counter()
+    def load_ours() -> None:
         found = find_newest(place / "ours", world)
         assert found is not None
         engine.load(found)
-        timed("our load", began, count)
+
+    def save_and_load(number: int) -> dict[str, float]:
+        times = {
+            "bytes": size,
+            "DeepSpeed save": timed(lambda: engine._engine.save_checkpoint(deepspeed, tag=str(number))),
+            "DeepSpeed load": timed(lambda: engine._engine.load_checkpoint(deepspeed, tag=str(number))),
+            "our stall": timed(lambda: saver.save(engine.state(), Progress(step=number))),
+        }
+        times["our save in all"] = times["our stall"] + measuring.cost(saver.wait).wall_s
+        times["our load"] = timed(load_ours)
         dist.barrier()
-        if rank == 0:
-            shutil.rmtree(place / "deepspeed")
-    bytes_here = sum(part.numel() * part.element_size() for parts in state.values() for part in parts)
-    queue.put({**times, "bytes": bytes_here})
-    dist.barrier()
-    torch.distributed.destroy_process_group()
+        if world.is_main:
+            shutil.rmtree(deepspeed)
+        return times
+
+    return [save_and_load(number) for number in range(rounds + 1)][1:]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python benchmarks/cifar10.py finetune --seeds 0 1 2       five classes, after the other five and from scratch
     python benchmarks/cifar10.py report --figure FILE         the tables and the curves of what has been run
 
---reference is a checkout of the published code: its model is imported from there, its loop is cifar10_published.py.
+--reference is a checkout of the published code: its model is imported from there, its loop is published.py.
 Everything lies in --work; what has been run already is not run again, and a run of ours goes on where it was.
 """
 
@@ -21,22 +21,32 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # noqa: F401  isort: skip
-import cifar10_equal
-import cifar10_published
+import measuring  # isort: skip
 import cifar10_report
+import torch
+from published import FILTERS, Normalise, class_folders, seeded_loop, train_epochs
+from tqdm import tqdm
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
+from crate_dist.data.order import Order
+from crate_dist.data.splits import open_splits
+from crate_dist.distributed import init_distributed, leave_distributed
+from crate_dist.files import write_whole
+from crate_dist.models.build import build_model
+from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.world import detect_world
 
 REPO = Path(__file__).resolve().parents[1]
 HALVES = {"first": slice(0, 5), "last": slice(5, 10)}
 """Class folders in sorted order: disjoint classes, hence disjoint images."""
 SHORT = ["train.epochs=2", "optim.warmup_epochs=1"]
 """The small budget that both contestants of `finetune` have."""
+MARKS = (1, 10, 100)
+"""Steps up to which the largest difference of the losses is told, beside that of all."""
 
 
 def main() -> int:
@@ -54,47 +64,35 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the command line."""
+    parser = measuring.parser(__doc__)
     steps = parser.add_subparsers(required=True, metavar="STEP")
-    for step in (prepare, equal, ours, published, finetune, report):
+    recipe, option = measuring.arch("cifar10_small"), measuring.option
+    reference = option("--reference", type=Path, required=True, metavar="PATH", help="the published code")
+    seeds = option("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+    source = option("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
+    count = option("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
+    resize = option("--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]")
+    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here")
+    for step, parents in {
+        prepare: [recipe, source],
+        equal: [recipe, reference, count, measuring.JSON],
+        ours: [recipe, seeds],
+        published: [recipe, reference, seeds, resize],
+        finetune: [recipe, seeds],
+        report: [figure, measuring.JSON],
+    }.items():
         summary = (step.__doc__ or "").partition("\n")[0]
-        sub = steps.add_parser(step.__name__, help=summary, description=summary)
+        sub = steps.add_parser(step.__name__, help=summary, description=summary, parents=parents)
         sub.set_defaults(run=step)
         sub.add_argument("--work", type=Path, default=Path("runs/cifar10"), metavar="DIR", help="[%(default)s]")
-        if step is report:
-            sub.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves here")
-        else:
-            sub.add_argument("--arch", default="cifar10_small", metavar="NAME", help="recipe [%(default)s]")
-            add = sub.add_argument
-            add(
-                "--set",
-                action="append",
-                default=[],
-                dest="overrides",
-                metavar="SECTION.KEY=VALUE",
-                help="of the recipe",
-            )
-        if step in (report, equal):
-            sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-        if step is prepare:
-            sub.add_argument("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
-        if step in (equal, published):
-            sub.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the published code")
-        if step is equal:
-            sub.add_argument("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
-        if step in (ours, published, finetune):
-            sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
-        if step is published:
-            names = list(cifar10_published.FILTERS)
-            sub.add_argument("--filter", choices=names, default=names[0], help="of its resize [its own: %(default)s]")
     return parser.parse_args()
 
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Copies the images to WORK/images, and converts them to shards: all ten classes, the first and the last five."""
     source, images = arguments.source, arguments.work / "images"
-    classes = sorted(folder.name for folder in (source / "train").iterdir() if folder.is_dir())
+    classes, _ = class_folders(source / "train")
     for name, part in {"all": slice(None), **HALVES}.items():
         if not (images / name).is_dir():
             beside = images / f"{name}.tmp"
@@ -108,14 +106,18 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def equal(arguments: argparse.Namespace) -> None:
-    """Both take the same steps: same first weights, same batches; how far the losses and the logits come apart."""
-    recipe = recipe_of(arguments, data__root=str((arguments.work / "shards" / "all").absolute()))
-    result = cifar10_equal.compare(recipe, arguments.reference, arguments.steps)
-    text = json.dumps(result, indent=1)
-    print(text)
+    """Takes the same steps with both, from the same weights; how far the losses and the logits come apart."""
+    root = (arguments.work / "shards" / "all").absolute()
+    recipe = load_recipe(arguments.arch, arguments.overrides, data__root=str(root))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    device = init_distributed(detect_world())
+    try:
+        result = compare(recipe, arguments.reference, arguments.steps, device)
+    finally:
+        leave_distributed()
+    print(json.dumps(result, indent=1))
     for path in (arguments.work / "equal.json", arguments.json):
-        if path:
-            path.write_text(text, encoding="utf-8")
+        measuring.write_json(path, result)
 
 
 def ours(arguments: argparse.Namespace) -> None:
@@ -127,24 +129,15 @@ def ours(arguments: argparse.Namespace) -> None:
 def published(arguments: argparse.Namespace) -> None:
     """Trains the published code's model with its pipeline and loop from files, a file of metrics per seed."""
     for seed in arguments.seeds:
-        recipe = recipe_of(arguments, train__seed=seed)
+        recipe = load_recipe(arguments.arch, arguments.overrides, train__seed=seed)
         folder = arguments.work / f"published-{arguments.filter}-seed{seed}"
-        metrics, beside = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics.exists():
-            print(f"{metrics} is there")
+        if (folder / "metrics.jsonl").exists():
+            print(f"{folder / 'metrics.jsonl'} is there")
             continue
-        began = time.monotonic()
-        with beside.open("w", encoding="utf-8") as file:
-            for row in cifar10_published.train(
-                recipe,
-                arguments.work / "images" / "all",
-                arguments.reference,
-                arguments.filter,
-                lambda text, name=folder.name: print(f"{name}: {text}", flush=True),  # type: ignore[misc]
-            ):
-                file.write(json.dumps(row) + "\n")
-        beside.replace(metrics)
+        began, images = time.monotonic(), arguments.work / "images" / "all"
+        rows = list(train_epochs(recipe, images, arguments.reference, arguments.filter, f"{folder.name}: "))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
         print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -153,51 +146,103 @@ def finetune(arguments: argparse.Namespace) -> None:
     """Trains on five classes; then, briefly, on the other five from that checkpoint, and from scratch."""
     train(arguments, "first", "first-five", seed=0)
     for seed in arguments.seeds:
-        train(arguments, "last", f"scratch-seed{seed}", seed, overrides=SHORT)
-        start = ["--init-from", arguments.work / "first-five"]
-        train(arguments, "last", f"tuned-seed{seed}", seed, overrides=SHORT, options=start)
+        train(arguments, "last", f"scratch-seed{seed}", seed, short=True)
+        train(arguments, "last", f"tuned-seed{seed}", seed, short=True, start="first-five")
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables of what has been run, and the figure."""
+    """Prints the tables of what has been run, and draws the figure."""
     result = cifar10_report.collect(arguments.work)
-    print(cifar10_report.tables(result))
+    cifar10_report.print_tables(result)
     if arguments.figure:
         cifar10_report.draw(result, arguments.figure)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    measuring.write_json(arguments.json, result)
+
+
+def compare(recipe: Recipe, reference: Path, steps: int, device: torch.device) -> dict[str, Any]:
+    """Returns the largest differences from the published code: of losses, and of logits on all test images.
+
+    Ours is the model under training.engine with ZeRO-2, our schedule and our normalisation of uint8 batches. The
+    batches are those of our loader. The control is the published code itself from weights that are changed in their
+    last bit: what rounding alone does. Raises RecipeError as seeded_loop does.
+    """
+    from crate_dist.training.engine import Engine
+
+    train_index, val_index = open_splits(recipe)
+    assert val_index is not None
+    batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers
+    schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
+    order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+    transform = train_transform(recipe.augment, recipe.images, side)
+    batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), transform, workers)
+    as_tested = eval_transform(recipe.images, side)
+    tests = [found.images for found in eval_loader(val_index, 0, 1, as_tested, batch, workers)]
+    classes = train_index.num_classes
+    published, control = (seeded_loop(recipe, classes, reference) for _ in range(2))
+    perturb(control.model)
+    engine = Engine(build_model(recipe.model, classes, recipe.train.seed), recipe, device, batch, 1)
+    theirs = Normalise(recipe.images).batch
+
+    def on_tests() -> dict[str, Any]:
+        base, changed = (torch.cat([loop.logits(theirs(images)) for images in tests]) for loop in (published, control))
+        mine = torch.cat([engine.predict(images) for images in tests])
+        return {"ours": apart(mine, base), "control": apart(changed, base)}
+
+    result: dict[str, Any] = {"images": sum(map(len, tests)), "steps": steps, "before": on_tests()}
+    losses = []
+    for step in tqdm(range(steps), unit="step"):
+        found = next(batches)
+        images, labels = theirs(found.images), found.labels.clone()
+        lr = learning_rate(step, recipe.optim, schedule)
+        mine = engine.step(iter([(found.images, found.labels)]), lr, step).loss.item()
+        losses.append((mine, published.step(images, labels).item(), control.step(images, labels).item()))
+        if schedule.epochs_completed(step + 1) > schedule.epochs_completed(step):
+            for loop in (published, control):
+                loop.scheduler.step()
+    result["losses"] = {
+        name: {str(n): max(abs(row[place] - row[1]) for row in losses[:n]) for n in (*MARKS, steps) if n <= steps}
+        for place, name in ((0, "ours"), (2, "control"))
+    }
+    result["after"] = on_tests()
+    return result
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module) -> None:
+    """Changes every weight by one or no step of fp32, at random."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        ulp = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
+        weight.add_(ulp * torch.randint(-1, 2, weight.shape, generator=generator))
+
+
+def apart(logits: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
+    """Returns how far two outcomes for the same images are from each other."""
+    agree = (logits.argmax(1) == base.argmax(1)).double().mean()
+    return {"logits": float((logits - base).abs().max()), "same_percent": 100 * float(agree)}
 
 
 def train(
-    arguments: argparse.Namespace,
-    shards: str,
-    name: str,
-    seed: int,
-    overrides: Sequence[str] = (),
-    options: Sequence[object] = (),
+    arguments: argparse.Namespace, shards: str, name: str, seed: int, short: bool = False, start: str | None = None
 ) -> None:
-    """One run of ours in WORK/name, unless it is complete."""
+    """Makes a run of ours in WORK/name, unless it is complete. start: the run whose weights it begins with."""
     data, folder = arguments.work / "shards" / shards, arguments.work / name
     if (folder / "model-last.pt").exists():
         print(f"{folder} is complete")
         return
-    settings = [part for text in [*overrides, *arguments.overrides] for part in ("--set", text)]
-    where = ["--data", data, "--run-dir", folder, "--seed", seed, "--ranks", 1]
-    run("launch/local.py", "--arch", arguments.arch, *where, *options, *settings)
+    options = ["--data", data, "--run-dir", folder, "--seed", seed, "--ranks", 1]
+    options += ["--init-from", arguments.work / start] if start else []
+    settings = [part for text in (SHORT if short else []) + arguments.overrides for part in ("--set", text)]
+    run("launch/local.py", "--arch", arguments.arch, *options, *settings)
 
 
 def run(program: str, *options: object) -> None:
-    """One of the project's programs, with its command shown. Raises CalledProcessError."""
+    """Runs one of the project's programs, and shows its command. Raises CalledProcessError."""
     line = [program, *map(str, options)]
     print(f"$ python {shlex.join(line)}", flush=True)
     search = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(REPO / program), *line[1:]]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": search})
-
-
-def recipe_of(arguments: argparse.Namespace, **values: object) -> Recipe:
-    """The recipe that the command line names."""
-    return load_recipe(arguments.arch, arguments.overrides, **values)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring import print_table
 from scipy import stats
 
 NAMES = {
@@ -30,9 +31,9 @@ Runs = dict[str, dict[int, float]]
 
 
 def collect(work: Path) -> dict[str, Any]:
-    """Top-1 after each epoch of every run in the folder, finished or not, by contestant and seed; and what it means.
+    """Reads top-1 after each epoch of every run, finished or not, by contestant and seed, and compares contestants.
 
-    Reads WORK/<contestant>-seed<N>/metrics.jsonl. Differences are taken at each step that two seeds or more of both
+    Of WORK/<contestant>-seed<N>/metrics.jsonl. Differences are taken at each step that two seeds or more of both
     contestants have reached, over the seeds that have.
     """
     found: dict[str, Runs] = defaultdict(dict)
@@ -60,77 +61,73 @@ def collect(work: Path) -> dict[str, Any]:
 
 
 def steps_of(contestants: Iterable[Runs]) -> list[int]:
-    """Every step at which one of their runs was evaluated."""
+    """Returns every step at which one of their runs was evaluated."""
     return sorted({step for runs in contestants for run in runs.values() for step in run})
 
 
 def values(runs: Runs, step: int) -> list[float]:
-    """Top-1 of the seeds that have reached a step."""
+    """Returns top-1 of the seeds that have reached a step."""
     return [run[step] for run in runs.values() if step in run]
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Of the means: its standard error, and its 95 % interval for unequal variances (Welch 1947)."""
-    parts = [statistics.variance(values) / len(values) for values in (a, b)]
-    error = math.sqrt(sum(parts))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (a, b), strict=True))
-    half = float(stats.t.ppf(0.975, freedom)) * error
+    """Compares the means: standard error, and 95 % interval for unequal variances (Welch 1947)."""
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    error = math.hypot(stats.sem(a), stats.sem(b))
     apart = statistics.mean(a) - statistics.mean(b)
-    return {"difference": apart, "standard_error": error, "low": apart - half, "high": apart + half}
+    return {"difference": apart, "standard_error": error, "low": float(low), "high": float(high)}
 
 
-def tables(result: dict[str, Any]) -> str:
-    """As Markdown."""
-    lines: list[str] = []
+def print_tables(result: dict[str, Any]) -> None:
+    """Prints them as Markdown."""
     for title, names in GROUPS.items():
         there = {name: result["runs"][name] for name in names if name in result["runs"]}
+        steps = steps_of(there.values())
+        lines = rows(there, steps)
+        for pair, found in result["differences"].items():
+            first, other = pair.split(" - ")
+            if first == names[0]:
+                lines.append([f"{NAMES[first]} - {NAMES[other]}", *(shown(found.get(step)) for step in steps)])
         if there:
-            steps = steps_of(there.values())
-            lines += [f"| {title}: top-1, % | {' | '.join(f'step {step}' for step in steps)} |"]
-            lines += ["|---" * (len(steps) + 1) + "|", *rows(there, steps)]
-            for pair, found in result["differences"].items():
-                first, _, other = pair.partition(" - ")
-                if first == names[0]:
-                    cells = [shown(found[step]) if step in found else "" for step in steps]
-                    lines.append(f"| {NAMES[first]} - {NAMES[other]} | {' | '.join(cells)} |")
-            lines += [""]
-    return "\n".join([*lines, *(equal_table(result["equal"]) if result["equal"] else [])])
+            print_table([f"{title}: top-1, %", *(f"step {s}" for s in steps)], lines, "s" + " .2f" * len(steps))
+    if result["equal"]:
+        print_equal(result["equal"])
 
 
-def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[str]:
-    """One for each run, then the mean and the standard deviation over the seeds of each contestant."""
-    lines = []
-    for name, runs in contestants.items():
-        for seed, run in runs.items():
-            cells = [f"{run[step]:.2f}" if step in run else "" for step in steps]
-            lines.append(f"| {NAMES[name]}, seed {seed} | {' | '.join(cells)} |")
+def rows(contestants: dict[str, Runs], steps: Sequence[int]) -> list[list[object]]:
+    """Returns one for each run, then the mean and the standard deviation over the seeds of each contestant."""
+    lines: list[list[object]] = [
+        [f"{NAMES[name]}, seed {seed}", *(run.get(step, "") for step in steps)]
+        for name, runs in contestants.items()
+        for seed, run in runs.items()
+    ]
     for name, runs in contestants.items():
         columns = [values(runs, step) for step in steps]
         cells = [f"{statistics.mean(c):.2f} ({statistics.stdev(c):.2f})" if len(c) > 1 else "" for c in columns]
-        lines.append(f"| {NAMES[name]}, mean (standard deviation) | {' | '.join(cells)} |")
+        lines.append([f"{NAMES[name]}, mean (standard deviation)", *cells])
     return lines
 
 
-def shown(found: dict[str, float]) -> str:
-    """A difference of means with its standard error and its interval."""
-    return f"{found['difference']:+.2f} ± {found['standard_error']:.2f} ({found['low']:+.1f} to {found['high']:+.1f})"
+def shown(found: dict[str, float] | None) -> str:
+    """Returns a difference of means with its standard error and its interval, or nothing."""
+    return "{difference:+.2f} ± {standard_error:.2f} ({low:+.1f} to {high:+.1f})".format(**found) if found else ""
 
 
-def equal_table(found: dict[str, Any]) -> list[str]:
-    """The largest differences from the published code on the same batches, as the lines of a Markdown table."""
+def print_equal(found: dict[str, Any]) -> None:
+    """Prints the largest differences from the published code on the same batches."""
     marks = list(found["losses"]["ours"])
-    head = [f"loss, to step {mark}" for mark in marks]
-    head += ["logits before", f"after {found['steps']} steps", f"same answer for {found['images']:,} images then, %"]
-    lines = [f"| difference from the published code | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    head = ["difference from the published code", *(f"loss, to step {mark}" for mark in marks), "logits before"]
+    head += [f"after {found['steps']} steps", f"same answer for {found['images']:,} images then, %"]
+    table = []
     for name, label in (("ours", "crate-dist"), ("control", "itself, weights changed in the last bit")):
-        cells = [f"{found['losses'][name][mark]:.1g}" for mark in marks]
-        cells += [f"{found[when][name]['logits']:.1g}" for when in ("before", "after")]
-        lines.append(f"| {label} | {' | '.join([*cells, format(found['after'][name]['same_percent'], '.1f')])} |")
-    return lines
+        logits = (found[when][name]["logits"] for when in ("before", "after"))
+        losses = (found["losses"][name][mark] for mark in marks)
+        table.append([label, *losses, *logits, found["after"][name]["same_percent"]])
+    print_table(head, table, "s" + " .1g" * (len(marks) + 2) + " .1f")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The curves side by side: a line for each seed, a thick one for their mean."""
+    """Draws the curves side by side: a line for each seed, a thick one for their mean."""
     import matplotlib
 
     matplotlib.use("agg")

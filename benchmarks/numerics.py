@@ -12,17 +12,16 @@ order.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # noqa: F401  isort: skip
+import measuring  # isort: skip
 import numpy as np
 import torch
 from PIL import Image
+from published import class_folders
 
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.distributed import init_distributed, leave_distributed
@@ -34,71 +33,53 @@ BAND = 0.02
 
 def main() -> int:
     """Prints the table; fails where a contestant leaves the band."""
-    arguments = parse()
-    files = sorted(path for path in arguments.source.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
-    folders = sorted({path.parent for path in files})
-    random.Random(0).shuffle(files)
-    images = torch.from_numpy(np.stack([pixels(path, arguments.size) for path in files]))
-    labels = torch.tensor([folders.index(path.parent) for path in files])
-    init_distributed(detect_world())
-    device = torch.device(arguments.device)
-    contestants = {"fp32": ("fp32", False)}
-    for precision in ("bf16", "autocast"):
-        contestants |= {precision: (precision, False), f"{precision}, compiled": (precision, True)}
-    if arguments.fp32_compiled:
-        contestants["fp32, compiled"] = ("fp32", True)
-    losses: dict[str, list[float]] = {}
-    for name, (precision, compile) in contestants.items():
-        recipe = load_recipe(
-            arguments.arch,
-            [
-                f"train.precision={precision}",
-                f"train.compile={str(compile).lower()}",
-                f"train.global_batch={arguments.batch}",
-                f"model.image_size={arguments.size}",
-                f"optim.lr={arguments.lr}",
-                *arguments.overrides,
-            ],
-        )
-        losses[name] = run(recipe, device, images, labels, len(folders), arguments.steps)
-    leave_distributed()
-    exact = np.array(losses["fp32"])
-    print(f"{arguments.arch}, {arguments.size} pixels, batch {arguments.batch}, {arguments.steps} steps, {len(files)}")
-    print(f"images of {len(folders)} classes; fp32's loss: first {exact[0]:.4f}, last ten {exact[-10:].mean():.4f}\n")
-    print("| against fp32 | mean difference | largest | by quarter | last ten losses |\n|---|---|---|---|---|")
-    inside: dict[str, bool] = {}
-    for name, values in list(losses.items())[1:]:
-        off = np.array(values) - exact
-        quarters = [float(part.mean()) for part in np.array_split(off, 4)]
-        inside[name] = max(map(abs, quarters)) < BAND
-        shown = ", ".join(f"{quarter:+.4f}" for quarter in quarters)
-        last = np.mean(values[-10:])
-        print(f"| {name} | {np.abs(off).mean():.4f} | {np.abs(off).max():.4f} | {shown} | {last:.4f} |")
-    said = ", ".join(f"{name}: {'kept' if kept else 'LEFT'}" for name, kept in inside.items())
-    print(f"\nband, every quarter's mean within {BAND}: {said}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(losses))
-    return 0 if all(inside.values()) else 1
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__, measuring.arch("crate_tiny"), measuring.JSON)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="images in folders by class")
-    parser.add_argument("--arch", default="crate_tiny", help="recipe in configs/ [%(default)s]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=200, metavar="N")
     parser.add_argument("--batch", type=int, default=16, metavar="N")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS")
     parser.add_argument("--lr", type=float, default=3e-5, help="rate after a rise over the first tenth [%(default)s]")
     parser.add_argument("--fp32-compiled", action="store_true", help="as well: what rounding alone may do")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all losses")
-    return parser.parse_args()
+    given = parser.parse_args()
+    classes, files = class_folders(given.source)
+    random.Random(0).shuffle(files)
+    images = torch.from_numpy(np.stack([pixels(path, given.size) for path, _ in files]))
+    labels = torch.tensor([label for _, label in files])
+    init_distributed(detect_world())
+    names = ["fp32", "bf16", "bf16, compiled", "autocast", "autocast, compiled"]
+    losses: dict[str, list[float]] = {}
+    for name in names + ["fp32, compiled"] * given.fp32_compiled:
+        precision, _, compiled = name.partition(", ")
+        settings = [f"train.precision={precision}", f"train.compile={str(bool(compiled)).lower()}"]
+        settings += [f"train.global_batch={given.batch}", f"model.image_size={given.size}", f"optim.lr={given.lr}"]
+        recipe = load_recipe(given.arch, settings + given.overrides)
+        losses[name] = run(recipe, torch.device(given.device), images, labels, len(classes), given.steps)
+    leave_distributed()
+    exact = np.array(losses["fp32"])
+    print(f"{measuring.in_words(measuring.machine('torch'))}; {given.device}")
+    print(f"{given.arch}, {given.size} pixels, batch {given.batch}, {given.steps} steps, {len(files)}")
+    print(f"images of {len(classes)} classes; fp32's loss: first {exact[0]:.4f}, last ten {exact[-10:].mean():.4f}\n")
+    inside: dict[str, bool] = {}
+
+    def compared() -> Iterator[list[object]]:
+        for name, values in list(losses.items())[1:]:
+            off = np.array(values) - exact
+            quarters = [float(part.mean()) for part in np.array_split(off, 4)]
+            inside[name] = max(map(abs, quarters)) < BAND
+            shown = ", ".join(f"{quarter:+.4f}" for quarter in quarters)
+            yield [name, np.abs(off).mean(), np.abs(off).max(), shown, np.mean(values[-10:])]
+
+    head = ["against fp32", "mean difference", "largest", "by quarter", "last ten losses"]
+    measuring.print_table(head, compared(), "s .4f .4f s .4f")
+    said = ", ".join(f"{name}: {'kept' if kept else 'LEFT'}" for name, kept in inside.items())
+    print(f"band, every quarter's mean within {BAND}: {said}")
+    measuring.write_json(given.json, losses)
+    return 0 if all(inside.values()) else 1
 
 
 def pixels(path: Path, size: int) -> np.ndarray:
-    """The image, resized to size x size, uint8 (size, size, 3)."""
+    """Returns the image, resized to size x size, uint8 (size, size, 3)."""
     with Image.open(path) as image:
         image.draft("RGB", (size, size))
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
@@ -107,7 +88,7 @@ def pixels(path: Path, size: int) -> np.ndarray:
 def run(
     recipe: Recipe, device: torch.device, images: torch.Tensor, labels: torch.Tensor, classes: int, steps: int
 ) -> list[float]:
-    """The loss of each step, at the recipe's rate after a rise over the first tenth."""
+    """Returns the loss of each step, at the recipe's rate after a rise over the first tenth."""
     from crate_dist.models.build import build_model
     from crate_dist.training.engine import Engine
 

@@ -7,19 +7,13 @@ Counts and simulates with crate_dist.data.order alone; no data are read.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
-import time
 import tracemalloc
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # noqa: F401  isort: skip
+import measuring  # isort: skip
 import numpy as np
 
 from crate_dist.data.order import Order, permutation
@@ -31,63 +25,56 @@ NODES, RANKS_PER_NODE = 16, 8
 
 def main() -> int:
     """Prints the three tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    arguments = parser.parse_args()
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
-    )
-    results: dict[str, Any] = {"machine": machine}
-    print(f"machine: {machine}\n")
-    results["planning"] = [
-        planning(name, samples, shards)
-        for name, samples, shards in (
-            ("ImageNet-1K", *IMAGENET),
-            ("ImageNet-21K", 14_197_122, 14_198),
-            ("a billion", 1_000_000_000, 1_000_000),
-        )
-    ]
-    show("planning an epoch, per rank", results["planning"])
-    results["locality"] = [
-        locality("lanes 64, window 4096 (default)", 64, 4096),
-        locality("lanes 128, window 4096", 128, 4096),
-        locality("lanes 64, window 16384", 64, 16384),
-        locality("lanes 1, window = all", 1, 1 << 30),
-    ]
-    show(
-        f"reads of ImageNet's shards, {NODES} nodes x {RANKS_PER_NODE} ranks, batch {GLOBAL_BATCH}", results["locality"]
-    )
-    results["shuffle"] = [
-        shuffle("lanes 64, window 4096 (default)", 64, 4096),
-        shuffle("lanes 64, window 1000", 64, 1000),
-        shuffle("lanes 1, window 4096", 1, 4096),
-        shuffle("full permutation", 0, 0),
-    ]
-    show("quality of the shuffle, ImageNet's shape", results["shuffle"])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    given = measuring.parser(__doc__, measuring.JSON).parse_args()
+    results: dict[str, Any] = {"machine": measuring.machine("numpy")}
+    print(f"{measuring.in_words(results['machine'])}\n")
+    default = ("lanes 64, window 4096 (default)", 64, 4096)
+    kinds = [("ImageNet-1K", *IMAGENET), ("ImageNet-21K", 14_197_122, 14_198), ("a billion", 1_000_000_000, 1_000_000)]
+    show(results, "planning an epoch, per rank", planning, *kinds)
+    title = f"reads of ImageNet's shards, {NODES} nodes x {RANKS_PER_NODE} ranks, batch {GLOBAL_BATCH}"
+    whole = ("lanes 1, window = all", 1, 1 << 30)
+    show(results, title, locality, default, lanes_and_window(128, 4096), lanes_and_window(64, 16384), whole)
+    full = ("full permutation", 0, 0)
+    title = "quality of the shuffle, ImageNet's shape"
+    show(results, title, shuffle, default, lanes_and_window(64, 1000), lanes_and_window(1, 4096), full)
+    measuring.write_json(given.json, results)
     return 0
 
 
+def lanes_and_window(lanes: int, window: int) -> tuple[str, int, int]:
+    """Returns a case and its name."""
+    return f"lanes {lanes}, window {window}", lanes, window
+
+
+def show(results: dict[str, Any], title: str, count: Callable[..., dict[str, Any]], *cases: tuple[object, ...]) -> None:
+    """Counts each case, prints the table and adds it to the results."""
+    print(f"**{title}**\n")
+    rows = results[count.__name__] = [count(*case) for case in cases]
+    measuring.print_table(list(rows[0]), (row.values() for row in rows))
+
+
 def planning(name: str, samples: int, shards: int) -> dict[str, Any]:
-    """Time and memory until a rank knows its first samples of an epoch, and of a batch after that; medians of 5."""
+    """Measures time and memory until a rank knows its first samples of 5 epochs, and those of a batch after that."""
     sizes = shard_sizes(samples, shards)
-    world = NODES * RANKS_PER_NODE
     first, steady = [], []
-    for epoch in range(5):
-        began = time.perf_counter()
+
+    def take(order: Order, step: int) -> None:
+        order.samples(order.batch_positions(step, GLOBAL_BATCH)[: GLOBAL_BATCH // (NODES * RANKS_PER_NODE)])
+
+    def begin(epoch: int, step: int) -> Order:
         order = Order(sizes, seed=epoch)
+        take(order, step)
+        return order
+
+    for epoch in range(5):
         step = -(-epoch * samples // GLOBAL_BATCH)
-        order.samples(order.batch_positions(step, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
-        first.append(time.perf_counter() - began)
-        for later in range(step + 1, step + 20):
-            began = time.perf_counter()
-            order.samples(order.batch_positions(later, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
-            steady.append(time.perf_counter() - began)
+        first.append(measuring.cost(begin, epoch, step).wall_s)
+        order = begin(epoch, step)
+        steady += [measuring.cost(take, order, later).wall_s for later in range(step + 1, step + 20)]
     tracemalloc.start()
-    order = Order(sizes, seed=99)
-    for step in range(20):
-        order.samples(order.batch_positions(step, GLOBAL_BATCH)[: GLOBAL_BATCH // world])
+    order = begin(99, 0)
+    for step in range(1, 20):
+        take(order, step)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {
@@ -101,7 +88,7 @@ def planning(name: str, samples: int, shards: int) -> dict[str, Any]:
 
 
 def locality(name: str, lanes: int, window: int) -> dict[str, Any]:
-    """One epoch, every read of every node: how many nodes read a shard, and how many shards a node is in at a time."""
+    """Counts, over every read of an epoch, the nodes that read a shard and the shards that a node is in at a time."""
     order = Order(shard_sizes(*IMAGENET), seed=0, lanes=lanes, window=window)
     ends = np.cumsum(order.shard_sizes)
     steps = order.num_samples // GLOBAL_BATCH
@@ -132,14 +119,14 @@ def locality(name: str, lanes: int, window: int) -> dict[str, Any]:
 
 
 def touched(shards: np.ndarray, count: int) -> np.ndarray:
-    """bool (steps, count): which shards each step touches; shards: (steps, reads)."""
+    """Returns bool (steps, count): which shards each step touches; shards: (steps, reads)."""
     table = np.zeros((len(shards), count), dtype=bool)
     table[np.arange(len(shards))[:, None], shards] = True
     return table
 
 
 def shuffle(name: str, lanes: int, window: int) -> dict[str, Any]:
-    """Against a full permutation, on a conversion that did not shuffle: labels stand in runs of 1,281 in the shards."""
+    """Compares with a full permutation, where the conversion did not shuffle: labels in runs of 1,281."""
     samples, shards = IMAGENET
     if lanes:
         order = Order(shard_sizes(samples, shards), seed=0, lanes=lanes, window=window)
@@ -162,19 +149,10 @@ def shuffle(name: str, lanes: int, window: int) -> dict[str, Any]:
 
 
 def shard_sizes(samples: int, shards: int) -> np.ndarray:
-    """Shards as equal as whole numbers allow."""
+    """Returns shards as equal as whole numbers allow."""
     sizes = np.full(shards, samples // shards, dtype=np.int64)
     sizes[: samples % shards] += 1
     return sizes
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A Markdown table."""
-    print(f"**{title}**\n")
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -19,24 +19,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import itertools
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # noqa: F401  isort: skip
+import measuring  # isort: skip
+import published
 import torch
-import torch.nn.functional as F
-from cifar10_published import reference_model
-from lion_pytorch import Lion
+from measuring import Cost
 from torch import nn
 
 from crate_dist.config import Recipe, load_recipe
@@ -44,77 +38,61 @@ from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.matmul import linear
-from crate_dist.world import VARIABLES, detect_world
+from crate_dist.world import World, detect_world
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Images, uint8 (n, height, width, 3), and labels, int64 (n,)."""
 Step = Callable[[Batch], None]
 CLASSES = 1000
+PUBLISHED, OURS, COMPILED, VIT = "published code", "crate-dist", "crate-dist, compiled", "ViT of timm"
 
 
 def main() -> int:
     """Prints one row per contestant; the published code's row has the ratio 1."""
-    arguments = parse()
-    device = torch.device(arguments.device)
-    settings = [f"train.precision={arguments.precision}", f"train.global_batch={arguments.batch}", *arguments.overrides]
-    recipe = load_recipe(arguments.arch, settings)
-    world = detect_world()
+    given = parse()
+    device = torch.device(given.device)
     if device.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    init_distributed(world)
-    batches = [synthetic(arguments.batch, recipe.model.image_size, seed, device) for seed in range(4)]
-    entries: dict[str, Callable[[], Step]] = {}
-    if arguments.reference:
-        entries["published code"] = lambda: published(
-            recipe, reference_model(recipe, CLASSES, arguments.reference), device
-        )
-    entries["crate-dist"] = lambda: ours(recipe, device, compile=False)
-    if arguments.compile:
-        entries["crate-dist, compiled"] = lambda: ours(recipe, device, compile=True)
-    if arguments.vit and importlib.util.find_spec("timm") is None:
+    names = {PUBLISHED: given.reference, OURS: True, COMPILED: given.compile, VIT: given.vit}
+    if given.vit and importlib.util.find_spec("timm") is None:
         print("no ViT: timm is not installed\n")
-    elif arguments.vit:
-        entries["ViT of timm"] = lambda: published(recipe, vit(recipe), device)
-    if arguments.memory_of:
-        return report_memory(entries[arguments.memory_of](), batches, device)
-    if arguments.only:
-        entries = {name: make for name, make in entries.items() if arguments.only == name}
-    contestants = {name: make() for name, make in entries.items()}
-    flops = 3 * forward_flops(model_config(recipe.model, CLASSES)) * arguments.batch
-    rate = matrix_rate(
-        device, torch.bfloat16 if arguments.precision == "bf16" and device.type == "cuda" else torch.float32
-    )
-    times = measure(contestants, batches, arguments.rounds, device)
-    print(f"machine: {machine(device)}; {arguments.arch}, batch {arguments.batch}, {arguments.precision}")
+        del names[VIT]
+    chosen = [name for name, wanted in names.items() if wanted and given.only in (None, name)]
+    init_distributed(detect_world())
+    contestants, batches = {name: build(name, given, device) for name in chosen}, synthetic_batches(given, device)
+    flops = 3 * forward_flops(model_config(recipe_of(given).model, CLASSES)) * given.batch
+    rate = matrix_rate(device, torch.bfloat16 if given.precision == "bf16" and device.type == "cuda" else torch.float32)
+    turns = {name: turn(step, batches, device) for name, step in contestants.items()}
+    costs = measuring.in_turns(turns, given.rounds, warm_up=2)
+    machine = measuring.machine("torch") | {"threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    print(f"{measuring.in_words(machine)}; {given.arch}, batch {given.batch}, {given.precision}")
     print(f"matrix product: {rate / 1e12:.3g} TFLOP/s; CRATE's counted work: {flops / 1e9:,.0f} GFLOP per step\n")
-    print("| | median, s | quartiles | images/s | MFU | ratio | CPU s | ratio | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
-    for name, taken in times.items():
-        low, median, high = statistics.quantiles([wall for wall, _ in taken], n=4)
-        cpu = statistics.median(cpu for _, cpu in taken)
-        if not rows:
-            first, first_cpu = median, cpu
-        peak = memory_of(name)
-        mfu = "" if name.startswith("ViT") else f"{flops / median / rate:.1%}"
-        rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "cpu_s": cpu, "peak": peak})
-        print(
-            f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {arguments.batch / median:,.1f} | {mfu} "
-            f"| {first / median:.2f} | {cpu:.3f} | {first_cpu / cpu:.2f} | {peak / 1e9:.2f} |",
-            flush=True,
-        )
-    if arguments.profile:
-        profile(contestants["crate-dist"], batches[0], device)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}))
+
+    def shown() -> Iterator[list[object]]:
+        for name, taken in costs.items():
+            low, median, high = measuring.quartiles([cost.wall_s for cost in taken])
+            cpu = statistics.median(cost.cpu_s for cost in taken)
+            [peak] = measuring.on_ranks(1, peak_memory, name, given)
+            rows.append({"name": name, "median_s": median, "quartiles_s": [low, high], "cpu_s": cpu, "peak": peak})
+            speed = [given.batch / median, "" if name == VIT else flops / median / rate, rows[0]["median_s"] / median]
+            used = [cpu, rows[0]["cpu_s"] / cpu, peak / 1e9]
+            yield [name, median, f"{low:.4f} to {high:.4f}", *speed, *used]
+
+    head = ["", "median, s", "quartiles", "images/s", "MFU", "ratio", "CPU s", "ratio", "peak memory, GB"]
+    measuring.print_table(head, shown(), "s .4f s ,.1f .1% .2f .3f .2f .2f")
+    if given.profile:
+        profile(contestants[OURS], batches[0], device)
+    measuring.write_json(given.json, {"machine": machine, "rows": rows})
     leave_distributed()
     return 0
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="crate_base", help="recipe in configs/ [%(default)s]")
+    """Reads the command line."""
+    parser = measuring.parser(__doc__, measuring.arch("crate_base"), measuring.JSON)
     parser.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the published code")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="[bf16 on a GPU, fp32 on a CPU]")
@@ -123,22 +101,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
     parser.add_argument("--vit", action="store_true", help="timm's ViT of the same width and depth as well")
     parser.add_argument("--only", metavar="NAME", help="one contestant alone, named as in the table")
-    parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help="name the fifteen most expensive kernels of ours")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    return arguments
+    given = parser.parse_args()
+    given.precision = given.precision or ("bf16" if given.device == "cuda" else "fp32")
+    return given
 
 
-def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
-    """One optimizer step of crate_dist.training.engine."""
+def recipe_of(given: argparse.Namespace, compile: bool = False) -> Recipe:
+    """Returns the recipe that the command line names."""
+    settings = [f"train.precision={given.precision}", f"train.global_batch={given.batch}", *given.overrides]
+    return load_recipe(given.arch, [*settings, f"train.compile={str(compile).lower()}"])
+
+
+def build(name: str, given: argparse.Namespace, device: torch.device) -> Step:
+    """Returns the step of a contestant."""
+    recipe = recipe_of(given, compile=name == COMPILED)
+    if name in (OURS, COMPILED):
+        return ours(recipe, device, given.batch)
+    config = model_config(recipe.model, CLASSES)
+    model = published.load_model(config, given.reference) if name == PUBLISHED else vit(config)
+    loop, normalise = published.Loop(model, recipe, device), published.Normalise(recipe.images, device)
+
+    def step(batch: Batch) -> None:
+        # Its loader yields normalised fp32 images: they are made here, as ours are.
+        loop.step(normalise.batch(batch[0]), batch[1])
+
+    return step
+
+
+def ours(recipe: Recipe, device: torch.device, micro_batch: int) -> Step:
+    """Returns one optimizer step of crate_dist.training.engine."""
     from crate_dist.training.engine import Engine
 
-    train = recipe.train.model_copy(update={"compile": compile})
-    recipe = recipe.model_copy(update={"train": train})
-    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, micro_batch, 1)
 
     def step(batch: Batch) -> None:
         engine.step(iter([batch]), recipe.optim.lr, 0)
@@ -146,11 +141,10 @@ def ours(recipe: Recipe, device: torch.device, compile: bool) -> Step:
     return step
 
 
-def vit(recipe: Recipe) -> nn.Module:
-    """timm's ViT of the same width, depth, heads and patches; its MLP makes it some four times as large as CRATE."""
+def vit(config: CrateConfig) -> nn.Module:
+    """Returns timm's ViT of the same width, depth, heads and patches; its MLP makes it some four times as large."""
     from timm.models.vision_transformer import VisionTransformer
 
-    config = model_config(recipe.model, CLASSES)
     model: nn.Module = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -162,75 +156,21 @@ def vit(recipe: Recipe) -> nn.Module:
     return model
 
 
-def published(recipe: Recipe, model: nn.Module, device: torch.device) -> Step:
-    """One step of the published code's loop on a model."""
-    model = model.to(device)
-    optimizer = Lion(model.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
-    mean = torch.tensor(recipe.images.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(recipe.images.std, device=device).view(3, 1, 1)
-    on_gpu = device.type == "cuda"
-    scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
-
-    def step(batch: Batch) -> None:
-        # Its loader yields normalised fp32 images: they are made here, as ours are.
-        pixels, labels = batch
-        images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-        with torch.autocast("cuda", enabled=on_gpu):
-            loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.optim.label_smoothing)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step
+def synthetic_batches(given: argparse.Namespace, device: torch.device) -> list[Batch]:
+    """Returns four batches for the command line."""
+    return [synthetic(given.batch, recipe_of(given).model.image_size, seed, device) for seed in range(4)]
 
 
 def synthetic(count: int, side: int, seed: int, device: torch.device) -> Batch:
-    """Random uint8 images and labels on the device."""
+    """Returns random uint8 images and labels on the device."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     return images.to(device), labels.to(device)
 
 
-def measure(
-    steps: dict[str, Step], batches: list[Batch], rounds: int, device: torch.device
-) -> dict[str, list[tuple[float, float]]]:
-    """Wall-clock and CPU seconds of each step, the contestants taking turns; the first two rounds do not count."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            synchronize(device)
-            began, cpu = time.perf_counter(), time.process_time()
-            step(batches[number % len(batches)])
-            synchronize(device)
-            if number >= 2:
-                times[name].append((time.perf_counter() - began, time.process_time() - cpu))
-    return times
-
-
-def memory_of(name: str) -> int:
-    """Peak bytes of a contestant after a few steps, in a process of its own."""
-    with tempfile.NamedTemporaryFile("r") as said:
-        command = [sys.executable, *sys.argv, "--memory-of", name]
-        # This process's place is taken.
-        env = {key: value for key, value in os.environ.items() if key not in VARIABLES} | {"STEP_MEMORY": said.name}
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-        return int(said.read())
-
-
-def report_memory(step: Step, batches: list[Batch], device: torch.device) -> int:
-    """Takes three steps and writes the peak memory to the file that `memory_of` reads."""
-    for batch in batches[:3]:
-        step(batch)
-    synchronize(device)
-    Path(os.environ["STEP_MEMORY"]).write_text(str(peak_memory(device)))
-    leave_distributed()
-    return 0
-
-
 def forward_flops(config: CrateConfig) -> int:
-    """Floating-point operations of one image's forward pass, counted as the module says."""
+    """Returns the floating-point operations of one image's forward pass, counted as the module says."""
     n, d = config.num_tokens, config.dim
     layer = n * d * d + 2 * n * n * d + (n * d * d if config.heads > 1 else 0) + 2 * n * d * d
     patches = (n - 1) * 3 * config.patch_size**2 * d
@@ -238,17 +178,27 @@ def forward_flops(config: CrateConfig) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of five, by the library that the model uses."""
+    """Returns FLOP/s of a large matrix product, the best of six, by the library that the model uses."""
     side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(side, side, device=device, dtype=dtype), torch.randn(side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / min(cost_on(device, linear, a, b).wall_s for _ in range(6))
+
+
+def turn(step: Step, batches: list[Batch], device: torch.device) -> Callable[[], Cost]:
+    """Returns what measures a step on one batch after the other."""
+    following = itertools.cycle(batches)
+    return lambda: cost_on(device, step, next(following))
+
+
+def cost_on(device: torch.device, work: Callable[..., object], *arguments: object) -> Cost:
+    """Measures work until the device has done it."""
+
+    def to_the_end() -> None:
+        work(*arguments)
         synchronize(device)
-        began = time.perf_counter()
-        linear(a, b)
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])
+
+    synchronize(device)
+    return measuring.cost(to_the_end)
 
 
 def synchronize(device: torch.device) -> None:
@@ -257,8 +207,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on a GPU, of the process on a CPU."""
+def peak_memory(world: World, device: torch.device, name: str, given: argparse.Namespace) -> int:
+    """Takes three steps of a contestant; returns peak bytes, of the device on a GPU, of the process on a CPU."""
+    step = build(name, given, device)
+    for batch in synthetic_batches(given, device)[:3]:
+        step(batch)
+    synchronize(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not getrusage's, which a process inherits from the one that started it.
@@ -268,19 +222,10 @@ def peak_memory(device: torch.device) -> int:
 
 def profile(step: Step, batch: Batch, device: torch.device) -> None:
     """Prints the fifteen most expensive kernels of a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
+    key = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    with torch.profiler.profile() as profiler:
         step(batch)
     print("\n" + profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
-
-
-def machine(device: torch.device) -> str:
-    """Describes what was measured on."""
-    chip: Any = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
-    return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
