@@ -37,7 +37,7 @@ _LOCKING_S = 120.0
 
 
 def train(
-    run_dir: Path, accept_changed_data: bool | str = False, recipe: Recipe | None = None, start_over: bool = False
+    run_dir: Path, *, accept_changed_data: bool | str = False, recipe: Recipe | None = None, start_over: bool = False
 ) -> TrainResult:
     """Runs this process as one rank until the recipe of the run folder is complete. Resumes by itself. A collective.
 
@@ -99,13 +99,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run_dir, recipe = arguments.run_dir, None
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    if not given & {"arch", "config"} and ("run_dir" not in given or given - {"run_dir", "accept_changed_data"}):
-        parser.error("--arch or --config is required, but for --run-dir alone, which goes on with that run as it is")
+    if not given & {"arch", "config", "run_dir"}:
+        parser.error("--arch or --config is required, or --run-dir, which goes on with that run by its own recipe")
     try:
-        if given & {"arch", "config"}:
+        if given - {"run_dir", "accept_changed_data"}:
+            if not given & {"arch", "config"}:
+                arguments.config = RunFolder(run_dir).recipe_file
             recipe = recipe_from(arguments)
             run_dir = run_dir or default_run_dir(recipe)
-        result = train(run_dir, arguments.accept_changed_data, recipe, arguments.start_over)
+        accepted, over = arguments.accept_changed_data, arguments.start_over
+        result = train(run_dir, accept_changed_data=accepted, recipe=recipe, start_over=over)
     except LostTheRun as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return LOST_THE_RUN

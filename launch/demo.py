@@ -9,6 +9,7 @@ the result. Everything lies in runs/; started again, it finds its work done and 
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -28,6 +29,8 @@ IMAGES, SHARDS, RUN = FOLDER / "demo-images", FOLDER / "demo-shards", FOLDER / "
 
 def main() -> int:
     """Runs the commands of the README one after the other, showing each; returns the status of the first to fail."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     began = time.monotonic()
     if not IMAGES.is_dir():
         print(f"writing the digits of scikit-learn as images under {IMAGES}", flush=True)

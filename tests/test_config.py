@@ -205,3 +205,40 @@ def test_every_setting_says_what_it_means() -> None:
     rows = [line.strip("| ").split(" | ") for line in settings().splitlines() if line.startswith("| `")]
     assert len(rows) > 70
     assert all(len(row) == 4 and len(row[3].split()) > 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("augment.crop_ratio=[0,0]", "augment.crop_ratio.0: Input should be greater than 0"),
+        ("augment.crop_scale=[0.9,0.2]", "augment.crop_scale: the lower bound 0.9 is above the upper one, 0.2"),
+        ("augment.crop_scale=[0.5,2]", "augment.crop_scale.1: Input should be less than or equal to 1"),
+        ("images.std=[0,1,1]", "images.std.0: Input should be greater than 0"),
+        ("images.mean=[nan,0,0]", "images.mean.0: Input should be a finite number"),
+        ("optim.lr=inf", "optim.lr: Input should be a finite number"),
+        ("optim.betas=[0.9,1.0]", "optim.betas.1: Input should be less than 1"),
+        ("optim.eps=-1", "optim.eps: Input should be greater than or equal to 0"),
+    ],
+)
+def test_values_that_no_training_can_have_are_refused_before_anything_starts(given: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=r"demo\.toml and the command line") as refused:
+        load_recipe("demo", [given])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("data.lane", "order.lanes"), ("data.means", "images.mean"), ("optim.nam", "optim.name"), ("lr", "optim.lr")],
+)
+def test_an_unknown_key_names_the_nearest_in_any_section(given: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{near}'"):
+        load_recipe("demo", [f"{given}=1"])
+
+
+def test_any_file_can_be_a_recipe_and_a_name_is_looked_for_in_configs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text((CONFIG_DIR / "crate_tiny.toml").read_text())
+    assert load_recipe("demo").model.arch == "crate_demo"
+    assert load_recipe(Path("demo")).model.arch == "crate_tiny"

@@ -6,6 +6,7 @@ python -m crate_dist.config docs/training.md     puts it between the two marks o
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config.recipe import Recipe
+from crate_dist.files import write_whole
 
 BEGIN, END = "<!-- settings: generated -->", "<!-- settings: end -->"
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-_BOUNDS = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to"}
+_BOUNDS = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to", "exclusiveMaximum": "below"}
 
 
 def settings() -> str:
@@ -29,7 +31,7 @@ def put_into(page: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"no {BEGIN} … {END} in it")
+        raise ValueError(f"no {BEGIN} … {END} in the page")
     return f"{before}{BEGIN}\n\n{settings()}\n{END}{after}"
 
 
@@ -54,7 +56,8 @@ def _type(setting: Mapping[str, Any]) -> str:
     if choices := setting.get("enum") or ("const" in setting and [setting["const"]]):
         return " or ".join(map(_code, choices))
     if setting["type"] == "array":
-        return f"{setting.get('maxItems', 'any number of')} {_type(setting.get('items') or setting['prefixItems'][0])}s"
+        kind, _, within = _type(setting.get("items") or setting["prefixItems"][0]).partition(" ")
+        return f"{setting.get('maxItems', 'any number of')} {kind}s {within}".rstrip()
     if setting.get("format") == "path":
         return "path"
     bounds = (f"{word} {setting[key]:g}" for key, word in _BOUNDS.items() if key in setting)
@@ -65,9 +68,20 @@ def _code(value: Any) -> str:
     return "unset" if value is None else f"`{json.dumps(value)}`"
 
 
+def main() -> None:
+    """Prints the tables, or puts them into a page."""
+    parser = argparse.ArgumentParser(prog="python -m crate_dist.config", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("page", nargs="?", type=Path, metavar="PAGE", help="file with the two marks")
+    page = parser.parse_args().page
+    try:
+        if page:
+            write_whole(page, put_into(page.read_text(encoding="utf-8")))
+        else:
+            sys.stdout.write(settings() + "\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.stdout.write(settings() + "\n")
-    else:
-        page = Path(sys.argv[1])
-        page.write_text(put_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

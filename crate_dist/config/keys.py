@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def rename(raw: dict[str, Any], origin: str) -> None:
             continue
         target = raw.setdefault(now, {})
         if not isinstance(target, dict) or name in target:
-            raise RecipeError(f"{origin}: {old} is called {new} now, and cannot stand beside {now} = {target!r}")
+            raise RecipeError(f"{origin}: {old} is called {new} now, and cannot stand beside it")
         target[name] = table.pop(key)
         notes.append(f"{old} -> {new}")
     if notes:
@@ -66,8 +67,9 @@ def assign(raw: dict[str, Any], key: str, value: Any, known: Sequence[str], orig
 
 @cache
 def _note(text: str) -> None:
-    """Warns once in a process: a run folder's recipe is read several times in one start."""
-    logger.warning("%s", text)
+    """Warns once in a process, of the first rank alone: a start reads the recipe of a run folder several times."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        logger.warning("%s", text)
 
 
 def parse_value(text: str) -> Any:
@@ -99,10 +101,12 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """Returns " (did you mean 'KEY'?)", or nothing where no known key is like the given one."""
-    last = given.rpartition(".")[2]
-    close = [key for key in known if key.rpartition(".")[2] == last]  # the right word in the wrong section
-    close = close or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_word: dict[str, list[str]] = {}  # the section may be the wrong one
+    for key in known:
+        by_word.setdefault(key.rpartition(".")[2], []).append(key)
+    for word in difflib.get_close_matches(given.rpartition(".")[2], by_word, n=1):
+        return f" (did you mean {difflib.get_close_matches(given, by_word[word], n=1, cutoff=0)[0]!r}?)"
+    return ""
 
 
 def explain(item: ErrorDetails, known: Sequence[str]) -> str:

@@ -119,7 +119,8 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
         assign(raw, key.strip(), parse_value(value.strip()), _KNOWN, origin=f"--set {key.strip()}")
-    recipe = build_recipe(raw, origin=str(path))
+    on_top = overrides or any(value is not None for value in values.values())
+    recipe = build_recipe(raw, origin=f"{path} and the command line" if on_top else str(path))
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
@@ -139,15 +140,15 @@ def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
 def find_recipe(source: str | Path) -> Path:
     """Finds the file that a recipe's name or path means. Raises RecipeError that names the nearest."""
     path = Path(source)
+    if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
+        return path
     if path.suffix == ".toml":
-        if path.is_file():
-            return path
         raise RecipeError(f"no recipe file {path}")
     named = CONFIG_DIR / f"{source}.toml"
     if named.is_file():
         return named
     known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
-    raise RecipeError(f"no recipe {source!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
+    raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
 
 
 def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:

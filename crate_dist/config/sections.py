@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from crate_dist.config.keys import RecipeError
 from crate_dist.locations import location
@@ -22,16 +22,25 @@ Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
 
 Positive = Annotated[int, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 """Text on a line of the batch script, where a line break would begin a command."""
 
 
+def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"the lower bound {bounds[0]:g} is above the upper one, {bounds[1]:g}")
+    return bounds
+
+
 class Section(BaseModel):
     """A table of the recipe. Frozen, and closed to keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     _withheld: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -110,8 +119,12 @@ class OrderSection(Section):
 class AugmentSection(Section):
     """The random changes of training images."""
 
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="bounds of the crop's share of the area")
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="bounds of the crop's width to its height")
+    crop_scale: Annotated[tuple[Share, Share], AfterValidator(_in_order)] = Field(
+        (0.08, 1.0), description="bounds of the crop's share of the area"
+    )
+    crop_ratio: Annotated[tuple[AboveZero, AboveZero], AfterValidator(_in_order)] = Field(
+        (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
+    )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
     randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
@@ -125,7 +138,9 @@ class ImageSection(Section):
         "bicubic", description="filter of all resizes, which are antialiased; torchvision's default is bilinear"
     )
     mean: Colour = Field((0.485, 0.456, 0.406), description="mean of red, green and blue from 0 to 1, taken off")
-    std: Colour = Field((0.229, 0.224, 0.225), description="their standard deviation, by which the rest is divided")
+    std: tuple[AboveZero, AboveZero, AboveZero] = Field(
+        (0.229, 0.224, 0.225), description="their standard deviation, by which the rest is divided"
+    )
     eval_fit: Literal["crop", "stretch"] = Field(
         "crop", description='"stretch": the whole validation image, resized to the square, whatever eval_crop says'
     )
@@ -139,10 +154,10 @@ class OptimSection(Section):
     lr: float = Field(gt=0, description="the highest learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay: multiplied by the learning rate")
     decay_all: bool = Field(True, description="also decay norms, biases and embeddings, as the paper does")
-    betas: tuple[float, float] | None = Field(
+    betas: tuple[Decay, Decay] | None = Field(
         None, description="decay rates of the moments; unset: lion (0.9, 0.99), adamw (0.9, 0.999)"
     )
-    eps: float = Field(1e-8, description="adamw's, added to the denominator")
+    eps: float = Field(1e-8, ge=0, description="adamw's, added to the denominator")
     schedule: Literal["cosine", "reference"] = Field(
         "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
     )

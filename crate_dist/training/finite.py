@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from crate_dist.data.loader import TrainLoader
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import gather_objects
+from crate_dist.errors import UserError
 from crate_dist.training.compiling import eagerly
 from crate_dist.training.engine import Engine, NotFinite
 from crate_dist.training.watchdog import Watchdog
@@ -31,15 +32,20 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     """
     source, place, keys = batches.source, None, list[str]()
     first = step * source.share.accumulation
-    for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
-        watchdog.beat(f"looking for what is not finite in step {step + 1}", _PATIENCE)
-        with eagerly():
-            place = where_not_finite(engine.module, partial(engine.loss, (images, labels)))
-        if place:
-            reader = ShardReader(source.index)
-            named = (reader.describe(sample, "") for sample in source.samples(number).tolist())
-            keys = [f"{item.shard}:{item.key}" for item in named]
-            break
+    looking = partial(watchdog.beat, f"looking for what is not finite in step {step + 1}", _PATIENCE)
+    looking()
+    try:
+        for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
+            looking()
+            with eagerly():
+                place = where_not_finite(engine.module, partial(engine.loss, (images, labels)))
+            if place:
+                reader = ShardReader(source.index)
+                named = (reader.describe(sample, "") for sample in source.samples(number).tolist())
+                keys = [f"{item.shard}:{item.key}" for item in named]
+                break
+    except (OSError, UserError) as error:  # the others wait for what this rank has found
+        place = f"not known where, since its batch cannot be read again ({error})"
     every = gather_objects((place, keys))
     found = "; ".join(f"rank {rank}: {place}" for rank, (place, _) in enumerate(every) if place)
     keys = [key for _, keys in every for key in keys]

@@ -92,8 +92,8 @@ def test_all_layers_are_one_graph_and_nothing_is_compiled_again(cache: Path) -> 
     assert off < 0.05  # Lion turns a gradient that is zero up to rounding into a whole step
 
 
-def not_finite(world: World, device: torch.device, cache: Path, shards: Path) -> tuple[str, bool, list[str]]:
-    """What is said, whether the weights are as they were, and this rank's samples."""
+def not_finite(world: World, device: torch.device, cache: Path, shards: Path) -> tuple[str, str, bool, list[str]]:
+    """What is said, also when rank 1 has lost its shards, whether the weights are as before, this rank's samples."""
     from crate_dist.training.engine import NotFinite
     from crate_dist.training.finite import post_mortem
 
@@ -108,18 +108,27 @@ def not_finite(world: World, device: torch.device, cache: Path, shards: Path) ->
     index, share = ShardIndex.load(shards), Share(world.rank, 2, GLOBAL_BATCH, GLOBAL_BATCH // 2)
     order = Order(index.shard_sizes, seed=3)
     transform = train_transform(AugmentSection(), ImageSection(), 32)
-    again = TrainLoader(index, order, share, transform, workers=0, step=1)
-    said = str(post_mortem(engine, again, 1, Watchdog(world, 60, cache / "unused")))
+    watchdog = Watchdog(world, 60, cache / "unused")
+    said = str(post_mortem(engine, TrainLoader(index, order, share, transform, workers=0, step=1), 1, watchdog))
+    if world.rank == 1:
+        gone = shutil.copytree(shards, cache / "gone")
+        lost = ShardIndex.load(gone)
+        for tar in gone.glob("*.tar"):
+            tar.unlink()
+    there = index if world.rank == 0 else lost
+    half = str(post_mortem(engine, TrainLoader(there, order, share, transform, workers=0, step=1), 1, watchdog))
     untouched = all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
     reader, samples = ShardReader(index), order.samples(share.positions(order, 1)).tolist()
-    return said, untouched, [reader.describe(sample, "").key for sample in samples]
+    return said, half, untouched, [reader.describe(sample, "").key for sample in samples]
 
 
 def test_the_layer_where_it_stopped_being_finite_is_found_behind_a_compiled_one(cache: Path, cast_shards: Path) -> None:
-    for said, untouched, keys in spawn(not_finite, 2, cache, cast_shards / "train"):
+    for said, half, untouched, keys in spawn(not_finite, 2, cache, cast_shards / "train"):
         assert "rank 0: the output of layers.1.ista" in said
         assert "rank 1: the output of layers.1.ista" in said
         assert all(key in said for key in keys)
+        assert "rank 0: the output of layers.1.ista" in half
+        assert "rank 1: not known where, since its batch cannot be read again" in half
         assert untouched
 
 

@@ -134,16 +134,18 @@ def test_another_recipe_in_the_same_folder_is_refused(undisturbed: tuple[list[ob
     assert "Traceback" not in output
 
 
-def test_a_run_named_by_its_folder_alone_goes_on_by_its_own_recipe_and_takes_no_other_value(
+def test_a_run_named_by_its_folder_alone_goes_on_by_its_own_recipe(
     undisturbed: tuple[list[object], Path], small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open(load_recipe(small_recipe, data__root=cast_shards, train__max_steps=3))
-    with Training(["--run-dir", folder.path, "--set", "train.max_steps=4"], world_size=1) as refused:
-        assert refused.wait() == [2]
-        assert "--arch or --config is required, but for --run-dir alone" in refused.output()
     train_to_the_end(["--run-dir", folder.path], world_size=2)
     assert losses(folder.path) == {step: loss for step, loss in losses(undisturbed[1]).items() if step <= 3}
+    train_to_the_end(["--run-dir", folder.path, "--data", cast_shards, "--set", "train.max_steps=4"], world_size=2)
+    assert losses(folder.path) == {step: loss for step, loss in losses(undisturbed[1]).items() if step <= 4}
+    with Training(["--set", "train.max_steps=4"], world_size=1) as refused:
+        assert refused.wait() == [2]
+        assert "--arch or --config is required, or --run-dir" in refused.output()
     with Training(["--run-dir", tmp_path / "none"], world_size=1) as nowhere:
         assert nowhere.wait() == [1]
         assert f"error: {tmp_path / 'none'} is no run folder" in nowhere.output()
