@@ -23,9 +23,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
     Before that it is synced, after that its folder. When the block raises, what stood under the name still does.
 
-    Raises
-    ------
-    OSError: it cannot be written; its filename is `path`
+    Raises OSError: it cannot be written; its filename is `path`.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -60,9 +60,7 @@ class ProbeInputs:
 def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
     """Opens what the command line names.
 
-    Raises
-    ------
-    CannotMeasure, CheckpointError, WeightsError, RecipeError, ShardError: when it does not fit together
+    Raises CannotMeasure, CheckpointError, WeightsError, RecipeError, ShardError: when it does not fit together.
     """
     check_output(arguments.json)
     if arguments.train_split == arguments.split:

@@ -76,9 +76,7 @@ def train(
 def _opened_by_rank_0(folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool) -> Iterator[Tenure]:
     """Gives the tenure of rank 0, which holds the lock of the run folder; the other ranks learn how that went.
 
-    Raises
-    ------
-    RecipeError, RunIsLocked, LostTheRun: on every rank
+    Raises RecipeError, RunIsLocked, LostTheRun: on every rank.
     """
     with ExitStack() as stack:
         problem, tenure = None, Tenure()

@@ -42,9 +42,7 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     torchrun's variables win over SLURM's, since torchrun may itself run under srun. SLURM's are believed only
     inside a step: the shell of an allocation has some of them too, and is no rank.
 
-    Raises
-    ------
-    ValueError: variables that contradict each other
+    Raises ValueError: variables that contradict each other.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         world = World(

@@ -44,9 +44,7 @@ def begin_from(
     have numbers for names on both sides; the log says so.
     heads: of MSSA, where a file of weights does not tell how many
 
-    Raises
-    ------
-    RecipeError: on every rank, when one of them cannot use the weights, or they do not all find the same ones
+    Raises RecipeError: on every rank, when one of them cannot use the weights, or they do not all find the same ones.
     """
     problem, digest, adapted = "", "", None
     try:

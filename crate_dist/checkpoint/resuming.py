@@ -23,9 +23,7 @@ def progress_on(
     accept_changed: whether other data than the checkpoint's are good enough; a digest: those data alone. What was
     accepted is put down in the run folder, and then holds for every start from the same checkpoint.
 
-    Raises
-    ------
-    CheckpointError: on every rank, when the data are others, naming the difference
+    Raises CheckpointError: on every rank, when the data are others, naming the difference.
     """
     if not found.manifest.data:
         logger.info("%s is from before checkpoints knew their data, so these are taken for the same", found.path)

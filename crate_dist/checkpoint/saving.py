@@ -101,9 +101,7 @@ class Saver:
     def wait(self) -> Saved | None:
         """Waits for the save that is under way; returns it, or None when there was none or it failed.
 
-        Raises
-        ------
-        CheckpointError: on all ranks, when too many saves in a row have failed
+        Raises CheckpointError: on all ranks, when too many saves in a row have failed.
         """
         if self._thread is None:
             return None

@@ -38,9 +38,7 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
-    Raises
-    ------
-    CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged
+    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged.
     """
     if not source.is_dir():
         model, meta = load_model(source, heads)

@@ -99,9 +99,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     What could run a command is taken from `overrides`, `values` and the files in configs/, which are as much the
     project's own as its code. Of other files, a run folder's too, it is left out, and the section's `withheld` says so.
 
-    Raises
-    ------
-    RecipeError: no such recipe, broken TOML, an unknown key (the nearest is named), a value that does not fit
+    Raises RecipeError: no such recipe, broken TOML, an unknown key (the nearest is named), a value that does not fit.
     """
     path = find_recipe(source)
     try:

@@ -57,9 +57,7 @@ class Workers(Iterator[Any]):
     Each makes `ahead` items at most that were not yet asked for. What is raised for an item is raised here in its
     place; what a worker logs is logged here, with its next item.
 
-    Raises
-    ------
-    LostWorker: from next()
+    Raises LostWorker: from next().
     """
 
     def __init__(self, source: Source, count: int, ahead: int, first: int = 0, stop: int | None = None) -> None:

@@ -179,9 +179,7 @@ def evaluate(
     A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
     counted in its own.
 
-    Raises
-    ------
-    Left: on all ranks, when one of them has left
+    Raises Left: on all ranks, when one of them has left.
     """
     totals, bad = torch.zeros(6, dtype=torch.float64, device=device), set[BadSample]()
     for batch in batches:

@@ -59,9 +59,7 @@ def match_classes(trained: Trained, index: ShardIndex, all_classes: bool = False
     all_classes: lets the outputs compete that stand for none of them, too. They do in any case where the classes are
     those that the model was trained on, as in training.
 
-    Raises
-    ------
-    CannotMeasure: the model does not know all of the classes, or a name does not say which class it is
+    Raises CannotMeasure: the model does not know all of the classes, or a name does not say which class it is.
     """
     outputs, known, wanted = trained.model.config.num_classes, trained.classes, list(index.classes)
     if known is not None and len(known) > outputs:

@@ -58,9 +58,7 @@ def opened(
 def check_that_no_job_waits(folder: RunFolder) -> None:
     """Asks SLURM, where there is one, for the folder's jobs, unless this process belongs to one of them.
 
-    Raises
-    ------
-    RecipeError: one of them waits, or runs; or SLURM does not answer
+    Raises RecipeError: one of them waits, or runs; or SLURM does not answer.
     """
     try:
         jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}

@@ -60,9 +60,7 @@ def preflight(
 
     start_over: what the folder holds will be set aside; accept_changed_data: other data than before are no problem
 
-    Raises
-    ------
-    RecipeError: with everything that is wrong, one paragraph each
+    Raises RecipeError: with everything that is wrong, one paragraph each.
     """
     problems: list[str] = []
     accepted_data: str | bool = False
@@ -117,9 +115,7 @@ def preflight(
 def check_init_from(source: Path, recipe: Recipe) -> None:
     """Looks at --init-from as far as that goes without reading the weights.
 
-    Raises
-    ------
-    RecipeError: there is nothing, nothing that could be weights, or the run of a model of another size
+    Raises RecipeError: there is nothing, nothing that could be weights, or the run of a model of another size.
     """
     given = f"--init-from {source}"
     if not source.exists():

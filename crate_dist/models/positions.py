@@ -16,9 +16,7 @@ def interpolate_positions(pos_embedding: Tensor, grid: tuple[int, int]) -> Tenso
     bicubically, in fp32, without aliasing where the new grid is coarser; the class token's stays as it is. On the grid
     that they have, the very same tensor is returned.
 
-    Raises
-    ------
-    ValueError: when the patches' positions form no square, or the grid has no rows or columns
+    Raises ValueError: when the patches' positions form no square, or the grid has no rows or columns.
     """
     patches = pos_embedding.shape[1] - 1
     side = math.isqrt(max(patches, 0))

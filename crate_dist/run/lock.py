@@ -79,9 +79,7 @@ class RunLock:
     brief: of a launcher, which leaves within seconds: others wait for it
     lost: called in a thread of the lock when somebody else has it; None: the process ends with LOST_THE_RUN
 
-    Raises
-    ------
-    RunIsLocked: on entry, when the holder is alive
+    Raises RunIsLocked: on entry, when the holder is alive.
     """
 
     def __init__(

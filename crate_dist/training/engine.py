@@ -175,9 +175,7 @@ class Engine:
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up weights and optimizer state that any number of ranks saved. A collective.
 
-        Raises
-        ------
-        CheckpointError: of another model or another optimizer
+        Raises CheckpointError: of another model or another optimizer.
         """
         there, here = (
             [(list(g.names), g.numel) for g in groups] for groups in (checkpoint.manifest.groups, self.layouts)

@@ -91,9 +91,7 @@ class Live:
         -------
         False, on all ranks, when rank 0 has left it because the run is told to stop
 
-        Raises
-        ------
-        ShardError: the images cannot be read
+        Raises ShardError: the images cannot be read.
         """
         left = False
         if self._world.is_main and not (unless_known and monitor.knows(step, "whitebox/zeros")):
@@ -178,9 +176,7 @@ def first_images(
 
     go_on: called before each of them; what it raises is raised here
 
-    Raises
-    ------
-    ShardError: none decodes, or a shard cannot be read
+    Raises ShardError: none decodes, or a shard cannot be read.
     """
     size, reader = recipe.model.image_size, ShardReader(index)
     transform = eval_transform(recipe.images, size)

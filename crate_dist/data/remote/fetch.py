@@ -100,9 +100,7 @@ def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
 
     folder, name: as for file_url; take: may raise Damaged for what is not as it should be, so that it is fetched again
 
-    Raises
-    ------
-    ShardError: with the file's place and the last failure; of `take`'s own as they are
+    Raises ShardError: with the file's place and the last failure; of `take`'s own as they are.
     """
     url = file_url(folder, name)
     place = f"{name} by {redacted(url)}" if url.startswith("pipe:") else redacted(url)
