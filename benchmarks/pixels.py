@@ -1,4 +1,4 @@
-"""How far our pixels are from the published code's, on real images: evaluation, and the crops of training.
+"""Compares our pixels with the published code's, on real images: evaluation, and the crops of training.
 
     python benchmarks/pixels.py --source DIR [--images N]
 

@@ -144,7 +144,7 @@ def class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 
 class Folder(Dataset[tuple[Tensor, int]]):
-    """What ImageFolder is: one file per sample, decoded with Pillow and transformed."""
+    """A data set as ImageFolder has it: one file per sample, decoded with Pillow and transformed."""
 
     def __init__(self, root: Path, transform: Callable[[Image.Image], Tensor]) -> None:
         self.classes, self.files = class_folders(root)

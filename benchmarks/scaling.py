@@ -1,4 +1,4 @@
-"""How the step scales: what is sent, counted; what 1 to 64 nodes would take, from a model that states its assumptions.
+"""Counts what the step sends, and estimates it on 1 to 64 nodes by a model that states its assumptions.
 
     python benchmarks/scaling.py [--arch crate_base] [--step-ms MS --micro-batch N] [--gpus-per-node 8] …
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import positive, whole_number
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
@@ -124,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="X",
         help="to choose from, on a tenth of the training split [1e-1 1e-2 … 1e-6]",
     )
-    linear.add_argument("--seed", type=int, default=0, help="of which samples are held out for that [%(default)s]")
+    linear.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the samples held out for that [%(default)s]"
+    )
     linear.add_argument(
         "--max-steps", type=positive, default=linear_probe.MAX_STEPS, metavar="N", help="of each fit [%(default)s]"
     )

@@ -28,6 +28,7 @@ import crate_dist  # isort: skip
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
@@ -164,11 +165,11 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__)
     cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
-    cluster.add_argument("--nodes", type=int, metavar="N")
-    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="0: train on the CPU")
-    cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks [one per GPU]")
-    cluster.add_argument("--cpus-per-task", type=int, metavar="N")
-    cluster.add_argument("--mem-gb", type=int, metavar="GB", help="memory per node [all of it]")
+    cluster.add_argument("--nodes", type=positive, metavar="N")
+    cluster.add_argument("--gpus-per-node", type=whole_number(0), metavar="N", help="0: train on the CPU")
+    cluster.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks [one per GPU]")
+    cluster.add_argument("--cpus-per-task", type=positive, metavar="N")
+    cluster.add_argument("--mem-gb", type=positive, metavar="GB", help="memory per node [all of it]")
     cluster.add_argument(
         "--time", type=parse_minutes, metavar="LIMIT", dest="time_min", help="minutes, or as 12:00:00 or 2-00:00:00"
     )
@@ -185,7 +186,11 @@ def _parser() -> argparse.ArgumentParser:
         help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="an array of runs that differ in the seed, a folder for each"
+        "--seeds",
+        type=whole_number(0),
+        nargs="+",
+        metavar="N",
+        help="an array of runs that differ in the seed, a folder for each",
     )
     parser.add_argument(
         "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"

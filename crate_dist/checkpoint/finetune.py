@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights came from, what they were (SHA-256 of names and fp32 values), and what was changed in them."""
+    """The weights that a run began from: their source, SHA-256 of names and fp32 values, and the changes made."""
 
     weights: str
     sha256: str

@@ -52,7 +52,7 @@ class CheckpointError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How one parameter group is flattened: names and shapes in order, nothing between them."""
+    """The flat vector of one parameter group: names and shapes in order, nothing between them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     names: Sequence[_Text]

@@ -17,7 +17,7 @@ from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError, check_fit
 from crate_dist.models.weights.read import load_model
-from crate_dist.run.folder import read_recipe
+from crate_dist.run.folder import RunFolder, read_recipe
 
 _HEAD = "head.linear.bias"  # one number per class
 
@@ -49,9 +49,8 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
         precision, classes = meta.get("precision", "fp32"), meta.get("classes")
         return Trained(model.float(), DataSection(), images, precision, str(source), _names(classes))
-    folder = source / "checkpoints" if (source / "recipe.toml").is_file() else None
-    if folder is not None:
-        checkpoints = list_checkpoints(folder)
+    if (run := RunFolder(source)).recipe_file.is_file():
+        checkpoints = list_checkpoints(run.checkpoints)
         if not checkpoints:
             raise CheckpointError(f"the run {source} has no checkpoint yet")
         saved = checkpoints[-1]
@@ -59,7 +58,7 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
         saved = open_checkpoint(source)
     if problem := saved.damaged():
         raise CheckpointError(problem)
-    recipe = read_recipe(saved.path.resolve().parents[1])
+    recipe = read_recipe(RunFolder.of_checkpoint(saved.path).path)
     head = saved.manifest.shapes.get(_HEAD, [])
     if len(head) != 1:
         raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import positive, whole_number
 from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
 from crate_dist.data.index import ShardIndex
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
     )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes per rank [%(default)s]")
+    parser.add_argument(
+        "--workers", type=whole_number(0), default=2, metavar="N", help="loader processes per rank [%(default)s]"
+    )
     parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, Recipe, load_recipe
 from crate_dist.locations import is_private, location
 
@@ -37,14 +38,14 @@ def recipe_parser(
         "--init-from", metavar="PATH", type=Path, help="fine-tune: begin from a run, a checkpoint or a file of weights"
     )
     group.add_argument(
-        "--heads", type=int, metavar="N", help="of the weights of --init-from, where their file does not tell"
+        "--heads", type=positive, metavar="N", help="of the weights of --init-from, where their file does not tell"
     )
     group.add_argument(
         "--accept-changed-data",
         action="store_true",
         help="go on with a run though its data have changed; run.json and the model card will say so",
     )
-    group.add_argument("--seed", type=int, help="of the order, the augmentation and the first weights")
+    group.add_argument("--seed", type=whole_number(0), help="of the order, the augmentation and the first weights")
     group.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",

@@ -126,12 +126,15 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{given}: no permission to read it")
     if source.is_file():
         return
-    run = source if (source / "recipe.toml").is_file() else source.resolve().parents[1]
-    if run == source and not checkpoint_names(RunFolder(run).checkpoints):
-        raise RecipeError(f"{given}: this run has no checkpoint yet")
-    if run != source and not (source / MANIFEST).is_file():
+    run = RunFolder(source)
+    if run.recipe_file.is_file():
+        if not checkpoint_names(run.checkpoints):
+            raise RecipeError(f"{given}: this run has no checkpoint yet")
+    elif (source / MANIFEST).is_file():
+        run = RunFolder.of_checkpoint(source)
+    else:
         raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
-    there, here = read_recipe(run).model, recipe.model
+    there, here = read_recipe(run.path).model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(
             f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "
@@ -141,7 +144,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
 
 def folder_of_weights(source: Path) -> Path:
     """Returns the folder that has to be seen for --init-from to be read: of a checkpoint, its whole run."""
-    return source.parent.parent if (source / MANIFEST).is_file() else source.parent
+    return RunFolder.of_checkpoint(source).path if (source / MANIFEST).is_file() else source.parent
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -69,7 +69,7 @@ class CrateConfig:
 
 @dataclass(frozen=True)
 class Intermediates:
-    """What a white-box measure reads, from one forward pass; tuples have one entry per layer.
+    """The values of one forward pass that white-box measures read; tuples have one entry per layer.
 
     logits: (b, classes)
     projections: w = Uᵀ LN(z), what MSSA compresses and the coding rate is taken of, (b, h, n, p)

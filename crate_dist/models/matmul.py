@@ -25,7 +25,7 @@ def _mkl_is_slow() -> bool:
 
 
 ONEDNN = _mkl_is_slow()
-"""Whether fp32 products on the CPU go to oneDNN."""
+"""True where fp32 products on the CPU go to oneDNN."""
 
 _WORTH_IT = 1 << 24
 """Multiply-adds from which a product gains more than the way to oneDNN costs, some 50 µs."""

@@ -50,6 +50,11 @@ class RunFolder:
         self.logs = path / "logs"
         self.slurm = path / "slurm"
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
+        """Returns the folder of the run that saved a checkpoint."""
+        return cls(checkpoint.resolve().parents[1])
+
     def model(self, which: str) -> Path:
         """Returns the file of the exported weights, `which` being "last" or "best"."""
         return self.path / f"model-{which}.pt"

@@ -226,7 +226,7 @@ class Engine:
         self._zero.update_lp_params()
 
     def _check_partitions(self) -> None:
-        """What crate_dist.checkpoint.loading believes of ZeRO's flat vectors holds: equal parts, no gaps, our order."""
+        """Asserts what checkpoint/loading.py relies on in ZeRO's flat vectors: equal parts, no gaps, our order."""
         world_size = dist.get_world_size()
         assert not any(any(padding) for padding in self._zero.round_robin_bit16_padding)
         assert all(p.dtype == torch.float32 for p in self._partitions)

@@ -121,7 +121,7 @@ class Interrupt:
 
     @property
     def heard(self) -> bool:
-        """Whether this rank knows that one of them was told to stop."""
+        """This rank's knowledge of a stop: it or another was told to."""
         return self.elsewhere or self.received_at is not None
 
     def end_at_once(self) -> None:

@@ -30,7 +30,7 @@ _TOLD = "watchdog/told to stop"
 
 
 class Watchdog:
-    """Ends this process when `beat` was not called for `timeout_s` seconds, or as many times that as `beat` allowed.
+    """Ends this process when `beat` was not called for `timeout_s` seconds, times the patience of the last call.
 
     Each rank tells the others where it is through the process group's store, so that the log can name the ones that
     are behind, and the first to give up tells the others, so that each leaves its stacks. The store is rank 0's: a

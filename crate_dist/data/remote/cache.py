@@ -104,7 +104,7 @@ class ShardCache:
         return False
 
     def _was_sound(self, descriptor: int, shard: Shard) -> bool:
-        """As is_sound, but looks only where no process of this node has since this one was started."""
+        """Says what is_sound does, but looks only where no process of this node has since this one was started."""
         mark = self._folder / f"{shard.sha256}.sound"
         with locked(mark):
             if (found := _stat(mark)) is not None and found.st_size and found.st_mtime >= _STARTED:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from crate_dist.arguments import positive
 from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     change.add_argument("--bare-names", action="store_true", help='reference: no "module." before the names')
     change.add_argument("--force", action="store_true", help="replace OUT and its card if they exist")
     for command in (show, change):
-        command.add_argument("--heads", type=int, metavar="N", help="for unpublished sizes: IN may not say it")
+        command.add_argument("--heads", type=positive, metavar="N", help="for unpublished sizes: IN may not say it")
     given = parser.parse_args(arguments)
     try:
         if given.command == "describe":
