@@ -163,7 +163,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _program(path: str, *arguments: str, cwd: Path, code: Path = REPOSITORY) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "CRATE_DATA"} | {"PYTHONPATH": str(code)}
-    line = [sys.executable, str(code / path), *arguments]
+    line = [sys.executable, *([path] if path == "-m" else [str(code / path)]), *arguments]
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -190,7 +190,7 @@ def test_a_command_of_the_pages_runs(line: str, world: Path, monkeypatch: pytest
 
 def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
-    for folder in ("crate_dist", "configs", "launch"):
+    for folder in ("crate_dist", "configs", "launch", "docs"):
         shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (clone / "runs").symlink_to(world / "runs")
     edits = {
@@ -213,8 +213,10 @@ def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Pa
             shutil.copy(*(clone / word for word in words))
         else:
             assert program == "python"
-            said = _program(words[0], *words[1:], "--set", "train.global_batch=32", cwd=clone, code=clone)
-            assert "my_recipe" in said or "runs/mini" in said
+            batch = [] if words[0] == "-m" else ["--set", "train.global_batch=32"]
+            said = _program(words[0], *words[1:], *batch, cwd=clone, code=clone)
+            assert words[0] == "-m" or "my_recipe" in said or "runs/mini" in said
+    assert '`"crate_mini"`' in (clone / "docs/training.md").read_text()
 
 
 def test_python_on_the_pages_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
