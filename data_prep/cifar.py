@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.archives import Download, add_any_digest, working_folder
+from crate_dist.prep.archives import Download, add_any_digest, download_workspace
 from crate_dist.prep.cifar import cifar
 from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.program import run_program
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=("10", "100"), help="where the source holds both")
     parser.add_argument("--coarse", action="store_true", help="CIFAR-100: its 20 superclasses as classes")
     arguments, options = parsed(parser, lossless=True, archive=True)
-    with working_folder(options.out, options.dry_run) as work:
+    with download_workspace(options.out, options.dry_run) as work:
         download = Download(options.source, work, arguments.any_digest)
         source = cifar(download, arguments.dataset, arguments.coarse, arguments.val_fraction, options.seed)
         convert(source, options)

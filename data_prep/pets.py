@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.archives import Download, add_any_digest, working_folder
+from crate_dist.prep.archives import Download, add_any_digest, download_workspace
 from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
 from crate_dist.prep.pets import pets
 from crate_dist.prep.program import run_program
@@ -30,7 +30,7 @@ def main() -> None:
     add_any_digest(parser)
     add_val_fraction(parser, "the test images are test then")
     arguments, options = parsed(parser)
-    with working_folder(options.out, options.dry_run) as work:
+    with download_workspace(options.out, options.dry_run) as work:
         download = Download(options.source, work, arguments.any_digest)
         source = pets(download, options.list_options, arguments.val_fraction, options.seed)
         convert(source, options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crate_dist.checkpoint.trained import Trained, are_numbers, load_trained
+from crate_dist.checkpoint.trained import Trained, class_ids_are_numbers, load_trained
 from crate_dist.config import RecipeError
 from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
@@ -64,7 +64,9 @@ def begin_from(
     own = model.state_dict()
     model.load_state_dict({**own, **adapted.state_dict})
     changes = adapted.notes
-    if "head.linear.weight" in adapted.state_dict and (trained.classes is None or are_numbers(trained.classes)):
+    if "head.linear.weight" in adapted.state_dict and (
+        trained.classes is None or class_ids_are_numbers(trained.classes)
+    ):
         why = "the names of which it does not tell" if trained.classes is None else "which have numbers for names there"
         remedy = "" if head == "keep" else "; --set train.init_head=new if they are others"
         changes += (f"head kept by number for {model.config.num_classes} classes, {why}{remedy}",)

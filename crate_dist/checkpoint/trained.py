@@ -82,7 +82,7 @@ def find_layer(asked: int | None, depth: int) -> int:
     return layer
 
 
-def are_numbers(classes: Sequence[str]) -> bool:
+def class_ids_are_numbers(classes: Sequence[str]) -> bool:
     """Returns whether classes are called 0, 1, 2, …, as those of shards are for which nobody gave names.
 
     That two models or splits have such classes says nothing of what these are.

@@ -58,7 +58,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Tried:
+class L2Trial:
     """One l2 of the sweep: top-1 in per cent on the samples held out, and how the fit ended."""
 
     l2: float
@@ -76,7 +76,7 @@ class Probe:
     top5: float
     steps: int
     converged: bool
-    sweep: tuple[Tried, ...]
+    sweep: tuple[L2Trial, ...]
 
     @property
     def at_the_edge(self) -> bool:
@@ -106,12 +106,12 @@ def probe(
             f"{max(HELD_OUT, classes)} would do, and more are better"
         )
     held = held_out(train, seed)
-    sweep: list[Tried] = []
+    sweep: list[L2Trial] = []
     fits: list[Linear] = []
     for l2 in progress(sorted(l2s, reverse=True)):
         fits.append(fit(train, ~held, classes, l2, max_steps, start=fits[-1] if fits else None))
         top1, _ = accuracy(fits[-1], train, held)
-        sweep.append(Tried(l2, top1, fits[-1].steps, fits[-1].converged))
+        sweep.append(L2Trial(l2, top1, fits[-1].steps, fits[-1].converged))
     best = max(range(len(sweep)), key=lambda n: (sweep[n].top1, -n))
     whole = fit(train, torch.ones_like(held), classes, sweep[best].l2, max_steps, start=fits[best])
     top1, top5 = accuracy(whole, val, torch.ones_like(val.labels, dtype=torch.bool))

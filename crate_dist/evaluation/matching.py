@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crate_dist.checkpoint.trained import Trained, are_numbers
+from crate_dist.checkpoint.trained import Trained, class_ids_are_numbers
 from crate_dist.data.index import ShardIndex
 from crate_dist.evaluation.on_ranks import CannotMeasure
 
@@ -64,7 +64,7 @@ def match_classes(trained: Trained, index: ShardIndex, all_classes: bool = False
     outputs, known, wanted = trained.model.config.num_classes, trained.classes, list(index.classes)
     if known is not None and len(known) > outputs:
         raise CannotMeasure(f"{trained.name} names {len(known):,} classes, and has {outputs:,} outputs")
-    numbers = known is not None and are_numbers(known)
+    numbers = known is not None and class_ids_are_numbers(known)
     most = len(known) if known is not None and numbers else outputs
     if len(wanted) > most:
         raise CannotMeasure(f"{index.place} has {len(wanted):,} classes, the model only {most:,}")

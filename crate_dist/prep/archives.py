@@ -74,7 +74,7 @@ class Download:
         self.check(path, published)
         return path.read_bytes()
 
-    def files(self, published: PublishedFile, folder: str) -> Files:
+    def files(self, published: PublishedFile, folder: str) -> ArchiveFiles:
         """Returns the files that an archive holds in `folder`, or that folder itself where it stands unpacked.
 
         Raises ShardError when neither is there, or the archive is not what was published, cut off, or damaged.
@@ -83,11 +83,11 @@ class Download:
         if path is not None:
             self.check(path, published)
             tar = self._decompress(path, published)
-            return Files(path, self.source, tar, _members(tar, path, folder), trusted=True)
+            return ArchiveFiles(path, self.source, tar, _members(tar, path, folder), trusted=True)
         path = self.find(folder)
         if path is None:
             raise self._missing(published, f" and for the folder {folder}/ that it unpacks to")
-        return Files(path, self.source, None, {}, trusted=self.any_digest)
+        return ArchiveFiles(path, self.source, None, {}, trusted=self.any_digest)
 
     def check(self, path: Path, published: PublishedFile) -> None:
         """Raises ShardError when a file has not its published digest, unless any is to be taken."""
@@ -130,7 +130,7 @@ class Download:
 
 
 @dataclass(frozen=True)
-class Files:
+class ArchiveFiles:
     """The files of an archive, or of the folder that it was unpacked to.
 
     path: the archive or the folder, for people; root: what names of images start from, in a folder
@@ -218,7 +218,7 @@ def named_splits(train: Split, test: Split, val_fraction: float, seed: int) -> d
 
 
 @contextmanager
-def working_folder(out: Path, dry_run: bool) -> Iterator[Path]:
+def download_workspace(out: Path, dry_run: bool) -> Iterator[Path]:
     """Makes a folder for what is decompressed: hidden in `out`, or a temporary one when nothing is to be written there.
 
     What a dead conversion left in it is removed; it goes, with folders that were made for it, when the block ends.

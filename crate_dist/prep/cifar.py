@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crate_dist.data.index import ShardError
-from crate_dist.prep.archives import Download, Files, PublishedFile, named_splits
+from crate_dist.prep.archives import ArchiveFiles, Download, PublishedFile, named_splits
 from crate_dist.prep.folders import Source, Split, contents_of
 from crate_dist.prep.pickles import PickleError, load_dict
 from crate_dist.prep.program import progress_bar
@@ -50,7 +50,7 @@ class Edition:
     label: str | int
     label_bytes: int = 0
 
-    def batch(self, files: Files, name: str, md5: str | None) -> Batch:
+    def batch(self, files: ArchiveFiles, name: str, md5: str | None) -> Batch:
         """Reads one file of images. Raises ShardError that names it."""
         data = files.read(name, md5)
         try:
@@ -66,7 +66,7 @@ class Edition:
             )
         return found
 
-    def class_names(self, files: Files) -> list[str]:
+    def class_names(self, files: ArchiveFiles) -> list[str]:
         """Reads the names of all classes, position = label. Raises ShardError when their number is another."""
         name, md5 = self.names_file
         data = files.read(name, md5)
@@ -189,7 +189,7 @@ def _stands(download: Download, edition: Edition) -> bool:
     return download.find(edition.archive.name) is not None or download.find(edition.folder) is not None
 
 
-def _lay_out(edition: Edition, files: Files, split: str, given: Mapping[str, str | None], work: Path) -> Samples:
+def _lay_out(edition: Edition, files: ArchiveFiles, split: str, given: Mapping[str, str | None], work: Path) -> Samples:
     """Writes all images of a split as PNGs into one file, numbered in the order in which they were published."""
     path = work / f"{split}.pngs"
     found: list[ImageRef] = []

@@ -15,7 +15,7 @@ import numpy as np
 
 from crate_dist.data.index import ShardError
 from crate_dist.data.order import Int64
-from crate_dist.prep.archives import Download, Files, PublishedFile
+from crate_dist.prep.archives import ArchiveFiles, Download, PublishedFile
 from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 from crate_dist.prep.samples import ImageRef, Samples
 
@@ -89,7 +89,7 @@ def _check_apart(ids: dict[str, Int64]) -> None:
         raise ShardError(f"{SPLITS.name}: more than once in the splits: {twice}")
 
 
-def _samples(files: Files, images: Mapping[str, ImageRef], labels: Int64, numbers: Int64) -> Samples:
+def _samples(files: ArchiveFiles, images: Mapping[str, ImageRef], labels: Int64, numbers: Int64) -> Samples:
     numbers = np.sort(numbers)
     if numbers[-1] > len(labels) or numbers[0] < 1:
         raise ShardError(

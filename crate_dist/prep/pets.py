@@ -14,7 +14,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from crate_dist.data.index import ShardError
-from crate_dist.prep.archives import Download, Files, PublishedFile, named_splits
+from crate_dist.prep.archives import ArchiveFiles, Download, PublishedFile, named_splits
 from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 
 _SITE = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
@@ -49,7 +49,7 @@ def pets(download: Download, options: ListOptions, val_fraction: float, seed: in
     return Source(download.source, f"Oxford-IIIT Pet, {files.path.name}", classes, words, splits)
 
 
-def _read_list(annotations: Files, name: str) -> list[_Line]:
+def _read_list(annotations: ArchiveFiles, name: str) -> list[_Line]:
     lines = []
     text = annotations.read(name).decode("utf-8", "replace")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -67,7 +67,7 @@ def _read_list(annotations: Files, name: str) -> list[_Line]:
     return sorted(lines)
 
 
-def _class_names(lines: list[_Line], annotations: Files) -> list[str]:
+def _class_names(lines: list[_Line], annotations: ArchiveFiles) -> list[str]:
     """Returns the name of each class, position = label. Raises ShardError where numbers and names contradict."""
     names: dict[int, str] = {}
     for line in lines:

@@ -34,7 +34,7 @@ from crate_dist.models.crate import CRATE
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
-from crate_dist.whitebox.measures import Profile, class_attention_maps, gradient_norms, profile
+from crate_dist.whitebox.measures import Profile, class_attention_maps, layer_gradient_norms, profile
 from crate_dist.whitebox.pixels import heat, layer_profile, tiles
 from crate_dist.world import World
 
@@ -120,7 +120,7 @@ class Live:
         interrupt.go_on()
         seen = profile(model, [images])
         interrupt.go_on()
-        norms = gradient_norms(model, images, labels.to(self._device), self._recipe.optim.label_smoothing)
+        norms = layer_gradient_norms(model, images, labels.to(self._device), self._recipe.optim.label_smoothing)
         interrupt.go_on()
         maps = class_attention_maps(model, images[:_SHOWN]).cpu().numpy()
         self._warn(step, seen)

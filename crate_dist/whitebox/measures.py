@@ -155,7 +155,7 @@ def patch_projections(model: CRATE, images: Tensor, layer: int) -> Tensor:
     return w[:, :, 1:].float().transpose(1, 2).flatten(2).unflatten(1, (rows, cols))
 
 
-def gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def layer_gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Returns ‖∂ loss / ∂ θ_ℓ‖₂ over the parameters of each layer ℓ, fp64 (L,), of the mean cross-entropy on images.
 
     A backward pass of its own: parameters' .grad are neither read nor written, and no hook on them runs.

@@ -28,7 +28,7 @@ from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote import prefetch as ahead
 from crate_dist.data.remote.cache import CacheIsFull, ShardCache, locked
 from crate_dist.data.remote.cache_folder import close
-from crate_dist.data.remote.fetch import RetryPolicy, below, file_url
+from crate_dist.data.remote.fetch import RetryPolicy, below, remote_file_url
 from crate_dist.data.splits import open_split, open_splits
 from crate_dist.data.transforms import EvalTransform, TrainTransform
 from crate_dist.launching.preflight import preflight
@@ -460,11 +460,11 @@ def test_commands_that_fail_are_clear_errors(data: DataSection, root: str, said:
 
 def test_urls_of_files_and_what_would_be_a_command_in_disguise() -> None:
     assert (
-        file_url(below("s3://bucket/shards/", "train"), "train-000000.tar")
+        remote_file_url(below("s3://bucket/shards/", "train"), "train-000000.tar")
         == "s3://bucket/shards/train/train-000000.tar"
     )
-    assert file_url(below("pipe:get {} -", "val"), "index.json") == "pipe:get val/index.json -"
-    assert file_url(below("https://host/{}?token=1", "val"), "a.tar") == "https://host/val/a.tar?token=1"
+    assert remote_file_url(below("pipe:get {} -", "val"), "index.json") == "pipe:get val/index.json -"
+    assert remote_file_url(below("https://host/{}?token=1", "val"), "a.tar") == "https://host/val/a.tar?token=1"
     for name in ("../a.tar", "a b.tar", "$(reboot).tar", "a;b", "`x`", "-rf", "", ".."):
         with pytest.raises(ShardError, match="is refused"):
-            file_url("https://host/shards", name)
+            remote_file_url("https://host/shards", name)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from crate_dist.data.decode import open_image
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.prep.archives import Download, working_folder
+from crate_dist.prep.archives import Download, download_workspace
 from crate_dist.prep.cifar import cifar
 from crate_dist.prep.pickles import PickleError, load_dict
 from tests.data_prep import (
@@ -153,7 +153,7 @@ def binary_10(root: Path, files: dict[str, bytes] | None = None) -> Path:
 
 def opened(source: Path, tmp_path: Path) -> Any:
     """The program's source of images, made in this process."""
-    with working_folder(tmp_path / "out", dry_run=False) as work:
+    with download_workspace(tmp_path / "out", dry_run=False) as work:
         return cifar(Download(source, work, any_digest=True), None, False, 0.0, 0)
 
 
@@ -401,5 +401,5 @@ def test_a_link_or_a_device_in_an_archive_is_no_file(tmp_path: Path, kind: bytes
 
 def test_a_second_conversion_into_the_same_folder_waits_for_nobody(tmp_path: Path) -> None:
     source = python_10(tmp_path / "in")
-    with working_folder(tmp_path / "out", dry_run=False):
+    with download_workspace(tmp_path / "out", dry_run=False):
         assert "another conversion is writing" in refuse(PROGRAM, "--source", source, "--out", tmp_path / "out")

@@ -12,7 +12,7 @@ import pytest
 import scipy.io
 
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.prep.archives import Download, working_folder
+from crate_dist.prep.archives import Download, download_workspace
 from crate_dist.prep.flowers import CLASS_NAMES, flowers
 from crate_dist.prep.folders import ListOptions
 from tests.data_prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
@@ -52,7 +52,7 @@ def wanted(key: str) -> list[tuple[bytes, int]]:
 
 
 def refused(source: Path, tmp_path: Path) -> str:
-    with working_folder(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
+    with download_workspace(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
         flowers(Download(source, work, any_digest=True), ListOptions(), join_val=False)
     assert not (tmp_path / "out").exists()
     return str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist.data.index import ShardError, ShardIndex
-from crate_dist.prep.archives import Download, working_folder
+from crate_dist.prep.archives import Download, download_workspace
 from crate_dist.prep.folders import ListOptions
 from crate_dist.prep.pets import pets
 from tests.data_prep import convert, fingerprint, picture, read_by_index, refuse, tar_of, tars_of, write_tree
@@ -59,7 +59,7 @@ def wanted(name: str) -> list[tuple[bytes, int]]:
 
 
 def refused(source: Path, tmp_path: Path) -> str:
-    with working_folder(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
+    with download_workspace(tmp_path / "out", dry_run=False) as work, pytest.raises(ShardError) as caught:
         pets(Download(source, work, any_digest=True), ListOptions(), 0.0, 0)
     assert not (tmp_path / "out").exists()
     return str(caught.value)

@@ -18,7 +18,7 @@ from crate_dist.whitebox.measures import (
     coding_rate,
     coherence,
     dead_token_share,
-    gradient_norms,
+    layer_gradient_norms,
     patch_projections,
     profile,
 )
@@ -113,7 +113,7 @@ def test_coherence_is_the_largest_cosine_of_two_columns() -> None:
 def test_gradient_norms_are_those_of_a_backward_pass() -> None:
     model = initialise(SMALL, seed=0)
     labels = torch.tensor([1, 5])
-    norms = gradient_norms(model, images(16, 16), labels, label_smoothing=0.1)
+    norms = layer_gradient_norms(model, images(16, 16), labels, label_smoothing=0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     F.cross_entropy(model.eval()(images(16, 16)), labels, label_smoothing=0.1).backward()
     for layer, norm in zip(model.layers, norms, strict=True):
@@ -126,7 +126,7 @@ def test_measuring_leaves_weights_mode_and_random_state_as_they_were() -> None:
     model = initialise(SMALL, seed=0).train()
     before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
     first = profile(model, [images(16, 16)])
-    gradient_norms(model, images(16, 16), torch.tensor([0, 1]))
+    layer_gradient_norms(model, images(16, 16), torch.tensor([0, 1]))
     assert torch.equal(profile(model, [images(16, 16)]).coding_rate, first.coding_rate)  # no dropout in it
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)

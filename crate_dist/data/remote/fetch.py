@@ -81,7 +81,7 @@ def below(root: str, folder: str) -> str:
     return root.replace("{}", f"{folder}/{{}}") if "{}" in root else f"{root.rstrip('/')}/{folder}"
 
 
-def file_url(folder: str, name: str) -> str:
+def remote_file_url(folder: str, name: str) -> str:
     """Returns the URL of a file in a folder. Raises ShardError for a name that a shell or a server could misread."""
     _check_name(name)
     return folder.replace("{}", name) if "{}" in folder else f"{folder.rstrip('/')}/{name}"
@@ -98,11 +98,11 @@ RETRIES = RetryPolicy()
 def fetch(folder: str, name: str, take: Callable[[Iterator[bytes]], T]) -> T:
     """Gives the bytes of a file to `take`, in pieces and for each attempt from the start, and returns its result.
 
-    folder, name: as for file_url; take: may raise Damaged for what is not as it should be, so that it is fetched again
+    folder, name: as for remote_file_url; take: may raise Damaged for what is to be fetched again
 
     Raises ShardError: with the file's place and the last failure; of `take`'s own as they are.
     """
-    url = file_url(folder, name)
+    url = remote_file_url(folder, name)
     place = f"{name} by {redacted(url)}" if url.startswith("pipe:") else redacted(url)
     policy, began = RETRIES, time.monotonic()
     for attempt in range(1, policy.attempts + 1):
