@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,12 @@ def tell(ranks: Ranks, rank: int, signum: int) -> None:
     pid = ranks.processes[rank].pid
     assert pid is not None
     os.kill(pid, signum)
+
+
+def stands_still(ranks: Ranks, rank: int) -> bool:
+    """Whether a rank's process was stopped by a signal."""
+    stat = Path(f"/proc/{ranks.processes[rank].pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def interrupted(trial: Trial, signum: int, ranks_told: list[int], workers_too: bool = False) -> int:
@@ -64,11 +71,14 @@ def test_loader_workers_that_get_the_signal_too_go_on_until_their_rank_ends_them
 
 @pytest.mark.parametrize("point", [*BEFORE_THE_TRAINING, "building the engine", "taking a step"])
 def test_a_signal_in_the_first_initialisation_loses_nothing(trial: Trial, point: str) -> None:
-    with trial.start(faults={0: Fault(point)}) as ranks:
-        pid = ranks.wait_for_fault(0)
+    meeting = point == "joining the other ranks"  # where rank 1 may still be importing
+    with trial.start(faults={rank: Fault(point) for rank in ((0, 1) if meeting else (0,))}) as ranks:
+        ranks.wait_for_fault(0)
+        if meeting:
+            wait_until(lambda: all(stands_still(ranks, rank) for rank in (0, 1)), "both ranks")
         for rank in (0, 1):
             tell(ranks, rank, signal.SIGTERM)
-        os.kill(pid, signal.SIGCONT)
+            tell(ranks, rank, signal.SIGCONT)
         began = time.monotonic()
         statuses = ranks.wait()
         assert time.monotonic() - began < 60

@@ -38,7 +38,7 @@ def describe(path: str | Path, heads: int | None = None) -> str:
     lines["tensors"] = f"{len(tensors)}, {', '.join(dtypes)}"
     lines["parameters"] = f"{sum(tensor.numel() for tensor in tensors):,}"
     lines |= {f"meta.{key}": str(value) for key, value in weights.meta.items()}
-    return "\n".join(f"{key:<16} {value}" for key, value in lines.items())
+    return "\n".join(f"{key:<15} {value}" for key, value in lines.items())
 
 
 def convert(
