@@ -23,11 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 95 %
 	$(PY) launch/demo.py
 
-test: setup  ## every test but a slow one; those that need SLURM skip where it is not installed
+test: setup  ## every test; those that need SLURM skip where it is not installed
 	$(PY) -m pytest
 
-chaos: setup  ## kill, stop, starve and damage real runs, crash a node, start 2,000 loaders under load (half an hour)
-	$(PY) -m pytest -m slow tests/cluster
+chaos: setup  ## kill, stop, starve and damage real runs, and start 2,000 loaders under load (half an hour)
 	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))
 	$(PY) -m tests.chaos.starts
 

@@ -35,6 +35,7 @@ def recipe(tmp_path: Path, cast_shards: Path) -> Arguments:
     return ["--config", path, "--data", cast_shards, *(word for text in settings for word in ("--set", text))]
 
 
+@pytest.mark.slow
 def test_a_job_whose_node_is_cut_off_gives_way_to_its_next_start(
     cluster: Cluster, recipe: Arguments, tmp_path: Path
 ) -> None:

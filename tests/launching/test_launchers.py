@@ -318,6 +318,12 @@ def test_a_cluster_that_cannot_work_is_said_at_once(arguments: list[str], expect
     assert expected in done.stderr
 
 
+def test_options_that_count_are_looked_at_where_they_are_given(tiny: Arguments) -> None:
+    done = launch("slurm.py", *tiny, "--nodes", "0")
+    assert done.returncode == 2
+    assert "argument --nodes: '0': expected a whole number from 1 on" in done.stderr
+
+
 def test_all_that_is_wrong_is_said_together(tmp_path: Path) -> None:
     recipe = load_recipe("crate_tiny", data__root=str(tmp_path))
     (tmp_path / "file").touch()
