@@ -62,6 +62,10 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 RANKS_REDUCED_TO = 32
 """The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
+BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
+"""In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
+are computed, and each is still large enough for the network (CRATE-B's 6 MB in bf16)."""
+
 
 # DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
 # of them on a CPU, for a minute or more, to speed up what gloo does well enough. None of them is used here.
@@ -298,9 +302,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: 
 
 
 def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int, parameters: int) -> dict[str, Any]:
-    # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
-    # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
-    bucket = max(parameters // 8, 1 << 20)
+    bucket = max(parameters // BUCKETS, SMALLEST_BUCKET)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
