@@ -7,8 +7,8 @@
 2. Host time: the same with matrices so small that the host is all that counts, in turns with a plain loop of the same
    model, one flat fp32 gradient, one norm and one Lion. CPU seconds, not those of the clock.
 3. The model, for nodes of GPUs. Forward is a third of the compute, and backward takes as long for one layer as for
-   another. A bucket's reduction starts when the first layer in it has its gradients and the reduction before is through;
-   what is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A ring moves
+   another. A bucket's reduction starts when the first layer in it has its gradients and the one before is through; what
+   is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A ring moves
    (n - 1) / n of a vector per phase, at the rate of its slowest link. A message costs --latency-us for each node of a
    ring, and for each level of an all-reduce's tree. DDP, for comparison, is given the same buckets, in fp32. That what
    is hidden slows the products beside it down is left out. A step takes no less than --host-ms.
@@ -29,6 +29,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
 
 import measuring  # isort: skip
 from crate_dist.config import Recipe, load_recipe
@@ -121,8 +122,9 @@ def engine_among(ranks: int, way: str, recipe: Recipe, narrow: bool = False) -> 
     from crate_dist.training import engine
 
     train = recipe.train.model_copy(update={"global_batch": ranks})
-    engine.RANKS_REDUCED_TO, engine.SMALLEST_BUCKET = WAYS[way], 1 if narrow else engine.SMALLEST_BUCKET
-    with fake_cluster(ranks, rank=ranks // 3):
+    smallest = 1 if narrow else engine.SMALLEST_BUCKET
+    settings = patch.multiple(engine, RANKS_REDUCED_TO=WAYS[way], SMALLEST_BUCKET=smallest)
+    with settings, fake_cluster(ranks, rank=ranks // 3):
         model = with_small_images(recipe, narrow)
         yield engine.Engine(model, recipe.model_copy(update={"train": train}), torch.device("cpu"), 1, 1)
 

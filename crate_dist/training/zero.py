@@ -201,3 +201,44 @@ class Zero2(DeepSpeedZeroOptimizer):
             if self._ranks > 1:
                 dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
         self._sums_are_old = True
+
+
+class Guard:
+    """Tells the host which step was not taken, without its waiting for the one that runs."""
+
+    def __init__(self, not_finite: Tensor) -> None:
+        self._flag, self._noted = not_finite, list[tuple[int, Tensor, Any]]()
+        accelerator = get_accelerator()
+        self._at_once = accelerator.is_synchronized_device()
+        # Pinned memory, which alone a device writes while the host goes on, and an event that lets the host sleep.
+        self._free = [
+            (accelerator.pin_memory(torch.zeros(())), None if self._at_once else accelerator.Event(blocking=True))
+            for _ in range(2)
+        ]
+
+    def note(self, step: int) -> int | None:
+        """Has the flag copied when the device comes to it. Returns the step before if it was not taken, else None.
+
+        Where the host does everything itself it tells of this one.
+        """
+        memory, event = self._free.pop()
+        memory.copy_(self._flag, non_blocking=True)
+        if event is not None:
+            event.record()
+        self._noted.append((step, memory, event))
+        return self._look(0 if self._at_once else 1)
+
+    def look(self) -> int | None:
+        """Returns the first of all steps that was not taken, or None. Waits for the last one."""
+        return self._look(0)
+
+    def _look(self, unseen: int) -> int | None:
+        """Looks at the flags of all steps but the last `unseen`."""
+        while len(self._noted) > unseen:
+            step, memory, event = self._noted.pop(0)
+            if event is not None:
+                event.synchronize()
+            self._free.append((memory, event))
+            if memory.numpy() != 0:
+                return step
+        return None
