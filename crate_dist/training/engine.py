@@ -23,10 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+import torch
+
+from crate_dist.distributed import device_type
+
+os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
 import deepspeed
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
