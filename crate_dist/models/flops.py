@@ -23,7 +23,7 @@ def ista_in_one_product(tokens: int, dim: int) -> bool:
 
 
 def forward_flops(config: CrateConfig, images: int) -> int:
-    """Counts the operations of a forward pass of `images` images at a time; with its backward pass, three times that."""
+    """Counts the operations of one forward pass of `images` images; with its backward pass, three times that."""
     n, d = config.num_tokens, config.dim
     tokens = images * n
     mssa = tokens * d * d + 2 * tokens * n * d + (tokens * d * d if config.heads > 1 else 0)
