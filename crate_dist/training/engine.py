@@ -85,7 +85,8 @@ class Engine:
         if device.type == "cpu":
             # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+        precision = recipe.train.precision
+        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
