@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             where: Path | None = arguments.json
             logs = scratch / "logs" if where is None or not world.is_main else where.with_name(f"{where.stem}-logs")
             logs.mkdir(parents=True, exist_ok=True)
-            about = describe(arguments.full)
+            about = describe()
             if where is not None and world.is_main:
                 write_json(where, about, [])
         except OSError as error:

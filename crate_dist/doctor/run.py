@@ -150,7 +150,7 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
                 changed()
     finally:
         in_time = process.poll() is not None
-        _end_descendants(process)
+        _enddescendants(process)
         one.took_s = time.monotonic() - began
         _read_findings(one, told)
         told.unlink(missing_ok=True)
@@ -201,10 +201,10 @@ def _last_line(log: Path) -> str:
     return (telling or lines or ["it said nothing"])[-1][:300]
 
 
-def _end_descendants(process: subprocess.Popen[bytes]) -> None:
+def _enddescendants(process: subprocess.Popen[bytes]) -> None:
     """Ends all processes below this one: the stage, and what it has left behind."""
     deadline = time.monotonic() + 10
-    while (found := _descendants(os.getpid())) and time.monotonic() < deadline:
+    while (found := descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -216,7 +216,7 @@ def _end_descendants(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Finds all processes below `pid` in /proc, zombies included."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
