@@ -17,9 +17,10 @@ from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.feed import Feed
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_transform, train_transform
+from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
