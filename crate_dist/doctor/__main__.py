@@ -18,7 +18,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from crate_dist.arguments import positive
@@ -30,63 +29,56 @@ from crate_dist.world import detect_world
 QUICK_S = 60
 FULL_S = 540
 _MOST = 100
+_DEFAULT_JSON = Path("runs", "doctor", "doctor.json")
 _REPORT_S = 3.0  # of the budget, for ending what is left and for the report
 
 
 def main(argv: list[str] | None = None) -> int:
     """Examines what the command line names; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    stages, budget = _stages(arguments), arguments.budget or (FULL_S if arguments.full else QUICK_S)
+    arguments, world = _parser().parse_args(argv), detect_world()
+    names = arguments.only or ([stage.name for stage in STAGES] if arguments.full else [QUICK.name])
+    stages = [stage for stage in STAGES if stage.name in names]
+    budget = max((arguments.budget or (FULL_S if arguments.full else QUICK_S)) - _REPORT_S, 1)
+    if world.world_size > 1:  # first what all ranks do together; the others have no part in the rest
+        stages.sort(key=lambda stage: stage is not BETWEEN)
+    if not world.is_main:
+        budget = limits(stages, budget)[0]
+        stages = [stage for stage in stages if stage is BETWEEN]
     if arguments.dry_run:
-        for stage, limit in zip(stages, limits(stages, budget - _REPORT_S), strict=True):
+        for stage, limit in zip(stages, limits(stages, budget), strict=True):
             print(f"{stage.name:<12}{limit:5.0f} s  {stage.purpose}")
         return 0
-    world = detect_world()
-    if world.world_size > 1 and not world.is_main:
-        stages = [stage for stage in stages if stage is BETWEEN]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ExitStack() as stack:
-        try:
-            scratch = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="crate-doctor-", dir=arguments.scratch))
-            )
-            where: Path | None = arguments.json
-            logs = scratch / "logs" if where is None or not world.is_main else where.with_name(f"{where.stem}-logs")
-            logs.mkdir(parents=True, exist_ok=True)
-            about = describe()
-            if where is not None and world.is_main:
-                write_json(where, about, [])
-        except OSError as error:
-            print(
-                f"error: cannot write {error.filename}: {error.strerror}; give another --json or --scratch",
-                file=sys.stderr,
-            )
-            return 1
-        progress = Progress(len(stages))
+    where = arguments.json or (_DEFAULT_JSON if arguments.full else None)
+    try:
+        with tempfile.TemporaryDirectory(prefix="crate-doctor-", dir=arguments.scratch) as scratch:
+            return _examine(arguments, stages, budget, Path(scratch), where if world.is_main else None)
+    except OSError as error:
+        print(f"error: {error}; another --json or --scratch may do", file=sys.stderr)
+        return 1
 
-        def changed(examined: Sequence[Examined]) -> None:
-            if world.is_main:
-                progress(examined)
-                if where is not None:
-                    write_json(where, about, examined)
 
-        plan = Plan(logs, scratch, arguments.device, arguments.reference)
-        examined = run_stages(stages, max(budget - _REPORT_S, 1), plan, changed)
-        if world.is_main:
-            print(as_text(about, examined, where))
+def _examine(
+    arguments: argparse.Namespace, stages: list[Stage], budget: float, scratch: Path, where: Path | None
+) -> int:
+    """Runs the stages, and tells and writes what comes of it; returns the exit status."""
+    is_main, about, progress = detect_world().is_main, describe(), Progress(len(stages))
+    logs = where.with_name(f"{where.stem}-logs") if where else scratch / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def changed(examined: Sequence[Examined]) -> None:
+        if is_main:
+            progress(examined)
+        if where is not None:
+            write_json(where, about, examined)
+
+    changed([])
+    examined = run_stages(stages, budget, Plan(logs, scratch, arguments.device, arguments.reference), changed)
+    if is_main:
+        print(as_text(about, examined, where))
     if any(one.state == "interrupted" for one in examined):
         return 130
     return min(failed_checks(examined), _MOST)
-
-
-def _stages(arguments: argparse.Namespace) -> list[Stage]:
-    if arguments.only:
-        return [stage for stage in STAGES if stage.name in arguments.only]
-    if not arguments.full:
-        return [QUICK]
-    if detect_world().world_size > 1:  # the other ranks have nothing else to do: first what all do together
-        return [BETWEEN, *(stage for stage in STAGES if stage is not BETWEEN)]
-    return list(STAGES)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=positive, metavar="S", help=f"seconds for everything [{QUICK_S}; with --full {FULL_S}]"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the findings there after each, and the logs beside it"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write each finding there, and the logs beside it [with --full {_DEFAULT_JSON}]",
     )
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[a GPU where there is one]")
     parser.add_argument(

@@ -24,6 +24,11 @@ MEMORY_PER_RANK = 12e9
 _CLOCK_S = 5.0
 
 
+def node_name() -> str:
+    """Returns the name of this node, without its domain."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname()).partition(".")[0]
+
+
 def shared_memory(ranks: int) -> Finding:
     """Looks at the room in /dev/shm; containers have 64 MB by default."""
     need = SHM_PER_RANK * ranks if ranks > 1 else 0.0

@@ -44,7 +44,7 @@ class Stage:
 
 
 QUICK = Stage("quick", 40, "what a start needs: versions, driver, compiler, disk, network, memory of the device")
-BETWEEN = Stage("between", 40, "several GPUs, or several nodes under srun: all-reduce per link, gloo, clocks")
+BETWEEN = Stage("between", 60, "several GPUs, or several nodes under srun: all-reduce per link, gloo, clocks")
 STAGES = (
     QUICK,
     Stage("ceilings", 20, "what the device can do at most: copies, large products, the model's own products"),
