@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=names, default=[], metavar="STAGE", help="of the stages below these alone"
     )
     parser.add_argument(
-        "--budget", type=positive, metavar="S", help=f"seconds for everything [{QUICK_S}; with --full {FULL_S}]"
+        "--budget", type=positive, metavar="S", help=f"seconds for all together [{QUICK_S}; with --full {FULL_S}]"
     )
     parser.add_argument(
         "--json",

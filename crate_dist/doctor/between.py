@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,7 +128,7 @@ def _all_reduce(world: World, device: torch.device, small: bool) -> Iterator[Fin
         for megabytes in _IN_SMALL if small else _MEGABYTES:
             tensor = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device).view(torch.float32)
             if world.rank < count:
-                seconds = _timed(lambda tensor=tensor: dist.all_reduce(tensor, group=group), device)  # type: ignore[misc]
+                seconds = _timed(partial(dist.all_reduce, tensor, group=group), device)
                 rates[megabytes] = 2 * (count - 1) / count * tensor.nbytes / seconds / 1e9
         dist.barrier()
         if rates:
@@ -146,11 +148,7 @@ def _links(world: World, device: torch.device, small: bool) -> Iterator[Finding]
             operation = dist.isend if world.rank == rank else dist.irecv
             peer = to if world.rank == rank else rank
 
-            def send(operation: Callable[..., object] = operation, peer: int = peer) -> None:
-                for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
-                    work.wait()
-
-            seconds = _timed(send, device)
+            seconds = _timed(partial(_exchange, operation, tensor, peer), device)
             taken = seconds if world.rank == rank else taken
         dist.barrier()
     rates = [tensor.nbytes / seconds / 1e9 for seconds in gather_objects(taken) if seconds]
@@ -165,6 +163,11 @@ def _links(world: World, device: torch.device, small: bool) -> Iterator[Finding]
     yield Finding(
         "slowest link", value, "", f"half of the median {kind}, {median(alike):.3g}", well, note, {"GB/s": rates}
     )
+
+
+def _exchange(operation: Callable[..., Any], tensor: torch.Tensor, peer: int) -> None:
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
+        work.wait()
 
 
 def _gloo(world: World, device: torch.device, small: bool) -> Iterator[Finding]:
