@@ -38,7 +38,7 @@ def look_before_start(run_dir: Path, world: World) -> None:
     if problem := unusable_device():
         try:
             torch.cuda.init()
-        except RuntimeError as error:  # a broken device is tried again, on another node: run/faults.py knows its texts
+        except Exception as error:  # a broken device is tried again, on another node: run/faults.py knows its texts
             raise NodeIsUnfit(f"{problem} ({str(error).strip().splitlines()[0]})") from error
         raise NodeIsUnfit(problem)
 

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import basics, start
 from crate_dist.doctor.nvidia import is_older, oldest_driver
-from crate_dist.run.exit_status import NEEDS_A_PERSON, TRY_AGAIN
+from crate_dist.run.exit_status import NEEDS_A_PERSON
 from crate_dist.run.faults import may_pass
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.out_of_memory import explanation
@@ -60,13 +59,12 @@ def test_drivers_are_compared_by_number_and_not_by_text() -> None:
 
 
 @pytest.fixture
-def unusable_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unusable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node with a GPU and a driver that is older than torch's CUDA; no machine of the tests has either."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(start, "device_files", lambda: [Path("/dev/nvidia3")])
     monkeypatch.setattr(start, "driver_version", lambda: "470.57.02")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    yield
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU can be used")
@@ -101,7 +99,7 @@ def test_a_broken_device_is_tried_again_elsewhere(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "init", broken)
     with pytest.raises(start.NodeIsUnfit, match="no CUDA-capable device is detected") as caught:
         start.look_before_start(tmp_path, ALONE)
-    assert may_pass(caught.value), TRY_AGAIN
+    assert may_pass(caught.value)
 
 
 def opened(tmp_path: Path, small_recipe: Path, cast_shards: Path) -> Path:
@@ -135,14 +133,11 @@ def test_a_file_system_that_does_not_answer_holds_a_start_up_for_seconds_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(start, "PATIENCE_S", 0.2)
-    fifo = opened(tmp_path, small_recipe, cast_shards) / "recipe.toml"
-    fifo.unlink()
-    os.mkfifo(fifo)  # who opens it waits for somebody to write, as for a server that is gone
+    monkeypatch.setattr(basics, "clock", lambda _: time.sleep(3))
     began = time.monotonic()
-    start.look_before_start(fifo.parent, ALONE)
-    assert time.monotonic() - began < 3
+    start.look_before_start(opened(tmp_path, small_recipe, cast_shards), ALONE)
+    assert time.monotonic() - began < 2
     assert "does a file system hang?" in caplog.text
-    os.close(os.open(fifo, os.O_WRONLY))  # the thread may go
 
 
 def test_a_step_without_room_names_a_micro_batch_that_fits_and_keeps_the_global_batch() -> None:
