@@ -35,6 +35,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.startup import Startup
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -211,6 +212,8 @@ class Trainer:
             result = self.engine.step(micro_batches(), lr, self.progress.step)
         except NotFinite as error:
             raise self.post_mortem(error) from None
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.recipe, self.share.micro_batch, self.world.world_size, self.device) from error
         self.monitor.add(
             result.loss,
             result.grad_norm,
