@@ -38,7 +38,7 @@ def load_model(config: CrateConfig, reference: Path) -> nn.Module:
 class PlainForm(nn.Module):
     """A CRATE's function as published, in plain operations on its weights: softmax written out, ISTA in three products.
 
-        Z' = Z + W softmax(Wₖ Wₖᵀ / √p) Wₖ,  Wₖ = LN(Z) Uₖ        Z⁺ = ReLU(X + η (Dᵀ X - Dᵀ D X - λ)),  X = LN(Z')
+    Z' = Z + W softmax(Wₖ Wₖᵀ / √p) Wₖ,  Wₖ = LN(Z) Uₖ        Z⁺ = ReLU(X + η (Dᵀ X - Dᵀ D X - λ)),  X = LN(Z')
     """
 
     def __init__(self, model: CRATE) -> None:

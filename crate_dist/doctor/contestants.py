@@ -1,0 +1,125 @@
+"""Training steps that are measured against each other, on the same random batches: ours, a plain loop, the published.
+
+Each is a function of a batch that takes one optimizer step and waits for nothing that it need not wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from crate_dist.config import Recipe, load_recipe
+from crate_dist.data.loader import Normalize
+from crate_dist.distributed import init_distributed, leave_distributed
+from crate_dist.doctor import published
+from crate_dist.models.build import build_model, model_config
+from crate_dist.models.crate import CRATE
+from crate_dist.training import compiling
+from crate_dist.training.engine import Engine, MicroBatch
+from crate_dist.training.lion import Lion
+from crate_dist.training.optim import build_optimizer, parameter_groups
+from crate_dist.world import World, free_port
+
+CLASSES = 1000
+Step = Callable[[MicroBatch], object]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[torch.device]:
+    """Joins a process group of this process alone; gives its device, the first GPU where one can be seen."""
+    device = init_distributed(World(0, 1, 0, 1, "127.0.0.1", free_port(), "alone"))
+    try:
+        yield device
+    finally:
+        leave_distributed()
+
+
+def recipe_for(
+    arch: str, batch: int, precision: str = "bf16", compile: bool = False, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Returns the recipe of that name, for steps of one micro-batch on one rank."""
+    train = [
+        f"precision={precision}",
+        f"global_batch={batch}",
+        f"micro_batch={batch}",
+        f"compile={str(compile).lower()}",
+    ]
+    return load_recipe(arch, [*(f"train.{setting}" for setting in train), *overrides])
+
+
+def synthetic(count: int, side: int, seed: int, device: torch.device) -> MicroBatch:
+    """Returns random uint8 images (count, side, side, 3) and labels on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    return images.to(device), labels.to(device)
+
+
+def ours(recipe: Recipe, device: torch.device) -> Step:
+    """Returns the step of training.engine, with ZeRO-2 and all."""
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
+    return lambda batch: engine.step(iter([batch]), recipe.optim.lr, 0)
+
+
+def plain_loop(recipe: Recipe, device: torch.device) -> Step:
+    """Returns the same step without DeepSpeed: its model, loss, clipping, optimizer and fp32 master weights.
+
+    What the engine takes longer is what ZeRO costs on one rank.
+    """
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
+    model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+    [group] = parameter_groups(model, recipe.optim.model_copy(update={"decay_all": True}))
+    weights = list(model.parameters())
+    master = nn.Parameter(torch.cat([p.detach().float().flatten() for p in weights]))
+    copies = [
+        part.view_as(p) for part, p in zip(master.detach().split([p.numel() for p in weights]), weights, strict=True)
+    ]
+    optimizer = build_optimizer([{**group, "params": [master]}], recipe.optim)
+    if compiling.should_compile(recipe.train.compile, device):
+        compiling.compile_layers(model, device, dtype, recipe.train.global_batch)
+        if isinstance(optimizer, Lion) and device.type == "cuda":
+            optimizer.compile()
+    normalize = Normalize(recipe.images.mean, recipe.images.std, device, dtype)
+
+    def step(batch: MicroBatch) -> torch.Tensor:
+        images, labels = batch
+        model.train()
+        logits = model(normalize(images)).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.optim.label_smoothing)
+        gradients = torch.autograd.grad(loss, weights)
+        master.grad = torch.cat([gradient.flatten() for gradient in gradients]).float()
+        if recipe.optim.grad_clip:
+            optimizer.grad_scale = (master.grad.norm() / recipe.optim.grad_clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        optimizer.step()
+        torch._foreach_copy_([p.data for p in weights], copies)
+        return loss.detach()
+
+    return step
+
+
+def published_loop(recipe: Recipe, device: torch.device, reference: Path | None) -> Step:
+    """Returns the published loop around the published model; without a checkout of it, around `published.PlainForm`."""
+    if reference is None:
+        model: nn.Module = published.PlainForm(build_model(recipe.model, CLASSES, seed=0))
+    else:
+        model = published.load_model(model_config(recipe.model, CLASSES), reference)
+    return in_published_loop(model, recipe, device)
+
+
+def in_published_loop(model: nn.Module, recipe: Recipe, device: torch.device) -> Step:
+    """Returns the published loop's step of any model of images."""
+    loop = published.Loop(model, recipe, device)
+    normalize = Normalize(recipe.images.mean, recipe.images.std, device, torch.float32)
+    # Its loader yields contiguous, normalised fp32 images: they are made here, as ours are.
+    return lambda batch: loop.step(normalize(batch[0]).contiguous(), batch[1])
+
+
+def is_compiled(model: CRATE) -> bool:
+    """Tells whether the layers run compiled."""
+    return all(layer._compiled_call_impl is not None for layer in model.layers)
