@@ -62,7 +62,7 @@ def passes(case: Case, setting: Setting, device: torch.device) -> Iterator[Findi
         if compiled and not is_compiled(engine.module):
             yield Finding(name, "not compiled", passed=False, note="torch.compile does not work here; the log says why")
             continue
-        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision])
+        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision], case.jump)
 
 
 def attention(setting: Setting, device: torch.device, seed: int) -> Iterator[Finding]:
@@ -80,7 +80,7 @@ def attention(setting: Setting, device: torch.device, seed: int) -> Iterator[Fin
                 with sdpa_kernel(backend):
                     found = attended(_fused, w.to(device), weight.to(device))
             except RuntimeError as error:
-                absent = "No available kernel" in str(error)
+                absent = any(said in str(error) for said in ("No available kernel", "No viable backend"))
                 said = str(error).strip().splitlines()[0][:200]
                 yield Finding(
                     what, "not available" if absent else "failed", passed=None if absent else False, note=said
