@@ -21,7 +21,7 @@ TOKENS = 197
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per copy and product; one that stays below half of what a known GPU is built for has failed."""
-    with alone() as device:
+    with alone(setting) as device:
         name = torch.cuda.get_device_name() if device.type == "cuda" else ""
         bytes_s, flop_s = next((rates for known, rates in KNOWN.items() if known in name), (None, None))
         yield _rated("copy, bytes read and written", copy_bytes_s(device, setting.small), 1e9, "GB/s", bytes_s)

@@ -6,6 +6,7 @@ Each is a function of a batch that takes one optimizer step and waits for nothin
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.doctor import published
+from crate_dist.doctor.stage import Setting
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CRATE
 from crate_dist.training import compiling
@@ -30,13 +32,23 @@ Step = Callable[[MicroBatch], object]
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[torch.device]:
-    """Joins a process group of this process alone; gives its device, the first GPU where one can be seen."""
+def alone(setting: Setting | None = None) -> Iterator[torch.device]:
+    """Joins a process group of this process alone; gives its device, the first GPU where one can be seen.
+
+    setting: what the stages compile is kept for each other in a folder beside its scratch
+    """
+    keep_compiled(setting)
     device = init_distributed(World(0, 1, 0, 1, "127.0.0.1", free_port(), "alone"))
     try:
         yield device
     finally:
         leave_distributed()
+
+
+def keep_compiled(setting: Setting | None) -> None:
+    """Lets the stages of one examination find what another one has compiled."""
+    if setting is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setting.scratch.parent / "compiled"))
 
 
 def recipe_for(

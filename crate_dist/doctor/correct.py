@@ -33,7 +33,7 @@ BACKENDS = {
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per way to compute."""
     seed = int.from_bytes(os.urandom(4))
-    with alone() as device:
+    with alone(setting) as device:
         case = new_case(setting.small, seed)
         yield Finding("random numbers", f"seed {seed}", note="weights, images and labels of this stage follow from it")
         yield from correct_step.steps(case, setting, device, seed)
