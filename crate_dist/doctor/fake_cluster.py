@@ -34,7 +34,7 @@ from deepspeed.utils import groups as deepspeed_groups  # isort: skip
 class Message:
     """A collective that was issued.
 
-    kind: the process group's name for it: "allreduce", "reduce", "_allgather_base", …
+    kind: "all_reduce", "reduce", "all_gather", …
     bytes: of the whole vector, as it is before it is scattered or after it is gathered
     ranks: of its group
     """
@@ -46,7 +46,7 @@ class Message:
     @property
     def sent(self) -> float:
         """Bytes that a ring sends per rank."""
-        return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.kind.startswith("allreduce") else 1)
+        return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.kind == "all_reduce" else 1)
 
 
 @dataclass
@@ -98,8 +98,8 @@ def counted() -> Iterator[Counted]:
     """
     found = Counted()
     with contextlib.ExitStack() as undone:
-        for name, vector in _VECTORS.items():
-            undone.enter_context(patch.object(dist.ProcessGroup, name, _heard(name, vector, found)))
+        for name in _METHODS.keys() & set(dir(dist.ProcessGroup)):
+            undone.enter_context(patch.object(dist.ProcessGroup, name, _heard(name, found)))
         if get_accelerator().device_name() == "cuda":
             undone.enter_context(_waits_of_cuda(found.waits))
         else:
@@ -108,32 +108,36 @@ def counted() -> Iterator[Counted]:
         yield found
 
 
-def _heard(name: str, vector: int, found: Counted) -> Callable[..., Any]:
-    """Returns the collective of that name, which says its message first. vector: the argument with the whole vector."""
-    function = getattr(dist.ProcessGroup, name)
+def _heard(name: str, found: Counted) -> Callable[..., Any]:
+    """Returns the process group's method of that name, which notes its message first."""
+    function, (kind, vector) = getattr(dist.ProcessGroup, name), _METHODS[name]
 
     def heard(group: Any, *given: Any, **named: Any) -> Any:
         tensors = _tensors(given[vector]) if len(given) > vector else []
-        found.messages.append(Message(name, sum(t.numel() * t.element_size() for t in tensors), group.size()))
+        found.messages.append(Message(kind, sum(t.numel() * t.element_size() for t in tensors), group.size()))
         return function(group, *given, **named)
 
     return heard
 
 
-_VECTORS = {
-    "allreduce": 0,
-    "allreduce_coalesced": 0,
-    "reduce": 0,
-    "broadcast": 0,
-    "allgather": 0,
-    "_allgather_base": 0,
-    "allgather_into_tensor_coalesced": 0,
-    "reduce_scatter": 1,
-    "_reduce_scatter_base": 1,
-    "reduce_scatter_tensor_coalesced": 1,
-    "alltoall_base": 1,
-    "barrier": 0,
+_METHODS = {
+    "allreduce": ("all_reduce", 0),
+    "allreduce_coalesced": ("all_reduce", 0),
+    "reduce": ("reduce", 0),
+    "broadcast": ("broadcast", 0),
+    "allgather": ("all_gather", 0),
+    "_allgather_base": ("all_gather", 0),
+    "all_gather_single": ("all_gather", 0),
+    "allgather_into_tensor_coalesced": ("all_gather", 0),
+    "reduce_scatter": ("reduce_scatter", 1),
+    "_reduce_scatter_base": ("reduce_scatter", 1),
+    "reduce_scatter_single": ("reduce_scatter", 1),
+    "alltoall_base": ("all_to_all", 1),
+    "all_to_all_single": ("all_to_all", 1),
+    "send": ("send", 0),
+    "barrier": ("barrier", 0),
 }
+"""Methods of process groups, by the names of several versions of torch -> what they do, and which argument is whole."""
 
 
 def _tensors(given: Any) -> list[torch.Tensor]:
