@@ -28,6 +28,8 @@ from crate_dist.training.optim import build_optimizer, parameter_groups
 from crate_dist.world import World, free_port
 
 CLASSES = 1000
+SMALL = ("model.arch=crate_demo", "model.image_size=32", "model.patch_size=8")
+"""Overrides that make of any recipe a model which a CPU computes at once."""
 Step = Callable[[MicroBatch], object]
 
 
@@ -85,7 +87,8 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
-    model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+    batch, autocast = recipe.train.global_batch, recipe.train.precision == "autocast"
+    model.set_execution(recompute=recipe.train.recompute, autocast=autocast, images=batch)
     [group] = parameter_groups(model, recipe.optim.model_copy(update={"decay_all": True}))
     weights = list(model.parameters())
     master = nn.Parameter(torch.cat([p.detach().float().flatten() for p in weights]))
@@ -94,7 +97,7 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     ]
     optimizer = build_optimizer([{**group, "params": [master]}], recipe.optim)
     if compiling.should_compile(recipe.train.compile, device):
-        compiling.compile_layers(model, device, dtype, recipe.train.global_batch)
+        compiling.compile_layers(model, device, dtype, batch)
         if isinstance(optimizer, Lion) and device.type == "cuda":
             optimizer.compile()
     normalize = Normalize(recipe.images.mean, recipe.images.std, device, dtype)

@@ -111,13 +111,15 @@ def planted_inf(case: Case, device: torch.device) -> Iterator[Finding]:
     planted = case.with_weight("layers.1.mssa.out.bias", math.inf)
     for name, optim in OPTIMIZERS.items():
         engine = planted.engine(device, {"optim": optim}, precision="bf16")
-        before, stopped = on_cpu(engine.state()), ""
+        state, stopped = engine.state(), ""
+        before = on_cpu(state)
         try:
             for step in range(3):
                 engine.step(iter([case.batch]), optim.lr, step)
+            engine.check()
         except NotFinite as error:
             stopped = str(error)
-        untouched = same(before, on_cpu(engine.state()))
+        untouched = same(before, on_cpu(state))
         with eagerly():
             place = where_not_finite(engine.module, partial(engine.loss, case.batch)) or "nothing"
         said = f"{stopped or 'no error'}; weights {'untouched' if untouched else 'CHANGED'}; found in {place}"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
-from crate_dist.doctor.contestants import recipe_for, synthetic
+from crate_dist.doctor.contestants import SMALL, recipe_for, synthetic
 from crate_dist.doctor.published import CPU, PlainForm
 from crate_dist.doctor.stage import Finding
 from crate_dist.models.build import initialise, model_config
@@ -38,8 +38,6 @@ PLAIN = {"bf16": 0.5, "autocast": 0.5, "fp32": 1e-3}
 """The largest error of the plain form that can be rounding."""
 FLIPS = 9.0
 """Of n codes that are not zero, one that opens moves a gradient by about 1 / √n of its norm, and nine by 3 / √n."""
-SMALL = ("model.arch=crate_demo", "model.image_size=32", "model.patch_size=8")
-"""Overrides that make a model which a CPU computes at once."""
 
 
 @dataclasses.dataclass(frozen=True)

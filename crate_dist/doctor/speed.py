@@ -21,8 +21,17 @@ import torch
 
 from crate_dist.config import Recipe
 from crate_dist.doctor.ceilings import product_flop_s
-from crate_dist.doctor.contestants import CLASSES, Step, alone, ours, plain_loop, published_loop, recipe_for, synthetic
-from crate_dist.doctor.exact import SMALL
+from crate_dist.doctor.contestants import (
+    CLASSES,
+    SMALL,
+    Step,
+    alone,
+    ours,
+    plain_loop,
+    published_loop,
+    recipe_for,
+    synthetic,
+)
 from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s, synchronize
@@ -118,7 +127,7 @@ def examine(setting: Setting) -> Iterator[Finding]:
                 yield Finding("left out", names, note="no time left; --only speed has more")
                 return
             recipes = {one: one.recipe(arch, batch, SMALL if setting.small else ()) for one in contestants}
-            yield from compared(recipes, f"{arch} at {batch}", device, rate, setting.reference, profiling=number == 0)
+            yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
             free(device)
         if setting.small:
             yield Finding("left out", "compiled", note="a CPU gains nothing by it")
@@ -126,7 +135,6 @@ def examine(setting: Setting) -> Iterator[Finding]:
 
 def compared(
     recipes: dict[Contestant, Recipe],
-    size: str,
     device: torch.device,
     rate: float,
     reference: Path | None,
@@ -135,6 +143,7 @@ def compared(
     """Measures the contestants of one size in turns."""
     recipe = next(iter(recipes.values()))
     batch = recipe.train.global_batch
+    size = f"{recipe.model.arch} at {batch}"
     batches = [synthetic(batch, recipe.model.image_size, seed, device) for seed in range(2)]
     running: dict[Contestant, Measured] = {}
     for one, recipe in recipes.items():
@@ -150,7 +159,7 @@ def compared(
     for one, step_s in seconds.items():
         name, peak = f"{size}, {one.name(reference)}", running[one].peak
         flops = 3 * forward_flops(model_config(recipes[one].model, CLASSES), batch)
-        facts = {
+        facts: dict[str, Any] = {
             "MFU": flops / step_s / rate,
             "step_ms": 1000 * step_s,
             "host_ms": 1000 * statistics.median(each.host_s for each in taken[one]),

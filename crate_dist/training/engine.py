@@ -100,7 +100,8 @@ class Engine:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+        precision = recipe.train.precision
+        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
