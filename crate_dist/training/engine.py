@@ -257,7 +257,7 @@ class Guard:
         self._flag, self._noted = not_finite, list[tuple[int, torch.Tensor, Any]]()
         accelerator = get_accelerator()
         self._at_once = accelerator.is_synchronized_device()
-        # Copied to pinned memory, which alone a device writes while the host goes on; an event that lets the host sleep.
+        # Pinned memory, which alone a device writes while the host goes on, and an event that lets the host sleep.
         self._free = [
             (accelerator.pin_memory(torch.zeros(())), None if self._at_once else accelerator.Event(blocking=True))
             for _ in range(2)

@@ -182,7 +182,10 @@ class Zero2(DeepSpeedZeroOptimizer):
         for part, total in zip(self.single_partition_of_fp32_groups, self._sums, strict=True):
             part.grad = total
         self.optimizer.step()
-        for part in self.single_partition_of_fp32_groups:
+        for part, flat in zip(self.single_partition_of_fp32_groups, self.bit16_groups_flat, strict=True):
             part.grad = None
-        self.update_lp_params()
+            rounded = flat[self._rank * part.numel() : (self._rank + 1) * part.numel()]
+            rounded.copy_(torch.where(self.not_finite > 0, rounded, part))  # what is looked into stays as it is
+            if self._ranks > 1:
+                dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
         self._sums_are_old = True
