@@ -237,6 +237,7 @@ class CRATE(nn.Module):
         """
         self._recompute, self._autocast = recompute, autocast
         for layer in self.layers:
+            assert isinstance(layer, CrateLayer)
             layer.ista.one_product = ista_in_one_product(images * self.config.num_tokens, self.config.dim)
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:

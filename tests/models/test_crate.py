@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_dist.config import ArchName, ModelSection
 from crate_dist.models import matmul as products
 from crate_dist.models.build import ARCHS, build_model, find_arch, find_published, initialise, model_config
-from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
+from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig, CrateLayer
 from crate_dist.models.flops import forward_flops
 from crate_dist.models.weights.names import from_reference, to_reference
 from crate_dist.models.weights.write import export_reference
@@ -47,6 +47,7 @@ def model(golden: dict[str, Any], request: pytest.FixtureRequest) -> CRATE:
     model = CRATE(CrateConfig(**config))
     model.load_state_dict(from_reference(golden["state_dict"]))
     for layer in model.layers:
+        assert isinstance(layer, CrateLayer)
         layer.ista.one_product = request.param
     return model
 
