@@ -6,8 +6,11 @@ Each is a function of a batch that takes one optimizer step and waits for nothin
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +22,10 @@ from crate_dist.data.loader import Normalize
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.doctor import published
 from crate_dist.doctor.stage import Setting
+from crate_dist.doctor.timing import synchronize
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CRATE
+from crate_dist.models.kernels import choose_kernels
 from crate_dist.training import compiling
 from crate_dist.training.engine import Engine, MicroBatch
 from crate_dist.training.lion import Lion
@@ -28,6 +33,7 @@ from crate_dist.training.optim import build_optimizer, parameter_groups
 from crate_dist.world import World, free_port
 
 CLASSES = 1000
+OURS, PLAIN, PUBLISHED = "ours", "plain loop", "published"
 SMALL = ("model.arch=crate_demo", "model.image_size=32", "model.patch_size=8")
 """Overrides that make of any recipe a model which a CPU computes at once."""
 Step = Callable[[MicroBatch], object]
@@ -35,11 +41,8 @@ Step = Callable[[MicroBatch], object]
 
 @contextlib.contextmanager
 def alone(setting: Setting | None = None) -> Iterator[torch.device]:
-    """Joins a process group of this process alone; gives its device, the first GPU where one can be seen.
-
-    setting: what the stages compile is kept for each other in a folder beside its scratch
-    """
-    keep_compiled(setting)
+    """Joins a process group of this process alone; gives its device, the first GPU where one can be seen."""
+    prepare(setting)
     device = init_distributed(World(0, 1, 0, 1, "127.0.0.1", free_port(), "alone"))
     try:
         yield device
@@ -47,8 +50,9 @@ def alone(setting: Setting | None = None) -> Iterator[torch.device]:
         leave_distributed()
 
 
-def keep_compiled(setting: Setting | None) -> None:
-    """Lets the stages of one examination find what another one has compiled."""
+def prepare(setting: Setting | None = None) -> None:
+    """Chooses kernels as training does; the stages of one examination find what another one of it has compiled."""
+    choose_kernels()
     if setting is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setting.scratch.parent / "compiled"))
 
@@ -74,9 +78,10 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> MicroBa
     return images.to(device), labels.to(device)
 
 
-def ours(recipe: Recipe, device: torch.device) -> Step:
-    """Returns the step of training.engine, with ZeRO-2 and all."""
-    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
+def ours(recipe: Recipe, device: torch.device, micro_batch: int | None = None) -> Step:
+    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all of it."""
+    batch = micro_batch or recipe.train.global_batch
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
     return lambda batch: engine.step(iter([batch]), recipe.optim.lr, 0)
 
 
@@ -138,3 +143,56 @@ def in_published_loop(model: nn.Module, recipe: Recipe, device: torch.device) ->
 def is_compiled(model: CRATE) -> bool:
     """Tells whether the layers run compiled."""
     return all(layer._compiled_call_impl is not None for layer in model.layers)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Whose step it is, its precision, and whether it is compiled; the published loop's precision is its own."""
+
+    whose: str
+    precision: str = "bf16"
+    compiled: bool = False
+
+    def recipe(self, arch: str, batch: int, overrides: tuple[str, ...] = ()) -> Recipe:
+        """Returns the recipe of its steps."""
+        return recipe_for(arch, batch, self.precision, self.compiled, overrides)
+
+    def build(self, recipe: Recipe, device: torch.device, reference: Path | None) -> Step:
+        """Returns its step."""
+        if self.whose == PUBLISHED:
+            return published_loop(recipe, device, reference)
+        return (ours if self.whose == OURS else plain_loop)(recipe, device)
+
+    def name(self, reference: Path | None) -> str:
+        """Returns its name in the report."""
+        if self.whose == PUBLISHED:
+            return "published code" if reference else "published formulation, plain PyTorch"
+        how = "compiled" if self.compiled else "eager"
+        return f"{self.whose}{' without DeepSpeed' if self.whose == PLAIN else ''}, {self.precision}, {how}"
+
+
+class Measured:
+    """A contestant's step, warm, with the most bytes that the device held for it alone; None: not measured."""
+
+    def __init__(self, build: Callable[[], Step], batches: list[MicroBatch], device: torch.device) -> None:
+        others = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self._step, self._batches = build(), itertools.cycle(batches)
+        self()
+        synchronize(device)
+        self.peak: int | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self()
+            synchronize(device)
+            self.peak = torch.cuda.max_memory_allocated() - others
+
+    def __call__(self) -> None:
+        """Takes a step."""
+        self._step(next(self._batches))
+
+
+def free(device: torch.device) -> None:
+    """Gives back what nobody holds any more; engines are circles of references."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -45,7 +45,8 @@ def clipping(case: Case, device: torch.device) -> Iterator[Finding]:
     norm = math.sqrt(sum(float(value.square().sum()) for value in gradients.values()))
     bound = FACTOR * max(errors(plainly(case, "fp32", device), case.exact).values())
     for name, optim in OPTIMIZERS.items():
-        engine = case.engine(device, {"optim": optim.model_copy(update={"grad_clip": norm / 2})}, precision="fp32")
+        changed = {"optim": optim.model_copy(update={"grad_clip": norm / 2})}
+        engine = case.engine(device, changed, precision="fp32", compile=device.type == "cuda")
         reported = float(engine.step(iter([case.batch]), optim.lr, 0).grad_norm)
         assert optim.betas is not None
         kept = optim.betas[1] if name == "lion" else optim.betas[0]

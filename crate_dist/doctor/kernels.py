@@ -11,7 +11,7 @@ from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
 from crate_dist.config import ArchName
 from crate_dist.doctor.ceilings import TOKENS
-from crate_dist.doctor.contestants import keep_compiled
+from crate_dist.doctor.contestants import prepare
 from crate_dist.doctor.correct import BACKENDS
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
@@ -24,7 +24,7 @@ SMALL_SIZES: list[tuple[ArchName, int]] = [("crate_demo", 2)]
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per backend and way, in milliseconds; which is the fastest is for the model to choose."""
-    keep_compiled(setting)
+    prepare(setting)
     device = torch.device(setting.device)
     for arch, images in SMALL_SIZES if setting.small else SIZES:
         dims = ARCHS[arch]
@@ -51,7 +51,7 @@ def timed(name: str, ways: dict[str, Callable[[], object]], device: torch.device
 
 
 def attention(shape: tuple[int, ...], device: torch.device) -> dict[str, Callable[[], object]]:
-    """Returns attention with Q = K = V, by torch's own choice and by each backend; shape: (b, h, n, p)."""
+    """Returns attention with Q = K = V, as training has it and by each backend; shape: (b, h, n, p)."""
     w = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn_like(w)
 
@@ -60,7 +60,7 @@ def attention(shape: tuple[int, ...], device: torch.device) -> dict[str, Callabl
             back(scaled_dot_product_attention(w, w, w), weight, [w])
 
     ways: dict[str, Callable[[], object]] = {name: lambda name=name: by(name) for name in BACKENDS}  # type: ignore[misc]
-    return {"torch's choice": lambda: back(scaled_dot_product_attention(w, w, w), weight, [w]), **ways}
+    return {"as training has it": lambda: back(scaled_dot_product_attention(w, w, w), weight, [w]), **ways}
 
 
 def ista(tokens: int, dim: int, device: torch.device, small: bool) -> dict[str, Callable[[], object]]:

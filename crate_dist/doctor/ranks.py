@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from crate_dist.doctor.contestants import SMALL, keep_compiled, recipe_for
+from crate_dist.doctor.contestants import SMALL, prepare, recipe_for
 from crate_dist.doctor.fake_cluster import counted, fake_cluster
 from crate_dist.doctor.speed import memory
 from crate_dist.doctor.stage import Finding, Setting
@@ -22,7 +22,7 @@ RANKS = 32
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields waits, messages, time and memory of a step of CRATE-B at its global batch of 2048 over 32 ranks."""
-    keep_compiled(setting)
+    prepare(setting)
     device = torch.device("cuda", 0) if setting.device == "cuda" else torch.device("cpu")
     micro_batch = 8 if setting.small else 64
     recipe = recipe_for("crate_base", micro_batch, overrides=SMALL if setting.small else ())

@@ -9,11 +9,9 @@ in, and is named so.
 
 from __future__ import annotations
 
-import gc
-import itertools
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +21,23 @@ from crate_dist.config import Recipe
 from crate_dist.doctor.ceilings import product_flop_s
 from crate_dist.doctor.contestants import (
     CLASSES,
+    OURS,
+    PLAIN,
+    PUBLISHED,
     SMALL,
-    Step,
+    Contestant,
+    Measured,
     alone,
-    ours,
-    plain_loop,
-    published_loop,
-    recipe_for,
+    free,
     synthetic,
 )
 from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.stage import Finding, Setting
-from crate_dist.doctor.timing import in_turns, median_s, synchronize
+from crate_dist.doctor.timing import in_turns, median_s
 from crate_dist.launching.memory import RESERVE, step_bytes
 from crate_dist.models.build import model_config
 from crate_dist.models.flops import forward_flops
-from crate_dist.training.engine import MicroBatch
 
-OURS, PLAIN, PUBLISHED = "ours", "plain loop", "published"
 EXPECTED = {
     ("H200", "crate_base at 256"): 8000.0,
     ("H200", "crate_large at 128"): 3500.0,
@@ -57,32 +54,6 @@ NEEDS_S = 45.0
 """Seconds that must be left to begin a size: its compile, and its steps."""
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """Whose step it is, its precision, and whether it is compiled; the published loop's precision is its own."""
-
-    whose: str
-    precision: str = "bf16"
-    compiled: bool = False
-
-    def recipe(self, arch: str, batch: int, overrides: tuple[str, ...] = ()) -> Recipe:
-        """Returns the recipe of its steps."""
-        return recipe_for(arch, batch, self.precision, self.compiled, overrides)
-
-    def build(self, recipe: Recipe, device: torch.device, reference: Path | None) -> Step:
-        """Returns its step."""
-        if self.whose == PUBLISHED:
-            return published_loop(recipe, device, reference)
-        return (ours if self.whose == OURS else plain_loop)(recipe, device)
-
-    def name(self, reference: Path | None) -> str:
-        """Returns its name in the report."""
-        if self.whose == PUBLISHED:
-            return "published code" if reference else "published formulation, plain PyTorch"
-        how = "compiled" if self.compiled else "eager"
-        return f"{self.whose}{' without DeepSpeed' if self.whose == PLAIN else ''}, {self.precision}, {how}"
-
-
 BEST, EAGER = Contestant(OURS, compiled=True), Contestant(OURS)
 LOOP, THEIRS = Contestant(PLAIN, compiled=True), Contestant(PUBLISHED)
 SIZES: list[tuple[str, int, list[Contestant]]] = [
@@ -94,25 +65,6 @@ SIZES: list[tuple[str, int, list[Contestant]]] = [
     ("crate_large", 64, [BEST, LOOP]),
 ]
 """What is measured, the most important first."""
-
-
-class Measured:
-    """A contestant's step, warm, with the most bytes that the device held for it alone; None: not measured."""
-
-    def __init__(self, step: Step, batches: list[MicroBatch], device: torch.device, others: int) -> None:
-        self._step, self._batches = step, itertools.cycle(batches)
-        self()
-        synchronize(device)
-        self.peak: int | None = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self()
-            synchronize(device)
-            self.peak = torch.cuda.max_memory_allocated() - others
-
-    def __call__(self) -> None:
-        """Takes a step."""
-        self._step(next(self._batches))
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
@@ -148,9 +100,8 @@ def compared(
     running: dict[Contestant, Measured] = {}
     for one, recipe in recipes.items():
         free(device)
-        others = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
-            running[one] = Measured(one.build(recipe, device, reference), batches, device, others)
+            running[one] = Measured(partial(one.build, recipe, device, reference), batches, device)
         except torch.OutOfMemoryError:
             yield out_of_memory(f"{size}, {one.name(reference)}", one, recipe, device)
     free(device)
@@ -218,10 +169,3 @@ def expected_images_s(device: torch.device, size: str) -> float | None:
     """Returns the images/s that are expected of `BEST` on this GPU; None: it is not known."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     return next((speed for (part, of), speed in EXPECTED.items() if part in name and of == size), None)
-
-
-def free(device: torch.device) -> None:
-    """Gives back what nobody holds any more; engines are circles of references."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
