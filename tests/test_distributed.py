@@ -159,6 +159,26 @@ def test_libraries_are_told_the_number_of_the_device_and_times_above_the_watchdo
     assert on_cpu["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "9"
 
 
+@pytest.mark.parametrize(("seen", "device"), [(1, "cuda"), (0, "cpu")])
+def test_deepspeed_takes_the_device_that_torch_sees_by_whatever_name(seen: int, device: str) -> None:
+    program = f"""
+import os, sys, types
+import torch
+torch.cuda.is_available = lambda: {seen} > 0
+torch.cuda.device_count = lambda: {seen}
+sys.modules["pynvml"] = types.SimpleNamespace(nvmlInit=lambda: None, NVMLError=Exception)
+import crate_dist.training.engine
+from deepspeed.accelerator import get_accelerator
+print(get_accelerator().device_name())
+if {seen}:
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=5)
+    print(get_accelerator().available_memory())
+"""
+    named = {**os.environ, "CUDA_VISIBLE_DEVICES": "MIG-377e0049-554c-540b-93c6-d0976f8426cb"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=named, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split()[-1 - seen :] == [device, "5"][: 1 + seen]
+
+
 def timeouts(world: World, device: torch.device) -> list[list[float]]:
     """The time-outs of the group of all, of one of ours and of one of a library, and again after a change."""
     library: Any = dist.new_group(range(world.world_size))
