@@ -64,7 +64,7 @@ class TrainJob:
         return dataclasses.asdict(result)
 
     def _train(self) -> TrainResult:
-        """Imports what is heavy, looks at the node, and trains. What it raises ends the job, or is a reason to start it again."""
+        """Imports what is heavy, looks at the node, and trains; what it raises ends the job, or starts it again."""
         from crate_dist.distributed import lost_a_rank
         from crate_dist.doctor.start import look_before_start
         from crate_dist.run.lock import LostTheRun
