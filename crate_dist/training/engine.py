@@ -1,4 +1,4 @@
-"""Takes training steps with DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+"""Takes training steps with DeepSpeed ZeRO-2 around a model. With zero.py the only importer of deepspeed that trains.
 
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
@@ -69,6 +69,10 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 
 RANKS_REDUCED_TO = 32
 """The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+
+BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
+"""In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
+are computed, and each is still large enough for the network (CRATE-B's 6 MB in bf16)."""
 
 
 # DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
@@ -324,9 +328,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: 
 
 
 def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int, parameters: int) -> dict[str, Any]:
-    # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
-    # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
-    bucket = max(parameters // 8, 1 << 20)
+    bucket = max(parameters // BUCKETS, SMALLEST_BUCKET)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
