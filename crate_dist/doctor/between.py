@@ -97,9 +97,8 @@ def _alike(world: World, device: torch.device, small: bool) -> Iterator[Finding]
     parts = [f"rank {rank}: {', '.join(set(one) - set(everyone[0]))}" for rank, one in enumerate(everyone)]
     odd = [part for part, one in zip(parts, everyone, strict=True) if one != everyone[0]]
     note = f"rank 0: {', '.join(everyone[0])}; {'; '.join(odd[:8])}" if odd else ""
-    yield Finding(
-        "ranks", world.world_size, "alike" if not odd else "not alike", "the same software and GPUs", not odd, note
-    )
+    value = f"{world.world_size} {'not ' if odd else ''}alike"
+    yield Finding("ranks", value, "", "the same software and GPUs", not odd, note)
 
 
 def _nodes(world: World, device: torch.device, small: bool) -> Iterator[Finding]:
@@ -197,10 +196,8 @@ def _gloo(world: World, device: torch.device, small: bool) -> Iterator[Finding]:
                 dist.send(torch.tensor([time.time()], dtype=torch.float64), 0, group=group)
     if skews:
         worst = max(skews, key=lambda rank: abs(skews[rank]))
-        note = f"rank {worst}'s node"
-        yield Finding(
-            "clocks, to rank 0's", skews[worst], "s", f"within {_SKEW_S:g} s", abs(skews[worst]) < _SKEW_S, note
-        )
+        well = abs(skews[worst]) < _SKEW_S
+        yield Finding(f"clock of rank {worst}, to rank 0's", skews[worst], "s", f"within {_SKEW_S:g} s", well)
 
 
 def _timed(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
