@@ -88,8 +88,7 @@ def measured(given: argparse.Namespace, count: int) -> list[dict[str, Any]]:
 def as_rank(world: World, device: Any, kind: str, given: argparse.Namespace) -> dict[str, Any]:
     """Takes steps as one rank and returns what passed, and the medians of their seconds."""
     passed = listen()  # before anything binds the functions
-    from step import ours, synthetic
-
+    from crate_dist.doctor.contestants import ours, synthetic
     from crate_dist.training import engine
 
     settings = [f"train.global_batch={given.local_batch * world.world_size}", "train.precision=bf16", *given.overrides]
@@ -179,12 +178,11 @@ def _reduce_aloud(state, bucket):  # type: ignore[no-untyped-def]
 
 def model(given: argparse.Namespace, recipe: Recipe, count: int) -> list[dict[str, float]]:
     """Prints and returns the weak scaling of nodes of GPUs, ZeRO-2 and DDP."""
-    from step import forward_flops
-
     from crate_dist.models.build import model_config
+    from crate_dist.models.flops import forward_flops
     from crate_dist.training.engine import RANKS_REDUCED_TO
 
-    work = 3 * forward_flops(model_config(recipe.model, CLASSES)) * given.micro_batch
+    work = 3 * forward_flops(model_config(recipe.model, CLASSES), given.micro_batch)
     compute_s = (given.step_ms or work / (given.mfu * given.peak_tflops * 1e12) * 1e3) / 1e3
     origin = "measured" if given.step_ms else f"{given.mfu:.0%} of {given.peak_tflops:g} TFLOP/s, ASSUMED"
     print(

@@ -232,11 +232,10 @@ class PretendedGpu(TorchFunctionMode):
 
 
 @contextmanager
-def pretended_gpu(policy: Policy = at_once, failing: tuple[str, ...] = ()) -> Iterator[PretendedGpu]:
-    """Puts one in the place of torch.cuda, for tensors that are asked for by DEVICE."""
-    gpu = PretendedGpu(policy, failing)
+def streams_of(gpu: PretendedGpu) -> Iterator[None]:
+    """Puts its streams in the place of torch.cuda's."""
     feed._copying_stream.cache_clear()
-    with pytest.MonkeyPatch.context() as patch, gpu:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", lambda device: Stream(gpu))
         patch.setattr(torch.cuda, "Event", lambda blocking=False: Event(gpu))
         patch.setattr(torch.cuda, "current_stream", lambda device: gpu.current)
@@ -244,5 +243,13 @@ def pretended_gpu(policy: Policy = at_once, failing: tuple[str, ...] = ()) -> It
         patch.setattr(torch.cuda, "device", lambda device: gpu.on(gpu.current))
         patch.setattr(torch.cuda, "synchronize", gpu.synchronize)
         patch.setattr(torch.cuda, "cudart", lambda: gpu)
-        yield gpu
+        yield
     feed._copying_stream.cache_clear()
+
+
+@contextmanager
+def pretended_gpu(policy: Policy = at_once, failing: tuple[str, ...] = ()) -> Iterator[PretendedGpu]:
+    """Puts one in the place of torch.cuda, for tensors that are asked for by DEVICE."""
+    gpu = PretendedGpu(policy, failing)
+    with streams_of(gpu), gpu:
+        yield gpu

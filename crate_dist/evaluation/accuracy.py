@@ -200,7 +200,7 @@ def evaluate(
         counts[1] += len(batch.replaced)
         if tally is not None:
             tally.add(labels, ranked)
-    totals = torch.cat([sums, sums.new_tensor(counts)])
+    totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()
     if left:

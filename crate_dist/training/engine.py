@@ -23,13 +23,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+import torch
+
+from crate_dist.distributed import device_type
+
+os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
 import deepspeed
-import torch
+import deepspeed.runtime.engine
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.ops import __compatible_ops__
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
@@ -42,6 +47,7 @@ from crate_dist.models.crate import CRATE
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
+from crate_dist.training.zero import Zero2
 
 with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
     # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
@@ -58,8 +64,21 @@ RANKS_REDUCED_TO = 32
 """The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
 
 
+# DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
+# of them on a CPU, for a minute or more, to speed up what gloo does well enough. None of them is used here.
+deepspeed.ops.__compatible_ops__ = {}
+deepspeed.runtime.engine.DeepSpeedZeroOptimizer = Zero2  # what its engine makes for stage 2
+
+
 class NotFinite(UserError):
-    """A gradient is not finite. No step was taken with it."""
+    """A gradient is not finite. No step was taken with it, and none since.
+
+    step: optimizer steps before it
+    """
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -82,23 +101,23 @@ class Engine:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        if device.type == "cpu":
-            # It would be compiled at the first start, for a minute or more, to speed up what gloo does well enough.
-            __compatible_ops__["deepspeed_shm_comm"] = False
-        model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+        precision = recipe.train.precision
+        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
         first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         optimizer = build_optimizer(groups, recipe.optim)
-        optimizer.register_step_pre_hook(self._before_step)
         parameters = sum(p.numel() for p in model.parameters())
+        # DeepSpeed would clone the process group, with a time-out that ends NCCL before the watchdog says what hangs.
+        deepspeed_groups._WORLD_GROUP = dist.group.WORLD
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(recipe, micro_batch, accumulation, parameters, device),
+            config=_deepspeed_config(recipe, micro_batch, accumulation, parameters),
             dist_init_required=False,
         )
+        self._guard = Guard(self._zero.not_finite)
         self._check_partitions()
         # DeepSpeed makes the master weights from the ones it has rounded to bf16; they start from the exact ones.
         self._fill_partitions(
@@ -120,35 +139,28 @@ class Engine:
     def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
         """Takes one optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
 
-        Holds one of them at a time. Raises NotFinite on every rank, before the weights change.
+        Holds one of them at a time. Raises NotFinite on every rank when the gradients of this step, or on a GPU of the
+        one before, are not finite: the host learns of a step while the next one runs. The weights are in any case those
+        of the step that it names. `check` tells at once.
         """
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
         for group in self._zero.param_groups:
             group["lr"] = lr
-        self._engine.train()
+        if not self.module.training:
+            self._engine.train()
         losses: list[torch.Tensor] = []
         for _ in range(self.accumulation):
             loss = self.loss(next(batches), self._engine)
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-        if self._zero.overflow:  # in fp32 DeepSpeed has looked at the norm itself, and has not taken the step
-            raise NotFinite("the gradients are not finite")
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm, device=self.device))
+        self._guard.note(step)
+        return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)
 
-    def _before_step(self, *_: object) -> None:
-        """Clips, and stops a step that must not be taken. DeepSpeed calls it before the optimizer, on every rank.
-
-        This is the one place of a step where the host waits for the device, which is then through with the gradients:
-        whether they are finite must be known before the weights change. DeepSpeed would wait three times, to look at
-        each gradient, at their norm, and at it again while clipping, and go through the gradients once more to clip.
-        """
-        norm, largest = self._zero._global_grad_norm, self.recipe.optim.grad_clip
-        if not bool(torch.isfinite(norm)):
-            raise NotFinite("the gradients are not finite")
-        self._zero.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0) if largest else None
+    def check(self) -> None:
+        """Raises NotFinite on every rank when a step until now was not taken. Waits for the last one."""
+        self._guard.look()
 
     def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
@@ -160,13 +172,18 @@ class Engine:
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
+        self.check()
         self.module.eval()
         with compiling.eagerly():
             logits: torch.Tensor = self.module(self._normalize(images)).float()
         return logits
 
     def state(self) -> RankState:
-        """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors."""
+        """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors.
+
+        Raises NotFinite, so that nothing is saved after a step that was not taken.
+        """
+        self.check()
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
@@ -234,6 +251,43 @@ class Engine:
             assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
 
 
+class Guard:
+    """Tells the host whether a step was not taken, without its waiting for the step that runs."""
+
+    def __init__(self, not_finite: torch.Tensor) -> None:
+        self._flag, self._noted = not_finite, list[tuple[int, torch.Tensor, Any]]()
+        accelerator = get_accelerator()
+        self._at_once = accelerator.is_synchronized_device()
+        # Pinned memory, which alone a device writes while the host goes on, and an event that lets the host sleep.
+        self._free = [
+            (accelerator.pin_memory(torch.zeros(())), None if self._at_once else accelerator.Event(blocking=True))
+            for _ in range(2)
+        ]
+
+    def note(self, step: int) -> None:
+        """Has the flag copied when the device comes to it, and looks at the one of the step before; or at once."""
+        memory, event = self._free.pop()
+        memory.copy_(self._flag, non_blocking=True)
+        if event is not None:
+            event.record()
+        self._noted.append((step, memory, event))
+        while len(self._noted) > (0 if self._at_once else 1):
+            self._look_at_the_first()
+
+    def look(self) -> None:
+        """Looks at the flags of all steps. Raises NotFinite."""
+        while self._noted:
+            self._look_at_the_first()
+
+    def _look_at_the_first(self) -> None:
+        step, memory, event = self._noted.pop(0)
+        if event is not None:
+            event.synchronize()
+        self._free.append((memory, event))
+        if memory.numpy() != 0:
+            raise NotFinite("the gradients are not finite", step)
+
+
 def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:
     return GroupLayout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
 
@@ -245,22 +299,20 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: 
     out[: flat.numel()].copy_(flat)
 
 
-def _deepspeed_config(
-    recipe: Recipe, micro_batch: int, accumulation: int, parameters: int, device: torch.device
-) -> dict[str, Any]:
+def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int, parameters: int) -> dict[str, Any]:
     # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
     # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
     bucket = max(parameters // 8, 1 << 20)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,  # _before_step clips
+        "gradient_clipping": recipe.optim.grad_clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": 2,
             "round_robin_gradients": False,
             "contiguous_gradients": True,
-            "overlap_comm": device.type == "cuda",  # a CPU has no streams to overlap
+            "overlap_comm": not get_accelerator().is_synchronized_device(),  # a CPU has no streams to overlap
             "reduce_bucket_size": bucket,
             # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
             # rank, which in a large job would be many small ones.
@@ -271,5 +323,5 @@ def _deepspeed_config(
         "steps_per_print": 1 << 60,
     }
     if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # _before_step checks
+        config["bf16"] = {"enabled": True}
     return config

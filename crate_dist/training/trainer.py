@@ -125,6 +125,8 @@ class Trainer:
         feed, told_to_stop = Feed(self.loader(self.recipe.data.workers), self.device), False
         while self.progress.step < self.last_step and not told_to_stop:
             self.take_step(feed)
+            if self.reporting_is_due() or self.live.is_due(self.progress.step):
+                self.check()
             if self.reporting_is_due():
                 self.monitor.report(self.progress.step)
             # What is left here is made by the next start, from the checkpoint of this step.
@@ -175,6 +177,7 @@ class Trainer:
         """Saves what there is, after a signal; the same command goes on from there."""
         logger.info("told to stop: saving step %d", self.progress.step)
         if self.saved_at != self.progress.step:
+            self.check()
             self.monitor.report(self.progress.step)
             self.save()
         self.finish_saving()
@@ -207,8 +210,8 @@ class Trainer:
 
         try:
             result = self.engine.step(micro_batches(), lr, self.progress.step)
-        except NotFinite:
-            raise post_mortem(self.engine, self.loader(workers=0), self.progress.step, self.watchdog) from None
+        except NotFinite as error:
+            raise self.post_mortem(error) from None
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.recipe, self.share.micro_batch, self.world.world_size, self.device) from error
         self.monitor.add(
@@ -225,6 +228,18 @@ class Trainer:
         self.interrupt.hold()
         self.monitor.bad.add_replaced(bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
+
+    def check(self) -> None:
+        """Waits for the last step, before anything is made of its outcome: none that was not finite goes further."""
+        try:
+            self.engine.check()
+        except NotFinite as error:
+            raise self.post_mortem(error) from None
+
+    def post_mortem(self, error: NotFinite) -> NotFinite:
+        """Goes back to the step that was not taken, whose weights the engine still has, and says what was wrong."""
+        self.progress = replace(self.progress, step=error.step)
+        return post_mortem(self.engine, self.loader(workers=0), error.step, self.watchdog)
 
     def reporting_is_due(self) -> bool:
         """Says whether to report: every log.every_steps, and before a save, so that a resumed curve is the same."""

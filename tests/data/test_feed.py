@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -50,9 +51,13 @@ def loader(index: ShardIndex) -> TrainLoader:
 def seen_by_the_device(gpu: PretendedGpu, batches: Iterator[Batch], count: int | None = None) -> list[Batch]:
     """What a kernel that is started after each batch was handed over finds in the batch's memory when it runs."""
     seen: list[Batch] = []
+
+    def look(images: torch.Tensor, labels: torch.Tensor) -> None:
+        seen.append(Batch(images.clone(), labels.clone()))
+
     for batch in itertools.islice(batches, count):
         images, labels = batch.images.detach(), batch.labels.detach()
-        gpu.launch(lambda i=images, n=labels: seen.append(Batch(i.clone(), n.clone())))
+        gpu.launch(functools.partial(look, images, labels))
     gpu.finish()
     return seen
 
@@ -87,10 +92,10 @@ def test_the_host_runs_some_batches_ahead_and_the_memory_on_the_device_does_not_
     images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8).nbytes
     with pretended_gpu(late, failing) as gpu:
         done: list[int] = []
-        for step, batch in enumerate(itertools.islice(Feed(loader(index), DEVICE), STEPS)):
+        for step, _ in enumerate(itertools.islice(Feed(loader(index), DEVICE), STEPS)):
             assert step - len(done) <= HELD_BATCHES + 1
             assert step < HELD_BATCHES or step - len(done) >= HELD_BATCHES - 1, "the device would run dry"
-            gpu.launch(lambda n=step, _=batch.bad: done.append(n))
+            gpu.launch(functools.partial(done.append, step))
         assert done == list(range(len(done)))
         assert gpu.most_held <= 3 * (images + 8 * BATCH)
 

@@ -1,0 +1,191 @@
+"""ZeRO-2 (Rajbhandari et al. 2020, arXiv 1910.02054) of DeepSpeed, with gradients that travel without the host waiting.
+
+DeepSpeed's optimizer partitions the weights and keeps their masters; its own way for gradients has the host wait for
+the device before each reduction, prepares each parameter by itself, and takes the norm of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+
+@dataclass
+class Bucket:
+    """An interval of a group's flat gradient, of whole parameters, whose parts are reduced together.
+
+    gradient: (elements,), of this rank in the model's precision; its mean over the ranks where it is reduced to
+    views: of `gradient`, one for each of the parameters
+    parts: owner -> what of `gradient` is of its partition
+    mine: what of `gradient` is of this rank's partition, and of the fp32 sum that it goes into; None: nothing
+    """
+
+    gradient: Tensor
+    parameters: list[nn.Parameter]
+    views: list[Tensor]
+    parts: dict[int, Tensor]
+    mine: tuple[Tensor, Tensor] | None
+    missing: int = 0
+    streams: set[Any] = field(default_factory=set)
+    was_read: Any = None
+
+
+class Zero2(DeepSpeedZeroOptimizer):
+    """DeepSpeed's partitions and weights, with reductions, norm, clipping and guard of our own.
+
+    A gradient is copied into its place in one flat vector. When the last one of a bucket is there, its reduction is
+    queued behind what computes, on a stream of its own, in an order that is the same on all ranks. Each part goes to
+    the rank that owns it, or, with use_multi_rank_bucket_allreduce, the bucket to all: twice the traffic, but one
+    message instead of one for each owner. What arrives is summed over the micro-batches in fp32.
+
+    not_finite: 0-d fp32, on the device; 1 from the first step on whose gradient is not finite. From then on no step
+        changes anything, so that the host may learn of it later and still find the weights of that step.
+    grad_norm: 0-d fp32, of the gradient of the last step, over all ranks, before clipping
+    """
+
+    def create_gradient_handling_hooks(self) -> None:
+        """Lays out the buckets. DeepSpeed calls it while it makes the optimizer, when the partitions are known."""
+        self._rank, self._ranks = dist.get_rank(self.dp_process_group), dist.get_world_size(self.dp_process_group)
+        device = self.bit16_groups_flat[0].device
+        self.not_finite = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self._sums = [torch.zeros_like(part, requires_grad=False) for part in self.single_partition_of_fp32_groups]
+        place = {parameter: number for number, parameter in enumerate(self.param_names)}
+        buckets = [bucket for group in range(len(self.bit16_groups)) for bucket in self._buckets_of(group)]
+        # The backward pass ends with the first parameter of the model: a bucket is ready when its first one is.
+        self._buckets = sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters))
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                hook = partial(self._arrived, bucket)
+                self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._sums_are_old = True
+        self._begin()
+
+    def _buckets_of(self, group: int) -> Iterator[Bucket]:
+        """Cuts the flat gradient of a group into buckets, from its end."""
+        flat, partition = torch.zeros_like(self.bit16_groups_flat[group]), self.partition_size[group]
+        own = self._rank * partition
+        stop = position = sum(parameter.numel() for parameter in self.bit16_groups[group])
+        parameters: list[nn.Parameter] = []
+        for parameter in reversed(self.bit16_groups[group]):
+            parameters.insert(0, parameter)
+            position -= parameter.numel()
+            if position and stop - position < self.reduce_bucket_size:
+                continue
+            ends = {owner: (owner * partition, (owner + 1) * partition) for owner in range(self._ranks)}
+            parts = {
+                owner: flat[max(first, position) : min(last, stop)]
+                for owner, (first, last) in ends.items()
+                if max(first, position) < min(last, stop)
+            }
+            mine = parts.get(self._rank)
+            start = max(own, position) - own
+            sums = None if mine is None else (mine, self._sums[group][start : start + mine.numel()])
+            gradient = flat[position:stop]
+            pieces = gradient.split([p.numel() for p in parameters])
+            views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+            yield Bucket(gradient, parameters, views, parts, sums)
+            stop, parameters = position, []
+
+    def _begin(self) -> None:
+        """Expects the gradients of a micro-batch."""
+        self._reduced = 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _arrived(self, bucket: Bucket, _: nn.Parameter) -> None:
+        """Notes a gradient, and reduces what is ready: in their order, since all ranks must issue the same."""
+        bucket.missing -= 1
+        if self.overlap_comm:
+            bucket.streams.add(get_accelerator().current_stream())
+        while self._reduced < len(self._buckets) and not self._buckets[self._reduced].missing:
+            self._reduce(self._buckets[self._reduced])
+            self._reduced += 1
+
+    def _reduce(self, bucket: Bucket) -> None:
+        """Queues the reduction of a bucket.
+
+        The order of what is done on the device, where it has streams:
+
+        - The backward pass may have computed gradients on several streams. This one waits for all of them, and memory
+          of theirs that it reads is not given away before it has.
+        - It writes into the bucket after the reduction of the micro-batch before has read it (`was_read`). The bucket
+          and the sums live as long as this optimizer, so that no allocator can give them away.
+        - The reduction waits for this stream: for the copies, and for the last optimizer step, which reads the sums
+          and came before this forward pass. Reductions run one after the other.
+        - `step` has its stream wait for all reductions before it reads the sums.
+        """
+        here = get_accelerator().current_stream()
+        pairs = zip(bucket.views, bucket.parameters, strict=True)
+        ready = [(view, p.grad) for view, p in pairs if p.grad is not None]
+        for stream in bucket.streams - {here}:
+            here.wait_stream(stream)
+            for _, gradient in ready:
+                gradient.record_stream(here)
+        bucket.streams.clear()
+        if bucket.was_read:
+            here.wait_event(bucket.was_read)
+        if len(ready) < len(bucket.parameters):  # a parameter that this loss does not depend on
+            bucket.gradient.zero_()
+        torch._foreach_copy_([view for view, _ in ready], [gradient for _, gradient in ready])
+        for parameter in bucket.parameters:
+            parameter.grad = None
+        if self.overlap_comm:
+            self.reduction_stream.wait_stream(here)
+        with get_accelerator().stream(self.reduction_stream):
+            self._send(bucket)
+            if bucket.mine:
+                part, total = bucket.mine
+                total.copy_(part) if self._sums_are_old else total.add_(part)
+            if self.overlap_comm:
+                bucket.was_read = bucket.was_read or get_accelerator().Event()
+                bucket.was_read.record(self.reduction_stream)
+
+    def _send(self, bucket: Bucket) -> None:
+        if self._ranks == 1:
+            return
+        bucket.gradient.div_(self._ranks)
+        if self.use_multi_rank_bucket_allreduce:
+            dist.all_reduce(bucket.gradient, group=self.dp_process_group)
+        else:
+            for owner, part in bucket.parts.items():
+                dist.reduce(part, dist.get_global_rank(self.dp_process_group, owner), group=self.dp_process_group)
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """Ends a micro-batch: reduces what a parameter without gradient has held up. DeepSpeed's engine calls it."""
+        for bucket in self._buckets[self._reduced :]:
+            self._reduce(bucket)
+        self._sums_are_old = False
+        self._begin()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Takes a step of the optimizer with the clipped gradient on this rank's partition, and gathers the weights."""
+        if self.overlap_comm:
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        squares = torch.stack([torch.linalg.vector_norm(total) for total in self._sums]).square().sum()
+        dist.all_reduce(squares, group=self.dp_process_group)
+        self.grad_norm = squares.sqrt()
+        self.not_finite.logical_or_(~torch.isfinite(self.grad_norm))
+        self.optimizer.grad_scale = (
+            ((self.grad_norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else None
+        )
+        self.optimizer.found_inf = self.not_finite
+        for part, total in zip(self.single_partition_of_fp32_groups, self._sums, strict=True):
+            part.grad = total
+        self.optimizer.step()
+        for part, flat in zip(self.single_partition_of_fp32_groups, self.bit16_groups_flat, strict=True):
+            part.grad = None
+            rounded = flat[self._rank * part.numel() : (self._rank + 1) * part.numel()]
+            rounded.copy_(torch.where(self.not_finite > 0, rounded, part))  # what is looked into stays as it is
+            if self._ranks > 1:
+                dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
+        self._sums_are_old = True
