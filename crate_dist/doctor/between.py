@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed
+from crate_dist.distributed import exit_at_once, gather_objects, host_group, init_distributed, leave_distributed
 from crate_dist.doctor import basics
 from crate_dist.doctor.machine import torch_cuda, version
 from crate_dist.doctor.nvidia import driver_version
@@ -173,7 +172,7 @@ def _exchange(operation: Callable[..., Any], tensor: torch.Tensor, peer: int) ->
 
 def _gloo(world: World, device: torch.device, small: bool) -> Iterator[Finding]:
     """Sums with gloo, as what signals and saves does, and compares the clocks of the nodes over it."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    group = host_group()
     tensor, one = torch.zeros(2**20), torch.zeros(1)
     cpu = torch.device("cpu")
     rate = tensor.nbytes / _timed(lambda: dist.all_reduce(tensor, group=group), cpu) / 1e9
