@@ -35,7 +35,7 @@ def describe() -> dict[str, str]:
     lines = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "crate-dist": f"{crate_dist.__version__}{_commit()}",
-        "python": f"{platform.python_version()}, {' '.join(platform.libc_ver())}, {_compiler_version()}",
+        "Python": f"{platform.python_version()}, {' '.join(platform.libc_ver())}, {_compiler_version()}",
         "packages": ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name))),
         "CUDA": f"{torch_cuda() or 'none'} of torch's build, driver {driver_version() or 'none'}, {_nccl()}",
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}, {_processor()}",
