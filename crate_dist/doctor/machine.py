@@ -45,7 +45,7 @@ def describe() -> dict[str, str]:
         "folders": f"here {disk_text(Path.cwd())}; temporary {disk_text(Path(os.environ.get('TMPDIR', '/tmp')))}",
     }
     for gpu in query_gpus():
-        facts = [gpu.get("name", "?"), f"{float(gpu.get('memory.total', 0)) / 1024:.0f} GiB"]
+        facts = [gpu.get("name", "?"), f"{gpu.get('memory.total', '?')} MiB"]
         names = {"compute_cap": "capability", "mig.mode.current": "MIG", "power.limit": "watts"}
         facts += [f"{names[key]} {gpu[key]}" for key in names if key in gpu]
         lines[f"GPU {gpu.get('index', '?')}"] = ", ".join(facts)

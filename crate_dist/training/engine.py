@@ -1,4 +1,4 @@
-"""Takes training steps with DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+"""Takes training steps with DeepSpeed ZeRO-2 around a model. With zero.py the only importer of deepspeed that trains.
 
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
