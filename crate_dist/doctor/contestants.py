@@ -23,6 +23,7 @@ from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.doctor import published
 from crate_dist.doctor.stage import Setting
 from crate_dist.doctor.timing import synchronize
+from crate_dist.errors import UserError
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
@@ -37,6 +38,10 @@ OURS, PLAIN, PUBLISHED = "ours", "plain loop", "published"
 SMALL = ("model.arch=crate_demo", "model.image_size=32", "model.patch_size=8")
 """Overrides that make of any recipe a model which a CPU computes at once."""
 Step = Callable[[MicroBatch], object]
+
+
+class NotCompiled(UserError):
+    """torch.compile does not work here; the log says why."""
 
 
 @contextlib.contextmanager
@@ -79,16 +84,21 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> MicroBa
 
 
 def ours(recipe: Recipe, device: torch.device, micro_batch: int | None = None) -> Step:
-    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all of it."""
+    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all.
+
+    Raises NotCompiled.
+    """
     batch = micro_batch or recipe.train.global_batch
     engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
+    if recipe.train.compile is True and not is_compiled(engine.module):
+        raise NotCompiled("torch.compile does not work here; the log says why")
     return lambda batch: engine.step(iter([batch]), recipe.optim.lr, 0)
 
 
 def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     """Returns the same step without DeepSpeed: its model, loss, clipping, optimizer and fp32 master weights.
 
-    What the engine takes longer is what ZeRO costs on one rank.
+    What the engine takes longer is what ZeRO costs on one rank. Raises NotCompiled.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
@@ -102,7 +112,8 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     ]
     optimizer = build_optimizer([{**group, "params": [master]}], recipe.optim)
     if compiling.should_compile(recipe.train.compile, device):
-        compiling.compile_layers(model, device, dtype, batch)
+        if compiling.compile_layers(model, device, dtype, batch) is None:
+            raise NotCompiled("torch.compile does not work here; the log says why")
         if isinstance(optimizer, Lion) and device.type == "cuda":
             optimizer.compile()
     normalize = Normalize(recipe.images.mean, recipe.images.std, device, dtype)

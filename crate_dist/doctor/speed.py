@@ -27,6 +27,7 @@ from crate_dist.doctor.contestants import (
     SMALL,
     Contestant,
     Measured,
+    NotCompiled,
     alone,
     free,
     synthetic,
@@ -79,7 +80,10 @@ def examine(setting: Setting) -> Iterator[Finding]:
                 yield Finding("left out", names, note="no time left; --only speed has more")
                 return
             recipes = {one: one.recipe(arch, batch, SMALL if setting.small else ()) for one in contestants}
-            yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
+            try:
+                yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
+            except torch.OutOfMemoryError:
+                yield Finding(f"{arch} at {batch}, in turns", "out of memory", note="the next size goes on")
             free(device)
         if setting.small:
             yield Finding("left out", "compiled", note="a CPU gains nothing by it")
@@ -104,6 +108,8 @@ def compared(
             running[one] = Measured(partial(one.build, recipe, device, reference), batches, device)
         except torch.OutOfMemoryError:
             yield out_of_memory(f"{size}, {one.name(reference)}", one, recipe, device)
+        except NotCompiled as error:
+            yield Finding(f"{size}, {one.name(reference)}", "not compiled", passed=False, note=str(error))
     free(device)
     taken = in_turns(running, device, rounds=4, calls=8 if device.type == "cuda" else 1, warm_up=1)
     seconds = {one: median_s(each) for one, each in taken.items()}
