@@ -47,12 +47,16 @@ class TrainJob:
         _say(f"start {_start()}: rank {_rank()} on node {_node()}")
         try:
             from crate_dist.distributed import lost_a_rank
+            from crate_dist.doctor.start import look_before_start
             from crate_dist.run.lock import LostTheRun
             from crate_dist.train import train
+            from crate_dist.world import detect_world
         except Exception as error:
             logger.exception("while importing")
             _end(error)
         try:
+            if (world := detect_world()).local_rank == 0:
+                look_before_start(self.run_dir, world)
             result = train(self.run_dir, accept_changed_data=self.accepted_data)
         except LostTheRun as error:
             logger.critical("%s", error)

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as DeepSpeed has it: a look must not start the driver
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from crate_dist.distributed import device_type
+
+os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
 import deepspeed
 import deepspeed.runtime.engine
