@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,11 +16,12 @@ from crate_dist.config import Recipe
 from crate_dist.doctor.contestants import CLASSES, SMALL, alone, is_compiled, recipe_for, synthetic
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.models.build import build_model
-from crate_dist.training import compiling
 from crate_dist.training.engine import Engine
 
 COLD_S = 180.0
 """Seconds of a cold compile above which something is wrong: a layer of CRATE-B is a dozen kernels."""
+PARTS, PASSES = 3, 2
+"""What training.compiling compiles: embedding, layer and head, for the training's pass and for the evaluation's."""
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
@@ -39,12 +41,12 @@ def examine(setting: Setting) -> Iterator[Finding]:
         yield Finding("compiling", "failed", passed=False, note="torch.compile does not work here; the log says why")
         return
     size = f"{recipe.model.arch} at {batch}, {precision}"
-    yield Finding(f"{size}: compiled cold", cold, "s", f"at most {COLD_S:g}", cold <= COLD_S)
+    yield Finding(f"{size}: engine ready, compiled cold", cold, "s", f"at most {COLD_S:g}", cold <= COLD_S)
     with alone() as device:
-        warm = compile_once(recipe, device)
+        engine, warm = made(recipe, device)
         note = "what a restart takes that finds $TORCHINDUCTOR_CACHE_DIR as it was"
-        yield Finding(f"{size}: compiled warm", "failed" if warm is None else warm, "s", note=note)
-        yield from graphs(recipe, device)
+        yield Finding(f"{size}: engine ready, compiled warm", warm, "s", note=note)
+        yield from graphs(engine, device)
 
 
 def compiler_missing(device: str) -> str:
@@ -54,40 +56,33 @@ def compiler_missing(device: str) -> str:
 
 
 def seconds(recipe: Recipe, cache: Path) -> float | None:
-    """Compiles in a fresh process; returns the seconds, None where it failed."""
+    """Makes an engine in a fresh process; returns the seconds, None where it could not compile."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with alone() as device:
-        return compile_once(recipe, device)
+        engine, taken = made(recipe, device)
+        return taken if is_compiled(engine.module) else None
 
 
-def compile_once(recipe: Recipe, device: torch.device) -> float | None:
-    """Compiles the layers of the recipe's model; returns the seconds, None where it failed."""
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
-    model.set_execution(images=recipe.train.global_batch)
-    return compiling.compile_layers(model, device, dtype, recipe.train.global_batch)
+def made(recipe: Recipe, device: torch.device) -> tuple[Engine, float]:
+    """Returns an engine, and the seconds until it was ready."""
+    began = time.monotonic()
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
+    return engine, time.monotonic() - began
 
 
-def graphs(recipe: Recipe, device: torch.device) -> Iterator[Finding]:
-    """Trains and evaluates a little: one graph per kind of module that is compiled, one for Lion, and none later."""
+def graphs(engine: Engine, device: torch.device) -> Iterator[Finding]:
+    """Trains and evaluates a little: all graphs are made with the engine, one per part, pass and optimizer."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
-    counters.clear()
-    batch, side = recipe.train.global_batch, recipe.model.image_size
-    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
-    images, labels = synthetic(batch, side, 0, device)
-    engine.step(iter([(images, labels)]), recipe.optim.lr, 0)
-    kinds = {type(module).__name__ for module in engine.module.modules() if module._compiled_call_impl is not None}
-    made, expected = (
-        counters["stats"]["unique_graphs"],
-        len(kinds) + (device.type == "cuda" and recipe.optim.name == "lion"),
-    )
-    note = f"one for each of {', '.join(sorted(kinds))}" + (" and one for Lion" if expected > len(kinds) else "")
-    passed = is_compiled(engine.module) and made == expected
-    yield Finding("graphs in the first step", float(made), "", f"{expected}", passed, note)
-    for step in range(1, 4):
-        engine.step(iter([(images, labels)]), recipe.optim.lr / step, step)
-        engine.predict(images[: batch // step])
-    later = counters["stats"]["unique_graphs"] - made
+    recipe, before = engine.recipe, counters["stats"]["unique_graphs"]
+    expected, note = PARTS * PASSES, "embedding, layer and head, for training and for evaluation"
+    if device.type == "cuda" and recipe.optim.name == "lion":
+        expected, note = expected + len(engine.layouts), f"{note}, and Lion's update"
+    passed = is_compiled(engine.module) and before == expected
+    yield Finding("graphs made with the engine", float(before), "", f"{expected}", passed, note)
+    images, labels = synthetic(recipe.train.global_batch, recipe.model.image_size, 0, device)
+    for step in range(3):
+        engine.step(iter([(images, labels)]), recipe.optim.lr / (1 + step), step)
+        engine.predict(images[: len(images) // (1 + step)])
+    later = counters["stats"]["unique_graphs"] - before
     yield Finding("graphs made later, by steps and evaluations", float(later), "", "0", later == 0)

@@ -111,26 +111,30 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
         part.view_as(p) for part, p in zip(master.detach().split([p.numel() for p in weights]), weights, strict=True)
     ]
     optimizer = build_optimizer([{**group, "params": [master]}], recipe.optim)
-    if compiling.should_compile(recipe.train.compile, device):
-        if compiling.compile_layers(model, device, dtype, batch) is None:
-            raise NotCompiled("torch.compile does not work here; the log says why")
-        if isinstance(optimizer, Lion) and device.type == "cuda":
-            optimizer.compile()
     normalize = Normalize(recipe.images.mean, recipe.images.std, device, dtype)
 
+    def loss_of(batch: MicroBatch) -> torch.Tensor:
+        logits = model(normalize(batch[0])).float()
+        return F.cross_entropy(logits, batch[1], label_smoothing=recipe.optim.label_smoothing)
+
     def step(batch: MicroBatch) -> torch.Tensor:
-        images, labels = batch
-        model.train()
-        logits = model(normalize(images)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.optim.label_smoothing)
+        loss = loss_of(batch)
         gradients = torch.autograd.grad(loss, weights)
         master.grad = torch.cat([gradient.flatten() for gradient in gradients]).float()
         if recipe.optim.grad_clip:
-            optimizer.grad_scale = (master.grad.norm() / recipe.optim.grad_clip).clamp(min=1.0)  # type: ignore[attr-defined]
+            scale = (master.grad.norm() / recipe.optim.grad_clip).clamp(min=1.0)
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
         torch._foreach_copy_([p.data for p in weights], copies)
         return loss.detach()
 
+    if compiling.should_compile(recipe.train.compile, device):
+        tried = synthetic(batch, recipe.model.image_size, 0, device)
+        passes = lambda: torch.autograd.grad(loss_of(tried), list(model.parameters()))  # noqa: E731
+        if not compiling.compile_model(model, passes, device):
+            raise NotCompiled("torch.compile does not work here; the log says why")
+        if isinstance(optimizer, Lion) and device.type == "cuda":
+            compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
     return step
 
 
