@@ -59,7 +59,19 @@ def prepare(setting: Setting | None = None) -> None:
     """Chooses kernels as training does; the stages of one examination find what another one of it has compiled."""
     choose_kernels()
     if setting is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setting.scratch.parent / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled(setting)))
+
+
+def is_cold(setting: Setting, recipe: Recipe) -> bool:
+    """Tells, once, that no stage of this examination has compiled a recipe's steps before."""
+    folder = _compiled(setting) / f"{recipe.model.arch}-{recipe.train.micro_batch}-{recipe.train.precision}"
+    cold = not folder.exists() and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(_compiled(setting))
+    folder.mkdir(parents=True, exist_ok=True)
+    return cold
+
+
+def _compiled(setting: Setting) -> Path:
+    return setting.scratch.parent / "compiled"
 
 
 def recipe_for(
