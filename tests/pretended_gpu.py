@@ -102,7 +102,7 @@ class Stream:
 
 
 class Event:
-    """As torch.cuda.Event; the waits of the host are counted, and those in which there was nothing left to wait for."""
+    """As torch.cuda.Event; the waits of the host are counted."""
 
     moment: Moment
 
@@ -232,10 +232,12 @@ class PretendedGpu(TorchFunctionMode):
 
 
 @contextmanager
-def streams_of(gpu: PretendedGpu) -> Iterator[None]:
-    """Puts its streams in the place of torch.cuda's."""
+def pretended_gpu(policy: Policy = at_once, failing: tuple[str, ...] = ()) -> Iterator[PretendedGpu]:
+    """Puts one in the place of torch.cuda, for tensors that are asked for by DEVICE."""
+    gpu = PretendedGpu(policy, failing)
     feed._copying_stream.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, gpu:
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # where there is a real one, it is left alone
         patch.setattr(torch.cuda, "Stream", lambda device: Stream(gpu))
         patch.setattr(torch.cuda, "Event", lambda blocking=False: Event(gpu))
         patch.setattr(torch.cuda, "current_stream", lambda device: gpu.current)
@@ -243,13 +245,5 @@ def streams_of(gpu: PretendedGpu) -> Iterator[None]:
         patch.setattr(torch.cuda, "device", lambda device: gpu.on(gpu.current))
         patch.setattr(torch.cuda, "synchronize", gpu.synchronize)
         patch.setattr(torch.cuda, "cudart", lambda: gpu)
-        yield
-    feed._copying_stream.cache_clear()
-
-
-@contextmanager
-def pretended_gpu(policy: Policy = at_once, failing: tuple[str, ...] = ()) -> Iterator[PretendedGpu]:
-    """Puts one in the place of torch.cuda, for tensors that are asked for by DEVICE."""
-    gpu = PretendedGpu(policy, failing)
-    with streams_of(gpu), gpu:
         yield gpu
+    feed._copying_stream.cache_clear()

@@ -1,4 +1,4 @@
-"""Which of torch's kernels a GPU may compute the model with: chosen here, once per process, not by torch's defaults.
+"""Chooses which of torch's kernels a GPU may compute the model with, once per process, against torch's defaults.
 
 They change with its versions and the card, and by variables of the environment: torch 2.13 takes cuDNN's attention on
 Hopper, which plans anew for 20 to 40 ms at every new batch size, such as the last one of an evaluation.

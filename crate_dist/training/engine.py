@@ -31,6 +31,7 @@ from crate_dist.distributed import device_type
 os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
 import deepspeed
+import deepspeed.accelerator.cuda_accelerator
 import deepspeed.runtime.engine
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where 
     import deepspeed.runtime.zero.muon.original_muon
 
 logger = logging.getLogger(__name__)
+
+# Asking it for free memory, DeepSpeed takes the names in CUDA_VISIBLE_DEVICES for numbers. Else it asks torch.
+deepspeed.accelerator.cuda_accelerator.pynvml = None
 
 # What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

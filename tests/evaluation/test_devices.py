@@ -6,6 +6,7 @@ The device is torch's `meta`: operations on it give shapes and no values, and ta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +76,16 @@ class Apart(TorchDispatchMode):
         return result
 
 
+@contextmanager
+def ranks(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one of several ranks, whose collectives change nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=fake_pg.FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[tuple[str, int]], list[int]]]:
     """Looks at the device, and copies to it, while a test runs. What ranks hand to nccl must be on the device."""
@@ -84,10 +95,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[tuple[str, int
 
     for name in ("all_reduce", "all_gather"):
         monkeypatch.setattr(dist, name, collective)
-    dist.init_process_group("fake", rank=RANK, world_size=RANKS, store=fake_pg.FakeStore())
-    with Waits() as looks, Apart() as copies:
+    with ranks(RANK, RANKS), Waits() as looks, Apart() as copies:
         yield looks.looked, copies.brought
-    dist.destroy_process_group()
 
 
 def batches(count: int, each: int = 5) -> Iterator[Batch]:
@@ -174,9 +183,8 @@ def test_an_evaluation_on_a_gpu_counts_what_one_on_a_cpu_does() -> None:
     def predict(images: torch.Tensor) -> torch.Tensor:
         return images.float().flatten(1) @ weight
 
-    dist.init_process_group("fake", rank=0, world_size=1, store=fake_pg.FakeStore())
-    expected = evaluate(predict, made, torch.device("cpu"))
-    with pretended_gpu() as gpu:
-        assert evaluate(predict, made, DEVICE) == expected
-    assert gpu.blocking == ["tensor", "tolist"]
-    dist.destroy_process_group()
+    with ranks(0, 1):
+        expected = evaluate(predict, made, torch.device("cpu"))
+        with pretended_gpu() as gpu:
+            assert evaluate(predict, made, DEVICE) == expected
+        assert gpu.blocking == ["tensor", "tolist"]
