@@ -23,6 +23,7 @@ from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.doctor import published
 from crate_dist.doctor.stage import Setting
 from crate_dist.doctor.timing import synchronize
+from crate_dist.errors import UserError
 from crate_dist.models.build import build_model, model_config
 from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
@@ -37,6 +38,10 @@ OURS, PLAIN, PUBLISHED = "ours", "plain loop", "published"
 SMALL = ("model.arch=crate_demo", "model.image_size=32", "model.patch_size=8")
 """Overrides that make of any recipe a model which a CPU computes at once."""
 Step = Callable[[MicroBatch], object]
+
+
+class NotCompiled(UserError):
+    """torch.compile does not work here; the log says why."""
 
 
 @contextlib.contextmanager
@@ -54,7 +59,19 @@ def prepare(setting: Setting | None = None) -> None:
     """Chooses kernels as training does; the stages of one examination find what another one of it has compiled."""
     choose_kernels()
     if setting is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setting.scratch.parent / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled(setting)))
+
+
+def is_cold(setting: Setting, recipe: Recipe) -> bool:
+    """Tells, once, that no stage of this examination has compiled a recipe's steps before."""
+    folder = _compiled(setting) / f"{recipe.model.arch}-{recipe.train.micro_batch}-{recipe.train.precision}"
+    cold = not folder.exists() and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(_compiled(setting))
+    folder.mkdir(parents=True, exist_ok=True)
+    return cold
+
+
+def _compiled(setting: Setting) -> Path:
+    return setting.scratch.parent / "compiled"
 
 
 def recipe_for(
@@ -79,16 +96,21 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> MicroBa
 
 
 def ours(recipe: Recipe, device: torch.device, micro_batch: int | None = None) -> Step:
-    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all of it."""
+    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all.
+
+    Raises NotCompiled.
+    """
     batch = micro_batch or recipe.train.global_batch
     engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
+    if recipe.train.compile is True and not is_compiled(engine.module):
+        raise NotCompiled("torch.compile does not work here; the log says why")
     return lambda batch: engine.step(iter([batch]), recipe.optim.lr, 0)
 
 
 def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     """Returns the same step without DeepSpeed: its model, loss, clipping, optimizer and fp32 master weights.
 
-    What the engine takes longer is what ZeRO costs on one rank.
+    What the engine takes longer is what ZeRO costs on one rank. Raises NotCompiled.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
@@ -101,25 +123,30 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
         part.view_as(p) for part, p in zip(master.detach().split([p.numel() for p in weights]), weights, strict=True)
     ]
     optimizer = build_optimizer([{**group, "params": [master]}], recipe.optim)
-    if compiling.should_compile(recipe.train.compile, device):
-        compiling.compile_layers(model, device, dtype, batch)
-        if isinstance(optimizer, Lion) and device.type == "cuda":
-            optimizer.compile()
     normalize = Normalize(recipe.images.mean, recipe.images.std, device, dtype)
 
+    def loss_of(batch: MicroBatch) -> torch.Tensor:
+        logits = model(normalize(batch[0])).float()
+        return F.cross_entropy(logits, batch[1], label_smoothing=recipe.optim.label_smoothing)
+
     def step(batch: MicroBatch) -> torch.Tensor:
-        images, labels = batch
-        model.train()
-        logits = model(normalize(images)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.optim.label_smoothing)
+        loss = loss_of(batch)
         gradients = torch.autograd.grad(loss, weights)
         master.grad = torch.cat([gradient.flatten() for gradient in gradients]).float()
         if recipe.optim.grad_clip:
-            optimizer.grad_scale = (master.grad.norm() / recipe.optim.grad_clip).clamp(min=1.0)  # type: ignore[attr-defined]
+            scale = (master.grad.norm() / recipe.optim.grad_clip).clamp(min=1.0)
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
         torch._foreach_copy_([p.data for p in weights], copies)
         return loss.detach()
 
+    if compiling.should_compile(recipe.train.compile, device):
+        tried = synthetic(batch, recipe.model.image_size, 0, device)
+        passes = lambda: torch.autograd.grad(loss_of(tried), list(model.parameters()))  # noqa: E731
+        if not compiling.compile_model(model, passes, device):
+            raise NotCompiled("torch.compile does not work here; the log says why")
+        if isinstance(optimizer, Lion) and device.type == "cuda":
+            compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
     return step
 
 

@@ -85,6 +85,14 @@ def optimizers(small: bool, device: torch.device, seed: int) -> Iterator[Finding
         error = max(errors(found, {"update": exact - weights, **state}).values())
         kind = "compiled" if compiled else "fused" if name == "adamw" else "eager"
         yield Finding(f"{name}, {kind}: update and moments", error, "", f"at most {UPDATE:g}", error <= UPDATE)
+        before = [parameter.detach().clone(), *(optimizer.state[parameter][kind].clone() for kind in state)]
+        optimizer.found_inf = torch.ones((), device=device)  # type: ignore[attr-defined]
+        parameter.grad = torch.full_like(parameter, math.inf)
+        optimizer.step()
+        after = [parameter.detach(), *(optimizer.state[parameter][kind] for kind in state)]
+        untouched = all(map(torch.equal, before, after))
+        said = "nothing changed" if untouched else "CHANGED"
+        yield Finding(f"{name}, {kind}: a step of inf, told so", said, "", "nothing changed", untouched)
 
 
 def _lion(p: Tensor, g: Tensor, state: dict[str, Tensor], lr: float, optim: OptimSection, step: int) -> Tensor:

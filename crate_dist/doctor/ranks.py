@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from crate_dist.doctor.contestants import SMALL, prepare, recipe_for
+from crate_dist.doctor.compile import made
+from crate_dist.doctor.contestants import prepare
 from crate_dist.doctor.fake_cluster import counted, fake_cluster
 from crate_dist.doctor.speed import memory
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s, synchronize
-from crate_dist.doctor.waits import STEPS, judged, step_of
+from crate_dist.doctor.waits import STEPS, judged, recipe_of, steps_of
 from crate_dist.launching.memory import parameters, step_bytes
 
 RANKS = 32
@@ -25,10 +26,10 @@ def examine(setting: Setting) -> Iterator[Finding]:
     prepare(setting)
     device = torch.device("cuda", 0) if setting.device == "cuda" else torch.device("cpu")
     micro_batch = 8 if setting.small else 64
-    recipe = recipe_for("crate_base", micro_batch, overrides=SMALL if setting.small else ())
+    recipe = recipe_of(micro_batch, setting)
     name = f"{recipe.model.arch} at {micro_batch}, rank 0 of {RANKS}"
     with fake_cluster(RANKS):
-        step = step_of("crate_base", micro_batch, 1, device, setting.small, RANKS)
+        step = steps_of(made(recipe, device, ranks=RANKS)[0])
         for _ in range(2):
             step()
         synchronize(device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from crate_dist.doctor.contestants import (
     SMALL,
     Contestant,
     Measured,
+    NotCompiled,
     alone,
     free,
     synthetic,
@@ -50,39 +52,59 @@ RATIO = 3.0
 """How many times the published loop's speed is expected of `BEST`."""
 MEMORY = 0.15
 """Largest share by which the estimate of memory may be off."""
-NEEDS_S = 45.0
-"""Seconds that must be left to begin a size: its compile, and its steps."""
-
-
+COMPILE_S, STEPS_S = 50.0, 15.0
+"""Seconds that must be left to begin a size: its compile, where no stage before has made it; and its steps."""
 BEST, EAGER = Contestant(OURS, compiled=True), Contestant(OURS)
 LOOP, THEIRS = Contestant(PLAIN, compiled=True), Contestant(PUBLISHED)
-SIZES: list[tuple[str, int, list[Contestant]]] = [
-    ("crate_base", 256, [BEST, THEIRS, LOOP, EAGER]),
-    ("crate_large", 128, [BEST, THEIRS, LOOP]),
-    ("crate_base", 64, [BEST, LOOP, EAGER]),
-    ("crate_base", 256, [Contestant(OURS, "autocast", compiled=True), Contestant(OURS, "autocast")]),
-    ("crate_base", 128, [BEST, LOOP]),
-    ("crate_large", 64, [BEST, LOOP]),
+AUTOCAST = Contestant(OURS, "autocast", compiled=True), Contestant(OURS, "autocast")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch, who takes steps of it, and whether a stage before has compiled it."""
+
+    arch: str
+    batch: int
+    contestants: tuple[Contestant, ...]
+    warm: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.arch} at {self.batch}"
+
+
+SIZES = [
+    Size("crate_base", 256, (BEST, THEIRS, LOOP, EAGER), warm=True),
+    Size("crate_large", 128, (BEST, THEIRS, LOOP)),
+    Size("crate_base", 64, (BEST, LOOP, EAGER), warm=True),
+    Size("crate_base", 256, AUTOCAST),
+    Size("crate_base", 128, (BEST, LOOP)),
+    Size("crate_large", 64, (BEST, LOOP)),
 ]
 """What is measured, the most important first."""
+SMALL_SIZES = [Size("crate_base", 4, (EAGER, THEIRS, Contestant(PLAIN)), warm=True)]
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per contestant and size, the most important first, as far as the time goes."""
-    sizes = [("crate_base", 4, [EAGER, THEIRS, Contestant(PLAIN)])] if setting.small else SIZES
+    left_out = ["compiled, by which a CPU gains nothing"] if setting.small else []
     with alone(setting) as device:
         side = 1024 if setting.small else 8192
         rate = product_flop_s(device, side, side, side)
-        for number, (arch, batch, contestants) in enumerate(sizes):
-            if setting.left_s < (0 if setting.small else NEEDS_S):
-                names = ", ".join(f"{arch} at {batch}" for arch, batch, _ in sizes[number:])
-                yield Finding("left out", names, note="no time left; --only speed has more")
-                return
-            recipes = {one: one.recipe(arch, batch, SMALL if setting.small else ()) for one in contestants}
-            yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
+        for number, size in enumerate(SMALL_SIZES if setting.small else SIZES):
+            if setting.left_s < STEPS_S + (0 if size.warm else COMPILE_S):
+                left_out.append(f"{size}, {size.contestants[0].precision}")
+                continue
+            recipes = {
+                one: one.recipe(size.arch, size.batch, SMALL if setting.small else ()) for one in size.contestants
+            }
+            try:
+                yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
+            except torch.OutOfMemoryError:
+                yield Finding(f"{size}, in turns", "out of memory", note="the next size goes on")
             free(device)
-        if setting.small:
-            yield Finding("left out", "compiled", note="a CPU gains nothing by it")
+            torch.compiler.reset()  # torch makes eight graphs of a function, and no more
+    if left_out:
+        yield Finding("left out", "; ".join(left_out), note="" if setting.small else "--only speed has more time")
 
 
 def compared(
@@ -104,6 +126,8 @@ def compared(
             running[one] = Measured(partial(one.build, recipe, device, reference), batches, device)
         except torch.OutOfMemoryError:
             yield out_of_memory(f"{size}, {one.name(reference)}", one, recipe, device)
+        except NotCompiled as error:
+            yield Finding(f"{size}, {one.name(reference)}", "not compiled", passed=False, note=str(error))
     free(device)
     taken = in_turns(running, device, rounds=4, calls=8 if device.type == "cuda" else 1, warm_up=1)
     seconds = {one: median_s(each) for one, each in taken.items()}

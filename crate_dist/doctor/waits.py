@@ -6,15 +6,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
-import torch
-
-from crate_dist.doctor.contestants import CLASSES, SMALL, alone, recipe_for, synthetic
+from crate_dist.config import Recipe
+from crate_dist.doctor.compile import made, ready
+from crate_dist.doctor.contestants import SMALL, alone, is_cold, is_compiled, recipe_for, synthetic
 from crate_dist.doctor.fake_cluster import Counted, counted
 from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
-from crate_dist.models.build import build_model
-from crate_dist.training.engine import Engine, MicroBatch
+from crate_dist.training.engine import Engine
 
 STEPS = 4
 ACCUMULATION = 2
@@ -25,8 +24,12 @@ IDLE = 0.1
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields the waits per step, the device's idle share, and how far the host is ahead of it."""
     with alone(setting) as device:
-        batch = 8 if setting.small else 256
-        step = step_of("crate_base", batch, ACCUMULATION, device, setting.small)
+        recipe = recipe_of(8 if setting.small else 256, setting)
+        cold = is_cold(setting, recipe)
+        engine, ready_s = made(recipe, device, ACCUMULATION)
+        if recipe.train.compile:
+            yield ready(recipe, "cold" if cold else "warm", ready_s if is_compiled(engine.module) else None)
+        step = steps_of(engine)
         for _ in range(2):
             step()
         yield waits_of("CRATE on one rank", step, ACCUMULATION)
@@ -46,18 +49,17 @@ def examine(setting: Setting) -> Iterator[Finding]:
         yield Finding(f"host ahead of the device after {STEPS} steps", 1000 * STEPS * (step_s - host_s), "ms")
 
 
-def step_of(
-    arch: str, micro_batch: int, accumulation: int, device: torch.device, small: bool, ranks: int = 1
-) -> Callable[[], object]:
-    """Returns a step of the engine in bf16, compiled on a GPU, on micro-batches that are on the device."""
-    recipe = recipe_for(arch, micro_batch, compile=device.type == "cuda", overrides=SMALL if small else ())
-    train = recipe.train.model_copy(update={"global_batch": micro_batch * accumulation * ranks})
-    recipe = recipe.model_copy(update={"train": train})
-    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, micro_batch, accumulation)
-    batches: Iterator[MicroBatch] = itertools.cycle(
-        [synthetic(micro_batch, recipe.model.image_size, seed, device) for seed in range(2)]
-    )
-    numbers = itertools.count()
+def recipe_of(micro_batch: int, setting: Setting) -> Recipe:
+    """Returns the recipe of CRATE-B in bf16, compiled on a GPU; in small that of the demo."""
+    on_gpu = setting.device == "cuda"
+    return recipe_for("crate_base", micro_batch, compile=on_gpu, overrides=SMALL if setting.small else ())
+
+
+def steps_of(engine: Engine) -> Callable[[], object]:
+    """Returns a step of the engine on micro-batches that are on the device."""
+    recipe, numbers = engine.recipe, itertools.count()
+    images, side = recipe.train.micro_batch, recipe.model.image_size
+    batches = itertools.cycle([synthetic(images, side, seed, engine.device) for seed in range(2)])
     return lambda: engine.step(batches, recipe.optim.lr, next(numbers))
 
 

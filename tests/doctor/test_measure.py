@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import multiprocessing
 import shutil
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.spawn
 
 def setting(folder: Path, left_s: float = 600.0) -> Setting:
     scratch = folder / "stage"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     return Setting("cpu", True, scratch, time.monotonic() + left_s)
 
 
@@ -65,13 +66,32 @@ def test_a_stage_runs_whole_in_small(stage: str, checks: int, says: str, tmp_pat
     assert measured.value >= 0
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiling_is_timed_cold_and_warm_and_makes_one_graph(tmp_path: Path) -> None:
-    findings = {finding.name: finding for finding in elsewhere(examined, "compile", setting(tmp_path))}
-    assert not failed(list(findings.values()))
-    cold, warm = (findings[f"crate_demo at 8, fp32: compiled {how}"].value for how in ("cold", "warm"))
-    assert 0 < warm < cold
-    assert findings["graphs in the first step"].value == 1
+def graphs_of_an_eager_engine(given: Setting) -> list[Finding]:
+    from crate_dist.doctor import compile, waits
+    from crate_dist.doctor.contestants import alone
+
+    with alone(given) as device:
+        engine, _ = compile.made(waits.recipe_of(2, given), device)
+        return list(compile.graphs(engine, device))
+
+
+def test_training_that_stayed_eager_is_not_taken_for_compiled(tmp_path: Path) -> None:
+    made, later = elsewhere(graphs_of_an_eager_engine, setting(tmp_path))
+    assert (made.value, made.passed) == (0, False)
+    assert (later.value, later.passed) == (0, True)
+
+
+def test_compiling_says_which_compiler_it_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for device, passed, missing in (("cpu", None, "g++"), ("cuda", False, "gcc")):
+        [finding] = examined("compile", dataclasses.replace(setting(tmp_path / device), device=device))
+        assert finding.passed is passed
+        assert missing in finding.note
+
+
+def test_a_cpu_compiles_only_where_there_is_time(tmp_path: Path) -> None:
+    [finding] = elsewhere(examined, "compile", setting(tmp_path, left_s=60.0))
+    assert (finding.value, finding.passed) == ("left out" if shutil.which("g++") else "not possible", None)
 
 
 def without_compiling() -> None:
@@ -96,6 +116,7 @@ def test_what_is_right_is_found_right_in_every_precision(tmp_path: Path) -> None
 def found_when_planted(given: Setting) -> dict[str, list[str]]:
     """Plants one error after the other, and returns what the part of the stage that should see it calls failed."""
     from crate_dist.doctor import correct, correct_step, waits
+    from crate_dist.doctor.compile import made
     from crate_dist.doctor.contestants import alone
     from crate_dist.doctor.exact import new_case
     from crate_dist.models.crate import CRATE, ISTA
@@ -146,7 +167,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
                 {(Engine, "load"): lambda self, checkpoint: self._fill_partitions(checkpoint.reader().copy)},
             ),
             "a look at each loss": (
-                lambda: iter([waits.waits_of("ours", waits.step_of("crate_base", 2, 1, device, small=True), 1)]),
+                lambda: iter([waits.waits_of("ours", waits.steps_of(made(waits.recipe_of(2, given), device)[0]), 1)]),
                 {(Engine, "loss"): look_at_the_loss},
             ),
         }
