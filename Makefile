@@ -4,10 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint clean
+.PHONY: help setup demo test chaos lint wheelhouse clean
 
 help:  ## what there is to type
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 setup: $(VENV)/.installed  ## create .venv and install the pinned packages
 
@@ -34,6 +34,12 @@ lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+wheelhouse: setup  ## pack what a machine without network needs into wheelhouse/, for this Python and platform
+	$(PY) -m pip wheel --quiet --constraint constraints.txt --wheel-dir wheelhouse pip setuptools wheel torch '.[demo,dev]'
+	rm -f wheelhouse/crate_dist-*.whl
+	@echo "there, in a clone beside it:  python3 -m pip install --no-index --find-links wheelhouse" \
+	  "--constraint constraints.txt --editable ."
 
 clean:  ## remove what the demo wrote: runs/demo, its images and its shards
 	rm -rf runs/demo runs/demo-images runs/demo-shards

@@ -1,80 +1,29 @@
-"""The published code's side of the benchmarks: its model, and its pipeline and loop told in our own words.
+"""The published code's data path and its training from files, told in our own words; doctor/published.py has its step.
 
-The model is imported from a checkout of the published code. What its main.py does around the model is done here in
-the same order with the same packages: files of class folders, Pillow, torchvision's random-resized crop and flip
-(torchvision itself is not needed), a shuffling DataLoader, Lion or AdamW, a rate that changes once per epoch, autocast
-and GradScaler on a GPU, plain fp32 where there is none. Nothing of crate_dist takes part but the recipe that says the
-numbers.
+What its main.py does around the model is done in the same order with the same packages: files of class folders,
+Pillow, torchvision's random-resized crop and flip (torchvision itself is not needed), a shuffling DataLoader, Lion or
+AdamW, a rate that changes once per epoch. Nothing of crate_dist takes part but the recipe that says the numbers.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lion_pytorch import Lion
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import AugmentSection, ImageSection, Recipe, RecipeError
+from crate_dist.doctor.published import CPU, Loop, load_model
 from crate_dist.models.build import model_config
-from crate_dist.models.crate import CrateConfig
 
-CPU = torch.device("cpu")
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-def load_model(config: CrateConfig, reference: Path) -> nn.Module:
-    """Returns its model, imported from a checkout of the published code. Raises RecipeError where there is none."""
-    if not (reference / "model" / "crate.py").is_file():
-        raise RecipeError(f"--reference {reference}: no model/crate.py there; give a checkout of the published code")
-    sys.path.insert(0, str(reference))
-    dims = {
-        name: getattr(config, name) for name in ("image_size", "patch_size", "num_classes", "dim", "depth", "heads")
-    }
-    model: nn.Module = importlib.import_module("model.crate").CRATE(**dims, dim_head=config.dim // config.heads)
-    return model
-
-
-class Loop:
-    """Its loop around a model, with the recipe's optimizer and its scheduler: plain fp32, on a GPU under autocast."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device = CPU) -> None:
-        optim, epochs = recipe.optim, recipe.train.epochs
-        self.model, self._smoothing, self._on_gpu = model.to(device), optim.label_smoothing, device.type == "cuda"
-        kind: Callable[..., torch.optim.Optimizer] = Lion if optim.name == "lion" else torch.optim.AdamW
-        self.optimizer = kind(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda epoch: min((epoch + 1) / (optim.warmup_epochs + 1e-8), (math.cos(math.pi * epoch / epochs) + 1) / 2),
-        )
-        self._scaler = torch.amp.GradScaler("cuda", enabled=self._on_gpu)
-
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Takes a step on normalised images (n, 3, side, side), and returns the loss before it."""
-        self.model.train()
-        with torch.autocast("cuda", enabled=self._on_gpu):
-            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self._smoothing)
-        self.optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return loss.detach()
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Returns (n, classes) of normalised images (n, 3, side, side)."""
-        self.model.eval()
-        logits: Tensor = self.model(images)
-        return logits
 
 
 def seeded_loop(recipe: Recipe, classes: int, reference: Path) -> Loop:

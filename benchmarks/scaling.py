@@ -7,8 +7,8 @@
 2. Host time: the same with matrices so small that the host is all that counts, in turns with a plain loop of the same
    model, one flat fp32 gradient, one norm and one Lion. CPU seconds, not those of the clock.
 3. The model, for nodes of GPUs. Forward is a third of the compute, and backward takes as long for one layer as for
-   another. A bucket's reduction starts when the first layer in it has its gradients and the one before is through; what
-   is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A ring moves
+   another. A bucket's reduction starts when its first layer has its gradients and the reduction before is through;
+   what is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A ring moves
    (n - 1) / n of a vector per phase, at the rate of its slowest link. A message costs --latency-us for each node of a
    ring, and for each level of an all-reduce's tree. DDP, for comparison, is given the same buckets, in fp32. That what
    is hidden slows the products beside it down is left out. A step takes no less than --host-ms.
@@ -87,8 +87,8 @@ def parse() -> argparse.Namespace:
 def messages(given: argparse.Namespace, recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """Prints and returns what passes the process group in a step of one micro-batch, and what the host waits for."""
     import torch
-    from step import synthetic
 
+    from crate_dist.doctor.contestants import synthetic
     from crate_dist.doctor.fake_cluster import counted
 
     found, batch = [], synthetic(1, SIDE, 0, torch.device("cpu"))
@@ -144,7 +144,8 @@ def with_small_images(recipe: Recipe, narrow: bool) -> CRATE:
 def host(given: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Prints and returns the CPU milliseconds of a step, of the plain loop, and the median of their ratio."""
     import torch
-    from step import synthetic
+
+    from crate_dist.doctor.contestants import synthetic
 
     torch.set_num_threads(1)
     found = []
@@ -227,12 +228,11 @@ def parts(recipe: Recipe) -> list[Part]:
 
 def model(given: argparse.Namespace, recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """Prints and returns the weak scaling of nodes of GPUs: ZeRO-2 in both ways, and DDP with fp32 gradients."""
-    from step import forward_flops
-
     from crate_dist.models.build import model_config
+    from crate_dist.models.flops import forward_flops
     from crate_dist.training.engine import RANKS_REDUCED_TO
 
-    work = 3 * forward_flops(model_config(recipe.model, CLASSES)) * given.micro_batch
+    work = 3 * forward_flops(model_config(recipe.model, CLASSES), given.micro_batch)
     compute_s = (given.step_ms or work / (given.mfu * given.peak_tflops * 1e12) * 1e3) / 1e3
     origin = "measured" if given.step_ms else f"{given.mfu:.0%} of {given.peak_tflops:g} TFLOP/s, ASSUMED"
     print(

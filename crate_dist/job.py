@@ -13,13 +13,16 @@ import os
 import platform
 import signal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
 
 from crate_dist.errors import UserError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import may_pass
+
+if TYPE_CHECKING:
+    from crate_dist.training.trainer import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +49,41 @@ class TrainJob:
             signal.signal(number, lambda *_: os._exit(STOPPED))
         _say(f"start {_start()}: rank {_rank()} on node {_node()}")
         try:
-            from crate_dist.distributed import lost_a_rank
-            from crate_dist.run.lock import LostTheRun
-            from crate_dist.train import train
-        except Exception as error:
-            logger.exception("while importing")
-            _end(error)
-        try:
-            result = train(self.run_dir, accept_changed_data=self.accepted_data)
-        except LostTheRun as error:
-            logger.critical("%s", error)
-            logging.shutdown()
-            os._exit(LOST_THE_RUN)
+            result = self._train()
         except UserError as error:
             logger.error("%s", error)
             _end(error)
         except Exception as error:
-            lost = lost_a_rank(error)
-            logger.exception("this rank has lost another one" if lost else "unexpected")
-            _end(error, is_the_cause=not lost)
+            logger.exception("unexpected")
+            _end(error)
         if not result.finished:
             # At once: srun sends SIGTERM to ranks that end a little later than the first, and while an interpreter ends
             # in order nothing answers it any more; a rank that a signal has killed would look like a fault.
             logging.shutdown()
             os._exit(STOPPED)
         return dataclasses.asdict(result)
+
+    def _train(self) -> TrainResult:
+        """Imports what is heavy, looks at the node, and trains; what it raises ends the job, or starts it again."""
+        from crate_dist.distributed import lost_a_rank
+        from crate_dist.doctor.start import look_before_start
+        from crate_dist.run.lock import LostTheRun
+        from crate_dist.train import train
+        from crate_dist.world import detect_world
+
+        try:
+            if (world := detect_world()).local_rank == 0:
+                look_before_start(self.run_dir, world)
+            return train(self.run_dir, accept_changed_data=self.accepted_data)
+        except LostTheRun as error:
+            logger.critical("%s", error)
+            logging.shutdown()
+            os._exit(LOST_THE_RUN)
+        except RuntimeError as error:
+            if isinstance(error, UserError) or not lost_a_rank(error):
+                raise
+            logger.exception("this rank has lost another one")
+            _end(error, is_the_cause=False)
 
     def checkpoint(self) -> DelayedSubmission:
         """Returns what submitit submits again when a signal comes before the training has taken over the signals.

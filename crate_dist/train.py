@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crate_dist.config import Recipe
 from crate_dist.data.workers import open_server
-from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed
+from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed, set_timeout
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
 from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
@@ -28,7 +28,7 @@ from crate_dist.run.lock import LostTheRun, Tenure
 from crate_dist.training.interrupt import Interrupt, ending_at_once
 from crate_dist.training.rank_log import start_logging
 from crate_dist.training.startup import Startup
-from crate_dist.training.trainer import Trainer, TrainResult
+from crate_dist.training.trainer import COMPILING, Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World, detect_world, is_first_start
 
@@ -57,7 +57,8 @@ def train(
     folder, world = RunFolder(Path(run_dir)), detect_world()
     safety = (recipe or read_recipe(folder.path)).safety
     with ending_at_once():
-        device = init_distributed(world, timeout_s=safety.hang_timeout_s + _LOCKING_S)
+        longest_s = COMPILING * safety.hang_timeout_s + _LOCKING_S
+        device = init_distributed(world, safety.hang_timeout_s + _LOCKING_S, longest_s)
         interrupt = Interrupt()  # here, since it waits for all ranks too
     startup.mark("process group")
     try:
@@ -65,6 +66,7 @@ def train(
             start_logging(folder, world)
             recipe = read_recipe(folder.path)
             with Watchdog(world, recipe.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog:
+                set_timeout(longest_s)  # from here on the watchdog is the one that does not wait so long
                 startup.mark("run folder")
                 together = interrupt, watchdog, startup, tenure
                 return Trainer(folder, recipe, world, device, *together, accept_changed_data).run()

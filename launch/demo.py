@@ -4,7 +4,8 @@
 
 Writes scikit-learn's 1,797 handwritten digits as a tree of PNG files, converts them to shards with
 data_prep/image_folder.py, trains recipe `demo` on two local ranks with ZeRO-2 through launch/local.py, and evaluates
-the result. Everything lies in runs/; started again, it finds its work done and only evaluates.
+the result. The ranks take a GPU each, or the CPU where there is none; with one GPU there is one rank. Everything lies
+in runs/; started again, it finds its work done and only evaluates.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import crate_dist  # isort: skip
 import numpy as np
 from PIL import Image
 
+from crate_dist.launching.ranks import visible_gpus
+
 CLONE = Path(crate_dist.__file__).parents[1]
 FOLDER = Path("runs")
 IMAGES, SHARDS, RUN = FOLDER / "demo-images", FOLDER / "demo-shards", FOLDER / "demo"
@@ -37,7 +40,7 @@ def main() -> int:
         write_digits(CLONE / IMAGES)
     commands = [
         ["data_prep/image_folder.py", "--source", IMAGES, "--out", SHARDS, "--val-fraction", "0.2", "--workers", "2"],
-        ["launch/local.py", "--arch", "demo", "--ranks", "2", "--data", SHARDS, "--run-dir", RUN],
+        ["launch/local.py", "--arch", "demo", "--ranks", str(ranks()), "--data", SHARDS, "--run-dir", RUN],
         ["-m", "crate_dist.evaluate", RUN],
     ]
     for command in commands:
@@ -48,6 +51,14 @@ def main() -> int:
             return status
     report(CLONE / RUN, time.monotonic() - began)
     return 0
+
+
+def ranks() -> int:
+    """Returns the ranks to train on: two, where there is not one GPU alone, which is then said."""
+    if visible_gpus() != 1:
+        return 2
+    print("this machine has one GPU, and each rank takes one: training on one rank, not two", flush=True)
+    return 1
 
 
 def write_digits(folder: Path) -> None:

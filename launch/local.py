@@ -62,7 +62,7 @@ def _ranks(asked: int | None) -> int:
     ranks = max(gpus, 1) if asked is None else asked
     if 0 < gpus < ranks:
         raise RecipeError(
-            f"--ranks {ranks}, but there are {gpus} GPUs and each rank needs its own; "
+            f"--ranks {ranks}, but there are {gpus} GPU(s) and each rank needs its own; "
             f"give --ranks {gpus} or fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     return ranks

@@ -1,14 +1,16 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share; what hides the GPUs of this machine from all tests but those of them."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
@@ -17,6 +19,18 @@ from crate_dist.prep.tar import scan_shard
 
 if TYPE_CHECKING:
     from tests.chaos.trial import Trial
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs before torch looks for them: the tests promise what ranks do on the CPU, on any machine."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU where none is shown."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU to be seen: on a machine with one, pytest -m gpu")
 
 
 def write_split(

@@ -1,4 +1,4 @@
-"""What `make demo` leaves goes by `make clean`, and nothing else does."""
+"""The demo takes the ranks that the machine has GPUs for; what it leaves goes by `make clean`, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from launch.demo import IMAGES, RUN, SHARDS
+import pytest
+
+from launch.demo import IMAGES, RUN, SHARDS, ranks
 from tests.ranks import REPOSITORY
 
 
@@ -19,3 +21,12 @@ def test_clean_removes_what_the_demo_wrote_and_no_more(tmp_path: Path) -> None:
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {*kept, "Makefile"}
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("", 2), ("0", 1), ("0,1", 2), ("0,1,2,3", 2)])
+def test_one_gpu_alone_is_for_one_rank(
+    gpus: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert ranks() == expected
+    assert ("this machine has one GPU" in capsys.readouterr().out) == (expected == 1)

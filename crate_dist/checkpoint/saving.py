@@ -28,7 +28,7 @@ from crate_dist.checkpoint.format import (
     write_manifest,
 )
 from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
-from crate_dist.distributed import gather_objects
+from crate_dist.distributed import gather_objects, host_group
 from crate_dist.files import sync_folder
 from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name
 from crate_dist.run.lock import ALONE, Tenure
@@ -74,7 +74,7 @@ class Saver:
         self._folder, self._layouts, self._world, self._tenure = folder, layouts, world, tenure
         self._damaged = damaged
         self._keep, self._max_failures = keep, max_failures
-        self._group = dist.new_group(backend="gloo")
+        self._group = host_group()
         if world.is_main:
             _sweep(folder, tenure)
         self._host: RankState = {}

@@ -1,16 +1,14 @@
-"""Makes batches on the device from the order, the shards and the transforms.
+"""Makes batches from the order, the shards and the transforms.
 
 Each loader worker makes whole micro-batches: positions -> sample ids -> reads by offset -> decode and augment ->
-uint8. The images travel as bytes; they become normalised numbers on the device. Workers write training images into
-memory that they share with the rank and that is used again and again: batches are not copied on their way, and no
+uint8. The images travel to the device as bytes, see feed.py, and become normalised numbers there. Workers write images
+into memory that they share with the rank and that is used again and again: batches are not copied on their way, and no
 pages are made for them, which would cost a third of decoding small JPEGs.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,8 +25,6 @@ from crate_dist.data.reader import BadSample, ShardReader
 from crate_dist.data.shared import SharedArray
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
 from crate_dist.data.workers import Workers
-
-logger = logging.getLogger(__name__)
 
 _SUBSTITUTES = 16
 _PREFETCH = 2
@@ -202,56 +198,6 @@ def eval_loader(
     """Returns the loader of this rank's share of a split."""
     slots = _PREFETCH * workers + 1
     return EvalLoader(EvalBatches(index, rank, world_size, batch, transform, slots), workers)
-
-
-class Feed(Iterator[Batch]):
-    """Micro-batches on the device. On a GPU the next one is copied, on a stream of its own, while this one is used.
-
-    wait_s: seconds that were spent waiting for the loader, since the beginning
-    """
-
-    def __init__(self, batches: TrainLoader, device: torch.device) -> None:
-        self._batches, self._device = batches, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copied: torch.cuda.Event | None = None
-        self._staged: Batch | None = None
-        self.wait_s = 0.0
-
-    def __next__(self) -> Batch:
-        if self._stream is None:
-            return self._from_loader()
-        batch = self._staged or self._stage(self._stream)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        for tensor in (batch.images, batch.labels):
-            tensor.record_stream(torch.cuda.current_stream(self._device))  # not reused before the step is done with it
-        self._staged = self._stage(self._stream)
-        return batch
-
-    def _stage(self, stream: torch.cuda.Stream) -> Batch:
-        if self._copied is not None:
-            self._copied.synchronize()  # the loader may write over what has been copied, and over nothing else
-        batch = self._from_loader()
-        if self._copied is None:
-            self._pin()
-        with torch.cuda.stream(stream):
-            images = batch.images.to(self._device, non_blocking=True)
-            labels = batch.labels.to(self._device, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(stream)
-        return batch._replace(images=images, labels=labels)
-
-    def _pin(self) -> None:
-        """Locks the loader's memory, so that copies from it run beside the step."""
-        slots = self._batches.slots
-        status = torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.numel(), 0)
-        if int(status) != 0:
-            logger.warning("the loader's memory could not be pinned (%s); batches are copied more slowly", status)
-
-    def _from_loader(self) -> Batch:
-        began = time.perf_counter()
-        batch = next(self._batches)
-        self.wait_s += time.perf_counter() - began
-        return batch
 
 
 class Normalize:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import mmap
 import os
@@ -10,10 +11,13 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
 
 _LARGE_BYTES = 1 << 16
 
@@ -22,11 +26,46 @@ class SharedArray:
     """Bytes that a process and its workers see and write alike. A file in memory: /dev/shm may be small."""
 
     def __init__(self, shape: Sequence[int], descriptor: int | None = None) -> None:
+        self._pinned: tuple[torch.device, int] | None = None
         self.descriptor = _file_in_memory(math.prod(shape)) if descriptor is None else descriptor
         self.array = _mapped(_Place(self.descriptor, 0, np.dtype(np.uint8), tuple(shape), writable=True))
 
+    def pin(self, device: torch.device) -> None:
+        """Locks the memory, so that a GPU copies from it beside what it computes. Says so where that cannot be done.
+
+        The workers' mappings are of the same pages, which no fork copies, since they are shared.
+        """
+        with torch.cuda.device(device):
+            status = torch.cuda.cudart().cudaHostRegister(self.array.ctypes.data, self.array.nbytes, 0)
+        if int(status) == 0:
+            self._pinned = device, os.getpid()
+            return
+        why = torch.cuda.cudart().cudaGetErrorString(status)
+        logger.warning("the loader's memory could not be pinned (%s); batches are copied once more on their way", why)
+        _forget_error(device)
+
+    def _unpin(self) -> None:
+        """Lets the memory go: CUDA would take what is mapped at this address next for the pages that it has locked."""
+        if self._pinned is None or self._pinned[1] != os.getpid():
+            return
+        device, self._pinned = self._pinned[0], None
+        with suppress(RuntimeError), torch.cuda.device(device):  # of a device that has failed, which somebody has said
+            torch.cuda.synchronize(device)  # a copy from here may be under way
+            if int(torch.cuda.cudart().cudaHostUnregister(self.array.ctypes.data)) != 0:
+                _forget_error(device)
+
     def __del__(self) -> None:
+        self._unpin()
         os.close(self.descriptor)
+
+
+def _forget_error(device: torch.device) -> None:
+    """Has torch ask for CUDA's last error, which stays until somebody does: the check of some later kernel, else.
+
+    torch binds no cudaGetLastError; the check behind every kernel that it starts raises the error, and it is gone.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 class _Place(NamedTuple):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_dist.data.feed import Feed
 from crate_dist.data.loader import Batch
 from crate_dist.data.order import Int64
 from crate_dist.data.reader import BadSample
@@ -181,12 +182,12 @@ def evaluate(
 
     Raises Left: on all ranks, when one of them has left.
     """
-    totals, bad = torch.zeros(6, dtype=torch.float64, device=device), set[BadSample]()
-    for batch in batches:
+    sums, counts, bad = torch.zeros(3, dtype=torch.float64, device=device), [0, 0, 0], set[BadSample]()
+    for batch in Feed(iter(batches), device):
         if leave():
-            totals[5] = 1
+            counts[2] = 1
             break
-        logits, labels = predict(batch.images).float(), batch.labels.to(device, non_blocking=True)
+        logits, labels = predict(batch.images).float(), batch.labels
         if batch.replaced:
             bad.update(batch.bad)
             read = [row for row in range(len(labels)) if row not in batch.replaced]
@@ -194,18 +195,12 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack(
-            [
-                hits[:, 0].sum().double(),
-                hits.sum().double(),
-                loss.double(),
-                torch.tensor(len(labels), dtype=torch.float64, device=device),
-                torch.tensor(len(batch.replaced), dtype=torch.float64, device=device),
-                torch.zeros((), dtype=torch.float64, device=device),
-            ]
-        )
+        sums += torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()])
+        counts[0] += len(labels)
+        counts[1] += len(batch.replaced)
         if tally is not None:
             tally.add(labels, ranked)
+    totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()
     if left:

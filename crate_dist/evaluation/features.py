@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crate_dist.data.feed import Feed
 from crate_dist.data.loader import Batch
 from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.crate import CRATE, Pool
@@ -69,10 +70,10 @@ def extract(
     values = torch.empty(sizes[rank], width, device=device)
     labels = torch.empty(sizes[rank], dtype=torch.int64, device=device)
     done = replaced = 0
-    for batch in batches:
+    for batch in Feed(iter(batches), device):
         place = slice(done, done + len(batch.labels))
         values[place] = read(batch.images)
-        labels[place] = batch.labels.to(device, non_blocking=True)
+        labels[place] = batch.labels
         done, replaced = place.stop, replaced + len(batch.replaced)
     assert done == sizes[rank]
     seen = torch.stack([torch.tensor(replaced, device=device), (~values.isfinite().all(dim=1)).sum()])

@@ -82,7 +82,7 @@ class Frozen:
         """Brings the model to the device in the precision that was asked for."""
         precision = arguments.precision or trained.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        trained.model.set_execution(autocast=precision == "autocast")
+        trained.model.set_execution(autocast=precision == "autocast", images=arguments.batch)
         return cls(
             trained.model.to(device, dtype).eval().requires_grad_(False),
             trained.name,

@@ -1,18 +1,18 @@
 """Estimates from shapes the GPU memory of a training step. Imports no torch: a login node asks it.
 
-Counted is what autograd keeps of a forward pass (per layer seven tensors of the size of the tokens), what a backward
-pass has in hand at a time, and the state of ZeRO-2. A test holds the first against what torch really keeps. Not
-counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
+Counted is what autograd keeps of a forward pass (per layer six or seven tensors of the size of the tokens), what a
+backward pass has in hand at a time, and the state of ZeRO-2. A test holds the first against what torch really keeps.
+Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
 """
 
 from __future__ import annotations
 
 from crate_dist.config import OptimSection, Recipe
-from crate_dist.models.sizes import ARCHS
+from crate_dist.models.sizes import ARCHS, ista_in_one_product
 
-KEPT_PER_LAYER = 7
+KEPT_PER_LAYER = 6
 """Tensors of the tokens' size: input, normalised input, projections, attention's output, its sum with the input, that
-normalised, ISTA's residual."""
+normalised. In two products, ISTA's residual is one more; in one, its matrix, of the weights' size."""
 
 IN_HAND = 6
 """Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
@@ -30,25 +30,27 @@ def parameters(recipe: Recipe, classes: int = 1000) -> int:
     return dims.depth * layer + embedding + 2 * d + (d + 1) * (recipe.model.num_classes or classes)
 
 
-def kept_bytes_per_image(recipe: Recipe) -> int:
-    """Counts the bytes that autograd keeps of one image from the forward pass to the backward pass."""
-    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
-    whole = KEPT_PER_LAYER * tokens * dims.dim * size + (4 + dims.heads) * tokens * 4
+def kept_bytes(recipe: Recipe, images: int) -> int:
+    """Counts the bytes that autograd keeps of `images` images from the forward pass to the backward pass."""
+    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe) * images, _bytes(recipe)
+    per_layer = _kept_per_layer(recipe, images) * tokens * dims.dim * size + (4 + dims.heads) * tokens * 4
+    if ista_in_one_product(tokens, dims.dim):
+        per_layer += dims.dim**2 * size
     again = min(recipe.train.recompute, dims.depth)
-    embedding = (tokens - 1) * (2 * _patch_values(recipe) + dims.dim) * size
-    return (dims.depth - again) * whole + again * tokens * dims.dim * size + embedding
+    embedding = (tokens - images) * (2 * _patch_values(recipe) + dims.dim) * size
+    return (dims.depth - again) * per_layer + again * tokens * dims.dim * size + embedding
 
 
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     """Counts the most bytes that a rank of `world_size` needs at a time."""
-    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe), _bytes(recipe)
-    in_hand = IN_HAND + (KEPT_PER_LAYER if recipe.train.recompute else 0)
-    per_image = kept_bytes_per_image(recipe) + in_hand * tokens * dims.dim * size
+    dims, size = ARCHS[recipe.model.arch], _bytes(recipe)
+    in_hand = IN_HAND + (_kept_per_layer(recipe, micro_batch) if recipe.train.recompute else 0)
+    passing = kept_bytes(recipe, micro_batch) + in_hand * micro_batch * _tokens(recipe) * dims.dim * size
     # Weights, gradients in two buckets of an eighth; of the rank's part the gradients, and in fp32 these again, the
     # master weights and what the optimizer keeps.
     part = size + 4 + 4 + 4 * _states(recipe.optim)
     state = parameters(recipe) * (size + 2 * size / 8 + part / world_size)
-    return round(micro_batch * per_image + state)
+    return round(passing + state)
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
@@ -69,6 +71,10 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
             f", or --set train.recompute={depth}" if recipe.train.recompute < depth else ""
         )
     return line if fits <= micro_batch else f"{line}; --set train.micro_batch={fits} would fit as well"
+
+
+def _kept_per_layer(recipe: Recipe, images: int) -> int:
+    return KEPT_PER_LAYER + (not ista_in_one_product(images * _tokens(recipe), ARCHS[recipe.model.arch].dim))
 
 
 def _patch_values(recipe: Recipe) -> int:

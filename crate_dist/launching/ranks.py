@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ STOP_GRACE_S = 60.0
 SIBLING_GRACE_S = 5.0
 """Seconds for the other ranks after the death of one: without it they can save nothing any more."""
 _PR_SET_PDEATHSIG = 1
+_GPU_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
 class RankFailed(UserError):
@@ -42,16 +45,21 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """Counts the GPUs that a rank will be able to see, without importing torch."""
+    """Counts the GPUs that a rank will be able to see, without importing torch.
+
+    As CUDA reads CUDA_VISIBLE_DEVICES: numbers or UUIDs, up to the first name that means no GPU. Of the parts of a GPU
+    (MIG) a process can use one.
+    """
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+        names = list(itertools.takewhile(_GPU_NAME.fullmatch, map(str.strip, chosen.split(","))))
+        return 1 if any(name.startswith("MIG-") for name in names) else len(names)
     if shutil.which("nvidia-smi"):
         try:
-            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
         except (OSError, subprocess.TimeoutExpired):
             return 0
-        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        return 1 if re.search(r"^\s+MIG ", listing, re.MULTILINE) else len(re.findall(r"^GPU ", listing, re.MULTILINE))
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 

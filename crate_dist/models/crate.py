@@ -25,8 +25,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_dist.models.matmul import Linear, linear
+from crate_dist.models.matmul import Linear, addmm, linear
 from crate_dist.models.positions import interpolate_positions
+from crate_dist.models.sizes import ista_in_one_product
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
@@ -124,8 +125,16 @@ class ISTA(nn.Module):
 
         Z⁺ = ReLU(Z + η Dᵀ(Z - D Z) - η λ)
 
-    which descends λ‖A‖₁ + ½‖Z - D A‖² over A ≥ 0 from A = Z. Written so, the gradient takes two products with D.
+    which descends λ‖A‖₁ + ½‖Z - D A‖² over A ≥ 0 from A = Z. With tokens as the rows of z there are two ways to it:
+
+        z + η ((z - z Dᵀ) D - λ)     two products of the tokens
+        z + η (z (D - DᵀD) - λ)      one_product: one of the tokens, and one of the dictionary with itself in each pass
+
+    `sizes.ista_in_one_product` says which takes fewer operations. D - DᵀD is summed in fp32 and rounded once, so that
+    in bf16 its outputs and gradients are as near to the exact ones as the first way's, those of the tokens nearer.
     """
+
+    one_product = False
 
     def __init__(self, dim: int, step: float = 0.1, threshold: float = 0.1) -> None:
         super().__init__()
@@ -136,8 +145,9 @@ class ISTA(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d), no entry below zero"""
-        residual = z - linear(z, self.dictionary)
-        gradient = linear(residual, self.dictionary.t())
+        d = self.dictionary
+        one = self.one_product
+        gradient = linear(z, addmm(d, d.t(), d, alpha=-1).t()) if one else linear(z - linear(z, d), d.t())
         # In place where nothing needs the value before: one tensor of the tokens' size is made, not four. The threshold
         # goes first: ηλ is about one step of bf16 at 1, and taken from the sum it would be rounded to all or nothing.
         return torch.add(z, gradient.sub_(self.threshold), alpha=self.step).relu_()
@@ -210,21 +220,25 @@ class CRATE(nn.Module):
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
         self.config = config
-        self.set_execution()
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
         self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         self.layers = nn.ModuleList([CrateLayer(config) for _ in range(config.depth)])
         self.head = ClassifierHead(config.dim, config.num_classes)
+        self.set_execution()
 
-    def set_execution(self, *, recompute: int = 0, autocast: bool = False) -> None:
+    def set_execution(self, *, recompute: int = 0, autocast: bool = False, images: int = 1) -> None:
         """Decides how `forward` computes its function, which is no part of the architecture.
 
         recompute: layers, from the first, that keep only their input for the backward pass, and are computed again
         autocast: products in bf16 though weights and tokens are fp32, as torch.autocast has it
+        images: how many there are at a time, which decides between the two ways to compute ISTA for all passes to come
         """
         self._recompute, self._autocast = recompute, autocast
+        for layer in self.layers:
+            assert isinstance(layer, CrateLayer)
+            layer.ista.one_product = ista_in_one_product(images * self.config.num_tokens, self.config.dim)
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
         """Returns the context in which `forward` computes: torch.autocast to bf16, or none."""

@@ -41,11 +41,23 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x weightᵀ + bias, as torch.nn.functional.linear: (…, d_in) with weights (d_out, d_in) -> (…, d_out)."""
-    large = x.numel() * len(weight) >= _WORTH_IT
-    if ONEDNN and large and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    if _goes_to_onednn(x, len(weight)):
         product: Tensor = _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
         return product if bias is None else product.add_(bias)
     return F.linear(x, weight, bias)
+
+
+def addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
+    """Returns c + α a b, as torch.addmm, rounded once: (n, d_in) and (d_in, d_out) with c (n, d_out) -> (n, d_out)."""
+    if _goes_to_onednn(a, b.shape[1]):
+        product: Tensor = _product(a, b.t())
+        return torch.add(c, product, alpha=alpha)
+    return torch.addmm(c, a, b, alpha=alpha)
+
+
+def _goes_to_onednn(x: Tensor, d_out: int) -> bool:
+    large = x.numel() * d_out >= _WORTH_IT
+    return ONEDNN and large and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 @torch.library.custom_op("crate_dist::product", mutates_args=())

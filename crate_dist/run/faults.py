@@ -44,7 +44,9 @@ _PASSING_TEXTS = re.compile(
     r"DataLoader worker \(pid|Pin memory thread exited|/gloo/|Input/output error|Stale file handle|"
     r"CUDA (driver )?error|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|NCCL error|Triton Error \[CUDA\]|" + DEVICE_FAULT
 )
-_LASTING_TEXTS = re.compile(r"no kernel image is available|driver version is insufficient|invalid device ordinal")
+_LASTING_TEXTS = re.compile(
+    "no kernel image is available|driver version is insufficient|invalid device ordinal|Duplicate GPU detected"
+)
 
 
 def may_pass(error: BaseException) -> bool:

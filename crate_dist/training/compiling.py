@@ -1,27 +1,43 @@
-"""torch.compile for the layers of a CRATE, where it works; one line in the log where it does not.
+"""torch.compile for the parts of a CRATE, where it works; one line in the log where it does not.
 
-The layers are compiled, not the model: they are one graph for all of them, so a compile takes seconds, and their
-gradients are ready one layer after the other, so that ZeRO can send the first while the last are computed. What
-happens outside a training step runs eager, batches of any size without a graph of their own: see `eagerly`.
-
-torch keeps what it compiled in $TORCHINDUCTOR_CACHE_DIR, by default a folder of the user's in the node's temporary
-folder: a restart on the same node finds it there. Set it to a folder that outlives the job to keep it for all.
+The parts are compiled, not the model: its layers are one graph for all of them, so a compile takes seconds, and their
+gradients are ready one layer after the other, so that ZeRO can send the first while the last are computed. Two passes
+are compiled, each for batches of one size, and both before the first step: the training's, and the evaluation's.
+Everything else runs eager, batches of any size without a graph of their own: see `eagerly`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
+import signal
+import sysconfig
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 
 import torch
 
 from crate_dist.config import Compile
 from crate_dist.distributed import gather_objects
 from crate_dist.models.crate import CRATE
+from crate_dist.training.lion import Lion
 
 logger = logging.getLogger(__name__)
+
+LIMIT_S = 900.0
+"""What compiling may take; seconds. It takes one or two minutes where nothing is cached."""
+
+_SAY_EVERY_S = 60.0
+_METHODS = "embed", "classify"
+
+
+class CannotCompile(Exception):
+    """Why this machine cannot compile, or has not done so in time."""
 
 
 def should_compile(compile: Compile, device: torch.device) -> bool:
@@ -34,43 +50,122 @@ def should_compile(compile: Compile, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def compile_layers(model: CRATE, device: torch.device, dtype: torch.dtype, micro_batch: int) -> float | None:
-    """Compiles the layers' training pass for one micro-batch, and tries it. A collective.
+def compile_model(model: CRATE, passes: Callable[[], object], device: torch.device) -> bool:
+    """Compiles the model's parts, and tries them. A collective.
 
-    Returns the seconds that it took; None when some rank could not, and then all ranks stay eager: ranks that disagreed
-    would have their gradients ready in different orders.
+    passes: runs all passes that are to be compiled, forward and backward, and changes no gradient and no weight; called
+        while the model has no more layers than it takes to see every graph
+
+    Returns
+    -------
+    False when some rank could not, and then all ranks stay eager: ranks that disagreed would have their gradients ready
+    in different orders
     """
     began = time.monotonic()
-    import torch._inductor.config
 
-    # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
-    torch._inductor.config.compile_threads = 1
-    problem = None
-    try:
+    def compile_and_try() -> None:
         for layer in model.layers:
             layer.compile(dynamic=False, fullgraph=True)
-        _try(model, device, dtype, micro_batch)
-    except Exception as error:  # what compilers, drivers and missing headers raise has no common type
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    problems = [said for said in gather_objects(problem) if said]
-    if problems:
+        for name in _METHODS:
+            setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
+        with _few_layers(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            passes()
+
+    problem = _on_all_ranks(compile_and_try, device)
+    if problem:
         for layer in model.layers:
             layer._compiled_call_impl = None
-        logger.warning("torch.compile does not work here, training goes on without it (%s)", problems[0])
-        return None
-    return time.monotonic() - began
+        for name in _METHODS:
+            vars(model).pop(name, None)
+        logger.warning("torch.compile does not work here, training goes on without it (%s)", problem)
+        return False
+    logger.info("compiled the model in %.1f s", time.monotonic() - began)
+    return True
 
 
-def _try(model: CRATE, device: torch.device, dtype: torch.dtype, micro_batch: int) -> None:
-    """Runs the first layer, whose graph is every layer's, forward and backward; changes no gradient and no weight."""
-    training = model.training
-    model.train()
-    layer = model.layers[0]
-    shape = (micro_batch, model.config.num_tokens, model.config.dim)
-    tokens = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.products(device):
-        torch.autograd.grad(layer(tokens).sum(), [tokens, *layer.parameters()])
-    model.train(training)
+def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
+    """Compiles the optimizer's update and tries it on each of its vectors, which stay as they are. A collective."""
+
+    def compile_and_try() -> None:
+        optimizer.compile()
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.grad_scale = torch.ones((), device=device) if clips else None
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient, momentum = torch.zeros_like(p.data), torch.zeros_like(p.data)
+                optimizer.update_fn(p.data, gradient, momentum, 0.0, group["weight_decay"], *group["betas"])
+
+    eager = optimizer.update_fn
+    problem = _on_all_ranks(compile_and_try, device)
+    optimizer.found_inf = optimizer.grad_scale = None
+    if problem:
+        optimizer.update_fn = eager
+        logger.warning("torch.compile does not work for Lion, which goes on without it (%s)", problem)
+
+
+@contextlib.contextmanager
+def _few_layers(model: CRATE) -> Iterator[None]:
+    """Leaves a model its first layer and its last, of which only the first may be computed again when it is trained."""
+    training, layers = model.training, model.layers
+    model.layers = torch.nn.ModuleList(dict.fromkeys([layers[0], layers[-1]]))
+    try:
+        yield
+    finally:
+        model.layers = layers
+        model.train(training)
+
+
+def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
+    """Does compiling work on every rank. Returns what some rank says that has kept it from it, else nothing."""
+    problem = ""
+    try:
+        _check_tools(device)
+        import torch._inductor.config
+
+        # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
+        torch._inductor.config.compile_threads = 1
+        with _limited(LIMIT_S):
+            work()
+    except Exception as error:  # what compilers, drivers and missing headers raise has no common type
+        first = next(iter(str(error).strip().splitlines()), "")
+        problem = first if isinstance(error, CannotCompile) else f"{type(error).__name__}: {first}"
+    return next((said for said in gather_objects(problem) if said), "")
+
+
+def _check_tools(device: torch.device) -> None:
+    """Raises CannotCompile where a tool is missing that torch's compiler would miss at the end of a long traceback."""
+    if device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise CannotCompile("Triton needs a C compiler: there is no gcc and no clang, and CC is not set")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise CannotCompile(f"there is no Python.h in {headers}: the headers of Python are not installed")
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises CannotCompile in what it surrounds after `seconds`, between two calls of Python, and says that it lasts.
+
+    Only a process's main thread can be interrupted so; in another there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.monotonic()
+
+    def look(_: int, __: FrameType | None) -> None:
+        passed = time.monotonic() - began
+        if passed >= seconds:
+            raise CannotCompile(f"not compiled within {seconds:.0f} s")
+        logger.info("still compiling after %.0f s; at %.0f s training goes on without", passed, seconds)
+
+    before = signal.signal(signal.SIGALRM, look)
+    interval = min(_SAY_EVERY_S, seconds)
+    signal.setitimer(signal.ITIMER_REAL, interval, interval)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def eagerly() -> contextlib.AbstractContextManager[object]:

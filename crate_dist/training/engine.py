@@ -21,14 +21,17 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as DeepSpeed has it: a look must not start the driver
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from crate_dist.distributed import device_type
+
+os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
 import deepspeed
+import deepspeed.accelerator.cuda_accelerator
 import deepspeed.runtime.engine
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +46,8 @@ from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
 from crate_dist.models.crate import CRATE
+from crate_dist.models.kernels import attention_kernel, choose_kernels
+from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
@@ -53,6 +58,9 @@ with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where 
     import deepspeed.runtime.zero.muon.original_muon
 
 logger = logging.getLogger(__name__)
+
+# Asking it for free memory, DeepSpeed takes the names in CUDA_VISIBLE_DEVICES for numbers. Else it asks torch.
+deepspeed.accelerator.cuda_accelerator.pynvml = None
 
 # What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -104,7 +112,12 @@ class Engine:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        model.set_execution(recompute=recipe.train.recompute, autocast=recipe.train.precision == "autocast")
+        precision = recipe.train.precision
+        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
+        choose_kernels()
+        products = torch.float32 if precision == "fp32" else torch.bfloat16
+        ways = "one product" if ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim) else "two"
+        logger.info("attention: %s; ISTA: %s", attention_kernel(model, device, products), ways)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -125,12 +138,13 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
+        self._whole_batch = 0
         if compiling.should_compile(recipe.train.compile, device):
-            seconds = compiling.compile_layers(self.module, device, self.dtype, micro_batch)
-            if seconds is not None:
-                logger.info("compiled the layers in %.1f s", seconds)
+            passes = partial(self._try_passes, micro_batch, recipe.model.image_size)
+            if compiling.compile_model(self.module, passes, device):
+                self._whole_batch = micro_batch
                 if isinstance(optimizer, Lion) and device.type == "cuda":  # on a CPU it goes by what fits the cache
-                    optimizer.compile()
+                    compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
 
     @property
     def module(self) -> CRATE:
@@ -182,12 +196,24 @@ class Engine:
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off; eager, for any n."""
+        """Returns fp32 logits (n, classes) of uint8 images (n, height, width, 3), dropout off.
+
+        A micro-batch is computed by what was compiled, another number of images eager.
+        """
         self.check()
         self.module.eval()
-        with compiling.eagerly():
+        with contextlib.nullcontext() if len(images) == self._whole_batch else compiling.eagerly():
             logits: torch.Tensor = self.module(self._normalize(images)).float()
         return logits
+
+    def _try_passes(self, micro_batch: int, side: int) -> None:
+        """Computes a micro-batch as `step` and `predict` do; changes no gradient and no weight."""
+        self._whole_batch = micro_batch
+        images = torch.zeros(micro_batch, side, side, 3, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
+        self.module.train()
+        torch.autograd.grad(self.loss((images, labels)), list(self.module.parameters()))
+        self.predict(images)
 
     def state(self) -> RankState:
         """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors.

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from crate_dist.distributed import Left
+from crate_dist.distributed import Left, host_group
 from crate_dist.run.exit_status import STOPPED
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Interrupt:
         self.elsewhere = False
         self._at_once = self._came = False
         self._interrupted_at: float | None = None
-        self._group = dist.new_group(backend="gloo")
+        self._group = host_group()
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 

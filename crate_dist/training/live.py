@@ -31,6 +31,7 @@ from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import Left, gather_objects
 from crate_dist.models.crate import CRATE
+from crate_dist.training.compiling import eagerly
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
@@ -99,7 +100,8 @@ class Live:
                 torch.cuda.synchronize(self._device)  # what is still under way belongs to the step
             began = time.perf_counter()
             try:
-                layers, pictures = self._measured(model, step, interrupt)
+                with eagerly():  # a graph for these few images would be compiled while the others wait
+                    layers, pictures = self._measured(model, step, interrupt)
             except Left:
                 left = True
                 logger.info("the white-box measures of step %d are left, and made by the next start", step)

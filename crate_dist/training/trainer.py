@@ -17,9 +17,10 @@ from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.feed import Feed
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
-from crate_dist.data.loader import Feed, Share, TrainLoader, eval_loader, eval_transform, train_transform
+from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
@@ -34,6 +35,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.startup import Startup
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -210,6 +212,8 @@ class Trainer:
             result = self.engine.step(micro_batches(), lr, self.progress.step)
         except NotFinite as error:
             raise self.post_mortem(error) from None
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.recipe, self.share.micro_batch, self.world.world_size, self.device) from error
         self.monitor.add(
             result.loss,
             result.grad_norm,

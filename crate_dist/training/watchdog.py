@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import torch
 import torch.distributed as dist
 
 from crate_dist.run.exit_status import TRY_AGAIN
+from crate_dist.training.flight_records import keep_flight_records
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.world import World
 
@@ -93,34 +93,24 @@ class Watchdog:
                     self._interrupt.elsewhere = self._store.check([_TOLD])
 
     def _give_up(self) -> None:
-        # A store whose rank is stopped would keep us: this thread must end the process in any case.
+        # This thread must end the process in any case: a store whose rank is stopped would keep us, and so would a
+        # driver that keeps a call for ever and with it the interpreter, in which no Timer could run any more.
+        faulthandler.dump_traceback_later(2 * _ANSWER_S, exit=True)
         threading.Timer(_ANSWER_S, self._give_up_on_the_store).start()
         waited = time.monotonic() - self._last
         logger.critical("no progress for %.0f s while %s; every thread's stack follows", waited, self._what)
         with self._log_file.open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        self._keep_flight_recorder()
+        records = self._log_file.with_name("flight-recorder")
+        for prefix in keep_flight_records(records, self._world.rank):
+            if self._world.is_main:
+                logger.critical("the last collectives of each rank: torchfrtrace --prefix %s %s", prefix, records)
         with contextlib.suppress(RuntimeError):
             store = self._store or self._connect()
             store.set(_GIVEN_UP, "")
             logger.critical("%s", self._who_is_behind(store))
             time.sleep(2 * _LOOK_EVERY_S)  # for the others, who look a little later, to see that this rank lives
         os._exit(TRY_AGAIN)
-
-    def _keep_flight_recorder(self) -> None:
-        """Writes torch's own record of this rank's last collectives beside the log, as its torchfrtrace reads them.
-
-        Without stacks, whose names take torch longer to find than there is time.
-        """
-        c10d = torch._C._distributed_c10d
-        dump = getattr(c10d, "_dump_fr_trace", None) or getattr(c10d, "_dump_nccl_trace", None)  # until torch 2.9
-        if dump is None:
-            return
-        folder = self._log_file.with_name("flight-recorder")
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{self._world.rank}").write_bytes(dump(includeStackTraces=False))
-        if self._world.is_main:
-            logger.critical("the last collectives of each rank; for nccl's: torchfrtrace --prefix rank_ %s", folder)
 
     def _give_up_on_the_store(self) -> None:
         logger.critical("behind the others: rank 0, which does not even say where the others are")

@@ -203,7 +203,19 @@ def test_ranks_know_their_place_and_share_the_cores(folder: RunFolder, monkeypat
     assert rank_environment(0, 3, 1)["OMP_NUM_THREADS"] == "5"
 
 
-@pytest.mark.parametrize(("value", "count"), [("0,1,3", 3), ("", 0), ("-1", 0), ("GPU-1234", 1)])
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        ("0,1,3", 3),
+        ("", 0),
+        ("-1", 0),
+        ("1,-1,2", 1),
+        ("GPU-1234", 1),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6, 2", 2),
+        ("MIG-377e0049-554c-540b-93c6-d0976f8426cb,MIG-GPU-1234/1/0", 1),
+        ("NoDevFiles", 0),
+    ],
+)
 def test_gpus_are_counted_without_torch(value: str, count: int) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": value}) == count
 
@@ -216,5 +228,5 @@ def test_more_ranks_than_gpus_are_refused(small_recipe: Path, cast_shards: Path)
         text=True,
     )
     assert done.returncode == 1
-    assert "--ranks 4, but there are 2 GPUs" in done.stderr
+    assert "--ranks 4, but there are 2 GPU(s)" in done.stderr
     assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in done.stderr

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from crate_dist.config import ArchName, ModelSection
 from crate_dist.models import matmul as products
 from crate_dist.models.build import ARCHS, build_model, find_arch, find_published, initialise, model_config
-from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig
+from crate_dist.models.crate import CRATE, ISTA, MSSA, CrateConfig, CrateLayer
+from crate_dist.models.flops import forward_flops
 from crate_dist.models.weights.names import from_reference, to_reference
 from crate_dist.models.weights.write import export_reference
 
@@ -39,11 +41,14 @@ def golden() -> dict[str, Any]:
     return torch.load(GOLDEN, weights_only=True)
 
 
-@pytest.fixture
-def model(golden: dict[str, Any]) -> CRATE:
+@pytest.fixture(params=[False, True], ids=["ista in two products", "in one"])
+def model(golden: dict[str, Any], request: pytest.FixtureRequest) -> CRATE:
     config = {key: value for key, value in golden["config"].items() if key != "dim_head"}
     model = CRATE(CrateConfig(**config))
     model.load_state_dict(from_reference(golden["state_dict"]))
+    for layer in model.layers:
+        assert isinstance(layer, CrateLayer)
+        layer.ista.one_product = request.param
     return model
 
 
@@ -218,6 +223,62 @@ def test_the_two_operators_are_the_papers(heads: int, width: int, tokens: int, s
     assert torch.allclose(ista(z), published, atol=1e-4)
     order = torch.randperm(tokens)
     assert torch.allclose(mssa(z[:, order]), mssa(z)[:, order], atol=1e-5)
+
+
+def gradients(model: CRATE, images: Tensor, of_one_product: bool) -> list[Tensor]:
+    model.set_execution(images=1000 if of_one_product else 1)
+    return list(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
+
+
+def test_ista_in_one_product_and_in_two_are_the_same_function() -> None:
+    model, images = initialise(SMALL, seed=1).double(), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    two, one = (gradients(model, images, form) for form in (False, True))
+    assert any(not torch.equal(a, b) for a, b in zip(one, two, strict=True)), "both were computed in the same way"
+    for a, b in zip(one, two, strict=True):
+        assert largest_difference(a, b) <= 1e-12 * b.abs().max()
+
+
+def test_in_bf16_one_product_is_as_near_to_the_exact_gradients_as_two() -> None:
+    torch.manual_seed(0)
+    exact = ISTA(192, threshold=-100)  # no entry is cut off: where rounding decides that, it drowns all else
+    exact.dictionary.data = exact.dictionary.bfloat16().double()
+    z, upstream = (torch.randn(900, 192).bfloat16() for _ in range(2))
+
+    def computed(dtype: torch.dtype, one_product: bool) -> list[Tensor]:
+        ista = ISTA(192, threshold=-100)
+        ista.dictionary.data = exact.dictionary.to(dtype)
+        ista.one_product = one_product
+        x = z.to(dtype).requires_grad_()
+        y = ista(x)
+        grads = torch.autograd.grad(y, [x, ista.dictionary], upstream.to(dtype))
+        return [tensor.detach().double() for tensor in (y, *grads)]
+
+    reference = computed(torch.float64, False)
+    two, one = (
+        [((a - b).norm() / b.norm()).item() for a, b in zip(computed(torch.bfloat16, form), reference, strict=True)]
+        for form in (False, True)
+    )
+    assert one[0] < 1.01 * two[0]
+    assert one[1] < 0.8 * two[1]  # of the tokens
+    assert one[2] < 1.01 * two[2]  # of the dictionary
+
+
+def test_the_way_that_takes_fewer_operations_is_chosen_once_for_all_passes() -> None:
+    config = model_config(ModelSection(arch="crate_demo", image_size=32, patch_size=4), 10)  # 65 tokens, 96 features
+    with torch.device("meta"):
+        model, images = CRATE(config), torch.randn(8, 3, 32, 32)
+    counted = {}
+    for micro_batch in (1, 8):
+        model.set_execution(images=micro_batch)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        counted[micro_batch] = counter.get_total_flops()
+    per_layer = 2 * (8 * 65 * 96**2 - 96**3)
+    assert counted[1] - counted[8] == config.depth * per_layer
+    assert counted[8] == forward_flops(config, 8)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    assert counter.get_total_flops() == 3 * forward_flops(config, 8)
 
 
 def test_a_single_head_has_no_output_projection_and_mean_pooling_reads_all_tokens() -> None:

@@ -74,6 +74,7 @@ def test_what_may_pass_is_tried_again(error: Exception) -> None:
         UnidentifiedImageError("cannot identify image file"),
         NotFinite("the loss is nan"),
         torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+        dist.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on 1b000"),
         RuntimeError("The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1"),
         ValueError("Input/output error"),
         ImportError("No module named 'deepspeed'"),

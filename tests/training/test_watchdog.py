@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from crate_dist.run.exit_status import TRY_AGAIN
+from crate_dist.training.flight_records import flight_recorders
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
 from tests.chaos.ranks import spawn_statuses
@@ -73,15 +77,27 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path: Path) -> None:
     assert "while taking step 2; every thread's stack follows" in waiting
     assert "in barrier" in waiting
     assert "in _asleep" in hanging
-    assert "torchfrtrace --prefix rank_" in waiting
-    barriers = [len(_collectives(tmp_path / "flight-recorder" / f"rank_{rank}")) for rank in range(2)]
-    assert barriers[0] == barriers[1] + 1, "the record shows the one that rank 1 never came to"
+    told = re.search(r"torchfrtrace (--prefix \S+) (\S+)", waiting)
+    assert told
+    read = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", *told[1].split(), told[2]]
+    read_back = subprocess.run(read, capture_output=True, text=True, check=True)
+    assert "collective: gloo:barrier\nmissing ranks: {1}" in read_back.stdout + read_back.stderr
 
 
-def _collectives(path: Path) -> list[dict[str, object]]:
-    """What torch wrote on this machine a moment ago."""
-    entries: list[dict[str, object]] = pickle.loads(path.read_bytes())["entries"]
-    return entries
+def test_nccl_has_a_record_of_its_own_beside_the_one_of_gloo() -> None:
+    def generic(**_: object) -> bytes:
+        return b""
+
+    def nccl(**_: object) -> bytes:
+        return b""
+
+    both = SimpleNamespace(_dump_fr_trace=generic, _dump_nccl_trace=nccl)
+    assert flight_recorders("nccl", both) == {"gloo": generic, "nccl": nccl}
+    assert flight_recorders("gloo", both) == {"gloo": generic}
+    until_2_9 = SimpleNamespace(_dump_nccl_trace=nccl)
+    assert flight_recorders("nccl", until_2_9) == {"nccl": nccl}
+    assert flight_recorders("gloo", until_2_9) == {"gloo": nccl}
+    assert flight_recorders("gloo", SimpleNamespace()) == {}
 
 
 def test_a_stopped_rank_0_is_named_though_it_keeps_what_the_others_know(tmp_path: Path) -> None:

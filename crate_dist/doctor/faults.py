@@ -1,0 +1,112 @@
+"""The stage "faults": a run that hangs, one whose rank is killed, one that finds the device full."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+from crate_dist.doctor.run import descendants
+from crate_dist.doctor.shards import make_shards
+from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.trial import Trial
+from crate_dist.run.exit_status import TRY_AGAIN
+
+_SAVED_AT = 10  # the first save, from which the run goes on
+_LEFT_FREE = 2e9
+
+
+def examine(setting: Setting) -> Iterator[Finding]:
+    """Stops a rank, kills one, and fills the device; the run has to say what happened, and to go on."""
+    side = (32, 32) if setting.small else (320, 256)
+    shards = make_shards(setting.scratch, *((64, 32) if setting.small else (2048, 512)), *side)
+    # Two ranks where there are two devices, or none: of a single one it is the loader that is stopped.
+    trial = Trial(setting, shards, setting.scratch, ranks=2 if setting.small else None)
+    short = "safety.hang_timeout_s=8", "log.whitebox_every_steps=0", "train.max_steps=30", "train.compile=false"
+    yield from _hang(trial, short)
+    yield from _kill(trial, short)
+    if setting.device == "cpu":
+        yield Finding("a device that is full", "not tried", note="needs a GPU")
+    else:
+        yield _full(setting, Trial(setting, shards, setting.scratch / "full", ranks=1))
+
+
+def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
+    """Stops the last rank, or the loader of the only one, and looks at what the watchdog leaves."""
+    trial.start(*settings)
+    if not trial.until_step(_SAVED_AT + 2):
+        yield Finding(
+            "training begins", f"step {trial.last_step}", expected="steps are taken", passed=False, note=trial.why()
+        )
+        return
+    last = trial.rank_processes()[-1]
+    stopped = [last] if trial.ranks > 1 else descendants(last)
+    began = time.monotonic()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    status = trial.wait()
+    took, said = time.monotonic() - began, trial.output()
+    ended = status == TRY_AGAIN
+    what = "a rank that is stopped" if trial.ranks > 1 else "a loader that is stopped"
+    yield Finding(what, took, "s to the end of the run", "ended by the watchdog", ended, "" if ended else trial.why())
+    stacks = "no progress for" in said and "most recent call first" in said
+    yield Finding("stacks of every thread in its log", "yes" if stacks else "no", "", "yes", stacks)
+    if trial.ranks > 1:
+        named = f"rank {trial.ranks - 1}" in (re.findall(r"behind the others: (.*)", said) or [""])[-1]
+        yield Finding("the rank behind is named", "yes" if named else "no", expected="yes", passed=named)
+    folder = trial.run.log_file(0).with_name("flight-recorder")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    records = {path.name: path.stat().st_size for path in files}
+    nccl = trial.setting.device == "cpu" or any(b"nccl" in path.read_bytes() for path in files)
+    yield Finding(
+        "records of the last collectives",
+        len(records),
+        "files",
+        "at least one, with entries of NCCL on GPUs",
+        passed=bool(records) and min(records.values()) > 0 and nccl,
+        facts=dict(records),
+    )
+
+
+def _kill(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
+    """Goes on with the run, kills a rank, goes on again to the end."""
+    trial.start(*settings)
+    if not trial.until_step(2 * _SAVED_AT + 2):
+        yield Finding("goes on after a hang", f"step {trial.last_step}", expected="yes", passed=False, note=trial.why())
+        return
+    os.kill(trial.rank_processes()[0], signal.SIGKILL)
+    status = trial.wait()
+    yield Finding("a rank that is killed", f"status {status}", expected="ends the run", passed=bool(status))
+    trial.start(*settings)
+    finished = trial.wait() == 0
+    resumed = [int(step) for step in re.findall(r"resumed from \S*step-0*(\d+)", trial.output())]
+    whole = [step for step, _ in trial.metrics("train/loss")] == list(range(1, 31))
+    yield Finding(
+        "goes on after each, to the end",
+        f"from step {', '.join(map(str, dict.fromkeys(resumed)))}; {'' if whole else 'not '}each step once",
+        expected=f"from step {_SAVED_AT} and {2 * _SAVED_AT}, each step once",
+        passed=finished and whole and {_SAVED_AT, 2 * _SAVED_AT} <= set(resumed),
+        note="" if finished else trial.why(),
+    )
+
+
+def _full(setting: Setting, trial: Trial) -> Finding:
+    """Takes up nearly all of the device's memory, as another program may, and starts a run beside it."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(max(int(free - _LEFT_FREE), 0), dtype=torch.uint8, device="cuda")
+    trial.start("train.micro_batch=256", "train.compile=false")
+    trial.wait()
+    del taken
+    said = re.search(r"error: (out of memory: .*)", trial.output())
+    named = said is not None and "micro-batch of 256" in said[1] and "train.micro_batch=" in said[1]
+    return Finding(
+        "a device that is full",
+        "named" if named else "not named",
+        expected="the error names the micro-batch that fits",
+        passed=named,
+        note=said[1] if said else trial.why(),
+    )

@@ -1,0 +1,58 @@
+"""A rank of a cluster, on one device: the engine over a process group that partitions as 32 ranks do and sends nothing.
+
+The step is what such a rank computes and what its host does for it, without the network; its messages are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from crate_dist.doctor.compile import made
+from crate_dist.doctor.contestants import prepare
+from crate_dist.doctor.fake_cluster import counted, fake_cluster
+from crate_dist.doctor.speed import memory
+from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.timing import in_turns, median_s, synchronize
+from crate_dist.doctor.waits import STEPS, judged, recipe_of, steps_of
+from crate_dist.launching.memory import parameters, step_bytes
+
+RANKS = 32
+
+
+def examine(setting: Setting) -> Iterator[Finding]:
+    """Yields waits, messages, time and memory of a step of CRATE-B at its global batch of 2048 over 32 ranks."""
+    prepare(setting)
+    device = torch.device("cuda", 0) if setting.device == "cuda" else torch.device("cpu")
+    micro_batch = 8 if setting.small else 64
+    recipe = recipe_of(micro_batch, setting)
+    name = f"{recipe.model.arch} at {micro_batch}, rank 0 of {RANKS}"
+    with fake_cluster(RANKS):
+        step = steps_of(made(recipe, device, ranks=RANKS)[0])
+        for _ in range(2):
+            step()
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with counted() as found:
+            for _ in range(STEPS):
+                step()
+        synchronize(device)
+        yield judged(name, found, accumulation=1)
+        sent = sum(message.sent for message in found.messages) / STEPS
+        kinds = {kind: number / STEPS for kind, number in found.kinds().items()}
+        facts = {"messages_per_step": kinds, "bytes": sorted({message.bytes for message in found.messages})}
+        note = ", ".join(f"{number:g} {kind.strip('_')}" for kind, number in kinds.items())
+        per_weight = sent / parameters(recipe)
+        yield Finding(
+            f"{name}: sent per step", sent / 1e6, "MB", "", None, f"{per_weight:.2f} bytes per weight: {note}", facts
+        )
+        if device.type == "cuda":
+            yield memory(
+                f"{name}: peak memory", torch.cuda.max_memory_allocated(), step_bytes(recipe, micro_batch, RANKS)
+            )
+        taken = in_turns({"": step}, device, rounds=4, calls=8 if device.type == "cuda" else 1)[""]
+        said = "computing and queueing alone; nothing is sent"
+        yield Finding(f"{name}: a step", 1000 * median_s(taken), "ms", note=said)
+        yield Finding(f"{name}: host, to queue it", 1000 * min(each.host_s for each in taken), "ms")

@@ -1,0 +1,80 @@
+"""Who waits in a training step: the host for the device, which it hardly should, or the device for the host."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+
+from crate_dist.config import Recipe
+from crate_dist.doctor.compile import made, ready
+from crate_dist.doctor.contestants import SMALL, alone, is_cold, is_compiled, recipe_for, synthetic
+from crate_dist.doctor.fake_cluster import Counted, counted
+from crate_dist.doctor.profiling import profiled
+from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.timing import in_turns, median_s
+from crate_dist.training.engine import Engine
+
+STEPS = 4
+ACCUMULATION = 2
+IDLE = 0.1
+"""Share of the device's time above which it is worth a word that the host does not keep up."""
+
+
+def examine(setting: Setting) -> Iterator[Finding]:
+    """Yields the waits per step, the device's idle share, and how far the host is ahead of it."""
+    with alone(setting) as device:
+        recipe = recipe_of(8 if setting.small else 256, setting)
+        cold = is_cold(setting, recipe)
+        engine, ready_s = made(recipe, device, ACCUMULATION)
+        if recipe.train.compile:
+            yield ready(recipe, "cold" if cold else "warm", ready_s if is_compiled(engine.module) else None)
+        step = steps_of(engine)
+        for _ in range(2):
+            step()
+        yield waits_of("CRATE on one rank", step, ACCUMULATION)
+        if device.type != "cuda":
+            yield Finding("idle share of the device", "left out", note="a CPU does not run ahead")
+            return
+        taken = in_turns({"": step}, device, rounds=4, calls=STEPS)[""]
+        step_s, host_s = median_s(taken), statistics.median(each.host_s for each in taken)
+        kernels = profiled(step, device)
+        idle = max(0.0, 1 - kernels.busy_s / step_s)
+        note = "the host does not keep up: a larger micro-batch, or a faster core, would help" if idle > IDLE else ""
+        facts = {"step_ms": 1000 * step_s, "busy_ms": 1000 * kernels.busy_s, "kernels": kernels.launches}
+        yield Finding("idle share of the device", 100 * idle, "%", note=note, facts=facts)
+        yield Finding(
+            "host, to queue a step", 1000 * host_s, "ms", note=f"the device takes {1000 * step_s:.1f} ms for it"
+        )
+        yield Finding(f"host ahead of the device after {STEPS} steps", 1000 * STEPS * (step_s - host_s), "ms")
+
+
+def recipe_of(micro_batch: int, setting: Setting) -> Recipe:
+    """Returns the recipe of CRATE-B in bf16, compiled on a GPU; in small that of the demo."""
+    on_gpu = setting.device == "cuda"
+    return recipe_for("crate_base", micro_batch, compile=on_gpu, overrides=SMALL if setting.small else ())
+
+
+def steps_of(engine: Engine) -> Callable[[], object]:
+    """Returns a step of the engine on micro-batches that are on the device."""
+    recipe, numbers = engine.recipe, itertools.count()
+    images, side = recipe.train.micro_batch, recipe.model.image_size
+    batches = itertools.cycle([synthetic(images, side, seed, engine.device) for seed in range(2)])
+    return lambda: engine.step(batches, recipe.optim.lr, next(numbers))
+
+
+def waits_of(name: str, step: Callable[[], object], accumulation: int) -> Finding:
+    """Returns the finding of a step's waits: at most one per micro-batch, and one more."""
+    with counted() as found:
+        for _ in range(STEPS):
+            step()
+    return judged(name, found, accumulation)
+
+
+def judged(name: str, found: Counted, accumulation: int) -> Finding:
+    """Returns the finding of what was counted in `STEPS` steps."""
+    waits, most = sum(found.waits.values()) / STEPS, accumulation + 1
+    kinds = {kind: number / STEPS for kind, number in found.waits.items() if number}
+    note = ", ".join(f"{kind}: {number:g}" for kind, number in kinds.items())
+    name = f"{name}: waits for the device per step of {accumulation} micro-batch{'es' * (accumulation > 1)}"
+    return Finding(name, waits, "", f"at most {most}", waits <= most, note, kinds)

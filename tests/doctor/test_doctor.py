@@ -1,0 +1,152 @@
+"""One command examines a machine: it ends in time, keeps what it found, and says in its status how much failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crate_dist.doctor.run import QUICK, STAGES, limits
+from tests.ranks import REPOSITORY
+
+pytestmark = pytest.mark.spawn
+
+HERE = ("quick", "end-to-end", "data", "faults", "between")
+"""Stages that are run as a whole here; those that measure have tests of their own."""
+
+
+def doctor(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts the command; its JSON is `folder`/doctor.json, and it sees no GPU."""
+    (folder / "scratch").mkdir(parents=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "crate_dist.doctor", "--json", "doctor.json", "--scratch", "scratch", *arguments],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads the stages of the JSON, by name; none while there is no JSON yet."""
+    path = folder / "doctor.json"
+    return {stage["name"]: stage for stage in json.loads(path.read_text())["stages"]} if path.exists() else {}
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Lists the processes that name the folder's scratch in their command line."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if str(folder / "scratch") in line or "scratch/crate-doctor" in line]
+
+
+def stage_of(run: subprocess.Popen[str]) -> int:
+    """The process of the stage that is at work."""
+    (stage,) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return int(stage)
+
+
+def wait_until(well: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not well():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_a_cpu_is_examined_whole_in_small(tmp_path: Path) -> None:
+    run = doctor(tmp_path, "--full", "--budget", "420", "--only", *HERE)
+    table, progress = run.communicate(timeout=430)
+    stages = read(tmp_path)
+    failed = [
+        (name, finding) for name, one in stages.items() for finding in one["findings"] if finding["passed"] is False
+    ]
+    assert not failed
+    assert run.returncode == 0, progress
+    assert list(stages) == list(HERE)
+    assert {one["state"] for one in stages.values()} == {"done"}
+    found = {finding["name"] for one in stages.values() for finding in one["findings"] if finding["passed"]}
+    assert found >= {
+        *("packages", "two processes meet with gloo", "told to stop", "resumed at the step of the stop"),
+        *("finished, weights exported", "curve across the restart", "white box", "accuracy by crate_dist.evaluate"),
+        *("a rank that is stopped", "the rank behind is named", "goes on after each, to the end", "ranks"),
+    }
+    assert all(finding["name"] in table for one in stages.values() for finding in one["findings"])
+    assert max(map(len, table.splitlines())) <= 100
+    assert "torch 2" in table
+    assert "0 checks failed" in table
+    assert not any(secret in table for secret in (os.environ.get("USER", "nobody's"), str(Path.home()) + "/"))
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not left_behind(tmp_path)
+
+
+def test_a_stage_that_crashes_or_hangs_keeps_what_it_found_and_leaves_no_process(tmp_path: Path) -> None:
+    run = doctor(tmp_path, "--budget", "27", "--only", "end-to-end", "data")
+    wait_until(lambda: any("crate_dist.train" in line for line in left_behind(tmp_path)), "a rank of a stage")
+    os.kill(stage_of(run), signal.SIGSEGV)
+    wait_until(lambda: read(tmp_path)["data"]["state"] == "running", "the stage behind it")
+    os.kill(stage_of(run), signal.SIGSTOP)
+    table, _ = run.communicate(timeout=60)
+    stages = read(tmp_path)
+    crashed, hung = stages["end-to-end"]["findings"], stages["data"]["findings"]
+    assert [one["state"] for one in stages.values()] == ["failed", "failed"]
+    assert crashed[0]["name"] == "images converted to shards"
+    assert crashed[-1]["value"].startswith("ended by signal 11 (SIGSEGV) after ")
+    assert "Segmentation fault" in crashed[-1]["note"]
+    assert hung[-1]["value"].startswith("ended at its limit of ")
+    assert sum(one["took_s"] for one in stages.values()) < 27
+    assert (tmp_path / "doctor-logs" / "end-to-end.log").stat().st_size
+    assert run.returncode == 2
+    assert "2 checks failed" in table
+    assert not left_behind(tmp_path)
+
+
+def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
+    run = doctor(tmp_path, "--budget", "100", "--only", "end-to-end", "data")
+    wait_until(lambda: read(tmp_path).get("end-to-end", {}).get("findings"), "a finding")
+    run.send_signal(signal.SIGINT)
+    table, _ = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "end-to-end: interrupted" in table
+    assert "images converted to shards" in table
+    assert {name: one["state"] for name, one in read(tmp_path).items()} == {
+        "end-to-end": "interrupted",
+        "data": "not run",
+    }
+    assert not left_behind(tmp_path)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "doctor.json").mkdir()
+    run = doctor(tmp_path, "--only", "quick")
+    table, said = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert not table
+    assert said.startswith("error: ")
+    assert "doctor.json" in said
+
+
+def test_the_stages_share_the_budget_and_what_one_does_not_need_goes_to_the_next() -> None:
+    whole = limits(STAGES, 540)
+    assert sum(whole) == pytest.approx(540)
+    assert limits(STAGES[1:], 540 - 5)[0] > whole[1]
+    assert limits([QUICK], 57) == [57]
+
+
+def test_the_plan_can_be_read_before_it_is_run(tmp_path: Path) -> None:
+    run = doctor(tmp_path, "--full", "--dry-run")
+    said, _ = run.communicate(timeout=30)
+    assert [line.split()[0] for line in said.splitlines()] == [stage.name for stage in STAGES]
+    assert not (tmp_path / "doctor.json").exists()
