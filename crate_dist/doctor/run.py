@@ -133,7 +133,6 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
         "reference": plan.reference and str(plan.reference.absolute()),
         "findings": str(told.absolute()),
     }
-    changed()
     with one.log.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-X", "faulthandler", "-m", "crate_dist.doctor.child", json.dumps(order)],
@@ -144,6 +143,7 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
             start_new_session=True,  # a Ctrl-C is this process's
         )
     try:
+        changed()
         while process.poll() is None and time.monotonic() < began + one.limit_s:
             time.sleep(0.1)
             if _read_findings(one, told):
