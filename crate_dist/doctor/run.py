@@ -150,7 +150,7 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
                 changed()
     finally:
         in_time = process.poll() is not None
-        _enddescendants(process)
+        _end_descendants(process)
         one.took_s = time.monotonic() - began
         _read_findings(one, told)
         told.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def _last_line(log: Path) -> str:
     return (telling or lines or ["it said nothing"])[-1][:300]
 
 
-def _enddescendants(process: subprocess.Popen[bytes]) -> None:
+def _end_descendants(process: subprocess.Popen[bytes]) -> None:
     """Ends all processes below this one: the stage, and what it has left behind."""
     deadline = time.monotonic() + 10
     while (found := descendants(os.getpid())) and time.monotonic() < deadline:
