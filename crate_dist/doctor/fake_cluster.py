@@ -75,18 +75,29 @@ def fake_cluster(world_size: int, rank: int = 0) -> Iterator[World]:
     if dist.is_initialized():
         raise RuntimeError("this process is in a process group already, and can join only one")
     world = World(rank, world_size, 0, 1, "127.0.0.1", 0, "fake")
-    accelerator = get_accelerator()
     with contextlib.ExitStack() as undone:
         undone.enter_context(patch.dict(os.environ, world.environment()))
         undone.enter_context(patch.object(deepspeed_comm, "cdb", None))
         undone.enter_context(patch.object(deepspeed_groups, "_WORLD_GROUP", None))
-        if accelerator.device_name() == "cpu":
-            set_accelerator(_WithStreams())
-            undone.callback(set_accelerator, accelerator)
-            undone.enter_context(patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
+        undone.enter_context(streams())
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         undone.callback(dist.destroy_process_group)
         yield world
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Shows DeepSpeed, and an engine that is made inside, a CPU as a device with streams; leaves a GPU as it is."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        yield
+        return
+    set_accelerator(WithStreams())
+    try:
+        with patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None):
+            yield
+    finally:
+        set_accelerator(accelerator)
 
 
 @contextlib.contextmanager
@@ -201,30 +212,30 @@ class _Waiting:
         _Waiting.counted[what] += 1
 
 
-class _Stream(_Waiting):
+class CpuStream(_Waiting):
     """A stream on a device that does everything at once."""
 
     def synchronize(self) -> None:
         self._waited("stream")
 
-    def wait_stream(self, other: _Stream) -> None:
+    def wait_stream(self, other: CpuStream) -> None:
         pass
 
-    def wait_event(self, event: _Event) -> None:
+    def wait_event(self, event: CpuEvent) -> None:
         pass
 
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
+    def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
+        return event or CpuEvent()
 
 
-class _Event(_Waiting):
+class CpuEvent(_Waiting):
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def record(self, stream: _Stream | None = None) -> None:
+    def record(self, stream: CpuStream | None = None) -> None:
         pass
 
-    def wait(self, stream: _Stream | None = None) -> None:
+    def wait(self, stream: CpuStream | None = None) -> None:
         pass
 
     def query(self) -> bool:
@@ -234,12 +245,12 @@ class _Event(_Waiting):
         self._waited("event")
 
 
-class _WithStreams(CPU_Accelerator, _Waiting):
+class WithStreams(CPU_Accelerator, _Waiting):
     """DeepSpeed's accelerator of the CPU, which says that it has streams and does not know when work is done."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._current = self._default = _Stream()
+        self._current = self._default = CpuStream()
 
     def is_synchronized_device(self) -> bool:
         return False
@@ -248,23 +259,23 @@ class _WithStreams(CPU_Accelerator, _Waiting):
         self._waited("device")
 
     @property
-    def Stream(self) -> type[_Stream]:
-        return _Stream
+    def Stream(self) -> type[CpuStream]:
+        return CpuStream
 
     @property
-    def Event(self) -> type[_Event]:
-        return _Event
+    def Event(self) -> type[CpuEvent]:
+        return CpuEvent
 
     @contextlib.contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
+    def stream(self, stream: CpuStream) -> Iterator[None]:
         before, self._current = self._current, stream
         try:
             yield
         finally:
             self._current = before
 
-    def current_stream(self, device_index: int | None = None) -> _Stream:
+    def current_stream(self, device_index: int | None = None) -> CpuStream:
         return self._current
 
-    def default_stream(self, device_index: int | None = None) -> _Stream:
+    def default_stream(self, device_index: int | None = None) -> CpuStream:
         return self._default

@@ -1,4 +1,4 @@
-"""Takes training steps with DeepSpeed ZeRO-2 around a model. The only importer of deepspeed.
+"""Takes training steps with DeepSpeed ZeRO-2 around a model. With zero.py the only importer of deepspeed that trains.
 
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
@@ -51,7 +51,7 @@ from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.training import compiling
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
-from crate_dist.training.zero import Zero2
+from crate_dist.training.zero import Guard, Zero2
 
 with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
     # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
@@ -69,6 +69,10 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 
 RANKS_REDUCED_TO = 32
 """The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+
+BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
+"""In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
+are computed, and each is still large enough for the network (CRATE-B's 6 MB in bf16)."""
 
 
 # DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
@@ -155,8 +159,7 @@ class Engine:
         one before, are not finite: the host learns of a step while the next one runs. The weights are in any case those
         of the step that it names. `check` tells at once.
         """
-        if self._dropout:
-            torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
+        self.seed_dropout(step)
         for group in self._zero.param_groups:
             group["lr"] = lr
         if not self.module.training:
@@ -167,12 +170,22 @@ class Engine:
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-        self._guard.note(step)
+        self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)
 
     def check(self) -> None:
         """Raises NotFinite on every rank when a step until now was not taken. Waits for the last one."""
-        self._guard.look()
+        self._raise_if(self._guard.look())
+
+    @staticmethod
+    def _raise_if(step: int | None) -> None:
+        if step is not None:
+            raise NotFinite("the gradients are not finite", step)
+
+    def seed_dropout(self, step: int) -> None:
+        """Has the step after `step` drop the same again, where a model drops at all."""
+        if self._dropout:
+            torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
     def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
@@ -275,43 +288,6 @@ class Engine:
             assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
 
 
-class Guard:
-    """Tells the host whether a step was not taken, without its waiting for the step that runs."""
-
-    def __init__(self, not_finite: torch.Tensor) -> None:
-        self._flag, self._noted = not_finite, list[tuple[int, torch.Tensor, Any]]()
-        accelerator = get_accelerator()
-        self._at_once = accelerator.is_synchronized_device()
-        # Pinned memory, which alone a device writes while the host goes on, and an event that lets the host sleep.
-        self._free = [
-            (accelerator.pin_memory(torch.zeros(())), None if self._at_once else accelerator.Event(blocking=True))
-            for _ in range(2)
-        ]
-
-    def note(self, step: int) -> None:
-        """Has the flag copied when the device comes to it, and looks at the one of the step before; or at once."""
-        memory, event = self._free.pop()
-        memory.copy_(self._flag, non_blocking=True)
-        if event is not None:
-            event.record()
-        self._noted.append((step, memory, event))
-        while len(self._noted) > (0 if self._at_once else 1):
-            self._look_at_the_first()
-
-    def look(self) -> None:
-        """Looks at the flags of all steps. Raises NotFinite."""
-        while self._noted:
-            self._look_at_the_first()
-
-    def _look_at_the_first(self) -> None:
-        step, memory, event = self._noted.pop(0)
-        if event is not None:
-            event.synchronize()
-        self._free.append((memory, event))
-        if memory.numpy() != 0:
-            raise NotFinite("the gradients are not finite", step)
-
-
 def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:
     return GroupLayout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
 
@@ -324,9 +300,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: 
 
 
 def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int, parameters: int) -> dict[str, Any]:
-    # Some eight buckets: the first gradients are on their way while the last are computed, and each is still large
-    # enough for the network (CRATE-B's 6 MB in bf16). DeepSpeed's own default would be one bucket of 1 GB.
-    bucket = max(parameters // 8, 1 << 20)
+    bucket = max(parameters // BUCKETS, SMALLEST_BUCKET)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

@@ -34,6 +34,7 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     first = step * source.share.accumulation
     looking = partial(watchdog.beat, f"looking for what is not finite in step {step + 1}", _PATIENCE)
     looking()
+    engine.seed_dropout(step)
     try:
         for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
             looking()

@@ -114,3 +114,24 @@ def test_a_scale_divides_the_gradients_as_clipping_does(name: Literal["lion", "a
         optimizer.step()
         states.append((weight.detach(), optimizer.state[weight]["exp_avg"]))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_a_step_that_found_what_is_not_finite_changes_nothing_and_one_that_did_not_everything(
+    name: Literal["lion", "adamw"],
+) -> None:
+    weight, plain = (torch.nn.Parameter(vectors(0)[0]) for _ in range(2))
+    optim = OptimSection(name=name, lr=1e-3, weight_decay=0.1)
+    guarded, free = (build_optimizer([{"params": [p], "weight_decay": 0.1}], optim) for p in (weight, plain))
+    for bad in (0.0, 1.0, 0.0):
+        before = [weight.detach().clone(), *(value.clone() for value in guarded.state[weight].values())]
+        guarded.found_inf = torch.tensor(bad)  # type: ignore[attr-defined]
+        weight.grad = vectors(1)[0] + (float("nan") if bad else 0.0)
+        guarded.step()
+        if bad:
+            assert all(map(torch.equal, before, [weight.detach(), *guarded.state[weight].values()]))
+        else:
+            plain.grad = vectors(1)[0]
+            free.step()
+            assert torch.equal(weight, plain)
+            assert all(map(torch.equal, guarded.state[weight].values(), free.state[plain].values()))
