@@ -37,6 +37,12 @@ ELSEWHERE = {
     "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
     "make setup": ("it installs", "Makefile"),
     "make demo": ("it trains for a minute", "launch/demo.py"),
+    "python -m crate_dist.doctor": ("it measures", "tests/doctor/test_doctor.py"),
+    "python -m crate_dist.doctor --full --budget 540 --json doctor.json": (
+        "minutes of training",
+        "tests/doctor/test_doctor.py",
+    ),
+    "srun python -m crate_dist.doctor --full --only between": ("needs SLURM", "tests/cluster/test_doctor.py"),
     "make test": ("it is what runs this", "Makefile"),
     "make lint": ("it looks at code, not at pages", "Makefile"),
     "python -m pytest tests/test_floors.py": ("a test", "tests/test_floors.py"),

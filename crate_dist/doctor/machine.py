@@ -35,7 +35,7 @@ def describe() -> dict[str, str]:
     lines = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "crate-dist": f"{crate_dist.__version__}{_commit()}",
-        "python": f"{platform.python_version()}, {' '.join(platform.libc_ver())}, {_compiler_version()}",
+        "Python": f"{platform.python_version()}, {' '.join(platform.libc_ver())}, {_compiler_version()}",
         "packages": ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name))),
         "CUDA": f"{torch_cuda() or 'none'} of torch's build, driver {driver_version() or 'none'}, {_nccl()}",
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}, {_processor()}",
@@ -45,7 +45,7 @@ def describe() -> dict[str, str]:
         "folders": f"here {disk_text(Path.cwd())}; temporary {disk_text(Path(os.environ.get('TMPDIR', '/tmp')))}",
     }
     for gpu in query_gpus():
-        facts = [gpu.get("name", "?"), f"{float(gpu.get('memory.total', 0)) / 1024:.0f} GiB"]
+        facts = [gpu.get("name", "?"), f"{gpu.get('memory.total', '?')} MiB"]
         names = {"compute_cap": "capability", "mig.mode.current": "MIG", "power.limit": "watts"}
         facts += [f"{names[key]} {gpu[key]}" for key in names if key in gpu]
         lines[f"GPU {gpu.get('index', '?')}"] = ", ".join(facts)

@@ -103,7 +103,7 @@ def _meet(setting: Setting) -> Iterator[Finding]:
         if shown is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = shown
     for process in processes:
-        process.join(max(0.1, min(_MEET_S, setting.left_s - 3)))
+        process.join(max(0.1, began + min(_MEET_S, setting.left_s - 3) - time.monotonic()))
     well = all(process.exitcode == 0 for process in processes)
     for process in processes:
         process.kill()

@@ -48,7 +48,7 @@ BETWEEN = Stage("between", 60, "several GPUs, or several nodes under srun: all-r
 STAGES = (
     QUICK,
     Stage("ceilings", 20, "what the device can do at most: copies, large products, the model's own products"),
-    Stage("end-to-end", 110, "a run from images to an evaluation: compiled, stopped, resumed, exported"),
+    Stage("end-to-end", 150, "a run from images to an evaluation: compiled, stopped, resumed, exported"),
     Stage("correct", 80, "logits and every gradient against fp64 on the CPU, in every precision and mode"),
     Stage("waits", 25, "how often and how long a step waits for the device, and the device for the step"),
     Stage("ranks", 30, "the step of one rank of many, over a process group that only pretends"),

@@ -81,7 +81,7 @@ def test_a_cpu_is_examined_whole_in_small(tmp_path: Path) -> None:
     assert found >= {
         *("packages", "two processes meet with gloo", "told to stop", "resumed at the step of the stop"),
         *("finished, weights exported", "curve across the restart", "white box", "accuracy by crate_dist.evaluate"),
-        *("a rank that is stopped", "the rank behind is named", "goes on after each, to the end", "slowest link"),
+        *("a rank that is stopped", "the rank behind is named", "goes on after each, to the end", "ranks"),
     }
     assert all(finding["name"] in table for one in stages.values() for finding in one["findings"])
     assert max(map(len, table.splitlines())) <= 100
