@@ -95,13 +95,9 @@ def synthetic(count: int, side: int, seed: int, device: torch.device) -> MicroBa
     return images.to(device), labels.to(device)
 
 
-def ours(recipe: Recipe, device: torch.device, micro_batch: int | None = None) -> Step:
-    """Returns the step of training.engine, with ZeRO-2 and all. micro_batch: of this rank, by default all.
-
-    Raises NotCompiled.
-    """
-    batch = micro_batch or recipe.train.global_batch
-    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, batch, 1)
+def ours(recipe: Recipe, device: torch.device) -> Step:
+    """Returns the step of training.engine, with ZeRO-2 and all. Raises NotCompiled."""
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, recipe.train.global_batch, 1)
     if recipe.train.compile is True and not is_compiled(engine.module):
         raise NotCompiled("torch.compile does not work here; the log says why")
     return lambda batch: engine.step(iter([batch]), recipe.optim.lr, 0)

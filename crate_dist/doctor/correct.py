@@ -20,8 +20,8 @@ from crate_dist.doctor.contestants import alone, is_compiled
 from crate_dist.doctor.exact import PLAIN, Case, compared, errors, new_case, of_engine, plainly
 from crate_dist.doctor.stage import Finding, Setting
 
-COMPILE_S = 60.0
-"""Seconds that must be left to begin a compile."""
+COMPILE_S, COMPILE_SMALL_S = 40.0, 150.0
+"""Seconds that must be left to begin a compile, on a GPU, and on a CPU by a C++ compiler."""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -43,13 +43,13 @@ def examine(setting: Setting) -> Iterator[Finding]:
 
 def passes(case: Case, setting: Setting, device: torch.device) -> Iterator[Finding]:
     """Compares logits and every gradient in each precision, eager and compiled, with and without recomputation."""
-    depth = case.model.config.depth
+    depth, needs_s = case.model.config.depth, COMPILE_SMALL_S if setting.small else COMPILE_S
     plain: dict[str, dict[str, float]] = {}
     for compiled, precision, recompute in itertools.product((False, True), PLAIN, (0, depth)):
         name = ", ".join([precision, "compiled" if compiled else "eager", *(["recomputed"] if recompute else [])])
         name = f"logits and gradients, {name}"
-        if compiled and (setting.left_s < COMPILE_S or (device.type == "cpu" and not shutil.which("g++"))):
-            yield Finding(name, "left out", note="no g++ here" if setting.left_s > COMPILE_S else "no time left")
+        if compiled and (setting.left_s < needs_s or (device.type == "cpu" and not shutil.which("g++"))):
+            yield Finding(name, "left out", note="no g++ here" if setting.left_s > needs_s else "no time left")
             continue
         if compiled and setting.small and (precision, recompute) != ("fp32", depth):
             continue  # a minute each on a CPU

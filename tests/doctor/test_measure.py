@@ -97,7 +97,7 @@ def test_a_cpu_compiles_only_where_there_is_time(tmp_path: Path) -> None:
 def without_compiling() -> None:
     from crate_dist.doctor import correct
 
-    correct.COMPILE_S = float("inf")  # the stage compile and the tests of compiling do
+    correct.COMPILE_SMALL_S = float("inf")  # the stage compile and the tests of compiling do
 
 
 def test_what_is_right_is_found_right_in_every_precision(tmp_path: Path) -> None:
