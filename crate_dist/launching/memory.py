@@ -46,11 +46,18 @@ def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     dims, size = ARCHS[recipe.model.arch], _bytes(recipe)
     in_hand = IN_HAND + (_kept_per_layer(recipe, micro_batch) if recipe.train.recompute else 0)
     passing = kept_bytes(recipe, micro_batch) + in_hand * micro_batch * _tokens(recipe) * dims.dim * size
-    # Weights, gradients in two buckets of an eighth; of the rank's part the gradients, and in fp32 these again, the
-    # master weights and what the optimizer keeps.
-    part = size + 4 + 4 + 4 * _states(recipe.optim)
-    state = parameters(recipe) * (size + 2 * size / 8 + part / world_size)
-    return round(passing + state)
+    arriving = parameters(recipe) * size / 8  # gradients of the bucket that the backward pass fills
+    return round(passing + arriving + state_bytes(recipe, world_size))
+
+
+def state_bytes(recipe: Recipe, world_size: int) -> float:
+    """Counts the bytes that a rank holds from one step to the next.
+
+    All weights, and a flat vector of all gradients; of this rank's part, in fp32, the summed gradients, the master
+    weights and what the optimizer keeps.
+    """
+    part = 4 + 4 + 4 * _states(recipe.optim)
+    return parameters(recipe) * (2 * _bytes(recipe) + part / world_size)
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from crate_dist.config import Recipe, load_recipe
-from crate_dist.launching.memory import advice, kept_bytes, largest_micro_batch, parameters, step_bytes
+from crate_dist.doctor.fake_cluster import fake_cluster
+from crate_dist.launching.memory import advice, kept_bytes, largest_micro_batch, parameters, state_bytes, step_bytes
 from crate_dist.models.build import build_model
 from crate_dist.models.sizes import ARCHS
+from crate_dist.training.engine import Engine
 
 
 def recipe(arch: str = "crate_tiny", *overrides: str) -> Recipe:
@@ -46,6 +50,23 @@ def test_what_autograd_keeps_is_what_was_foretold(again: int, count: int) -> Non
         logits = model(images)
     assert logits.requires_grad
     assert kept_bytes(settings, count) == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    storages = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+def test_what_one_rank_of_eight_holds_between_steps_was_foretold(precision: str, optimizer: str) -> None:
+    settings = recipe("crate_tiny", f"train.precision={precision}", f"optim.name={optimizer}", "train.global_batch=8")
+    before = bytes_of_tensors()
+    with fake_cluster(8):
+        engine = Engine(build_model(settings.model, 1000, seed=0), settings, torch.device("cpu"), 1, 1)
+        engine.step(iter([(torch.randint(256, (1, 224, 224, 3), dtype=torch.uint8), torch.zeros(1).long())]), 1e-3, 0)
+        assert state_bytes(settings, 8) == pytest.approx(bytes_of_tensors() - before, rel=0.02)
 
 
 def test_recomputing_needs_less_and_what_fits_is_proposed() -> None:
