@@ -58,6 +58,7 @@ def alone(setting: Setting | None = None) -> Iterator[torch.device]:
 def prepare(setting: Setting | None = None) -> None:
     """Chooses kernels as training does; the stages of one examination find what another one of it has compiled."""
     choose_kernels()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
     if setting is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled(setting)))
 

@@ -122,8 +122,9 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
         _check_tools(device)
         import torch._inductor.config
 
-        # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
-        torch._inductor.config.compile_threads = 1
+        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
+            torch._inductor.config.compile_threads = 1
         with _limited(LIMIT_S):
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type
