@@ -8,10 +8,12 @@
    model, one flat fp32 gradient, one norm and one Lion. CPU seconds, not those of the clock.
 3. The model, for nodes of GPUs. Forward is a third of the compute, and backward takes as long for one layer as for
    another. A bucket's reduction starts when its first layer has its gradients and the reduction before is through;
-   what is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A ring moves
-   (n - 1) / n of a vector per phase, at the rate of its slowest link. A message costs --latency-us for each node of a
-   ring, and for each level of an all-reduce's tree. DDP, for comparison, is given the same buckets, in fp32. That what
-   is hidden slows the products beside it down is left out. A step takes no less than --host-ms.
+   what is left of the last one after the backward pass is not hidden, nor is the gathering of the weights. A vector
+   goes round in as many rings as a node has GPUs, each leaving it by the network card of another one, as NCCL lays
+   them. Together they move (n - 1) / n of it per phase, at the rate of a node's links or of its cards, whichever is
+   less: give a smaller --between-gb-s where GPUs share a card. A message costs --latency-us for each node of a ring,
+   and for each level of an all-reduce's tree. DDP, for comparison, is given the same buckets, in fp32. That what is
+   hidden slows the products beside it down is left out. A step takes no less than --host-ms.
 
 --step-ms is one GPU's step without communication, as benchmarks/step.py measures it; without it the counted work at
 --mfu of --peak-tflops stands in. --model-only leaves the first two away.
@@ -280,8 +282,9 @@ def reductions_s(
 
 
 def ring_s(given: argparse.Namespace, size: int, nodes: int, messages: int = 1) -> float:
-    """Returns the seconds in which a ring passes a vector of `size` bytes once, in so many messages."""
-    gpus, slowest = nodes * given.gpus_per_node, given.between_gb_s if nodes > 1 else given.inside_gb_s
+    """Returns the seconds in which rings pass a vector of `size` bytes once, in so many messages."""
+    gpus, cards = nodes * given.gpus_per_node, given.gpus_per_node * given.between_gb_s
+    slowest = min(given.inside_gb_s, cards) if nodes > 1 else given.inside_gb_s
     return size * (gpus - 1) / gpus / (slowest * 1e9) + messages * given.latency_us * 1e-6 * nodes
 
 

@@ -67,8 +67,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 
 
-RANKS_REDUCED_TO = 32
-"""The most ranks at which each gradient is reduced to its owner; CRATE-B's messages are then 1.4 MB at the least."""
+RANKS_REDUCED_TO = 16
+"""The most ranks at which each gradient is reduced to its owner. In larger jobs that would be many small messages, and
+take longer than sending twice as much in few, by the model of benchmarks/scaling.py."""
 
 BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
 """In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
