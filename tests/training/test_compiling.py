@@ -18,7 +18,9 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
+from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
+from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -244,3 +246,27 @@ def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) ->
         assert off.abs().max() < 0.1
         assert off[0].abs() > 1e-5, "no product was bf16: fp32, compiled, is some 1e-6 off at the first step"
         assert all(abs(quarter.mean()) < 0.05 for quarter in off.chunk(4))
+
+
+def kept(world: World, device: torch.device, cache: Path, folder: Path) -> tuple[bool, int]:
+    """Whether something was loaded, and how many graphs torch then found compiled."""
+    import os
+
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "home")
+    compiled = CompiledCache(folder, world, device)
+    keep_in(cache)
+    loaded = compiled.load()
+    weight = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: (x * weight).relu().sum())(torch.ones(4, 8)).backward()
+    compiled.save(ALONE)
+    return loaded, torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def test_a_restart_elsewhere_finds_what_was_compiled_unless_another_user_signed_it(tmp_path: Path) -> None:
+    assert spawn(kept, 1, tmp_path / "one", tmp_path) == [(False, 0)]
+    [file] = (path for path in tmp_path.iterdir() if path.is_file())
+    assert spawn(kept, 1, tmp_path / "another", tmp_path) == [(True, 1)]
+    content = file.read_bytes()
+    file.write_bytes(bytes(32) + content[32:])
+    assert not CompiledCache(tmp_path, World(0, 1, 0, 1, "127.0.0.1", 29500, "alone"), torch.device("cpu")).load()
