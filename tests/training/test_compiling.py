@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,14 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
+from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
-from tests.ranks import spawn
+from tests.ranks import REPOSITORY, spawn
 from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
 pytestmark = [
@@ -45,8 +50,6 @@ def with_train(**train: Any) -> Recipe:
 
 
 def keep_in(cache: Path) -> None:
-    import os
-
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 
 
@@ -250,8 +253,6 @@ def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) ->
 
 def kept(world: World, device: torch.device, cache: Path, folder: Path) -> tuple[bool, int]:
     """Whether something was loaded, and how many graphs torch then found compiled."""
-    import os
-
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     os.environ["XDG_CACHE_HOME"] = str(folder / "home")
     compiled = CompiledCache(folder, world, device)
@@ -270,3 +271,41 @@ def test_a_restart_elsewhere_finds_what_was_compiled_unless_another_user_signed_
     content = file.read_bytes()
     file.write_bytes(bytes(32) + content[32:])
     assert not CompiledCache(tmp_path, World(0, 1, 0, 1, "127.0.0.1", 29500, "alone"), torch.device("cpu")).load()
+
+
+WHOLE_RUN = """
+import sys, torch
+from crate_dist.train import main
+from crate_dist.training import compiling
+
+compile_model = compiling.compile_model
+
+def compile_once(*arguments):
+    done = compile_model(*arguments)
+    torch.compiler.set_stance("fail_on_recompile")
+    return done
+
+if __name__ == "__main__":
+    compiling.compile_model = compile_once
+    status = main(sys.argv[1:])
+    print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
+    sys.exit(status)
+"""
+
+
+def test_a_whole_run_compiles_nothing_after_its_start(tmp_path: Path, cast_shards: Path, small_recipe: Path) -> None:
+    (tmp_path / "run.py").write_text(WHOLE_RUN)
+    settings = ["train.compile=true", "train.max_steps=4", "log.eval_every_epochs=1", "log.whitebox_every_steps=2"]
+    arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "run.py", *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "6 graphs" in ended.stdout
+    log = RunFolder(tmp_path / "run").log_file(0).read_text()
+    assert "compiled the model in" in log
+    written = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]
+    assert {"val/top1", "whitebox/zeros", "train/loss"} <= {key for line in written for key in line}
+    assert [path.name for path in (tmp_path / "run" / "compiled").iterdir()] == ["cpu-0.signed"]
