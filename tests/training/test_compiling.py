@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,22 @@ def test_a_restart_elsewhere_finds_what_was_compiled_unless_another_user_signed_
     content = file.read_bytes()
     file.write_bytes(bytes(32) + content[32:])
     assert not CompiledCache(tmp_path, World(0, 1, 0, 1, "127.0.0.1", 29500, "alone"), torch.device("cpu")).load()
+
+
+def test_what_a_machine_lacks_is_said_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(compiling.CannotCompile, match="no gcc and no clang"):
+        compiling._check_tools(torch.device("cuda"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(compiling.CannotCompile, match=r"no Python\.h in /nonexistent"):
+        compiling._check_tools(torch.device("cpu"))
+
+
+def test_compiling_ends_at_its_limit() -> None:
+    with pytest.raises(compiling.CannotCompile, match="not compiled within 0 s"), compiling._limited(0.01):
+        subprocess.run(["sleep", "60"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 WHOLE_RUN = """
