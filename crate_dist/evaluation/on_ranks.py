@@ -28,6 +28,7 @@ from crate_dist.distributed import gather_objects, init_distributed, leave_distr
 from crate_dist.errors import UserError
 from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
+from crate_dist.models.kernels import choose_kernels
 from crate_dist.world import World, detect_world
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Frozen:
         """Brings the model to the device in the precision that was asked for."""
         precision = arguments.precision or trained.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        choose_kernels()
         trained.model.set_execution(autocast=precision == "autocast", images=arguments.batch)
         return cls(
             trained.model.to(device, dtype).eval().requires_grad_(False),

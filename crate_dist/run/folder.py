@@ -9,6 +9,7 @@ tensorboard/         event files
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
+compiled/            what torch.compile made, a file for each GPU of a node; see training/compiled_cache.py
 lock/                the job that works here now; see run/lock.py
 failed-start-…/      files of starts that never made a step, left by a start with another recipe
 logs/                rank-00000.log …, one per rank
@@ -46,6 +47,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"
+        self.compiled = path / "compiled"
         self.lock = path / "lock"
         self.logs = path / "logs"
         self.slurm = path / "slurm"

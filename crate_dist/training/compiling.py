@@ -128,6 +128,7 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
         with _limited(LIMIT_S):
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type
+        error = getattr(error, "inner_exception", error)  # torch says what a compiler raised in later lines
         first = next(iter(str(error).strip().splitlines()), "")
         problem = first if isinstance(error, CannotCompile) else f"{type(error).__name__}: {first}"
     return next((said for said in gather_objects(problem) if said), "")

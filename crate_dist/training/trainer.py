@@ -29,6 +29,8 @@ from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
+from crate_dist.training import compiling
+from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.engine import Engine, MicroBatch, NotFinite
 from crate_dist.training.finite import post_mortem
 from crate_dist.training.interrupt import Interrupt
@@ -97,7 +99,11 @@ class Trainer:
             if world.is_main:
                 tenure.check()
                 folder.record.note_origin(asdict(origin))
+        compiled = CompiledCache(folder.compiled, world, device)
+        if compiling.should_compile(recipe.train.compile, device):
+            compiled.load()
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)
+        compiled.save(tenure)
         if found:
             self.engine.load(found)
             logger.info("resumed from %s", found.path)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +24,14 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
+from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
-from tests.ranks import spawn
+from tests.ranks import REPOSITORY, spawn
 from tests.training.test_engine import GLOBAL_BATCH, GOLDEN, batch_of, make_engine, recipe, take_steps
 
 pytestmark = [
@@ -43,8 +52,6 @@ def with_train(**train: Any) -> Recipe:
 
 
 def keep_in(cache: Path) -> None:
-    import os
-
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 
 
@@ -244,3 +251,79 @@ def test_the_compiled_bf16_step_learns_what_the_exact_one_learns(cache: Path) ->
         assert off.abs().max() < 0.1
         assert off[0].abs() > 1e-5, "no product was bf16: fp32, compiled, is some 1e-6 off at the first step"
         assert all(abs(quarter.mean()) < 0.05 for quarter in off.chunk(4))
+
+
+def kept(world: World, device: torch.device, cache: Path, folder: Path) -> tuple[bool, int]:
+    """Whether something was loaded, and how many graphs torch then found compiled."""
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "home")
+    compiled = CompiledCache(folder, world, device)
+    keep_in(cache)
+    loaded = compiled.load()
+    weight = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: (x * weight).relu().sum())(torch.ones(4, 8)).backward()
+    compiled.save(ALONE)
+    return loaded, torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def test_a_restart_elsewhere_finds_what_was_compiled_unless_another_user_signed_it(tmp_path: Path) -> None:
+    assert spawn(kept, 1, tmp_path / "one", tmp_path) == [(False, 0)]
+    [file] = (path for path in tmp_path.iterdir() if path.is_file())
+    assert spawn(kept, 1, tmp_path / "another", tmp_path) == [(True, 1)]
+    content = file.read_bytes()
+    file.write_bytes(bytes(32) + content[32:])
+    assert not CompiledCache(tmp_path, World(0, 1, 0, 1, "127.0.0.1", 29500, "alone"), torch.device("cpu")).load()
+
+
+def test_what_a_machine_lacks_is_said_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(compiling.CannotCompile, match="no gcc and no clang"):
+        compiling._check_tools(torch.device("cuda"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(compiling.CannotCompile, match=r"no Python\.h in /nonexistent"):
+        compiling._check_tools(torch.device("cpu"))
+
+
+def test_compiling_ends_at_its_limit() -> None:
+    with pytest.raises(compiling.CannotCompile, match="not compiled within 0 s"), compiling._limited(0.01):
+        subprocess.run(["sleep", "60"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+WHOLE_RUN = """
+import sys, torch
+from crate_dist.train import main
+from crate_dist.training import compiling
+
+compile_model = compiling.compile_model
+
+def compile_once(*arguments):
+    done = compile_model(*arguments)
+    torch.compiler.set_stance("fail_on_recompile")
+    return done
+
+if __name__ == "__main__":
+    compiling.compile_model = compile_once
+    status = main(sys.argv[1:])
+    print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
+    sys.exit(status)
+"""
+
+
+def test_a_whole_run_compiles_nothing_after_its_start(tmp_path: Path, cast_shards: Path, small_recipe: Path) -> None:
+    (tmp_path / "run.py").write_text(WHOLE_RUN)
+    settings = ["train.compile=true", "train.max_steps=4", "log.eval_every_epochs=1", "log.whitebox_every_steps=2"]
+    arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "run.py", *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "6 graphs" in ended.stdout
+    log = RunFolder(tmp_path / "run").log_file(0).read_text()
+    assert "compiled the model in" in log
+    written = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]
+    assert {"val/top1", "whitebox/zeros", "train/loss"} <= {key for line in written for key in line}
+    assert [path.name for path in (tmp_path / "run" / "compiled").iterdir()] == ["cpu-0.signed"]
