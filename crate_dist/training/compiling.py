@@ -86,6 +86,7 @@ def compile_model(model: CRATE, passes: Callable[[], object], device: torch.devi
 def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
     """Compiles the optimizer's update and tries it on each of its vectors, which stay as they are. A collective."""
 
+    @torch.no_grad()  # as the optimizer calls it: in another mode, or on other tensors, it would be compiled again
     def compile_and_try() -> None:
         optimizer.compile()
         optimizer.found_inf = torch.ones((), device=device)
@@ -93,7 +94,7 @@ def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 gradient, momentum = torch.zeros_like(p.data), torch.zeros_like(p.data)
-                optimizer.update_fn(p.data, gradient, momentum, 0.0, group["weight_decay"], *group["betas"])
+                optimizer.update_fn(p, gradient, momentum, 0.0, group["weight_decay"], *group["betas"])
 
     eager = optimizer.update_fn
     problem = _on_all_ranks(compile_and_try, device)
@@ -120,11 +121,15 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
     problem = ""
     try:
         _check_tools(device)
+        import torch._functorch.config
         import torch._inductor.config
 
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
             torch._inductor.config.compile_threads = 1
+        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+            # With the forward pass: a GPU's backward pass runs in a thread of autograd's, where no limit is heard.
+            torch._functorch.config.force_non_lazy_backward_lowering = True
         with _limited(LIMIT_S):
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type

@@ -6,8 +6,9 @@ inside and round once. When it says "autocast": weights, tokens and gradients ar
 them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
 between the master weights and the model, which at small learning rates is felt.
 
-In both the loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their norm, the master
-weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
+In both the loss is computed from fp32 logits. The mean of the gradients over the ranks is taken in their own precision,
+their sum over micro-batches in fp32; their norm, the master weights and the optimizer's state are fp32, the latter two
+partitioned over the ranks.
 
 Saving and loading go through the room checkpoint and not through DeepSpeed, whose own checkpoints belong to one
 world size.

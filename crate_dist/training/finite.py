@@ -47,6 +47,8 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
                 break
     except (OSError, UserError) as error:  # the others wait for what this rank has found
         place = f"not known where, since its batch cannot be read again ({error})"
+    except torch.OutOfMemoryError:  # this pass is eager, and holds all gradients at a time
+        place = "not known where, for want of memory to compute it again; a smaller train.micro_batch leaves some"
     every = gather_objects((place, keys))
     found = "; ".join(f"rank {rank}: {place}" for rank, (place, _) in enumerate(every) if place)
     keys = [key for _, keys in every for key in keys]

@@ -146,7 +146,8 @@ class Zero2(DeepSpeedZeroOptimizer):
             here.wait_event(bucket.was_read)
         if len(ready) < len(bucket.parameters):  # a parameter that this loss does not depend on
             bucket.gradient.zero_()
-        torch._foreach_copy_([view for view, _ in ready], [gradient for _, gradient in ready])
+        if ready:
+            torch._foreach_copy_([view for view, _ in ready], [gradient for _, gradient in ready])
         for parameter in bucket.parameters:
             parameter.grad = None
         if self.overlap_comm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -265,3 +266,36 @@ def test_a_run_on_a_device_with_streams_names_the_step_that_was_not_finite_one_s
     assert done.returncode == 1
     assert "step 2, not finite: rank 0: the output of" in done.stderr
     assert "train-00000" in done.stderr
+
+
+STEP_S = 1.0
+SLOW = f"""
+import sys, time
+from unittest.mock import patch
+from crate_dist import train
+from crate_dist.doctor import fake_cluster as fake
+
+class SlowEvent(fake.CpuEvent):
+    through = 0.0
+
+    def record(self, stream=None):
+        SlowEvent.through = self.done = max(SlowEvent.through, time.monotonic()) + {STEP_S}
+
+    def synchronize(self):
+        time.sleep(max(0.0, self.done - time.monotonic()))
+
+with patch.object(fake.WithStreams, "Event", SlowEvent), fake.streams():
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_speed_that_is_reported_is_the_devices_and_not_the_hosts(cast_shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL_RECIPE)
+    arguments = ["--config", recipe, "--data", cast_shards, "--run-dir", tmp_path / "run", "--set", "log.every_steps=1"]
+    arguments += ["--set", "train.max_steps=3", "--set", "train.global_batch=20"]
+    subprocess.run([sys.executable, "-c", SLOW, *map(str, arguments)], cwd=REPOSITORY, check=True, timeout=120)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["speed/images_per_s"] for line in lines if "speed/images_per_s" in line]
+    assert len(rates) == 3
+    assert max(rates) < 1.05 * 20 / STEP_S
