@@ -121,15 +121,11 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
     problem = ""
     try:
         _check_tools(device)
-        import torch._functorch.config
         import torch._inductor.config
 
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
             torch._inductor.config.compile_threads = 1
-        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
-            # With the forward pass: a GPU's backward pass runs in a thread of autograd's, where no limit is heard.
-            torch._functorch.config.force_non_lazy_backward_lowering = True
         with _limited(LIMIT_S):
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type

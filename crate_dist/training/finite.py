@@ -55,10 +55,10 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     listed = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
     return NotFinite(
         f"step {step + 1}, not finite: "
-        f"{found or 'the gradients, though those of each rank are when computed again'}. "
+        f"{found or 'the gradients or their norm, though the gradients of each rank are when computed again'}. "
         f"The step was not taken and the checkpoints are intact. "
-        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
-        f"Samples: {listed}"
+        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help."
+        + (f" Samples: {listed}" if listed else "")
     )
 
 

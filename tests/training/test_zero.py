@@ -19,7 +19,7 @@ from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import fake_cluster as fake
 from crate_dist.doctor.fake_cluster import counted, fake_cluster
 from crate_dist.models.build import build_model
-from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.engine import Engine, NotFinite, WeightsNotFinite
 from crate_dist.world import World
 from tests.conftest import SMALL_RECIPE
 from tests.ranks import REPOSITORY, spawn
@@ -299,3 +299,26 @@ def test_the_speed_that_is_reported_is_the_devices_and_not_the_hosts(cast_shards
     rates = [line["speed/images_per_s"] for line in lines if "speed/images_per_s" in line]
     assert len(rates) == 3
     assert max(rates) < 1.05 * 20 / STEP_S
+
+
+def test_weights_that_a_step_has_made_no_numbers_are_found_before_anything_is_made_of_them() -> None:
+    with fake_cluster(8):
+        engine = engine_on(recipe_for(8))
+        engine.step(batches(0), 1e-4, 0)
+        engine._partitions[0].data[5] = torch.nan
+        for use in (Engine.check, Engine.state):
+            with pytest.raises(WeightsNotFinite, match=r"optim\.eps"):
+                use(engine)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradients_are() -> None:
+    with fake_cluster(8):
+        engine = engine_on(recipe_for(8))
+        engine.step(batches(0), 1e-3, 0)
+        before, loss = copies(engine), engine.loss
+        with patch.object(engine, "loss", lambda *given: loss(*given) + torch.inf):
+            engine.step(batches(1), 1e-3, 1)
+        with pytest.raises(NotFinite) as raised:
+            engine.check()
+        assert raised.value.step == 1
+        assert equal(copies(engine), before)
