@@ -126,7 +126,7 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
             torch._inductor.config.compile_threads = 1
-        with _limited(LIMIT_S):
+        with _limited(LIMIT_S), _backward_at_once():
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type
         error = getattr(error, "inner_exception", error)  # torch says what a compiler raised in later lines
@@ -142,6 +142,21 @@ def _check_tools(device: torch.device) -> None:
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").is_file():
         raise CannotCompile(f"there is no Python.h in {headers}: the headers of Python are not installed")
+
+
+def _backward_at_once() -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which the backward pass is compiled with the forward pass, in the thread that has a limit.
+
+    torch would compile it when it is first called, on a GPU in a thread of autograd's, while this one waits for it and
+    hears no signal.
+    """
+    import torch._functorch.config as config
+
+    setting = "force_non_lazy_backward_lowering"
+    patched: contextlib.AbstractContextManager[object] = (
+        config.patch(setting, True) if hasattr(config, setting) else contextlib.nullcontext()
+    )
+    return patched
 
 
 @contextlib.contextmanager
