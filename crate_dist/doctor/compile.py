@@ -13,6 +13,7 @@ import torch
 from crate_dist.config import Recipe
 from crate_dist.doctor.contestants import CLASSES, SMALL, alone, is_cold, is_compiled, recipe_for, synthetic
 from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.launching.ranks import ending_with_parent
 from crate_dist.models.build import build_model
 from crate_dist.training.engine import Engine
 
@@ -39,7 +40,7 @@ def examine(setting: Setting) -> Iterator[Finding]:
     recipe = recipe_for("crate_base", batch, precision, True, SMALL if setting.small else ())
     with alone(setting) as device:
         if is_cold(setting, recipe):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), ending_with_parent()) as pool:
                 yield ready(recipe, "cold", pool.submit(seconds, recipe, setting).result())
         engine, taken = made(recipe, device)
         yield ready(recipe, "warm", taken if is_compiled(engine.module) else None)

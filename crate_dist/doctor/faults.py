@@ -81,7 +81,7 @@ def _kill(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     yield Finding("a rank that is killed", f"status {status}", expected="ends the run", passed=bool(status))
     trial.start(*settings)
     finished = trial.wait() == 0
-    resumed = [int(step) for step in re.findall(r"resumed from \S*step-0*(\d+)", trial.output())]
+    resumed = [int(step) for step in re.findall(r"resumed from .*step-0*(\d+)", trial.output())]
     whole = [step for step, _ in trial.metrics("train/loss")] == list(range(1, 31))
     yield Finding(
         "goes on after each, to the end",

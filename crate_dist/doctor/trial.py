@@ -14,7 +14,7 @@ from typing import Any
 from crate_dist.doctor.machine import CLONE
 from crate_dist.doctor.stage import Setting
 from crate_dist.files import whole_lines
-from crate_dist.launching.ranks import visible_gpus
+from crate_dist.launching.ranks import ending_with_parent, visible_gpus
 from crate_dist.run.folder import RunFolder
 
 LOCAL = CLONE / "launch" / "local.py"
@@ -82,6 +82,7 @@ class Trial:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=ending_with_parent(),
             )
 
     def until_step(self, step: int) -> bool:

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 LIMIT_S = 900.0
 """What compiling may take; seconds. It takes one or two minutes where nothing is cached."""
 
+COMPILED = "compiled the model in %.1f s"
+"""What the log says of it, at each start."""
+
 _SAY_EVERY_S = 60.0
 _METHODS = "embed", "classify"
 
@@ -79,7 +82,7 @@ def compile_model(model: CRATE, passes: Callable[[], object], device: torch.devi
             vars(model).pop(name, None)
         logger.warning("torch.compile does not work here, training goes on without it (%s)", problem)
         return False
-    logger.info("compiled the model in %.1f s", time.monotonic() - began)
+    logger.info(COMPILED, time.monotonic() - began)
     return True
 
 
