@@ -14,6 +14,12 @@ KEPT_PER_LAYER = 6
 """Tensors of the tokens' size: input, normalised input, projections, attention's output, its sum with the input, that
 normalised. In two products, ISTA's residual is one more; in one, its matrix, of the weights' size."""
 
+RESIDUALS = 2
+"""Of these, those that autocast leaves in fp32: a layer's input, and its sum with attention's output."""
+
+ROUNDED = 4
+"""Copies in bf16 of a layer's matrices that autocast makes and keeps: of ISTA's dictionary, two."""
+
 IN_HAND = 6
 """Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
 
@@ -33,12 +39,19 @@ def parameters(recipe: Recipe, classes: int = 1000) -> int:
 def kept_bytes(recipe: Recipe, images: int) -> int:
     """Counts the bytes that autograd keeps of `images` images from the forward pass to the backward pass."""
     dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe) * images, _bytes(recipe)
-    per_layer = _kept_per_layer(recipe, images) * tokens * dims.dim * size + (4 + dims.heads) * tokens * 4
+    of_products = 4 if recipe.train.precision == "fp32" else 2
+    values, matrix = tokens * dims.dim, dims.dim**2 * of_products
+    per_layer = values * (RESIDUALS * size + (_kept_per_layer(recipe, images) - RESIDUALS) * of_products)
+    per_layer += (4 + dims.heads) * tokens * 4
     if ista_in_one_product(tokens, dims.dim):
-        per_layer += dims.dim**2 * size
+        per_layer += matrix
+    patch, classes = _patch_values(recipe), recipe.model.num_classes or 1000
+    embedding = (tokens - images) * (patch * (size + of_products) + dims.dim * of_products)
+    if recipe.train.precision == "autocast":
+        per_layer += ROUNDED * matrix
+        embedding += (patch + classes) * dims.dim * of_products  # the matrices of embedding and head
     again = min(recipe.train.recompute, dims.depth)
-    embedding = (tokens - images) * (2 * _patch_values(recipe) + dims.dim) * size
-    return (dims.depth - again) * per_layer + again * tokens * dims.dim * size + embedding
+    return (dims.depth - again) * per_layer + again * values * size + embedding
 
 
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:

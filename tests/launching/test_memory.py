@@ -29,13 +29,15 @@ def test_the_parameters_are_counted_without_torch_as_torch_has_them(arch: str) -
     assert parameters(recipe(arch)) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize(
     ("again", "count"), [(0, 4), (5, 4), (12, 4), (0, 16), (5, 16)]
 )  # ISTA in two products; in one
-def test_what_autograd_keeps_is_what_was_foretold(again: int, count: int) -> None:
-    settings = recipe("crate_tiny", "model.image_size=112", f"train.recompute={again}")
-    model = build_model(settings.model, 1000, seed=0)
-    model.set_execution(recompute=again, images=count)
+def test_what_autograd_keeps_is_what_was_foretold(again: int, count: int, precision: str) -> None:
+    settings = recipe("crate_tiny", "model.image_size=112", f"train.recompute={again}", f"train.precision={precision}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = build_model(settings.model, 1000, seed=0).to(dtype)
+    model.set_execution(recompute=again, autocast=precision == "autocast", images=count)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -45,7 +47,7 @@ def test_what_autograd_keeps_is_what_was_foretold(again: int, count: int) -> Non
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.randn(count, 3, 112, 112)
+    images = torch.randn(count, 3, 112, 112, dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = model(images)
     assert logits.requires_grad
