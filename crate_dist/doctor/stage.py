@@ -50,6 +50,11 @@ class Setting:
     ends_at: float
     reference: Path | None = None
 
+    def left_out(self, name: str, what_for: str = "") -> Finding:
+        """Returns the finding of what this stage has had no time for: nothing wrong was seen."""
+        note = "its time was over; --only with this stage alone, or a larger --budget, gives it more"
+        return Finding(name, "left out", note=f"{what_for}: {note}" if what_for else note)
+
     @property
     def left_s(self) -> float:
         """The seconds that are left to this stage."""
