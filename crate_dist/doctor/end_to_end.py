@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from crate_dist.doctor.shards import make_shards
-from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.trial import LOCAL, Trial
 from crate_dist.launching.ranks import ending_with_parent
 from crate_dist.run.exit_status import STOPPED
@@ -100,7 +100,10 @@ def _curves(trial: Trial) -> Iterator[Finding]:
         yield Finding("model compiled", ", ".join(said) or "no", "s", "in each start", len(said) >= 2, note)
     speeds = [speed for step, speed in trial.metrics("speed/images_per_s") if step > _STOP_AT]
     waits = [share for step, share in trial.metrics("speed/data_wait_fraction") if step > _STOP_AT]
-    yield Finding("speed, with all that is measured", median(speeds), "images/s", facts={"ranks": trial.ranks})
+    note = SMALL_NOTE if trial.setting.small else ""
+    yield Finding(
+        "speed, with all that is measured", median(speeds), "images/s", "", None, note, {"ranks": trial.ranks}
+    )
     yield Finding("share of waiting for data", 100 * median(waits), "%")
 
 

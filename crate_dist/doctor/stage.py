@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SMALL_NOTE = "small sizes, on a CPU: means nothing for a GPU"
+
 
 @dataclass(frozen=True)
 class Finding:
