@@ -92,20 +92,16 @@ def c_compiler(needed: bool) -> Finding:
 
 
 def host_name() -> Finding:
-    """Looks whether this node's name means an address that other nodes reach, as gloo takes it to."""
+    """Looks what this node's name means here; nodes of a job find each other by the names that SLURM has for them."""
     name = socket.gethostname()
     try:
         found = {info[4][0] for info in socket.getaddrinfo(name, None)}
     except OSError:
-        note = "gloo cannot find this node's own address: name it in /etc/hosts, or set GLOO_SOCKET_IFNAME"
-        return Finding("host name", "does not resolve", "", "an address", passed=_interface_is_set(), note=note)
+        note = "a job on this node alone needs none; on several, each has to resolve the name of the first"
+        return Finding("host name", "does not resolve", note=note)
     loopback = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-    note = (
-        "other nodes cannot reach it there: if a job on several nodes cannot start, set GLOO_SOCKET_IFNAME and "
-        "NCCL_SOCKET_IFNAME to the interface that leads to them"
-    )
-    value = "a loopback address" if loopback else "an address of the network"
-    return Finding("host name", value, passed=None if loopback else True, note=note if loopback else "")
+    value = "a loopback address, which gloo and NCCL pass over" if loopback else "an address of the network"
+    return Finding("host name", value, passed=True)
 
 
 def clock(folder: Path) -> Finding:
@@ -120,7 +116,3 @@ def clock(folder: Path) -> Finding:
     well = abs(skew) < _CLOCK_S and time.time() > 1.7e9
     note = "the node or the file server has a wrong clock: have it set (chrony, ntp); records of runs would lie"
     return Finding("clock, to that of the file system", skew, "s", f"within {_CLOCK_S:g} s", well, "" if well else note)
-
-
-def _interface_is_set() -> bool:
-    return bool(os.environ.get("GLOO_SOCKET_IFNAME"))

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from crate_dist.distributed import exit_at_once
-from crate_dist.doctor.stage import Setting
+from crate_dist.doctor.nvidia import driver_version
+from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.start import unusable_device
 from crate_dist.files import AppendedFile
 
 
@@ -29,9 +31,22 @@ def main() -> int:
     reference = order["reference"] and Path(order["reference"])
     setting = Setting(device, device == "cpu", scratch, order["ends_at"], reference)
     findings = AppendedFile(Path(order["findings"]))
+    if device == "cuda" and (problem := _without_gpu()):
+        findings.append(json.dumps(asdict(problem)).encode() + b"\n")
+        return 0
     for finding in importlib.import_module(order["module"]).examine(setting):
         findings.append(json.dumps(asdict(finding), default=float).encode() + b"\n")
     return 0
+
+
+def _without_gpu() -> Finding | None:
+    """Looks whether there is the GPU that --device cuda asks for; None: there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    note = unusable_device() or "there is no GPU here, or it is hidden; --device cpu examines the rest"
+    return Finding("driver", driver_version() or "none", "", "a GPU, for --device cuda", passed=False, note=note)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def ready(recipe: Recipe, how: str, taken: float | None) -> Finding:
     if taken is None:
         return Finding(name, "not compiled", passed=False, note="torch.compile does not work here; the log says why")
     if how == "warm":
-        return Finding(name, taken, "s", note="what a restart takes that finds $TORCHINDUCTOR_CACHE_DIR as it was")
+        return Finding(name, taken, "s", note="what a restart takes that finds what was compiled as it was")
     return Finding(name, taken, "s", f"at most {COLD_S:g}", taken <= COLD_S)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 from crate_dist.doctor.shards import make_shards
-from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.trial import LOCAL, Trial
+from crate_dist.launching.ranks import ending_with_parent
 from crate_dist.run.exit_status import STOPPED
 from crate_dist.training.compiling import COMPILED
 
@@ -35,13 +36,20 @@ def examine(setting: Setting) -> Iterator[Finding]:
     trial.start()
     began = time.monotonic()
     came = trial.until_step(_STOP_AT)
+    if not came and (over := trial.unfinished("training begins")):
+        yield over
+        return
     yield Finding(
         "training begins", time.monotonic() - began, f"s to step {_STOP_AT}", "steps are taken", came, _why(trial, came)
     )
     if not came:
         return
     trial.stop()
-    status, stopped = trial.wait(), re.search(r"stopped at step (\d+) of", trial.output())
+    status = trial.wait()
+    if over := trial.unfinished("told to stop"):
+        yield over
+        return
+    stopped = re.search(r"stopped at step (\d+) of", trial.output())
     in_order = stopped is not None and status in (STOPPED, 128 + 15)
     yield Finding(
         "told to stop", f"status {status}", expected="it saves and ends", passed=in_order, note=_why(trial, in_order)
@@ -49,7 +57,11 @@ def examine(setting: Setting) -> Iterator[Finding]:
     if stopped is None:
         return
     trial.start()
-    finished = trial.wait() == 0 and trial.run.model("last").exists()
+    status = trial.wait()
+    if over := trial.unfinished("resumed and finished"):
+        yield over
+        return
+    finished = status == 0 and trial.run.model("last").exists()
     at = re.search(r"resumed from .*step-0*(\d+)", trial.output())
     yield Finding(
         "resumed at the step of the stop",
@@ -88,7 +100,10 @@ def _curves(trial: Trial) -> Iterator[Finding]:
         yield Finding("model compiled", ", ".join(said) or "no", "s", "in each start", len(said) >= 2, note)
     speeds = [speed for step, speed in trial.metrics("speed/images_per_s") if step > _STOP_AT]
     waits = [share for step, share in trial.metrics("speed/data_wait_fraction") if step > _STOP_AT]
-    yield Finding("speed, with all that is measured", median(speeds), "images/s", facts={"ranks": trial.ranks})
+    note = SMALL_NOTE if trial.setting.small else ""
+    yield Finding(
+        "speed, with all that is measured", median(speeds), "images/s", "", None, note, {"ranks": trial.ranks}
+    )
     yield Finding("share of waiting for data", 100 * median(waits), "%")
 
 
@@ -101,12 +116,17 @@ def _evaluated(trial: Trial) -> Iterator[Finding]:
     """Evaluates the finished run with the program that users have, and holds it against the run's own number."""
     said = trial.setting.scratch / "evaluation.json"
     command = ["-m", "crate_dist.evaluate", str(trial.run.path), "--data", str(trial.shards), "--json", str(said)]
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=max(trial.setting.left_s - 2, 1)
-    )
+    limit_s = max(trial.setting.left_s - 2, 1)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=limit_s, preexec_fn=ending_with_parent()
+        )
+    except subprocess.TimeoutExpired:
+        yield trial.setting.left_out("accuracy by crate_dist.evaluate")
+        return
     own = trial.metrics("val/top1")[-1][1]
     top1 = float(json.loads(Path(said).read_text())["top1"]) if done.returncode == 0 else math.nan
-    note = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1][:300]
+    note = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
     yield Finding("accuracy of the run", own, "% top-1", "above 60, by chance it were 25", own > 60)
     yield Finding("accuracy by crate_dist.evaluate", top1, "% top-1", f"{own:.4g}", abs(top1 - own) < 2, note)
 

@@ -16,6 +16,7 @@ from crate_dist.run.exit_status import TRY_AGAIN
 
 _SAVED_AT = 10  # the first save, from which the run goes on
 _LEFT_FREE = 2e9
+_ENDS_WITHIN_S = 45.0  # a run that hangs: the watchdog waits for 8 s, and again for the stacks
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
@@ -25,8 +26,10 @@ def examine(setting: Setting) -> Iterator[Finding]:
     # Two ranks where there are two devices, or none: of a single one it is the loader that is stopped.
     trial = Trial(setting, shards, setting.scratch, ranks=2 if setting.small else None)
     short = "safety.hang_timeout_s=8", "log.whitebox_every_steps=0", "train.max_steps=30", "train.compile=false"
-    yield from _hang(trial, short)
-    yield from _kill(trial, short)
+    for disturb in (_hang, _kill):
+        yield from disturb(trial, short)
+        if not trial.ended(0):
+            return
     if setting.device == "cpu":
         yield Finding("a device that is full", "not tried", note="needs a GPU")
     else:
@@ -37,6 +40,9 @@ def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     """Stops the last rank, or the loader of the only one, and looks at what the watchdog leaves."""
     trial.start(*settings)
     if not trial.until_step(_SAVED_AT + 2):
+        if over := trial.unfinished("training begins"):
+            yield over
+            return
         yield Finding(
             "training begins", f"step {trial.last_step}", expected="steps are taken", passed=False, note=trial.why()
         )
@@ -48,6 +54,9 @@ def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
         os.kill(pid, signal.SIGSTOP)
     status = trial.wait()
     took, said = time.monotonic() - began, trial.output()
+    if took < _ENDS_WITHIN_S and (over := trial.unfinished("a run that hangs")):
+        yield over
+        return
     ended = status == TRY_AGAIN
     what = "a rank that is stopped" if trial.ranks > 1 else "a loader that is stopped"
     yield Finding(what, took, "s to the end of the run", "ended by the watchdog", ended, "" if ended else trial.why())
@@ -74,6 +83,9 @@ def _kill(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     """Goes on with the run, kills a rank, goes on again to the end."""
     trial.start(*settings)
     if not trial.until_step(2 * _SAVED_AT + 2):
+        if over := trial.unfinished("goes on after a hang"):
+            yield over
+            return
         yield Finding("goes on after a hang", f"step {trial.last_step}", expected="yes", passed=False, note=trial.why())
         return
     os.kill(trial.rank_processes()[0], signal.SIGKILL)
@@ -81,6 +93,9 @@ def _kill(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     yield Finding("a rank that is killed", f"status {status}", expected="ends the run", passed=bool(status))
     trial.start(*settings)
     finished = trial.wait() == 0
+    if over := trial.unfinished("goes on after each, to the end"):
+        yield over
+        return
     resumed = [int(step) for step in re.findall(r"resumed from .*step-0*(\d+)", trial.output())]
     whole = [step for step, _ in trial.metrics("train/loss")] == list(range(1, 31))
     yield Finding(
@@ -100,6 +115,8 @@ def _full(setting: Setting, trial: Trial) -> Finding:
     taken = torch.empty(max(int(free - _LEFT_FREE), 0), dtype=torch.uint8, device="cuda")
     trial.start("train.micro_batch=256", "train.compile=false")
     trial.wait()
+    if over := trial.unfinished("a device that is full"):
+        return over
     del taken
     said = re.search(r"error: (out of memory: .*)", trial.output())
     named = said is not None and "micro-batch of 256" in said[1] and "train.micro_batch=" in said[1]

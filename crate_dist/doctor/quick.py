@@ -12,6 +12,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from crate_dist.config import DataSection
@@ -21,9 +22,12 @@ from crate_dist.doctor.machine import CLONE, torch_cuda, version
 from crate_dist.doctor.nvidia import device_files, driver_version, is_older, oldest_driver, query_gpus, smi, xid_errors
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.launching.ranks import visible_gpus
+from crate_dist.network import source_address
 from crate_dist.world import World
 
 _MEET_S = 20
+_KEPT_S = 10.0
+"""Of the stage's time, for what comes behind a slow import."""
 _FREE = 0.9
 
 
@@ -88,12 +92,13 @@ def _driver(setting: Setting) -> Iterator[Finding]:
 def _meet(setting: Setting) -> Iterator[Finding]:
     """Lets two processes meet by the name of this host with gloo, as those that signal and save do between nodes."""
     yield basics.host_name()
+    name = "two processes meet with gloo"
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
     context, shown = multiprocessing.get_context("spawn"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    began = time.monotonic()
-    processes = [context.Process(target=_as_one_of_two, args=(rank, port), daemon=True) for rank in range(2)]
+    imported = [context.Event() for _ in range(2)]
+    processes = [context.Process(target=_as_one_of_two, args=(n, port, imported[n]), daemon=True) for n in range(2)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that they meet with gloo
     try:
         for process in processes:
@@ -102,21 +107,37 @@ def _meet(setting: Setting) -> Iterator[Finding]:
         del os.environ["CUDA_VISIBLE_DEVICES"]
         if shown is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = shown
+    began = time.monotonic()
+    while not all(one.is_set() for one in imported) and all(process.exitcode is None for process in processes):
+        if setting.left_s < _KEPT_S:
+            for process in processes:
+                process.kill()
+            note = f"after {time.monotonic() - began:.0f} s they still import torch: a slow file system, or busy cores"
+            yield Finding(name, "left out", note=note)
+            return
+        time.sleep(0.05)
+    began = time.monotonic()
     for process in processes:
         process.join(max(0.1, began + min(_MEET_S, setting.left_s - 3) - time.monotonic()))
     well = all(process.exitcode == 0 for process in processes)
     for process in processes:
         process.kill()
-    note = "gloo does not work by this host's name: set GLOO_SOCKET_IFNAME to an interface (see `ip addr`)"
+    note = (
+        "gloo does not work between processes of this machine: does a firewall stand before its own ports? "
+        "GLOO_SOCKET_IFNAME names another interface (see `ip address`)"
+    )
     took = time.monotonic() - began
-    yield Finding("two processes meet with gloo", took, "s", f"within {_MEET_S} s", well, "" if well else note)
+    yield Finding(name, took, "s", f"within {_MEET_S} s", well, "" if well else note)
 
 
-def _as_one_of_two(rank: int, port: int) -> None:
+def _as_one_of_two(rank: int, port: int, imported: Event) -> None:
     import torch
     import torch.distributed as dist
 
-    init_distributed(World(rank, 2, rank, 2, socket.gethostname(), port, "slurm"), timeout_s=_MEET_S)
+    imported.set()
+    host = socket.gethostname()
+    host = host if source_address(host) else "127.0.0.1"  # a name that does not resolve is a finding of its own
+    init_distributed(World(rank, 2, rank, 2, host, port, "slurm"), timeout_s=_MEET_S)
     total = torch.ones(1)
     dist.all_reduce(total)
     assert float(total) == 2
@@ -167,7 +188,8 @@ def _device(setting: Setting) -> Iterator[Finding]:
         if device.type == "cuda":
             facts = {"capability": torch.cuda.get_device_capability(device), "built for": torch.cuda.get_arch_list()}
         exact = abs(right_sum - 32640) < 100
-        yield Finding(f"a product on {device}", right_sum, "", "32640", exact, facts=facts)
+        said = "is right" if exact else f"sums to {right_sum:g}"
+        yield Finding(f"a product on {device}", said, expected="sums to 32640", passed=exact, facts=facts)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             note = "another program holds it, or one that was killed: see nvidia-smi" if free < _FREE * total else ""

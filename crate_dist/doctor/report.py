@@ -85,7 +85,8 @@ def _finding(finding: Finding) -> list[str]:
     value = f"{value} {finding.unit}".rstrip()
     if finding.expected and finding.passed is not True:
         value += f" (expected: {finding.expected})"
-    lines = _wrapped(f"{finding.name}: {value}", f"  {_MARK[finding.passed]:<7}", " " * 11)
+    mark = "note" if finding.passed is None and finding.expected else _MARK[finding.passed]
+    lines = _wrapped(f"{finding.name}: {value}", f"  {mark:<7}", " " * 11)
     return lines + (_wrapped(finding.note, " " * 11, " " * 11) if finding.note else [])
 
 

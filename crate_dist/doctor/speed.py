@@ -34,7 +34,7 @@ from crate_dist.doctor.contestants import (
     synthetic,
 )
 from crate_dist.doctor.profiling import profiled
-from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
 from crate_dist.launching.memory import RESERVE, step_bytes
 from crate_dist.models.build import model_config
@@ -86,6 +86,8 @@ SMALL_SIZES = [Size("crate_base", 4, (EAGER, THEIRS, Contestant(PLAIN)), warm=Tr
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per contestant and size, the most important first, as far as the time goes."""
+    if setting.small:
+        yield Finding("sizes", "small", note=SMALL_NOTE)
     left_out = ["compiled, by which a CPU gains nothing"] if setting.small else []
     with alone(setting) as device:
         side = 1024 if setting.small else 8192

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SMALL_NOTE = "small sizes, on a CPU: means nothing for a GPU"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -49,6 +51,11 @@ class Setting:
     scratch: Path
     ends_at: float
     reference: Path | None = None
+
+    def left_out(self, name: str, what_for: str = "") -> Finding:
+        """Returns the finding of what this stage has had no time for: nothing wrong was seen."""
+        note = "its time was over; --only with this stage alone, or a larger --budget, gives it more"
+        return Finding(name, "left out", note=f"{what_for}: {note}" if what_for else note)
 
     @property
     def left_s(self) -> float:

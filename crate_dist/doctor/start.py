@@ -70,11 +70,11 @@ def unusable_device() -> str:
     cuda = torch.version.cuda
     if hidden or not device_files() or torch.cuda.is_available():
         return ""
-    there = f"there are GPUs ({', '.join(path.name for path in device_files())})"
+    files = ", ".join(path.name for path in device_files())
     if not cuda:
         return (
-            f"{there}, and torch {torch.__version__} is built for the CPU alone: install its build for CUDA; to train "
-            "on the CPU, hide them with CUDA_VISIBLE_DEVICES= or ask for none with --gpus-per-node 0"
+            f"there are GPUs ({files}), and torch {torch.__version__} is built for the CPU alone: install its build "
+            "for CUDA; to train on the CPU, hide them with CUDA_VISIBLE_DEVICES= or ask for none with --gpus-per-node 0"
         )
     driver, oldest = driver_version(), oldest_driver(cuda)
     if driver and oldest and is_older(driver, oldest):
@@ -83,7 +83,7 @@ def unusable_device() -> str:
             f"{oldest} or newer: update the driver, or install a build of torch for an older CUDA"
         )
     return (
-        f"{there}, and torch {torch.__version__} with CUDA {cuda} cannot use them (driver "
+        f"there are GPUs ({files}), and torch {torch.__version__} with CUDA {cuda} cannot use them (driver "
         f"{driver or 'unknown'}, CUDA_VISIBLE_DEVICES={chosen}): does nvidia-smi work here? To train on the CPU, "
         "hide them with CUDA_VISIBLE_DEVICES="
     )

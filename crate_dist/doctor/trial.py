@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.doctor.machine import CLONE
-from crate_dist.doctor.stage import Setting
+from crate_dist.doctor.run import last_line
+from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.files import whole_lines
 from crate_dist.launching.ranks import ending_with_parent, visible_gpus
 from crate_dist.run.folder import RunFolder
@@ -128,10 +129,17 @@ class Trial:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in texts)
 
     def why(self) -> str:
-        """Returns the last thing that the run has printed, for a note, and prints the end of it for the stage's log."""
+        """Returns what the run has printed of its end, for a note, and prints the last of it for the stage's log."""
         lines = [line for line in self._output.read_text(errors="replace").splitlines() if line.strip()]
         print("\n".join(lines[-60:]), flush=True)  # noqa: T201
-        return (lines or ["it said nothing"])[-1].strip()[:300]
+        return last_line(self._output)
+
+    def unfinished(self, name: str) -> Finding | None:
+        """Returns the finding `name` of a run that goes on though the stage's time is over; None: it has ended."""
+        if self.ended(0):
+            return None
+        self.why()
+        return self.setting.left_out(name, f"the run was at step {self.last_step}")
 
     def rank_processes(self) -> list[int]:
         """Returns the process ids of the ranks, in their order, as the launcher's children."""

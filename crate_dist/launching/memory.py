@@ -87,8 +87,16 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
     line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"
     if need > card_gb * (1 - RESERVE):
         depth = ARCHS[recipe.model.arch].depth
-        return f"{line}, which is too much; --set train.micro_batch={fits} fits" + (
-            f", or --set train.recompute={depth}" if recipe.train.recompute < depth else ""
+        again = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": depth})})
+        fits_again = largest_micro_batch(again, world_size, card_gb * 1e9)
+        remedies = [f"--set train.micro_batch={fits}"] if fits else []
+        if step_bytes(again, micro_batch, world_size) <= card_gb * 1e9 * (1 - RESERVE):
+            remedies.append(f"--set train.recompute={depth}")
+        elif fits_again > fits:
+            remedies.append(f"--set train.recompute={depth} --set train.micro_batch={fits_again}")
+        what = " or ".join(remedies)
+        return f"{line}, which is too much; " + (
+            f"{what} fits" if what else "not even one image would fit: take a larger card, or a smaller model"
         )
     return line if fits <= micro_batch else f"{line}; --set train.micro_batch={fits} would fit as well"
 

@@ -79,5 +79,8 @@ def test_recomputing_needs_less_and_what_fits_is_proposed() -> None:
     assert step_bytes(plain, fits, 16) < 40e9
     assert (2048 // 16) % fits == 0
     assert f"train.micro_batch={fits}" in advice(plain, 2048, 16, 40)
-    assert f"train.recompute={ARCHS['crate_large'].depth}" in advice(plain, 2048, 16, 40)
+    assert advice(plain, 128, 32, 8).endswith(f" or --set train.recompute={ARCHS['crate_large'].depth} fits")
     assert largest_micro_batch(plain, 16, 1e6) == 0
+    assert "not even one image would fit" in advice(plain, 128, 16, 0.1)
+    assert "--set" not in advice(plain, 128, 16, 0.1)
+    assert "train.recompute=24 --set train.micro_batch=" in advice(plain, 2048, 1, 30)  # alone it would not do
