@@ -74,6 +74,15 @@ class Case:
 
 def new_case(small: bool, seed: int) -> Case:
     """Returns a CRATE-B of two layers and eight images; in small the demo's width and more images, which are small."""
+    model, recipe = new_model(small, seed)
+    config = model.config
+    images, labels = synthetic(recipe.train.global_batch, config.image_size, seed, CPU)
+    batch = images, labels % config.num_classes
+    return Case(model, recipe, batch, computed(PlainForm(copy_of(model).double()), recipe, batch, torch.float64))
+
+
+def new_model(small: bool, seed: int) -> tuple[CRATE, Recipe]:
+    """Returns the model of a case, and the recipe of its steps."""
     overrides = ["model.pool=mean", *(SMALL if small else ())]
     recipe = recipe_for("crate_base", 32 if small else 8, "fp32", overrides=overrides)
     config = dataclasses.replace(model_config(recipe.model, 100), depth=2)
@@ -83,9 +92,7 @@ def new_case(small: bool, seed: int) -> Case:
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator) * (0.2 if weight.ndim == 1 else 0.1 * weight.std())
             weight.copy_((weight + noise).bfloat16().float())
-    images, labels = synthetic(recipe.train.global_batch, config.image_size, seed, CPU)
-    batch = images, labels % config.num_classes
-    return Case(model, recipe, batch, computed(PlainForm(copy_of(model).double()), recipe, batch, torch.float64))
+    return model, recipe
 
 
 def copy_of(model: CRATE) -> CRATE:
