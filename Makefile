@@ -24,7 +24,7 @@ demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 
 	$(PY) launch/demo.py
 
 test: setup  ## every test; those that need SLURM skip where it is not installed
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadgroup
 
 chaos: setup  ## kill, stop, starve and damage real runs, and start 2,000 loaders under load (half an hour)
 	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))

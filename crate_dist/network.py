@@ -18,7 +18,7 @@ def source_address(host: str) -> str | None:
         with socket.socket(family, kind) as sock:
             sock.connect(address)  # of a datagram socket: the kernel looks up the route, and no more
             return str(sock.getsockname()[0])
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of a name that cannot be one
         return None
 
 

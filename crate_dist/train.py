@@ -9,11 +9,14 @@ launch/slurm.py start it for you. The second goes on with a run by the recipe th
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch
 
 from crate_dist.config import Recipe
 from crate_dist.data.workers import open_server
@@ -21,6 +24,7 @@ from crate_dist.distributed import exit_at_once, gather_objects, init_distribute
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
 from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.ranks import visible_gpus
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
@@ -31,6 +35,8 @@ from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import COMPILING, Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World, detect_world, is_first_start
+
+logger = logging.getLogger(__name__)
 
 _LOCKING_S = 120.0
 """More than it takes rank 0, which the others wait for, to see that the holder of a lock is dead."""
@@ -64,6 +70,8 @@ def train(
     try:
         with interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
             start_logging(folder, world)
+            if device.type == "cpu" and world.local_rank == 0:
+                _warn_of_idle_gpus()
             recipe = read_recipe(folder.path)
             with Watchdog(world, recipe.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog:
                 set_timeout(longest_s)  # from here on the watchdog is the one that does not wait so long
@@ -72,6 +80,16 @@ def train(
                 return Trainer(folder, recipe, world, device, *together, accept_changed_data).run()
     finally:
         leave_distributed()
+
+
+def _warn_of_idle_gpus() -> None:
+    """Warns where there are GPUs that torch cannot use: these ranks compute on the CPU."""
+    if gpus := visible_gpus():
+        logger.warning(
+            "TRAINING ON THE CPU, though %d GPU(s) are to be seen: torch %s cannot use them; install its build for "
+            "their CUDA (python -m crate_dist.doctor says more), or hide them with CUDA_VISIBLE_DEVICES=",
+            *(gpus, torch.__version__),
+        )
 
 
 @contextmanager

@@ -131,6 +131,8 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
             f"--container-workdir={CLONE}",
         ]
         python = "python3"  # the image's own
+    # First, so that a set-up line of the user's can say otherwise.
+    hidden = [] if cluster.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="]
     wanted: dict[str, Any] = {
         "job_name": recipe.name,
         "nodes": cluster.nodes,
@@ -144,7 +146,12 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Exe
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": [*cluster.setup, *_settings(cluster, folder, run_dirs), BATCH.read_text(encoding="utf-8").strip()],
+        "setup": [
+            *hidden,
+            *cluster.setup,
+            *_settings(cluster, folder, run_dirs),
+            BATCH.read_text(encoding="utf-8").strip(),
+        ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},

@@ -157,7 +157,7 @@ class OptimSection(Section):
     betas: tuple[Decay, Decay] | None = Field(
         None, description="decay rates of the moments; unset: lion (0.9, 0.99), adamw (0.9, 0.999)"
     )
-    eps: float = Field(1e-8, ge=0, description="adamw's, added to the denominator")
+    eps: float = Field(1e-8, gt=0, description="adamw's, added to the denominator")
     schedule: Literal["cosine", "reference"] = Field(
         "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from crate_dist.arguments import positive
 from crate_dist.doctor.machine import describe
-from crate_dist.doctor.report import Progress, as_text, failed_checks, write_json
+from crate_dist.doctor.report import Progress, as_text, end_of_log, failed_checks, write_json
 from crate_dist.doctor.run import BETWEEN, QUICK, STAGES, Examined, Plan, Stage, limits, run_stages
 from crate_dist.world import detect_world
 
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, world = _parser().parse_args(argv), detect_world()
     names = arguments.only or ([stage.name for stage in STAGES] if arguments.full else [QUICK.name])
     stages = [stage for stage in STAGES if stage.name in names]
-    budget = max((arguments.budget or (FULL_S if arguments.full else QUICK_S)) - _REPORT_S, 1)
+    beyond_quick = set(names) != {QUICK.name}
+    budget = max((arguments.budget or (FULL_S if beyond_quick else QUICK_S)) - _REPORT_S, 1)
     if world.world_size > 1:  # first what all ranks do together; the others have no part in the rest
         stages.sort(key=lambda stage: stage is not BETWEEN)
     if not world.is_main:
@@ -48,8 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         for stage, limit in zip(stages, limits(stages, budget), strict=True):
             print(f"{stage.name:<12}{limit:5.0f} s  {stage.purpose}")
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    where = arguments.json or (_DEFAULT_JSON if arguments.full else None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    where = arguments.json or (_DEFAULT_JSON if beyond_quick else None)
     try:
         with tempfile.TemporaryDirectory(prefix="crate-doctor-", dir=arguments.scratch) as scratch:
             return _examine(arguments, stages, budget, Path(scratch), where if world.is_main else None)
@@ -67,15 +70,17 @@ def _examine(
     logs.mkdir(parents=True, exist_ok=True)
 
     def changed(examined: Sequence[Examined]) -> None:
-        if is_main:
-            progress(examined)
         if where is not None:
             write_json(where, about, examined)
+        if is_main:  # last: the terminal may be gone
+            progress(examined)
 
     changed([])
     examined = run_stages(stages, budget, Plan(logs, scratch, arguments.device, arguments.reference), changed)
     if is_main:
         print(as_text(about, examined, where))
+        if where is None:  # the logs go with the scratch
+            print(*(end_of_log(one.log) for one in examined if one.state == "failed" and one.log), sep="\n", end="")
     if any(one.state == "interrupted" for one in examined):
         return 130
     return min(failed_checks(examined), _MOST)
@@ -96,13 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=names, default=[], metavar="STAGE", help="of the stages below these alone"
     )
     parser.add_argument(
-        "--budget", type=positive, metavar="S", help=f"seconds for all together [{QUICK_S}; with --full {FULL_S}]"
+        "--budget", type=positive, metavar="S", help=f"seconds for all together [{FULL_S}; of quick alone {QUICK_S}]"
     )
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help=f"write each finding there, and the logs beside it [with --full {_DEFAULT_JSON}]",
+        help=f"write each finding there, and the logs beside it [{_DEFAULT_JSON}; of quick alone none]",
     )
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[a GPU where there is one]")
     parser.add_argument(

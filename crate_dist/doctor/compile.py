@@ -34,6 +34,7 @@ from crate_dist.doctor.contestants import (
 from crate_dist.doctor.exact import PLAIN, new_model
 from crate_dist.doctor.fake_cluster import fake_cluster
 from crate_dist.doctor.stage import Finding, Setting
+from crate_dist.launching.ranks import ending_with_parent
 from crate_dist.training.engine import Engine
 
 COLD_S = 180.0
@@ -73,7 +74,9 @@ def examine(setting: Setting) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(8, cores // len(every)))))
     # More would wait for each other; what comes last is needed least.
-    pool = ProcessPoolExecutor(min(len(every), max(cores, 2)), multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        min(len(every), max(cores, 2)), multiprocessing.get_context("spawn"), ending_with_parent()
+    )
     yield from compiled(every, setting, pool)
     pool.shutdown(wait=False, cancel_futures=True)
     if not is_warm(setting, str(every[0])):

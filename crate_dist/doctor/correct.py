@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from crate_dist.doctor import correct_step
 from crate_dist.doctor.contestants import alone, is_compiled, is_warm, of_case
-from crate_dist.doctor.exact import PLAIN, Case, compared, errors, new_case, of_engine, plainly
+from crate_dist.doctor.exact import FACTOR, PLAIN, ROUNDED_FACTOR, Case, compared, errors, new_case, of_engine, plainly
 from crate_dist.doctor.stage import Finding, Setting
 
 COMPILE_S, COMPILE_SMALL_S = 40.0, 150.0
@@ -67,7 +67,8 @@ def passes(case: Case, setting: Setting, device: torch.device) -> Iterator[Findi
         if compiled and not is_compiled(engine.module):
             yield Finding(name, "not compiled", passed=False, note="torch.compile does not work here; the log says why")
             continue
-        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision], case.jump)
+        factor = FACTOR if precision == "fp32" else ROUNDED_FACTOR
+        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision], case.jump, factor)
 
 
 def attention(setting: Setting, device: torch.device, seed: int) -> Iterator[Finding]:

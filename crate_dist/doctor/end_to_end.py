@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
-from crate_dist.doctor.shards import make_shards
+from crate_dist.doctor.shards import trial_shards
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.trial import LOCAL, Trial
 from crate_dist.run.exit_status import STOPPED
+from crate_dist.training.compiling import COMPILED
 
 _STOP_AT = 12
 
@@ -23,8 +24,7 @@ _STOP_AT = 12
 def examine(setting: Setting) -> Iterator[Finding]:
     """Trains, stops, resumes, finishes and evaluates; each has to leave what it promises."""
     began = time.monotonic()
-    side = (32, 32) if setting.small else (320, 256)
-    shards = make_shards(setting.scratch, *((64, 32) if setting.small else (2048, 512)), *side)
+    shards = trial_shards(setting)
     yield Finding("images converted to shards", time.monotonic() - began, "s")
     trial = Trial(setting, shards, setting.scratch)
     if not LOCAL.exists():
@@ -49,7 +49,7 @@ def examine(setting: Setting) -> Iterator[Finding]:
         return
     trial.start()
     finished = trial.wait() == 0 and trial.run.model("last").exists()
-    at = re.search(r"resumed from \S*step-0*(\d+)", trial.output())
+    at = re.search(r"resumed from .*step-0*(\d+)", trial.output())
     yield Finding(
         "resumed at the step of the stop",
         f"step {at[1] if at else 'none'}",
@@ -81,14 +81,19 @@ def _curves(trial: Trial) -> Iterator[Finding]:
     measured = bool(flat) and all(math.isfinite(x) for x in flat)
     yield Finding("white box", f"{len(flat)} numbers", expected="some, all finite", passed=measured)
     if not trial.setting.small:
-        said = re.findall(r"compiled the layers in ([\d.]+) s", trial.output())
+        said = compiled_seconds(trial.run.log_file(0).read_text(encoding="utf-8"))
         refused = re.search(r"torch.compile does not work here.*", trial.output())
         note = refused[0] if refused else ""
-        yield Finding("layers compiled", ", ".join(said) or "no", "s", "in each start", len(said) >= 2, note)
+        yield Finding("model compiled", ", ".join(said) or "no", "s", "in each start", len(said) >= 2, note)
     speeds = [speed for step, speed in trial.metrics("speed/images_per_s") if step > _STOP_AT]
     waits = [share for step, share in trial.metrics("speed/data_wait_fraction") if step > _STOP_AT]
     yield Finding("speed, with all that is measured", median(speeds), "images/s", facts={"ranks": trial.ranks})
     yield Finding("share of waiting for data", 100 * median(waits), "%")
+
+
+def compiled_seconds(log: str) -> list[str]:
+    """Finds in the log of a run the seconds that compiling took, of each start that has compiled."""
+    return re.findall(COMPILED.replace("%.1f", r"([\d.]+)"), log)
 
 
 def _evaluated(trial: Trial) -> Iterator[Finding]:

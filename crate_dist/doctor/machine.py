@@ -26,6 +26,7 @@ _TOLD_VARIABLES = re.compile(
     r"(CUDA_VISIBLE_DEVICES|CUDA_DEVICE_\w+|NCCL_(?!.*(KEY|TOKEN))\w+|GLOO_\w+|OMP_NUM_THREADS|TORCH_NCCL_\w+|"
     r"PYTORCH_\w*ALLOC_CONF|TORCHINDUCTOR_\w+|DS_ACCELERATOR|SLURM_(JOB_NUM_NODES|NTASKS|GPUS_ON_NODE|CPUS_PER_TASK))"
 )
+_NAMES_SOMEBODY = re.compile(r"(DIR|FILE|PATH|COMM_ID|HOSTID|HOST)$")
 
 
 def describe() -> dict[str, str]:
@@ -51,7 +52,7 @@ def describe() -> dict[str, str]:
         lines[f"GPU {gpu.get('index', '?')}"] = ", ".join(facts)
     told = {name: value for name, value in sorted(os.environ.items()) if _TOLD_VARIABLES.fullmatch(name)}
     if told:
-        lines["environment"] = " ".join(f"{name}={_without_home(value)}" for name, value in told.items())
+        lines["environment"] = " ".join(f"{name}={_told(name, value)}" for name, value in told.items())
     return lines
 
 
@@ -157,5 +158,12 @@ def _said(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _without_home(value: str) -> str:
-    return re.sub(r"(^|[:=])/(?:[^/:]+/)*", r"\1…/", value)
+def without_folders(text: str) -> str:
+    """Returns a text in which paths have lost their folders, but for the system's own."""
+    return re.sub(r"(?<![\w:/.…-])/(?!(?:dev|etc|proc|sys|usr)/)(?:[^\s/:'\",]+/)+", "…/", text)
+
+
+def _told(name: str, value: str) -> str:
+    """Returns a variable's value, or that it is set: a path, a host or an address may name somebody."""
+    names = _NAMES_SOMEBODY.search(name) or re.search(r"[/~]|[A-Za-z][\w-]*\.[A-Za-z]|\d+\.\d+\.\d+|::", value)
+    return "set" if names else value

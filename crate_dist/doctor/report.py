@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crate_dist.doctor.machine import without_folders
 from crate_dist.doctor.run import Examined, as_json
 from crate_dist.doctor.stage import Finding
 from crate_dist.files import write_whole
@@ -44,8 +45,14 @@ def as_text(about: Mapping[str, str], examined: Sequence[Examined], where: Path 
     passed, measured = (sum(finding.passed is kind for finding in findings) for kind in (True, None))
     lines += ["", f"{failed_checks(examined)} checks failed, {passed} passed; {measured} measurements"]
     if where is not None:
-        lines += _wrapped(f"numbers: {where}; logs beside it", "", "  ")
+        lines += _wrapped(f"numbers: {where.name if where.is_absolute() else where}; logs beside it", "", "  ")
     return "\n".join(lines)
+
+
+def end_of_log(log: Path, lines: int = 20) -> str:
+    """Returns the last lines of a stage's log, below its name."""
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return "\n".join([f"the end of {log.name}:", *(f"  {without_folders(line)}" for line in last), ""])
 
 
 class Progress:

@@ -1,7 +1,8 @@
 """Runs the stages of an examination one after the other, each as a process of its own that ends within its limit.
 
 Imports no torch: what a broken driver does to a stage, it does to that stage alone. The stage at work and all that it
-has started, whatever group or session they are in, are this process's descendants, and are ended with it.
+has started, whatever group or session they are in, are this process's descendants, and are ended with it; by the
+kernel, should this process be killed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from crate_dist.doctor.machine import without_folders
 from crate_dist.doctor.stage import Finding
 from crate_dist.files import whole_lines
+from crate_dist.launching.ranks import ending_with_parent
 from crate_dist.world import VARIABLES
 
 LEAST_S = 2.0
@@ -142,6 +145,7 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
             stderr=subprocess.STDOUT,
             env=_environment(one.stage),
             start_new_session=True,  # a Ctrl-C is this process's
+            preexec_fn=ending_with_parent(),
         )
     try:
         changed()
@@ -159,7 +163,7 @@ def _run(one: Examined, plan: Plan, changed: Callable[[], None]) -> None:
     if not in_time or process.returncode:
         one.state = "failed"
         how = _how(process.returncode) if in_time else f"ended at its limit of {one.limit_s:.0f} s"
-        one.findings.append(_failure(f"{how} after {one.took_s:.1f} s", f"{_last_line(one.log)} [{one.log}]"))
+        one.findings.append(_failure(f"{how} after {one.took_s:.1f} s", f"{last_line(one.log)} [{one.log.name}]"))
 
 
 def _environment(stage: Stage) -> Mapping[str, str]:
@@ -177,12 +181,12 @@ def _read_findings(one: Examined, told: Path) -> bool:
     """Takes up what the stage has told since, and says whether that was anything."""
     lines = whole_lines(told)
     new = [Finding(**json.loads(line)) for line in lines[len(one.findings) :]]
-    one.findings += new
+    one.findings += [replace(finding, note=without_folders(finding.note)) for finding in new]
     return bool(new)
 
 
 def _failure(value: str, note: str) -> Finding:
-    return Finding("the stage itself", value, expected="comes to its end", passed=False, note=note)
+    return Finding("the stage itself", value, expected="comes to its end", passed=False, note=without_folders(note))
 
 
 def _how(status: int) -> str:
@@ -193,7 +197,7 @@ def _how(status: int) -> str:
     return f"ended by signal {-status}"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     """Finds the last line of a log that says why, else the last one."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))
@@ -240,6 +244,6 @@ def as_json(one: Examined) -> dict[str, Any]:
         "state": one.state,
         "limit_s": round(one.limit_s, 1),
         "took_s": round(one.took_s, 1),
-        "log": one.log and str(one.log),
+        "log": one.log and f"{one.log.parent.name}/{one.log.name}",
         "findings": [asdict(finding) for finding in one.findings],
     }

@@ -35,7 +35,10 @@ def look_before_start(run_dir: Path, world: World) -> None:
 
     Raises NodeIsUnfit: the node has GPUs for this job, and torch cannot use them: it would train on the CPU.
     """
-    if problem := unusable_device():
+    problem = unusable_device()
+    if problem and not torch.version.cuda and not read_recipe(run_dir).cluster.gpus_per_node:
+        problem = ""  # it is to train on the CPU
+    if problem:
         try:
             torch.cuda.init()
         except Exception as error:  # a broken device is tried again, on another node: run/faults.py knows its texts
@@ -65,8 +68,14 @@ def unusable_device() -> str:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = chosen is not None and chosen.strip() in ("", "-1", "NoDevFiles")
     cuda = torch.version.cuda
-    if hidden or not cuda or not device_files() or torch.cuda.is_available():
+    if hidden or not device_files() or torch.cuda.is_available():
         return ""
+    there = f"there are GPUs ({', '.join(path.name for path in device_files())})"
+    if not cuda:
+        return (
+            f"{there}, and torch {torch.__version__} is built for the CPU alone: install its build for CUDA; to train "
+            "on the CPU, hide them with CUDA_VISIBLE_DEVICES= or ask for none with --gpus-per-node 0"
+        )
     driver, oldest = driver_version(), oldest_driver(cuda)
     if driver and oldest and is_older(driver, oldest):
         return (
@@ -74,9 +83,9 @@ def unusable_device() -> str:
             f"{oldest} or newer: update the driver, or install a build of torch for an older CUDA"
         )
     return (
-        f"there are GPUs ({', '.join(path.name for path in device_files())}), and torch {torch.__version__} with CUDA "
-        f"{cuda} cannot use them (driver {driver or 'unknown'}, CUDA_VISIBLE_DEVICES={chosen}): does nvidia-smi work "
-        "here? To train on the CPU, hide them with CUDA_VISIBLE_DEVICES="
+        f"{there}, and torch {torch.__version__} with CUDA {cuda} cannot use them (driver "
+        f"{driver or 'unknown'}, CUDA_VISIBLE_DEVICES={chosen}): does nvidia-smi work here? To train on the CPU, "
+        "hide them with CUDA_VISIBLE_DEVICES="
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -93,13 +94,6 @@ def run_ranks(
 
 
 def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
@@ -109,8 +103,20 @@ def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Pa
             stderr=None if rank == 0 else file,
             # A group for the rank and its loader workers: a Ctrl-C reaches them through this process alone.
             process_group=0,
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=ending_with_parent(),
         )
+
+
+def ending_with_parent() -> Callable[[], None]:
+    """Returns what a process, begun by this thread, calls so that the kernel kills it when this one has ended."""
+    return functools.partial(_end_with, os.getpid())
+
+
+def _end_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], caught: Sequence[int]) -> int | None:

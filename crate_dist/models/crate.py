@@ -112,7 +112,10 @@ class MSSA(nn.Module):
 
     def attend(self, w: Tensor) -> Tensor:
         """Compresses projections (b, h, n, p) against each other and mixes them back to tokens (b, n, d)."""
-        compressed = F.scaled_dot_product_attention(w, w, w, dropout_p=self.attention_dropout if self.training else 0.0)
+        # Three views of the tokens: their gradients are summed where the tokens lie, those of w would be copied there.
+        tokens = w.transpose(1, 2)
+        q, k, v = (tokens.transpose(1, 2) for _ in range(3))
+        compressed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(rearrange(compressed, "b h n p -> b n (h p)")))
 
     def forward(self, z: Tensor) -> Tensor:

@@ -82,6 +82,19 @@ class CompiledCache:
             logger.warning("what was compiled is not kept for the next start: %s", error)
 
 
+def check_node_folder() -> None:
+    """Gives torch a temporary folder where it cannot write into the user's; it opens one though nothing be compiled."""
+    given = os.environ.get(_VARIABLE)
+    try:
+        if given:
+            Path(given).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=given):
+                return
+    except OSError as error:
+        os.environ[_VARIABLE] = tempfile.mkdtemp(prefix="torchinductor-")
+        logger.warning("%s=%s cannot be written to (%s); %s is", _VARIABLE, given, error, os.environ[_VARIABLE])
+
+
 def _key() -> bytes:
     """Returns the user's key, made at its first use. Raises OSError where the home directory cannot hold it."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-dist" / "key"

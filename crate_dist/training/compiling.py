@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 LIMIT_S = 900.0
 """What compiling may take; seconds. It takes one or two minutes where nothing is cached."""
 
+COMPILED = "compiled the model in %.1f s"
+"""What the log says of it, at each start."""
+
 _SAY_EVERY_S = 60.0
 _METHODS = "embed", "classify"
 
@@ -79,13 +82,14 @@ def compile_model(model: CRATE, passes: Callable[[], object], device: torch.devi
             vars(model).pop(name, None)
         logger.warning("torch.compile does not work here, training goes on without it (%s)", problem)
         return False
-    logger.info("compiled the model in %.1f s", time.monotonic() - began)
+    logger.info(COMPILED, time.monotonic() - began)
     return True
 
 
 def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
     """Compiles the optimizer's update and tries it on each of its vectors, which stay as they are. A collective."""
 
+    @torch.no_grad()  # as the optimizer calls it: in another mode, or on other tensors, it would be compiled again
     def compile_and_try() -> None:
         optimizer.compile()
         optimizer.found_inf = torch.ones((), device=device)
@@ -93,7 +97,7 @@ def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 gradient, momentum = torch.zeros_like(p.data), torch.zeros_like(p.data)
-                optimizer.update_fn(p.data, gradient, momentum, 0.0, group["weight_decay"], *group["betas"])
+                optimizer.update_fn(p, gradient, momentum, 0.0, group["weight_decay"], *group["betas"])
 
     eager = optimizer.update_fn
     problem = _on_all_ranks(compile_and_try, device)
@@ -125,7 +129,7 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # In this process alone: a signal to the whole job would end helpers, and the compiling with them.
             torch._inductor.config.compile_threads = 1
-        with _limited(LIMIT_S):
+        with _limited(LIMIT_S), _backward_at_once():
             work()
     except Exception as error:  # what compilers, drivers and missing headers raise has no common type
         error = getattr(error, "inner_exception", error)  # torch says what a compiler raised in later lines
@@ -141,6 +145,21 @@ def _check_tools(device: torch.device) -> None:
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").is_file():
         raise CannotCompile(f"there is no Python.h in {headers}: the headers of Python are not installed")
+
+
+def _backward_at_once() -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which the backward pass is compiled with the forward pass, in the thread that has a limit.
+
+    torch would compile it when it is first called, on a GPU in a thread of autograd's, while this one waits for it and
+    hears no signal.
+    """
+    import torch._functorch.config as config
+
+    setting = "force_non_lazy_backward_lowering"
+    patched: contextlib.AbstractContextManager[object] = (
+        config.patch(setting, True) if hasattr(config, setting) else contextlib.nullcontext()
+    )
+    return patched
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ inside and round once. When it says "autocast": weights, tokens and gradients ar
 them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
 between the master weights and the model, which at small learning rates is felt.
 
-In both the loss is computed from fp32 logits; gradients are summed over micro-batches in fp32; their norm, the master
-weights and the optimizer's state are fp32, the latter two partitioned over the ranks.
+In both the loss is computed from fp32 logits. The mean of the gradients over the ranks is taken in their own precision,
+their sum over micro-batches in fp32; their norm, the master weights and the optimizer's state are fp32, the latter two
+partitioned over the ranks.
 
 Saving and loading go through the room checkpoint and not through DeepSpeed, whose own checkpoints belong to one
 world size.
@@ -49,6 +50,7 @@ from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.training import compiling
+from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
 from crate_dist.training.zero import Guard, Zero2
@@ -93,6 +95,10 @@ class NotFinite(UserError):
         self.step = step
 
 
+class WeightsNotFinite(UserError):
+    """A step has made weights that are no numbers, of gradients that were."""
+
+
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 """Images, uint8 (n, height, width, 3), and labels, int64 (n,)."""
 
@@ -123,6 +129,7 @@ class Engine:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
         first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        check_node_folder()
         optimizer = build_optimizer(groups, recipe.optim)
         parameters = sum(p.numel() for p in model.parameters())
         # DeepSpeed would clone the process group, with a time-out that ends NCCL before the watchdog says what hangs.
@@ -169,14 +176,25 @@ class Engine:
         for _ in range(self.accumulation):
             loss = self.loss(next(batches), self._engine)
             self._engine.backward(loss)
+            self._zero.heed(loss)
             self._engine.step()
             losses.append(loss.detach())
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)
 
     def check(self) -> None:
-        """Raises NotFinite on every rank when a step until now was not taken. Waits for the last one."""
+        """Raises NotFinite when a step until now was not taken, and WeightsNotFinite. Waits for the last; a collective.
+
+        Weights are looked at too, since an optimizer may divide by zero where gradients are finite.
+        """
         self._raise_if(self._guard.look())
+        broken = torch.stack([~torch.isfinite(part).all() for part in self._partitions]).any().float()
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+        if broken:
+            raise WeightsNotFinite(
+                "the weights are not finite, though the gradients of all steps were: an optimizer that divides by too "
+                "little (optim.eps) or overflows (optim.lr, optim.weight_decay). Nothing is saved of it"
+            )
 
     @staticmethod
     def _raise_if(step: int | None) -> None:
@@ -201,7 +219,7 @@ class Engine:
 
         A micro-batch is computed by what was compiled, another number of images eager.
         """
-        self.check()
+        self._raise_if(self._guard.look())
         self.module.eval()
         with contextlib.nullcontext() if len(images) == self._whole_batch else compiling.eagerly():
             logits: torch.Tensor = self.module(self._normalize(images)).float()
@@ -219,7 +237,7 @@ class Engine:
     def state(self) -> RankState:
         """Returns this rank's partitions of the master weights and optimizer state, as views on the live tensors.
 
-        Raises NotFinite, so that nothing is saved after a step that was not taken.
+        Raises what `check` does, so that nothing is saved of which nothing good can come. A collective.
         """
         self.check()
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}

@@ -47,16 +47,18 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
                 break
     except (OSError, UserError) as error:  # the others wait for what this rank has found
         place = f"not known where, since its batch cannot be read again ({error})"
+    except torch.OutOfMemoryError:  # this pass is eager, and holds all gradients at a time
+        place = "not known where, for want of memory to compute it again; a smaller train.micro_batch leaves some"
     every = gather_objects((place, keys))
     found = "; ".join(f"rank {rank}: {place}" for rank, (place, _) in enumerate(every) if place)
     keys = [key for _, keys in every for key in keys]
     listed = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
     return NotFinite(
         f"step {step + 1}, not finite: "
-        f"{found or 'the gradients, though those of each rank are when computed again'}. "
+        f"{found or 'the gradients or their norm, though the gradients of each rank are when computed again'}. "
         f"The step was not taken and the checkpoints are intact. "
-        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help. "
-        f"Samples: {listed}"
+        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help."
+        + (f" Samples: {listed}" if listed else "")
     )
 
 

@@ -82,6 +82,10 @@ class Monitor:
         self._busy_s += step_s
         self._bar.update()
 
+    def waited_for_device(self, seconds: float) -> None:
+        """Takes up what this rank has waited for the device to finish the steps that it was given."""
+        self._busy_s += seconds
+
     def report(self, step: int) -> None:
         """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
 
@@ -90,9 +94,6 @@ class Monitor:
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
-        began = time.perf_counter()
-        norm = float(self._grad_norm)  # waits for the device to finish the step
-        self._busy_s += time.perf_counter() - began
         mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced])
         mine = mine.double().to(self._device)
         mine[0] = mean_loss
@@ -104,7 +105,7 @@ class Monitor:
         values = {
             "train/loss": loss,
             "train/lr": self._lr,
-            "train/grad_norm": norm,
+            "train/grad_norm": float(self._grad_norm),
             "train/epoch": step / self._schedule.steps_per_epoch,
             "speed/images_per_s": float(images.sum() / busy.max()),
             "speed/data_wait_fraction": float((wait / busy).max()),

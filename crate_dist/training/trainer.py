@@ -237,10 +237,12 @@ class Trainer:
 
     def check(self) -> None:
         """Waits for the last step, before anything is made of its outcome: none that was not finite goes further."""
+        began = time.perf_counter()
         try:
             self.engine.check()
         except NotFinite as error:
             raise self.post_mortem(error) from None
+        self.monitor.waited_for_device(time.perf_counter() - began)
 
     def post_mortem(self, error: NotFinite) -> NotFinite:
         """Goes back to the step that was not taken, whose weights the engine still has, and says what was wrong."""

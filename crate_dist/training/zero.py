@@ -63,8 +63,8 @@ class Zero2(DeepSpeedZeroOptimizer):
     the rank that owns it, or, with use_multi_rank_bucket_allreduce, the bucket to all: twice the traffic, but one
     message instead of one for each owner. What arrives is summed over the micro-batches in fp32.
 
-    not_finite: 0-d fp32, on the device; 1 from the first step on whose gradient is not finite. From then on no step
-        changes anything, so that the host may learn of it later and still find the weights of that step.
+    not_finite: 0-d fp32, on the device; 1 from the first step on whose gradient or loss is not finite. From then on no
+        step changes anything, so that the host may learn of it later and still find the weights of that step.
     grad_norm: 0-d fp32, of the gradient of the last step, over all ranks, before clipping
     """
 
@@ -74,6 +74,7 @@ class Zero2(DeepSpeedZeroOptimizer):
         device = self.bit16_groups_flat[0].device
         self.not_finite = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
+        self._taint = torch.zeros((), device=device)
         self._sums = [torch.zeros_like(part, requires_grad=False) for part in self.single_partition_of_fp32_groups]
         place = {parameter: number for number, parameter in enumerate(self.param_names)}
         buckets = [bucket for group in range(len(self.bit16_groups)) for bucket in self._buckets_of(group)]
@@ -105,6 +106,11 @@ class Zero2(DeepSpeedZeroOptimizer):
             pieces = gradient.split(sizes[first:last])
             views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
             yield Bucket(gradient, parameters, views, parts, sums)
+
+    @torch.no_grad()
+    def heed(self, loss: Tensor) -> None:
+        """Has the next step not taken, on any rank, when this loss is not finite, whatever its gradients are."""
+        self._taint += 0 * loss
 
     def _begin(self) -> None:
         """Expects the gradients of a micro-batch."""
@@ -146,7 +152,8 @@ class Zero2(DeepSpeedZeroOptimizer):
             here.wait_event(bucket.was_read)
         if len(ready) < len(bucket.parameters):  # a parameter that this loss does not depend on
             bucket.gradient.zero_()
-        torch._foreach_copy_([view for view, _ in ready], [gradient for _, gradient in ready])
+        if ready:
+            torch._foreach_copy_([view for view, _ in ready], [gradient for _, gradient in ready])
         for parameter in bucket.parameters:
             parameter.grad = None
         if self.overlap_comm:
@@ -183,7 +190,8 @@ class Zero2(DeepSpeedZeroOptimizer):
         if self.overlap_comm:
             get_accelerator().current_stream().wait_stream(self.reduction_stream)
         chunks = [chunk for total in self._sums for chunk in total.split(_CHUNK)]
-        squares = torch.stack(torch._foreach_norm(chunks)).square().sum()
+        squares = torch.stack(torch._foreach_norm(chunks)).square().sum() + self._taint
+        self._taint.zero_()
         dist.all_reduce(squares, group=self.dp_process_group)
         self.grad_norm = squares.sqrt()
         self.not_finite.logical_or_(~torch.isfinite(self.grad_norm))

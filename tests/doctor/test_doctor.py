@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from crate_dist.doctor import machine
+from crate_dist.doctor.report import as_text
 from crate_dist.doctor.run import QUICK, STAGES, limits
 from tests.ranks import REPOSITORY
 
@@ -112,6 +114,52 @@ def test_a_stage_that_crashes_keeps_what_it_found_and_ctrl_c_shows_what_there_is
     assert "data: interrupted" in table
     assert "1 checks failed" in table
     assert not left_behind(tmp_path)
+
+
+def test_a_doctor_that_is_killed_leaves_nothing_behind_and_one_whose_terminal_is_gone_reports(tmp_path: Path) -> None:
+    killed, left_alone = doctor(tmp_path / "killed", "--only", "end-to-end"), tmp_path / "left alone"
+    wait_until(lambda: any("crate_dist.train" in line for line in left_behind(tmp_path)), "a rank of a stage")
+    killed.kill()
+    killed.communicate()
+    wait_until(lambda: not left_behind(tmp_path), "the end of all that it had started")
+    run = doctor(left_alone, "--only", "ceilings")
+    wait_until(lambda: read(left_alone).get("ceilings", {}).get("state") == "running", "the stage")
+    run.send_signal(signal.SIGHUP)
+    table, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "ceilings: interrupted" in table
+    assert not left_behind(left_alone)
+
+
+def test_the_report_names_no_folder_no_host_and_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "TORCHINDUCTOR_CACHE_DIR": "/scratch/alice",
+        "NCCL_COMM_ID": "gpu17.alice-lab.org:4000",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True,garbage_collection_threshold:0.8",
+        "GLOO_SOCKET_IFNAME": "10.1.2.3",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    said = machine.describe()["environment"].split()
+    assert {"TORCHINDUCTOR_CACHE_DIR=set", "NCCL_COMM_ID=set", "GLOO_SOCKET_IFNAME=set"} <= set(said)
+    assert {f"{name}={given[name]}" for name in ("NCCL_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")} <= set(said)
+    table = as_text({}, [], Path("/home/alice/doctor.json"))
+    assert "alice" not in table
+    assert "doctor.json" in table
+    assert machine.without_folders("No such file: '/home/alice/x y/run/a.txt', see /dev/shm") == (
+        "No such file: '…/x y/run/a.txt', see /dev/shm"
+    )
+
+
+def test_more_than_quick_has_the_whole_time_and_keeps_its_logs(tmp_path: Path) -> None:
+    said = {}
+    for stage in ("quick", "speed"):
+        planned = [sys.executable, "-m", "crate_dist.doctor", "--only", stage, "--dry-run"]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        said[stage] = subprocess.run(planned, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    assert float(said["quick"].split()[1]) == 57
+    assert float(said["speed"].split()[1]) == 537
 
 
 def test_a_stage_that_hangs_is_ended_at_its_limit_and_one_without_time_is_not_begun(tmp_path: Path) -> None:

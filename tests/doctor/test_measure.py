@@ -158,7 +158,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
                 {(Engine, "__init__"): build_without_clipping},
             ),
             "no look at what is finite": (
-                lambda: correct_step.planted_inf(case, device),
+                lambda: correct_step.planted_inf(case, device, compiled=False),
                 {(Guard, "note"): lambda self, step: None},
             ),
             "weights alone are loaded": (

@@ -95,6 +95,7 @@ def test_a_broken_device_is_tried_again_elsewhere(monkeypatch: pytest.MonkeyPatc
     def broken() -> None:
         raise RuntimeError("No CUDA GPUs: no CUDA-capable device is detected")
 
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(start, "unusable_device", lambda: "there are GPUs and torch cannot use them")
     monkeypatch.setattr(torch.cuda, "init", broken)
     with pytest.raises(start.NodeIsUnfit, match="no CUDA-capable device is detected") as caught:
@@ -102,9 +103,22 @@ def test_a_broken_device_is_tried_again_elsewhere(monkeypatch: pytest.MonkeyPatc
     assert may_pass(caught.value)
 
 
-def opened(tmp_path: Path, small_recipe: Path, cast_shards: Path) -> Path:
+@pytest.mark.usefixtures("unusable_gpu")
+def test_a_torch_for_cpus_ends_a_job_that_asked_for_gpus_and_no_other(
+    tmp_path: Path, small_recipe: Path, cast_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = opened(tmp_path / "asked", small_recipe, cast_shards, "cluster.gpus_per_node=1")
+    with pytest.raises(start.NodeIsUnfit, match="built for the CPU alone: install its build for CUDA") as caught:
+        start.look_before_start(asked, ALONE)
+    assert not may_pass(caught.value)
+    start.look_before_start(opened(tmp_path / "none", small_recipe, cast_shards, "cluster.gpus_per_node=0"), ALONE)
+
+
+def opened(tmp_path: Path, small_recipe: Path, cast_shards: Path, *settings: str) -> Path:
     folder = RunFolder(tmp_path / "run")
-    folder.open(load_recipe(small_recipe, data__root=cast_shards))
+    folder.open(load_recipe(small_recipe, settings, data__root=cast_shards))
     return folder.path
 
 

@@ -119,11 +119,14 @@ def test_flags_replace_the_cluster_table(tiny: Arguments) -> None:
     assert script.index("module load cuda") + 1 == script.index("export NCCL_DEBUG=INFO")
 
 
-def test_without_gpus_none_are_requested(tiny: Arguments) -> None:
+def test_without_gpus_none_are_requested_and_those_of_the_node_are_hidden(tiny: Arguments) -> None:
     arguments: Arguments = [*tiny, "--gpus-per-node", "0", "--tasks-per-node", "3"]
     script, _ = dry_run(*arguments)
     assert "#SBATCH --ntasks-per-node=3" in script
     assert not [line for line in script if line.startswith(("#SBATCH --gpus", "#SBATCH --gres"))]
+    assert "export CUDA_VISIBLE_DEVICES=" in script
+    script, _ = dry_run(*tiny, "--gpus-per-node", "2")
+    assert "export CUDA_VISIBLE_DEVICES=" not in script
 
 
 def test_ranks_follow_the_gpus_that_a_flag_asks_for(cast_shards: Path) -> None:

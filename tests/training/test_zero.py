@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import fake_cluster as fake
 from crate_dist.doctor.fake_cluster import counted, fake_cluster
 from crate_dist.models.build import build_model
-from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.engine import Engine, NotFinite, WeightsNotFinite
 from crate_dist.world import World
 from tests.conftest import SMALL_RECIPE
 from tests.ranks import REPOSITORY, spawn
@@ -265,3 +266,59 @@ def test_a_run_on_a_device_with_streams_names_the_step_that_was_not_finite_one_s
     assert done.returncode == 1
     assert "step 2, not finite: rank 0: the output of" in done.stderr
     assert "train-00000" in done.stderr
+
+
+STEP_S = 1.0
+SLOW = f"""
+import sys, time
+from unittest.mock import patch
+from crate_dist import train
+from crate_dist.doctor import fake_cluster as fake
+
+class SlowEvent(fake.CpuEvent):
+    through = 0.0
+
+    def record(self, stream=None):
+        SlowEvent.through = self.done = max(SlowEvent.through, time.monotonic()) + {STEP_S}
+
+    def synchronize(self):
+        time.sleep(max(0.0, self.done - time.monotonic()))
+
+with patch.object(fake.WithStreams, "Event", SlowEvent), fake.streams():
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_speed_that_is_reported_is_the_devices_and_not_the_hosts(cast_shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL_RECIPE)
+    arguments = ["--config", recipe, "--data", cast_shards, "--run-dir", tmp_path / "run", "--set", "log.every_steps=1"]
+    arguments += ["--set", "train.max_steps=3", "--set", "train.global_batch=20"]
+    subprocess.run([sys.executable, "-c", SLOW, *map(str, arguments)], cwd=REPOSITORY, check=True, timeout=120)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["speed/images_per_s"] for line in lines if "speed/images_per_s" in line]
+    assert len(rates) == 3
+    assert max(rates) < 1.05 * 20 / STEP_S
+
+
+def test_weights_that_a_step_has_made_no_numbers_are_found_before_anything_is_made_of_them() -> None:
+    with fake_cluster(8):
+        engine = engine_on(recipe_for(8))
+        engine.step(batches(0), 1e-4, 0)
+        engine._partitions[0].data[5] = torch.nan
+        for use in (Engine.check, Engine.state):
+            with pytest.raises(WeightsNotFinite, match=r"optim\.eps"):
+                use(engine)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradients_are() -> None:
+    with fake_cluster(8):
+        engine = engine_on(recipe_for(8))
+        engine.step(batches(0), 1e-3, 0)
+        before, loss = copies(engine), engine.loss
+        with patch.object(engine, "loss", lambda *given: loss(*given) + torch.inf):
+            engine.step(batches(1), 1e-3, 1)
+        with pytest.raises(NotFinite) as raised:
+            engine.check()
+        assert raised.value.step == 1
+        assert equal(copies(engine), before)
