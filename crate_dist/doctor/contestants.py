@@ -9,6 +9,7 @@ import contextlib
 import gc
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +64,37 @@ def prepare(setting: Setting | None = None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled(setting)))
 
 
-def is_cold(setting: Setting, recipe: Recipe) -> bool:
-    """Tells, once, that no stage of this examination has compiled a recipe's steps before."""
-    folder = _compiled(setting) / f"{recipe.model.arch}-{recipe.train.micro_batch}-{recipe.train.precision}"
-    cold = not folder.exists() and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(_compiled(setting))
-    folder.mkdir(parents=True, exist_ok=True)
-    return cold
+def is_warm(setting: Setting, what: str) -> bool:
+    """Tells whether this examination has compiled that: a recipe's steps, `called`, or a case of the stage correct."""
+    return (_compiled(setting) / f"done: {what}").exists()
+
+
+def note_warm(setting: Setting, what: str) -> None:
+    """Notes for the stages behind that it has."""
+    (_compiled(setting) / f"done: {what}").mkdir(parents=True, exist_ok=True)
+
+
+def of_case(precision: str) -> str:
+    """Returns a name for what is compiled for the case of the stage correct."""
+    return f"the case of correct, {precision}"
+
+
+def called(recipe: Recipe) -> str:
+    """Returns a name for what is compiled for a recipe's steps: "crate_base at 256, bf16"."""
+    return f"{recipe.model.arch} at {recipe.train.micro_batch}, {recipe.train.precision}"
 
 
 def _compiled(setting: Setting) -> Path:
     return setting.scratch.parent / "compiled"
+
+
+def made(recipe: Recipe, device: torch.device, accumulation: int = 1, ranks: int = 1) -> tuple[Engine, float]:
+    """Returns an engine for so many of the recipe's micro-batches on each rank, and the seconds until it was ready."""
+    began, micro_batch = time.monotonic(), recipe.train.micro_batch
+    train = recipe.train.model_copy(update={"global_batch": micro_batch * accumulation * ranks})
+    recipe = recipe.model_copy(update={"train": train})
+    engine = Engine(build_model(recipe.model, CLASSES, seed=0), recipe, device, micro_batch, accumulation)
+    return engine, time.monotonic() - began
 
 
 def recipe_for(

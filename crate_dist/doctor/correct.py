@@ -16,12 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from crate_dist.doctor import correct_step
-from crate_dist.doctor.contestants import alone, is_compiled
-from crate_dist.doctor.exact import PLAIN, Case, compared, errors, new_case, of_engine, plainly
+from crate_dist.doctor.contestants import alone, is_compiled, is_warm, of_case
+from crate_dist.doctor.exact import FACTOR, PLAIN, ROUNDED_FACTOR, Case, compared, errors, new_case, of_engine, plainly
 from crate_dist.doctor.stage import Finding, Setting
 
 COMPILE_S, COMPILE_SMALL_S = 40.0, 150.0
 """Seconds that must be left to begin a compile, on a GPU, and on a CPU by a C++ compiler."""
+WARM_S = 20.0
+"""Those where the stage compile has compiled it."""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -36,18 +38,19 @@ def examine(setting: Setting) -> Iterator[Finding]:
     with alone(setting) as device:
         case = new_case(setting.small, seed)
         yield Finding("random numbers", f"seed {seed}", note="weights, images and labels of this stage follow from it")
-        yield from correct_step.steps(case, setting, device, seed)
-        yield from attention(setting, device, seed)
         yield from passes(case, setting, device)
+        yield from attention(setting, device, seed)
+        yield from correct_step.steps(case, setting, device, seed)
 
 
 def passes(case: Case, setting: Setting, device: torch.device) -> Iterator[Finding]:
     """Compares logits and every gradient in each precision, eager and compiled, with and without recomputation."""
-    depth, needs_s = case.model.config.depth, COMPILE_SMALL_S if setting.small else COMPILE_S
+    depth = case.model.config.depth
     plain: dict[str, dict[str, float]] = {}
-    for compiled, precision, recompute in itertools.product((False, True), PLAIN, (0, depth)):
+    for compiled, precision, recompute in itertools.product((True, False), PLAIN, (0, depth)):
         name = ", ".join([precision, "compiled" if compiled else "eager", *(["recomputed"] if recompute else [])])
         name = f"logits and gradients, {name}"
+        needs_s = WARM_S if is_warm(setting, of_case(precision)) else COMPILE_SMALL_S if setting.small else COMPILE_S
         if compiled and (setting.left_s < needs_s or (device.type == "cpu" and not shutil.which("g++"))):
             yield Finding(name, "left out", note="no g++ here" if setting.left_s > needs_s else "no time left")
             continue
@@ -64,7 +67,8 @@ def passes(case: Case, setting: Setting, device: torch.device) -> Iterator[Findi
         if compiled and not is_compiled(engine.module):
             yield Finding(name, "not compiled", passed=False, note="torch.compile does not work here; the log says why")
             continue
-        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision], case.jump)
+        factor = FACTOR if precision == "fp32" else ROUNDED_FACTOR
+        yield compared(name, errors(of_engine(engine, case.batch), case.exact), plain[precision], case.jump, factor)
 
 
 def attention(setting: Setting, device: torch.device, seed: int) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import WEIGHTS, Progress
 from crate_dist.checkpoint.loading import RankState, find_newest
 from crate_dist.config import OptimSection
+from crate_dist.doctor.contestants import is_warm, of_case
 from crate_dist.doctor.exact import FACTOR, Case, errors, plainly
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.training.compiling import eagerly
@@ -38,7 +39,9 @@ def steps(case: Case, setting: Setting, device: torch.device, seed: int) -> Iter
     """Yields the findings on all parts of a step."""
     yield from clipping(case, device)
     yield from optimizers(setting.small, device, seed)
-    yield from planted_inf(case, device)
+    yield from planted_inf(case, device, compiled=False)
+    if is_warm(setting, of_case("bf16")):
+        yield from planted_inf(case, device, compiled=True)
     yield from saved_and_loaded(case, setting, device)
 
 
@@ -120,11 +123,11 @@ def _adamw(p: Tensor, g: Tensor, state: dict[str, Tensor], lr: float, optim: Opt
 _UPDATES = {"lion": _lion, "adamw": _adamw}
 
 
-def planted_inf(case: Case, device: torch.device) -> Iterator[Finding]:
+def planted_inf(case: Case, device: torch.device, compiled: bool) -> Iterator[Finding]:
     """Trains with an inf in one weight: no step may be taken, and the layer must be named."""
     planted = case.with_weight("layers.1.mssa.out.bias", math.inf)
     for name, optim in OPTIMIZERS.items():
-        engine = planted.engine(device, {"optim": optim}, precision="bf16")
+        engine = planted.engine(device, {"optim": optim}, precision="bf16", compile=compiled)
         state, stopped = engine.state(), ""
         before = on_cpu(state)
         try:
@@ -138,7 +141,8 @@ def planted_inf(case: Case, device: torch.device) -> Iterator[Finding]:
             place = where_not_finite(engine.module, partial(engine.loss, case.batch)) or "nothing"
         said = f"{stopped or 'no error'}; weights {'untouched' if untouched else 'CHANGED'}; found in {place}"
         passed = bool(stopped) and untouched and "layers.1.mssa.out" in place
-        yield Finding(f"an inf in a weight, {name}", said, "", "stopped, weights untouched, the layer named", passed)
+        what = f"an inf in a weight, {name}{', compiled' * compiled}"
+        yield Finding(what, said, "", "stopped, weights untouched, the layer named", passed)
 
 
 def saved_and_loaded(case: Case, setting: Setting, device: torch.device) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
-from crate_dist.doctor.shards import make_shards
+from crate_dist.doctor.shards import trial_shards
 from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.trial import LOCAL, Trial
 from crate_dist.launching.ranks import ending_with_parent
@@ -25,8 +25,7 @@ _STOP_AT = 12
 def examine(setting: Setting) -> Iterator[Finding]:
     """Trains, stops, resumes, finishes and evaluates; each has to leave what it promises."""
     began = time.monotonic()
-    side = (32, 32) if setting.small else (320, 256)
-    shards = make_shards(setting.scratch, *((64, 32) if setting.small else (2048, 512)), *side)
+    shards = trial_shards(setting)
     yield Finding("images converted to shards", time.monotonic() - began, "s")
     trial = Trial(setting, shards, setting.scratch)
     if not LOCAL.exists():

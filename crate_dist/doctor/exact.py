@@ -1,9 +1,9 @@
 """What fp64 on the CPU says of a small CRATE, and how far from that a computation may be.
 
-A bound is relative: three times the error that the plainest form of the same mathematics (`published.PlainForm`) has
-against fp64 in the same precision on the same device, for each tensor, or for the median tensor where a tensor comes
-out better than that. The plain form itself must stay below `PLAIN`, so that a device at fault is no measure. An error
-is ‖a - b‖ / ‖b‖, and one that is not a number is above every bound.
+A bound is relative: two or three times the error that the plainest form of the same mathematics (`published.PlainForm`)
+has against fp64 in the same precision on the same device, for each tensor, or for the median tensor where a tensor
+comes out better than that. The plain form itself must stay below `PLAIN`, so that a device at fault is no measure. An
+error is ‖a - b‖ / ‖b‖, and one that is not a number is above every bound.
 
 A gradient jumps where rounding opens or closes a ReLU, which in fp32 happens about once in a run or never: it may be
 `FLIPS` codes of a layer away in any case. So that no few of them decide, the head reads the mean of all tokens.
@@ -33,7 +33,9 @@ from crate_dist.models.build import initialise, model_config
 from crate_dist.models.crate import CRATE
 from crate_dist.training.engine import Engine, MicroBatch
 
-FACTOR = 3.0
+FACTOR, ROUNDED_FACTOR = 3.0, 2.0
+"""The second where the products are in bf16, whose error is the same in every right way to compute: up to 1.4 times the
+plain form's, over seeds. In fp32 the order of sums counts."""
 PLAIN = {"bf16": 0.5, "autocast": 0.5, "fp32": 1e-3}
 """The largest error of the plain form that can be rounding."""
 FLIPS = 9.0
@@ -74,6 +76,15 @@ class Case:
 
 def new_case(small: bool, seed: int) -> Case:
     """Returns a CRATE-B of two layers and eight images; in small the demo's width and more images, which are small."""
+    model, recipe = new_model(small, seed)
+    config = model.config
+    images, labels = synthetic(recipe.train.global_batch, config.image_size, seed, CPU)
+    batch = images, labels % config.num_classes
+    return Case(model, recipe, batch, computed(PlainForm(copy_of(model).double()), recipe, batch, torch.float64))
+
+
+def new_model(small: bool, seed: int) -> tuple[CRATE, Recipe]:
+    """Returns the model of a case, and the recipe of its steps."""
     overrides = ["model.pool=mean", *(SMALL if small else ())]
     recipe = recipe_for("crate_base", 32 if small else 8, "fp32", overrides=overrides)
     config = dataclasses.replace(model_config(recipe.model, 100), depth=2)
@@ -83,9 +94,7 @@ def new_case(small: bool, seed: int) -> Case:
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator) * (0.2 if weight.ndim == 1 else 0.1 * weight.std())
             weight.copy_((weight + noise).bfloat16().float())
-    images, labels = synthetic(recipe.train.global_batch, config.image_size, seed, CPU)
-    batch = images, labels % config.num_classes
-    return Case(model, recipe, batch, computed(PlainForm(copy_of(model).double()), recipe, batch, torch.float64))
+    return model, recipe
 
 
 def copy_of(model: CRATE) -> CRATE:
@@ -142,14 +151,18 @@ def plainly(case: Case, precision: str, device: torch.device) -> dict[str, Tenso
 
 
 def compared(
-    name: str, found: dict[str, float], plain: dict[str, float], jump: Callable[[str], float] = lambda _: 0.0
+    name: str,
+    found: dict[str, float],
+    plain: dict[str, float],
+    jump: Callable[[str], float] = lambda _: 0.0,
+    factor: float = FACTOR,
 ) -> Finding:
     """Returns the finding on the tensor that comes nearest to its bound, or is the farthest beyond.
 
-    jump: what a tensor may be off in any case
+    jump: what a tensor may be off in any case; factor: how many times the plain form's error
     """
     usual = statistics.median(plain.values())
-    bounds = {tensor: max(FACTOR * max(error, usual), jump(tensor)) for tensor, error in plain.items()}
+    bounds = {tensor: max(factor * max(error, usual), jump(tensor)) for tensor, error in plain.items()}
     near = {tensor: error / bounds[tensor] for tensor, error in found.items()}
     worst = max(near, key=lambda tensor: near[tensor] if near[tensor] == near[tensor] else float("inf"))
     return Finding(

@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import os
+import pickletools
 import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from crate_dist.doctor.run import descendants
-from crate_dist.doctor.shards import make_shards
+from crate_dist.doctor.shards import trial_shards
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.trial import Trial
+from crate_dist.run.checkpoints import published_step
 from crate_dist.run.exit_status import TRY_AGAIN
 
-_SAVED_AT = 10  # the first save, from which the run goes on
 _LEFT_FREE = 2e9
+_FULL_S = 60.0
 _ENDS_WITHIN_S = 45.0  # a run that hangs: the watchdog waits for 8 s, and again for the stacks
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
     """Stops a rank, kills one, and fills the device; the run has to say what happened, and to go on."""
-    side = (32, 32) if setting.small else (320, 256)
-    shards = make_shards(setting.scratch, *((64, 32) if setting.small else (2048, 512)), *side)
+    shards = trial_shards(setting)
+    if setting.device == "cpu":
+        yield Finding("a device that is full", "not tried", note="needs a GPU")
+    else:
+        yield _full(Trial(setting, shards, setting.scratch / "full", ranks=1))
     # Two ranks where there are two devices, or none: of a single one it is the loader that is stopped.
     trial = Trial(setting, shards, setting.scratch, ranks=2 if setting.small else None)
-    short = "safety.hang_timeout_s=8", "log.whitebox_every_steps=0", "train.max_steps=30", "train.compile=false"
+    steps = f"train.max_steps={_steps(trial)}"
+    short = "safety.hang_timeout_s=8", "log.whitebox_every_steps=0", "train.compile=false", "train.epochs=20", steps
     for disturb in (_hang, _kill):
         yield from disturb(trial, short)
         if not trial.ended(0):
             return
-    if setting.device == "cpu":
-        yield Finding("a device that is full", "not tried", note="needs a GPU")
-    else:
-        yield _full(setting, Trial(setting, shards, setting.scratch / "full", ranks=1))
+
+
+def _steps(trial: Trial) -> int:
+    """The steps of the run: a GPU takes some dozen of them while a checkpoint is written."""
+    return 30 if trial.setting.small else 80
+
+
+def _until_saved(trial: Trial, after: int) -> int:
+    """Waits until a step after that one is saved and the next ones are taken; returns the saved one.
+
+    What stands then is what the run goes on from; 0: the run has ended before, or the time is over.
+    """
+    while (saved := published_step(trial.run.checkpoints) or 0) <= after or trial.last_step <= saved:
+        if trial.ended(0.02) or trial.setting.left_s < 5:
+            return 0
+    return saved
 
 
 def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     """Stops the last rank, or the loader of the only one, and looks at what the watchdog leaves."""
     trial.start(*settings)
-    if not trial.until_step(_SAVED_AT + 2):
-        if over := trial.unfinished("training begins"):
-            yield over
-            return
-        yield Finding(
+    if not _until_saved(trial, after=0):
+        yield trial.unfinished("training begins") or Finding(
             "training begins", f"step {trial.last_step}", expected="steps are taken", passed=False, note=trial.why()
         )
         return
@@ -68,7 +84,7 @@ def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     folder = trial.run.log_file(0).with_name("flight-recorder")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     records = {path.name: path.stat().st_size for path in files}
-    nccl = trial.setting.device == "cpu" or any(b"nccl" in path.read_bytes() for path in files)
+    nccl = trial.setting.device == "cpu" or any(map(_has_nccl, files))
     yield Finding(
         "records of the last collectives",
         len(records),
@@ -81,43 +97,54 @@ def _hang(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
 
 def _kill(trial: Trial, settings: tuple[str, ...]) -> Iterator[Finding]:
     """Goes on with the run, kills a rank, goes on again to the end."""
+    first = published_step(trial.run.checkpoints) or 0
     trial.start(*settings)
-    if not trial.until_step(2 * _SAVED_AT + 2):
-        if over := trial.unfinished("goes on after a hang"):
-            yield over
-            return
-        yield Finding("goes on after a hang", f"step {trial.last_step}", expected="yes", passed=False, note=trial.why())
+    if not _until_saved(trial, after=first):
+        name = "goes on after a hang"
+        yield trial.unfinished(name) or Finding(
+            name, f"step {trial.last_step}", expected="yes", passed=False, note=trial.why()
+        )
         return
     os.kill(trial.rank_processes()[0], signal.SIGKILL)
     status = trial.wait()
     yield Finding("a rank that is killed", f"status {status}", expected="ends the run", passed=bool(status))
+    second = published_step(trial.run.checkpoints) or 0
     trial.start(*settings)
     finished = trial.wait() == 0
     if over := trial.unfinished("goes on after each, to the end"):
         yield over
         return
     resumed = [int(step) for step in re.findall(r"resumed from .*step-0*(\d+)", trial.output())]
-    whole = [step for step, _ in trial.metrics("train/loss")] == list(range(1, 31))
+    whole = [step for step, _ in trial.metrics("train/loss")] == list(range(1, _steps(trial) + 1))
     yield Finding(
         "goes on after each, to the end",
         f"from step {', '.join(map(str, dict.fromkeys(resumed)))}; {'' if whole else 'not '}each step once",
-        expected=f"from step {_SAVED_AT} and {2 * _SAVED_AT}, each step once",
-        passed=finished and whole and {_SAVED_AT, 2 * _SAVED_AT} <= set(resumed),
+        expected=f"from step {first} and {second}, each step once",
+        passed=finished and whole and list(dict.fromkeys(resumed)) == [first, second],
         note="" if finished else trial.why(),
     )
 
 
-def _full(setting: Setting, trial: Trial) -> Finding:
+def _has_nccl(record: Path) -> bool:
+    """Tells whether a flight recorder's pickle has a collective of NCCL, "nccl:all_reduce"; nothing in it is run."""
+    try:
+        found = [value for _, value, _ in pickletools.genops(record.read_bytes()) if isinstance(value, str)]
+    except ValueError:
+        return False
+    return any(value.startswith("nccl:") for value in found)
+
+
+def _full(trial: Trial) -> Finding:
     """Takes up nearly all of the device's memory, as another program may, and starts a run beside it."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(max(int(free - _LEFT_FREE), 0), dtype=torch.uint8, device="cuda")
     trial.start("train.micro_batch=256", "train.compile=false")
-    trial.wait()
-    if over := trial.unfinished("a device that is full"):
-        return over
+    if not trial.ended(min(_FULL_S, trial.setting.left_s - 3)):
+        trial.stop(signal.SIGKILL)
     del taken
+    torch.cuda.empty_cache()  # the runs behind it need the device
     said = re.search(r"error: (out of memory: .*)", trial.output())
     named = said is not None and "micro-batch of 256" in said[1] and "train.micro_batch=" in said[1]
     return Finding(

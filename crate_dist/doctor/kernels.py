@@ -26,14 +26,15 @@ def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per backend and way, in milliseconds; which is the fastest is for the model to choose."""
     prepare(setting)
     device = torch.device(setting.device)
-    for arch, images in SMALL_SIZES if setting.small else SIZES:
+    sizes = SMALL_SIZES if setting.small else SIZES
+    for arch, images in sizes:
         dims = ARCHS[arch]
         shape = (images, dims.heads, TOKENS, dims.dim // dims.heads)
-        where = f"{arch} at {images}"
-        yield from timed(f"{where}, attention", attention(shape, device), device, setting.small)
-        yield from timed(
-            f"{where}, ISTA", ista(images * TOKENS, dims.dim, device, setting.small), device, setting.small
-        )
+        yield from timed(f"{arch} at {images}, attention", attention(shape, device), device, setting.small)
+    for compiled in (False,) if setting.small else (False, True):  # compiling takes longer than all before
+        for arch, images in sizes:
+            ways = ista(images * TOKENS, ARCHS[arch].dim, device, compiled)
+            yield from timed(f"{arch} at {images}, ISTA", ways, device, setting.small)
 
 
 def timed(name: str, ways: dict[str, Callable[[], object]], device: torch.device, small: bool) -> Iterator[Finding]:
@@ -63,8 +64,8 @@ def attention(shape: tuple[int, ...], device: torch.device) -> dict[str, Callabl
     return {"as training has it": lambda: back(scaled_dot_product_attention(w, w, w), weight, [w]), **ways}
 
 
-def ista(tokens: int, dim: int, device: torch.device, small: bool) -> dict[str, Callable[[], object]]:
-    """Returns ISTA as published, in two products and in one of (tokens, dim), the latter two compiled as well."""
+def ista(tokens: int, dim: int, device: torch.device, compiled: bool) -> dict[str, Callable[[], object]]:
+    """Returns ISTA as published, in two products and in one of (tokens, dim); compiled, the latter two."""
     z = torch.randn(1, tokens, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn_like(z)
     forms = {name: ISTA(dim).to(device, torch.bfloat16) for name in ("two products", "one product")}
@@ -74,12 +75,11 @@ def ista(tokens: int, dim: int, device: torch.device, small: bool) -> dict[str, 
         return lambda: back(form(z), weight, [z, dictionary])
 
     first = forms["two products"]
-    ways = {"three products, as published": run(lambda z: _published(z, first), first.dictionary)}
-    ways |= {name: run(form, form.dictionary) for name, form in forms.items()}
-    if not small:
+    if compiled:
         fused = {name: torch.compile(form, dynamic=False) for name, form in forms.items()}
-        ways |= {f"{name}, compiled": run(fused[name], form.dictionary) for name, form in forms.items()}
-    return ways
+        return {f"{name}, compiled": run(fused[name], form.dictionary) for name, form in forms.items()}
+    ways = {"three products, as published": run(lambda z: _published(z, first), first.dictionary)}
+    return ways | {name: run(form, form.dictionary) for name, form in forms.items()}
 
 
 def _published(z: Tensor, form: ISTA) -> Tensor:

@@ -47,21 +47,22 @@ class Stage:
 
 
 QUICK = Stage("quick", 40, "what a start needs: versions, driver, compiler, disk, network, memory of the device")
-BETWEEN = Stage("between", 60, "several GPUs, or several nodes under srun: all-reduce per link, gloo, clocks")
+BETWEEN = Stage("between", 50, "several GPUs, or several nodes under srun: all-reduce per link, gloo, clocks")
 STAGES = (
     QUICK,
-    Stage("ceilings", 20, "what the device can do at most: copies, large products, the model's own products"),
-    Stage("end-to-end", 150, "a run from images to an evaluation: compiled, stopped, resumed, exported"),
-    Stage("correct", 140, "logits and every gradient against fp64 on the CPU, in every precision and mode"),
-    Stage("waits", 45, "how often and how long a step waits for the device, and the device for the step"),
-    Stage("ranks", 40, "the step of one rank of many, over a process group that only pretends"),
-    Stage("speed", 130, "images/s, memory and the costliest kernels, beside the published code"),
-    Stage("kernels", 25, "attention backends, and ISTA with two products, with one, fused"),
-    Stage("data", 45, "copies to the device, loader workers, and the share of waiting"),
-    Stage("faults", 60, "a rank that hangs, one that is killed, a device that is full"),
-    Stage("compile", 40, "seconds of compiling, cold and warm, and the number of graphs"),
     BETWEEN,
+    Stage("ceilings", 20, "what the device can do at most: copies, large products, the model's own products"),
+    Stage("compile", 90, "seconds of compiling, cold and warm, and the number of graphs; those behind find it done"),
+    Stage("correct", 75, "logits and every gradient against fp64 on the CPU, in every precision and mode"),
+    Stage("waits", 25, "how often and how long a step waits for the device, and the device for the step"),
+    Stage("ranks", 25, "the step of one rank of many, over a process group that only pretends"),
+    Stage("end-to-end", 115, "a run from images to an evaluation: compiled, stopped, resumed, exported"),
+    Stage("kernels", 30, "attention backends, and ISTA with two products, with one, fused"),
+    Stage("data", 35, "copies to the device, loader workers, and the share of waiting"),
+    Stage("faults", 95, "a rank that hangs, one that is killed, a device that is full"),
+    Stage("speed", 75, "images/s, memory and the costliest kernels, beside the published code"),
 )
+"""The one that has use for any time comes last: what those before do not need is its."""
 
 
 @dataclass

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from crate_dist.doctor.stage import Setting
 from crate_dist.prep.convert import Options, convert
 from crate_dist.prep.folders import ListOptions, image_folder
 from crate_dist.prep.images import ImageOptions
 
 CLASSES = 4
+
+
+def trial_shards(setting: Setting) -> Path:
+    """Returns the folder of shards for a `Trial`; the first stage that asks makes them for all of the examination."""
+    folder = setting.scratch.parent / "trial"
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        side = (32, 32) if setting.small else (320, 256)
+        make_shards(folder, *((64, 32) if setting.small else (2048, 512)), *side)
+        done.touch()
+    return folder / "shards"
 
 
 def make_shards(folder: Path, train: int, val: int, width: int, height: int) -> Path:

@@ -9,7 +9,6 @@ in, and is named so.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +29,14 @@ from crate_dist.doctor.contestants import (
     Measured,
     NotCompiled,
     alone,
+    called,
     free,
+    is_warm,
     synthetic,
 )
 from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
-from crate_dist.doctor.timing import in_turns, median_s
+from crate_dist.doctor.timing import host_median_s, in_turns, median_s, queued
 from crate_dist.launching.memory import RESERVE, step_bytes
 from crate_dist.models.build import model_config
 from crate_dist.models.flops import forward_flops
@@ -61,27 +62,27 @@ AUTOCAST = Contestant(OURS, "autocast", compiled=True), Contestant(OURS, "autoca
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its batch, who takes steps of it, and whether a stage before has compiled it."""
+    """A model and its batch, and who takes steps of it."""
 
     arch: str
     batch: int
     contestants: tuple[Contestant, ...]
-    warm: bool = False
 
     def __str__(self) -> str:
         return f"{self.arch} at {self.batch}"
 
 
 SIZES = [
-    Size("crate_base", 256, (BEST, THEIRS, LOOP, EAGER), warm=True),
-    Size("crate_large", 128, (BEST, THEIRS, LOOP)),
-    Size("crate_base", 64, (BEST, LOOP, EAGER), warm=True),
+    Size("crate_base", 256, (BEST, THEIRS)),
+    Size("crate_large", 128, (BEST, THEIRS)),
+    Size("crate_base", 256, (LOOP, EAGER)),
     Size("crate_base", 256, AUTOCAST),
+    Size("crate_base", 64, (BEST, LOOP, EAGER)),
     Size("crate_base", 128, (BEST, LOOP)),
     Size("crate_large", 64, (BEST, LOOP)),
 ]
 """What is measured, the most important first."""
-SMALL_SIZES = [Size("crate_base", 4, (EAGER, THEIRS, Contestant(PLAIN)), warm=True)]
+SMALL_SIZES = [Size("crate_base", 4, (EAGER, THEIRS, Contestant(PLAIN)))]
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
@@ -93,12 +94,13 @@ def examine(setting: Setting) -> Iterator[Finding]:
         side = 1024 if setting.small else 8192
         rate = product_flop_s(device, side, side, side)
         for number, size in enumerate(SMALL_SIZES if setting.small else SIZES):
-            if setting.left_s < STEPS_S + (0 if size.warm else COMPILE_S):
-                left_out.append(f"{size}, {size.contestants[0].precision}")
-                continue
             recipes = {
                 one: one.recipe(size.arch, size.batch, SMALL if setting.small else ()) for one in size.contestants
             }
+            cold = any(one.compiled and not is_warm(setting, called(recipe)) for one, recipe in recipes.items())
+            if setting.left_s < STEPS_S + (COMPILE_S if cold else 0):
+                left_out.append(f"{size}: {', '.join(one.name(setting.reference) for one in size.contestants)}")
+                continue
             try:
                 yield from compared(recipes, device, rate, setting.reference, profiling=number == 0)
             except torch.OutOfMemoryError:
@@ -130,8 +132,16 @@ def compared(
             yield out_of_memory(f"{size}, {one.name(reference)}", one, recipe, device)
         except NotCompiled as error:
             yield Finding(f"{size}, {one.name(reference)}", "not compiled", passed=False, note=str(error))
+        else:
+            name, peak = f"{size}, {one.name(reference)}", running[one].peak
+            if one.whose == OURS and peak is not None:
+                yield memory(f"{name}: peak memory", peak, step_bytes(recipe, batch, world_size=1))
+            if device.type == "cuda":
+                rate_first = batch / queued(running[one], device, calls=4).device_s
+                yield Finding(f"{name}, at first", rate_first, "images/s", note="of four steps; the medians come below")
     free(device)
     taken = in_turns(running, device, rounds=4, calls=8 if device.type == "cuda" else 1, warm_up=1)
+    hosts = {one: host_median_s(step, device) if device.type == "cuda" else 0.0 for one, step in running.items()}
     seconds = {one: median_s(each) for one, each in taken.items()}
     for one, step_s in seconds.items():
         name, peak = f"{size}, {one.name(reference)}", running[one].peak
@@ -139,12 +149,10 @@ def compared(
         facts: dict[str, Any] = {
             "MFU": flops / step_s / rate,
             "step_ms": 1000 * step_s,
-            "host_ms": 1000 * statistics.median(each.host_s for each in taken[one]),
+            "host_ms": 1000 * (hosts[one] or step_s),
             "peak_gb": peak and peak / 1e9,
         }
         yield rated(name, batch / step_s, expected_images_s(device, size) if one == BEST else None, facts)
-        if one.whose == OURS and peak is not None:
-            yield memory(f"{name}: peak memory", peak, step_bytes(recipes[one], batch, world_size=1))
     mine = BEST if BEST in seconds else EAGER
     if {mine, THEIRS} <= seconds.keys():
         yield ratio(

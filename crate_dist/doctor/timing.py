@@ -72,3 +72,11 @@ def in_turns(
 def median_s(taken: Iterable[Taken]) -> float:
     """Returns the median of the device's seconds."""
     return statistics.median(one.device_s for one in taken)
+
+
+def host_median_s(work: Callable[[], object], device: torch.device, calls: int = 5) -> float:
+    """Returns the median of the host's seconds for one call that finds the device idle.
+
+    Within several it would wait: a step begins when the one before the last is done.
+    """
+    return statistics.median(queued(work, device).host_s for _ in range(calls))

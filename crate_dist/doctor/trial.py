@@ -65,7 +65,9 @@ class Trial:
         spare = len(os.sched_getaffinity(0)) // self.ranks - 1
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe = folder / "trial.toml"
-        self.recipe.write_text(_RECIPE.format(**values, workers=min(8, max(1, spare)), epochs=10))
+        self.recipe.write_text(
+            _RECIPE.format(**values, workers=min(8, max(1, spare)), epochs=10 if setting.small else 6)
+        )
         self._output = folder / "output.txt"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -77,6 +79,9 @@ class Trial:
         environment = dict(os.environ)
         if self.setting.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        # A training compiles on one core, since others run workers; here a cold start is waited for.
+        cores = len(os.sched_getaffinity(0)) // self.ranks
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(8, cores))))
         with self._output.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", *program, *folders, *settings],

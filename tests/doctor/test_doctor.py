@@ -21,7 +21,7 @@ from tests.ranks import REPOSITORY
 
 pytestmark = pytest.mark.spawn
 
-HERE = ("quick", "end-to-end", "data", "faults", "between")
+HERE = ("quick", "between", "end-to-end", "data", "faults")
 """Stages that are run as a whole here; those that measure have tests of their own."""
 
 

@@ -68,10 +68,10 @@ def test_a_stage_runs_whole_in_small(stage: str, checks: int, says: str, tmp_pat
 
 def graphs_of_an_eager_engine(given: Setting) -> list[Finding]:
     from crate_dist.doctor import compile, waits
-    from crate_dist.doctor.contestants import alone
+    from crate_dist.doctor.contestants import alone, made
 
     with alone(given) as device:
-        engine, _ = compile.made(waits.recipe_of(2, given), device)
+        engine, _ = made(waits.recipe_of(2, given), device)
         return list(compile.graphs(engine, device))
 
 
@@ -116,8 +116,7 @@ def test_what_is_right_is_found_right_in_every_precision(tmp_path: Path) -> None
 def found_when_planted(given: Setting) -> dict[str, list[str]]:
     """Plants one error after the other, and returns what the part of the stage that should see it calls failed."""
     from crate_dist.doctor import correct, correct_step, waits
-    from crate_dist.doctor.compile import made
-    from crate_dist.doctor.contestants import alone
+    from crate_dist.doctor.contestants import alone, made
     from crate_dist.doctor.exact import new_case
     from crate_dist.models.crate import CRATE, ISTA
     from crate_dist.training.engine import Engine, Guard
@@ -159,7 +158,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
                 {(Engine, "__init__"): build_without_clipping},
             ),
             "no look at what is finite": (
-                lambda: correct_step.planted_inf(case, device),
+                lambda: correct_step.planted_inf(case, device, compiled=False),
                 {(Guard, "note"): lambda self, step: None},
             ),
             "weights alone are loaded": (
