@@ -27,10 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Lets `make test` run the cluster's tests, which wait for SLURM most of their time, beside all others."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.path.parts else "others"))
+    item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.path.parts else "others"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
