@@ -71,7 +71,7 @@ def train(
         with interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
             start_logging(folder, world)
             if device.type == "cpu" and world.local_rank == 0:
-                _warn_of_idle_gpus()
+                warn_of_idle_gpus()
             recipe = read_recipe(folder.path)
             with Watchdog(world, recipe.safety.hang_timeout_s, folder.log_file(world.rank), interrupt) as watchdog:
                 set_timeout(longest_s)  # from here on the watchdog is the one that does not wait so long
@@ -82,7 +82,7 @@ def train(
         leave_distributed()
 
 
-def _warn_of_idle_gpus() -> None:
+def warn_of_idle_gpus() -> None:
     """Warns where there are GPUs that torch cannot use: these ranks compute on the CPU."""
     if gpus := visible_gpus():
         logger.warning(

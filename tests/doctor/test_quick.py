@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crate_dist import train
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import basics, start
 from crate_dist.doctor.nvidia import is_older, oldest_driver
@@ -114,6 +115,18 @@ def test_a_torch_for_cpus_ends_a_job_that_asked_for_gpus_and_no_other(
         start.look_before_start(asked, ALONE)
     assert not may_pass(caught.value)
     start.look_before_start(opened(tmp_path / "none", small_recipe, cast_shards, "cluster.gpus_per_node=0"), ALONE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is used")
+def test_ranks_without_a_scheduler_warn_where_they_leave_gpus_idle(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train.warn_of_idle_gpus()
+    assert not caplog.text
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    train.warn_of_idle_gpus()
+    assert "TRAINING ON THE CPU, though 2 GPU(s) are to be seen" in caplog.text
 
 
 def opened(tmp_path: Path, small_recipe: Path, cast_shards: Path, *settings: str) -> Path:
