@@ -124,10 +124,10 @@ _UPDATES = {"lion": _lion, "adamw": _adamw}
 
 
 def planted_inf(case: Case, device: torch.device, compiled: bool) -> Iterator[Finding]:
-    """Trains with an inf in one weight: no step may be taken, and the layer must be named."""
-    planted = case.with_weight("layers.1.mssa.out.bias", math.inf)
+    """Trains with an inf in one weight that the model computes with: no step may be taken, the layer must be named."""
     for name, optim in OPTIMIZERS.items():
-        engine = planted.engine(device, {"optim": optim}, precision="bf16", compile=compiled)
+        engine = case.engine(device, {"optim": optim}, precision="bf16", compile=compiled)
+        engine.module.get_parameter("layers.1.mssa.out.bias").data[0] = math.inf  # the master weights stay finite
         state, stopped = engine.state(), ""
         before = on_cpu(state)
         try:

@@ -67,12 +67,6 @@ class Case:
         recipe = self.recipe.model_copy(update=changed)
         return Engine(copy_of(self.model), recipe, device, recipe.train.global_batch, 1)
 
-    def with_weight(self, name: str, value: float) -> Case:
-        """Returns the case with the first number of a weight replaced; what fp64 says is left as it was."""
-        model = copy_of(self.model)
-        model.get_parameter(name).data.view(-1)[0] = value
-        return dataclasses.replace(self, model=model)
-
 
 def new_case(small: bool, seed: int) -> Case:
     """Returns a CRATE-B of two layers and eight images; in small the demo's width and more images, which are small."""

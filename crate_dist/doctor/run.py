@@ -52,7 +52,7 @@ STAGES = (
     QUICK,
     BETWEEN,
     Stage("ceilings", 20, "what the device can do at most: copies, large products, the model's own products"),
-    Stage("compile", 90, "seconds of compiling, cold and warm, and the number of graphs; those behind find it done"),
+    Stage("compile", 115, "seconds of compiling, cold and warm, and the number of graphs; those behind find it done"),
     Stage("correct", 75, "logits and every gradient against fp64 on the CPU, in every precision and mode"),
     Stage("waits", 25, "how often and how long a step waits for the device, and the device for the step"),
     Stage("ranks", 25, "the step of one rank of many, over a process group that only pretends"),
