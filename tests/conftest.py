@@ -27,11 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Lets `make test` run the cluster's tests, which wait for SLURM most of their time, beside all others."""
-    item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.path.parts else "others"))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what needs a GPU where none is shown."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
