@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 CLASSES = 1000
 WIDTH, HEADS, SIDE = 24, 2, 32  # of the model whose host time is measured
 WAYS = {"to owners": 1 << 30, "to all": 0}
-"""How gradients are reduced -> engine.RANKS_REDUCED_TO."""
+"""How gradients are reduced -> zero.RANKS_REDUCED_TO."""
 NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -121,14 +121,15 @@ def engine_among(ranks: int, way: str, recipe: Recipe, narrow: bool = False) -> 
     import torch
 
     from crate_dist.doctor.fake_cluster import fake_cluster
-    from crate_dist.training import engine
+    from crate_dist.training import zero
+    from crate_dist.training.engine import Engine
 
     train = recipe.train.model_copy(update={"global_batch": ranks})
-    smallest = 1 if narrow else engine.SMALLEST_BUCKET
-    settings = patch.multiple(engine, RANKS_REDUCED_TO=WAYS[way], SMALLEST_BUCKET=smallest)
+    smallest = 1 if narrow else zero.SMALLEST_BUCKET
+    settings = patch.multiple(zero, RANKS_REDUCED_TO=WAYS[way], SMALLEST_BUCKET=smallest)
     with settings, fake_cluster(ranks, rank=ranks // 3):
         model = with_small_images(recipe, narrow)
-        yield engine.Engine(model, recipe.model_copy(update={"train": train}), torch.device("cpu"), 1, 1)
+        yield Engine(model, recipe.model_copy(update={"train": train}), torch.device("cpu"), 1, 1)
 
 
 def with_small_images(recipe: Recipe, narrow: bool) -> CRATE:
@@ -214,8 +215,8 @@ def parts(recipe: Recipe) -> list[Part]:
 
     from crate_dist.models.build import model_config
     from crate_dist.models.crate import CRATE
-    from crate_dist.training.engine import BUCKETS, SMALLEST_BUCKET
-    from crate_dist.training.zero import cut
+    from crate_dist.training.buckets import cut
+    from crate_dist.training.zero import BUCKETS, SMALLEST_BUCKET
 
     with torch.device("meta"):
         model = CRATE(model_config(recipe.model, CLASSES))
@@ -232,7 +233,7 @@ def model(given: argparse.Namespace, recipe: Recipe, count: int) -> list[dict[st
     """Prints and returns the weak scaling of nodes of GPUs: ZeRO-2 in both ways, and DDP with fp32 gradients."""
     from crate_dist.models.build import model_config
     from crate_dist.models.flops import forward_flops
-    from crate_dist.training.engine import RANKS_REDUCED_TO
+    from crate_dist.training.zero import RANKS_REDUCED_TO
 
     work = 3 * forward_flops(model_config(recipe.model, CLASSES), given.micro_batch)
     compute_s = (given.step_ms or work / (given.mfu * given.peak_tflops * 1e12) * 1e3) / 1e3

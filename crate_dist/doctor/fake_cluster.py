@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import crate_dist.training.engine  # noqa: F401  # chooses DeepSpeed's accelerator, before it is imported
+import crate_dist.training.zero  # noqa: F401  # chooses DeepSpeed's accelerator, before it is imported
 from crate_dist.world import World
 
 import deepspeed.comm.comm as deepspeed_comm  # isort: skip

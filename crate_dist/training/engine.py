@@ -1,4 +1,4 @@
-"""Takes training steps with DeepSpeed ZeRO-2 around a model. With zero.py the only importer of deepspeed that trains.
+"""Takes training steps with DeepSpeed ZeRO-2 around a model.
 
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
@@ -18,26 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-
-from crate_dist.distributed import device_type
-
-os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
-
-import deepspeed
-import deepspeed.accelerator.cuda_accelerator
-import deepspeed.runtime.engine
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
@@ -53,35 +41,9 @@ from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
-from crate_dist.training.zero import Guard, Zero2
-
-with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
-    # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
-    import deepspeed.runtime.zero.muon.original_muon
+from crate_dist.training.zero import Guard, initialize
 
 logger = logging.getLogger(__name__)
-
-# Asking it for free memory, DeepSpeed takes the names in CUDA_VISIBLE_DEVICES for numbers. Else it asks torch.
-deepspeed.accelerator.cuda_accelerator.pynvml = None
-
-# What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-
-
-RANKS_REDUCED_TO = 16
-"""The most ranks at which each gradient is reduced to its owner. In larger jobs that would be many small messages, and
-take longer than sending twice as much in few, by the model of benchmarks/scaling.py."""
-
-BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
-"""In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
-are computed, and each is still large enough for the network (CRATE-B's 6 MB in bf16)."""
-
-
-# DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
-# of them on a CPU, for a minute or more, to speed up what gloo does well enough. None of them is used here.
-deepspeed.ops.__compatible_ops__ = {}
-deepspeed.runtime.engine.DeepSpeedZeroOptimizer = Zero2  # what its engine makes for stage 2
 
 
 class NotFinite(UserError):
@@ -131,15 +93,7 @@ class Engine:
         first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         check_node_folder()
         optimizer = build_optimizer(groups, recipe.optim)
-        parameters = sum(p.numel() for p in model.parameters())
-        # DeepSpeed would clone the process group, with a time-out that ends NCCL before the watchdog says what hangs.
-        deepspeed_groups._WORLD_GROUP = dist.group.WORLD
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(recipe, micro_batch, accumulation, parameters),
-            dist_init_required=False,
-        )
+        self._engine, self._zero = initialize(model, optimizer, recipe, micro_batch, accumulation)
         self._guard = Guard(self._zero.not_finite)
         self._check_partitions()
         # DeepSpeed makes the master weights from the ones it has rounded to bf16; they start from the exact ones.
@@ -316,29 +270,3 @@ def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: 
     flat = torch.cat([tensors[name].reshape(-1) for name in layout.names])[start : start + out.numel()]
     out.zero_()
     out[: flat.numel()].copy_(flat)
-
-
-def _deepspeed_config(recipe: Recipe, micro_batch: int, accumulation: int, parameters: int) -> dict[str, Any]:
-    bucket = max(parameters // BUCKETS, SMALLEST_BUCKET)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": 2,
-            "round_robin_gradients": False,
-            "contiguous_gradients": True,
-            "overlap_comm": not get_accelerator().is_synchronized_device(),  # a CPU has no streams to overlap
-            "reduce_bucket_size": bucket,
-            # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
-            # rank, which in a large job would be many small ones.
-            "use_multi_rank_bucket_allreduce": dist.get_world_size() > RANKS_REDUCED_TO,
-        },
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
-        "steps_per_print": 1 << 60,
-    }
-    if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    return config

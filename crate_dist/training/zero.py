@@ -2,57 +2,65 @@
 
 DeepSpeed's optimizer partitions the weights and keeps their masters; its own way for gradients has the host wait for
 the device before each reduction, prepares each parameter by itself, and takes the norm of each.
+
+All that is to be known of DeepSpeed in a training stands here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from crate_dist.config import Recipe
+from crate_dist.distributed import device_type
+from crate_dist.training import compiling
+from crate_dist.training.buckets import Bucket, cut
+
+os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
+
+import deepspeed
+import deepspeed.accelerator.cuda_accelerator
+import deepspeed.runtime.engine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from deepspeed.utils import groups as deepspeed_groups
+
+with compiling.decorators_ignored(), contextlib.suppress(ImportError):  # where a version of it has none
+    # DeepSpeed imports its Muon in any case, which is not used here and would import all of torch's compiler.
+    import deepspeed.runtime.zero.muon.original_muon
+
+# Asking it for free memory, DeepSpeed takes the names in CUDA_VISIBLE_DEVICES for numbers. Else it asks torch.
+deepspeed.accelerator.cuda_accelerator.pynvml = None
+
+# What a user of this program can do nothing about: that Lion is not on DeepSpeed's own list, and old names in torch.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+
+# DeepSpeed would try for every one of its operations, on every rank, whether a compiler could build it, and build one
+# of them on a CPU, for a minute or more, to speed up what gloo does well enough. None of them is used here.
+deepspeed.ops.__compatible_ops__ = {}
+
+RANKS_REDUCED_TO = 16
+"""The most ranks at which each gradient is reduced to its owner. In larger jobs that would be many small messages, and
+take longer than sending twice as much in few, by the model of benchmarks/scaling.py."""
+
+BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
+"""In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
+are computed, and each is still large enough for the network (CRATE-B's 6 MB in bf16)."""
 
 _CHUNK = 1 << 18
 """Elements that are summed in fp32 at a time for the norm: a CPU would lose 0.7 % of it over all of CRATE-L at once."""
-
-
-@dataclass
-class Bucket:
-    """An interval of a group's flat gradient, of whole parameters, whose parts are reduced together.
-
-    gradient: (elements,), of this rank in the model's precision; its mean over the ranks where it is reduced to
-    views: of `gradient`, one for each of the parameters
-    parts: owner -> what of `gradient` is of its partition
-    mine: what of `gradient` is of this rank's partition, and of the fp32 sum that it goes into; None: nothing
-    """
-
-    gradient: Tensor
-    parameters: list[nn.Parameter]
-    views: list[Tensor]
-    parts: dict[int, Tensor]
-    mine: tuple[Tensor, Tensor] | None
-    missing: int = 0
-    streams: set[Any] = field(default_factory=set)
-    was_read: Any = None
-
-
-def cut(sizes: Sequence[int], smallest: int) -> Iterator[tuple[int, int]]:
-    """Yields the buckets of tensors of these sizes, from the last one on, as [first, last) of each.
-
-    smallest: elements that each bucket has at least, but the one with the first tensor
-    """
-    last, elements = len(sizes), 0
-    for first in reversed(range(last)):
-        elements += sizes[first]
-        if elements >= smallest or first == 0:
-            yield first, last
-            last, elements = first, 0
 
 
 class Zero2(DeepSpeedZeroOptimizer):
@@ -250,3 +258,47 @@ class Guard:
             if memory.numpy() != 0:
                 return step
         return None
+
+
+def initialize(
+    model: nn.Module, optimizer: Optimizer, recipe: Recipe, micro_batch: int, accumulation: int
+) -> tuple[deepspeed.DeepSpeedEngine, Zero2]:
+    """Has DeepSpeed take over a model and its optimizer, in this process group. A collective."""
+    # DeepSpeed would clone the group, with a time-out that ends NCCL before the watchdog says what hangs.
+    deepspeed_groups._WORLD_GROUP = dist.group.WORLD
+    parameters = sum(p.numel() for p in model.parameters())
+    engine, zero, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=_config(recipe, micro_batch, accumulation, max(parameters // BUCKETS, SMALLEST_BUCKET)),
+        dist_init_required=False,
+    )
+    return engine, zero
+
+
+def _config(recipe: Recipe, micro_batch: int, accumulation: int, bucket: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 2,
+            "round_robin_gradients": False,
+            "contiguous_gradients": True,
+            "overlap_comm": not get_accelerator().is_synchronized_device(),  # a CPU has no streams to overlap
+            "reduce_bucket_size": bucket,
+            # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
+            # rank, which in a large job would be many small ones.
+            "use_multi_rank_bucket_allreduce": dist.get_world_size() > RANKS_REDUCED_TO,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
+        "steps_per_print": 1 << 60,
+    }
+    if recipe.train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+deepspeed.runtime.engine.DeepSpeedZeroOptimizer = Zero2  # what its engine makes for stage 2

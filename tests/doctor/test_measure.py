@@ -119,7 +119,8 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
     from crate_dist.doctor.contestants import alone, made
     from crate_dist.doctor.exact import new_case
     from crate_dist.models.crate import CRATE, ISTA
-    from crate_dist.training.engine import Engine, Guard
+    from crate_dist.training.engine import Engine
+    from crate_dist.training.zero import Guard
 
     torch.set_num_threads(2)
     without_compiling()
