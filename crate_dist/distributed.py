@@ -261,6 +261,7 @@ def leave_distributed() -> None:
     """
     if dist.get_backend() == "gloo" or sys.exc_info()[0] is None:
         dist.destroy_process_group()
+        _groups.clear()  # with the last of them goes the store, and rank 0's port is free again
 
 
 def exit_at_once(main: Callable[[], int]) -> NoReturn:
