@@ -33,6 +33,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no GPU to be seen: on a machine with one, pytest -m gpu")
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Takes back what a test, or a program that it called in this process, has told those after it by variables."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def write_split(
     folder: Path, samples: Iterator[tuple[str, bytes, int]], shard_samples: int, classes: int
 ) -> ShardIndex:
