@@ -18,7 +18,7 @@ from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.world import free_port
@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     """Checks, starts the ranks, waits for them; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipe = recipe_from(arguments)
-        run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
+        site = site_from(arguments)
+        recipe = recipe_from(arguments, site)
+        run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
         command = _command(run_dir, arguments.accept_changed_data)
         if arguments.dry_run:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from submitit import Job, SlurmExecutor
@@ -16,6 +17,8 @@ import crate_dist
 from crate_dist.config import ClusterSection, Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.slurm.options import USUAL, JobOptions
+from crate_dist.slurm.verdict import Settings, refusal
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
@@ -31,12 +34,15 @@ class Executor(SlurmExecutor):
         """Claims that srun is there, else submitit makes no executor; sbatch is looked for before submitting."""
         return 2
 
-    def send(self, jobs: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
-        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them."""
+    def send(self, jobs: Sequence[Callable[[], Any]], settings: Settings = MappingProxyType({})) -> list[Job[Any]]:
+        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them.
+
+        settings: with their origins, for the error to name the one that sbatch complains of
+        """
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
-            raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
+            raise RecipeError(refusal(str(error), settings)) from error
         except FailedSubmissionError as error:
             raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
 
@@ -49,7 +55,13 @@ class Executor(SlurmExecutor):
         return array.script(1)
 
 
-def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weights: Path | None = None) -> Executor:
+def make_executor(
+    recipe: Recipe,
+    folder: Path,
+    run_dirs: Sequence[Path],
+    weights: Path | None = None,
+    options: JobOptions = USUAL,
+) -> Executor:
     """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
 
     Parameters
@@ -57,6 +69,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
     folder: where submitit writes, %j in it standing for the job id
     run_dirs: one for each task of an array; a container sees them beside the data and this clone
     weights: folder of those that the run begins from, for the container too
+    options: what the job asks for beside the recipe's table
     """
     cluster = recipe.cluster
     # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
@@ -80,8 +93,6 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else "0",  # 0: all that the node has
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_delay_s,
         "partition": cluster.partition,
@@ -96,7 +107,7 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
         ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True},
+        "additional_parameters": {**options.of(cluster), "requeue": True},
     }
     if "%" in str(folder.parent):
         # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.

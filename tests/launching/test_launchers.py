@@ -42,7 +42,7 @@ def launch(
 def dry_run(*arguments: str | Path) -> tuple[list[str], str]:
     """The lines of the script, and the recipe, that a dry run of launch/slurm.py shows."""
     done = launch("slurm.py", *arguments, "--dry-run")
-    script, _, recipe = done.stdout.partition("# -------------------- recipe.toml")
+    script, _, recipe = done.stdout[done.stdout.find("#!/bin/bash") :].partition("# -------------------- recipe.toml")
     return script.splitlines(), recipe.partition("\n")[2]
 
 
