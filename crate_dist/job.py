@@ -103,7 +103,7 @@ def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
 
 
 def _say(what: str) -> None:
-    """Prints a line in the form that launch/batch.sh looks for in the logs of the ranks."""
+    """Prints a line in the form that slurm/batch.sh looks for in the logs of the ranks."""
     print(f"crate-dist {what}", flush=True)  # noqa: T201
 
 

@@ -21,13 +21,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-import crate_dist  # isort: skip
-from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
@@ -37,14 +32,9 @@ from crate_dist.launching.opening import opened
 from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
 from crate_dist.locations import is_private
-from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
-from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.slurm.executor import Executor, make_executor
+from crate_dist.slurm.options import parse_minutes
 from crate_dist.world import VARIABLES
-
-CLONE = Path(crate_dist.__file__).resolve().parents[1]
-
-BATCH = Path(__file__).with_name("batch.sh")
-"""The part of the batch script that acts when the ranks end."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipes = _recipes(arguments)
         run_dirs = _run_dirs(arguments, recipes)
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs)
+        init_from = recipes[0].train.init_from
+        weights = folder_of_weights(init_from) if init_from else None
+        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights)
         if arguments.dry_run:
             _show(executor, recipes)
         if arguments.gpu_memory_gb:
@@ -71,102 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def parse_minutes(text: str) -> int:
-    """Reads SLURM's notations of a time limit (90, 90:00, 12:00:00, 2-00, …) as minutes, rounded up."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time limit; 90 (minutes), 12:00:00 or 2-00:00:00 would be")
-    days, *parts = match.groups()
-    first, second, third = (int(part) if part else 0 for part in parts)
-    if days is None and parts[2] is None:  # minutes[:seconds]; all others begin with hours
-        return math.ceil(first + second / 60)
-    return int(days or 0) * 1440 + first * 60 + math.ceil(second + third / 60)
-
-
-class Executor(SlurmExecutor):
-    """submitit's executor, but a dry run works where there is no SLURM."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        """Claims that srun is there, else submitit makes no executor; sbatch is looked for before submitting."""
-        return 2
-
-    def script(self, jobs: int) -> str:
-        """Returns the text that sbatch will be given."""
-        if jobs == 1:
-            return self._make_submission_file_text(self._submitit_command_str, "")
-        array = Executor(self.folder, self.max_num_timeout, python=self.python)
-        array.parameters = {**self.parameters, "map_count": jobs}
-        return array.script(1)
-
-
-def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> Executor:
-    """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
-
-    Parameters
-    ----------
-    folder: where submitit writes, %j in it standing for the job id
-    run_dirs: one for each task of an array; a container sees them beside the data and this clone
-    """
-    cluster = recipe.cluster
-    # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
-    srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
-    python = shlex.quote(sys.executable)
-    if cluster.container:
-        init_from = recipe.train.init_from
-        places = [
-            CLONE,
-            recipe.data.find_root(),
-            init_from and folder_of_weights(init_from),
-            *(run_dir.parent for run_dir in run_dirs),
-        ]
-        seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
-        if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
-            raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
-        srun_args += [
-            f"--container-image={cluster.container}",
-            f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}",
-            f"--container-workdir={CLONE}",
-        ]
-        python = "python3"  # the image's own
-    # First, so that a set-up line of the user's can say otherwise.
-    hidden = [] if cluster.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="]
-    wanted: dict[str, Any] = {
-        "job_name": recipe.name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": cluster.ranks_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else "0",  # 0: all that the node has
-        "time": cluster.time_min,
-        "signal_delay_s": cluster.signal_delay_s,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "setup": [
-            *hidden,
-            *cluster.setup,
-            *_settings(cluster, folder, run_dirs),
-            BATCH.read_text(encoding="utf-8").strip(),
-        ],
-        "srun_args": srun_args,
-        "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True},
-    }
-    if "%" in str(folder.parent):
-        # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
-        log = str(folder.parent).replace("%", "%%") + "/%j/%j_%t_log.out"
-        log = log if len(run_dirs) == 1 else log.replace("%j", "%A_%a")
-        wanted["additional_parameters"]["output"] = log.replace("%t", "0")
-        srun_args.append(f"--output={log}")
-    executor = Executor(folder, max_num_timeout=cluster.requeues, python=python)
-    given = {key: value for key, value in wanted.items() if value is not None}
-    # submitit's own wckey would be refused where accounting knows no such key.
-    executor.update_parameters(**given, wckey=None)
-    return executor
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -270,22 +166,6 @@ def _submission_folder(run_dirs: Sequence[Path]) -> Path:
     return folder / "%j"
 
 
-def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
-    """Returns the shell lines that launch/batch.sh expects before it."""
-    values: dict[str, object] = {
-        "requeues": cluster.requeues,
-        "restarts_in_place": cluster.restarts_in_place,
-        "signal_delay_s": cluster.signal_delay_s,
-        "submissions": folder.parent,
-        "device_fault": DEVICE_FAULT,
-        "stopped": STOPPED,
-        "needs_a_person": NEEDS_A_PERSON,
-        "lost_the_run": LOST_THE_RUN,
-    }
-    lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
-    return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]
-
-
 def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
     print(executor.script(len(recipes)))
     for recipe in recipes:
@@ -304,12 +184,7 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
         _leave_other_jobs()
-        try:
-            jobs = executor.submit_array([TrainJob(run.folder.path, run.accepted_data) for run in found])
-        except FailedJobError as error:
-            raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
-        except FailedSubmissionError as error:
-            raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
+        jobs = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found])
         for job, run in zip(jobs, found, strict=True):
             if len(jobs) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ try:
     total = torch.tensor(world.rank + 1)
     dist.all_reduce(total)
     dist.all_reduce(total, group=distributed.host_group())
+    distributed.leave_distributed()
 except Exception as error:
     print(error)
     sys.exit({TRY_AGAIN} if may_pass(error) else {NEEDS_A_PERSON})

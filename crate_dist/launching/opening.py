@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import RunLock
-
-_PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
+from crate_dist.slurm.queue import NoAnswer, my_jobs
 
 
 @contextmanager
@@ -67,29 +64,15 @@ def check_that_no_job_waits(folder: RunFolder) -> None:
     mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
     if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
         return
-    for line in _queue(jobs).splitlines():
-        number, name, state, *why = line.split()
-        if jobs & {number, name}:
+    try:
+        queue = my_jobs()
+    except NoAnswer as error:
+        raise RecipeError(
+            f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {error}"
+        ) from error
+    for job in queue:
+        if jobs & {job.number, job.name}:
             raise RecipeError(
-                f"job {name}, which is to work in {folder.path}, is {state.lower()} ({' '.join(why)}); "
-                f"wait for it, scancel {name}, or give another --run-dir"
+                f"job {job.name}, which is to work in {folder.path}, is {job.state.lower()} ({job.reason}); "
+                f"wait for it, scancel {job.name}, or give another --run-dir"
             )
-
-
-def _queue(jobs: Collection[str]) -> str:
-    """Lists the user's jobs, a line each."""
-    asked = ["squeue", "--noheader", "--me", "--array", "--format=%A %i %T %r"]
-    said = ""
-    for pause_s in _PAUSES_S:
-        time.sleep(pause_s)
-        try:
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-            continue
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip()
-    raise RecipeError(
-        f"SLURM does not say whether a job of this folder ({', '.join(sorted(jobs))}) still waits: {said}"
-    )

@@ -1,7 +1,7 @@
 """Judges faults: some may pass, so that the run is tried again, others need a person. Imports no torch.
 
 The one place where this is decided. A fault that is wrongly thought to pass costs little: a job whose starts get no
-further is ended by its batch script, launch/batch.sh.
+further is ended by its batch script, slurm/batch.sh.
 """
 
 from __future__ import annotations

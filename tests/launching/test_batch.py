@@ -18,12 +18,12 @@ BEFORE = "crate-dist start 1.1: rank {rank} on node {node}\n"
 
 
 def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> str:
-    """Returns what `commands` print after launch/batch.sh has been read, as in a job that was requeued twice."""
+    """Returns what `commands` print after slurm/batch.sh has been read, as in a job that was requeued twice."""
     lines = [
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
-        f"source {REPOSITORY}/launch/batch.sh",
+        f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
         *commands,

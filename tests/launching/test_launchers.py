@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from submitit.core.utils import DelayedSubmission
 
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
-from crate_dist.launching import opening
 from crate_dist.launching.opening import check_that_no_job_waits
 from crate_dist.launching.preflight import preflight
 from crate_dist.run.folder import RunFolder
+from crate_dist.slurm import queue
+from crate_dist.slurm.options import parse_minutes
 from tests.ranks import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -45,17 +44,6 @@ def dry_run(*arguments: str | Path) -> tuple[list[str], str]:
     done = launch("slurm.py", *arguments, "--dry-run")
     script, _, recipe = done.stdout.partition("# -------------------- recipe.toml")
     return script.splitlines(), recipe.partition("\n")[2]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> ModuleType:
-    """launch/slurm.py as a module."""
-    spec = importlib.util.spec_from_file_location("launch_slurm", LAUNCH / "slurm.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -150,13 +138,13 @@ def test_a_container_sees_the_data_the_run_and_the_code(tiny: Arguments, cast_sh
         *(("2-00:00:00", 2880), ("1-12", 2160), ("1-12:30", 2190)),
     ],
 )
-def test_time_limits_are_read_as_slurm_does(slurm: ModuleType, text: str, minutes: int) -> None:
-    assert slurm.parse_minutes(text) == minutes
+def test_time_limits_are_read_as_slurm_does(text: str, minutes: int) -> None:
+    assert parse_minutes(text) == minutes
 
 
-def test_a_time_limit_that_is_none_is_refused(slurm: ModuleType) -> None:
+def test_a_time_limit_that_is_none_is_refused() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="'2 days' is no time limit; 90"):
-        slurm.parse_minutes("2 days")
+        parse_minutes("2 days")
 
 
 # A dry run, and a submission
@@ -385,7 +373,7 @@ def test_slurm_is_asked_whether_a_job_of_the_folder_waits(
     squeue.write_text(f"#!/bin/sh\n{says}\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(opening, "_PAUSES_S", (0.0, 0.1))
+    monkeypatch.setattr(queue, "_PAUSES_S", (0.0, 0.1))
     if refusal:
         with pytest.raises(RecipeError, match=refusal):
             check_that_no_job_waits(folder)

@@ -1,6 +1,6 @@
 # What a job's batch script does when its ranks end: start them again at once, put the job back into the queue, or stop.
 #
-# launch/slurm.py puts this before submitit's srun, which then is the function below, and before this the settings:
+# executor.py puts this before submitit's srun, which then is the function below, and before this the settings:
 # crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
 # crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
 # crate_needs_a_person, crate_lost_the_run.
