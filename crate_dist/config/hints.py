@@ -46,7 +46,7 @@ KEYS = _by_word(
         "train.micro_batch": "micro_batch_size per_device_batch_size per_device_train_batch_size batch_size_per_gpu "
         "batch_per_gpu mini_batch train_micro_batch_size_per_gpu gradient_accumulation_steps grad_accum accum_iter "
         "accumulation accumulation_steps accum_steps update_freq",
-        "train.epochs": "epoch num_epochs max_epochs n_epochs nb_epochs total_epochs num_train_epochs",
+        "train.epochs": "num_epochs max_epochs n_epochs nb_epochs total_epochs num_train_epochs",
         "train.max_steps": "steps num_steps total_steps iterations iters max_iters max_iter train_steps",
         "train.seed": "random_seed manual_seed",
         "train.precision": "dtype amp mixed_precision bf16 fp16 fp32 half no_amp amp_dtype",

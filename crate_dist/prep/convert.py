@@ -25,6 +25,7 @@ from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.folders import ListOptions, Source, Split, first_few
 from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, ConversionIdentity, SplitFolder, digest_of_classes, read_conversion
+from crate_dist.prep.next_steps import next_steps
 from crate_dist.prep.pool import run_parallel
 from crate_dist.prep.program import (
     counted,
@@ -160,10 +161,8 @@ def convert(source: Source, options: Options) -> None:
         if job not in unfinished:
             tell(f"{job.folder.path} is complete already: {_size_of(index)}")
     tell("")
-    more = "" if "val" in source.splits else " --set data.val_split="
-    tell(f"next: python launch/slurm.py --arch crate_large --nodes 4 --data {options.out}{more}")
-    tell(f"  or: python launch/local.py --arch crate_tiny --ranks 2 --data {options.out}{more}")
-    tell(f"check at any time: python data_prep/verify.py {options.out}")
+    for line in next_steps(options.out):
+        tell(line)
 
 
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
