@@ -42,7 +42,7 @@ from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.locations import is_private
 from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.options import Gpus, outvoted, parse_minutes
-from crate_dist.slurm.verdict import Verdict, ask, refusal
+from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
 from crate_dist.world import VARIABLES
 
 
@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights, jobs[0].options)
         found, problems = _look(arguments, recipes, run_dirs)
         verdict = _ask(executor, len(jobs), arguments)
-        if verdict.accepted is False:
+        waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
+        if beyond := beyond_partition(recipes[0].cluster, jobs[0].settings):
+            problems.append(beyond)
+        elif verdict.answer in ("no", "not now") and not waits_for_now:
             problems.append(refusal(verdict.said, jobs[0].settings))
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
@@ -78,8 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError("\n\n".join(problems))
         if not arguments.dry_run and not arguments.test_only:
             _submit(executor, jobs, found, arguments.start_over)
-            if verdict.start:
-                show(f"{'starts':<14}{verdict.start}")
+            if verdict.start or waits_for_now:
+                now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
+                show(f"{'starts':<14}{now}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -242,13 +246,16 @@ def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdic
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
     script = executor.script(jobs)
-    return ask(script, _environment(script))
+    verdict = ask(script, _environment(script))
+    if arguments.test_only and verdict.answer == "unknown":
+        raise RecipeError(verdict.said)
+    return verdict
 
 
 def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
     if problems:
         said = f"NO: it would not start; {len(problems)} thing(s) are wrong, and named as error"
-    elif verdict.accepted:
+    elif verdict.answer == "yes":
         said = f"yes: SLURM would take it{f', and start it at {verdict.start}' if verdict.start else ''}"
     else:
         said = f"nothing is wrong as far as can be told here: {verdict.said}"

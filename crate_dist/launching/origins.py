@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from crate_dist.config.recipe import find_recipe
 from crate_dist.launching.site import Site
 from crate_dist.locations import redacted
 from crate_dist.slurm.options import Gpus, JobOptions, parse_gres, parse_option
+from crate_dist.slurm.verdict import UNSET
 
 DEFAULT = "default"
 _FLAGS = {
@@ -81,7 +83,11 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
     settled = build_recipe({**recipe.model_dump(), "cluster": values}, origin=_named(site, "the command line"))
     options = JobOptions(form, {name: value for name, (value, _) in asked.items()})
     settings = {key: (_text(value), origins.get(key, DEFAULT)) for key, value in settled.cluster.model_dump().items()}
+    settings["tasks_per_node"] = str(settled.cluster.ranks_per_node), origins.get("tasks_per_node", "one per GPU")
     settings |= {name: (_text(value), origin) for name, (value, origin) in asked.items()}
+    for key in ("partition", "account", "qos", "constraint"):
+        if settings[key][0] == UNSET and (value := os.environ.get(f"SBATCH_{key.upper()}")):
+            settings[key] = value, f"$SBATCH_{key.upper()}"
     return Settled(settled, options, settings)
 
 
@@ -107,9 +113,12 @@ def origin_of(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> dict
 
 def as_table(said: Mapping[str, tuple[str, str]]) -> str:
     """Lays out values with their origins in columns."""
-    wide = max((len(key) for key in said), default=0)
-    room = min(max((len(value) for value, _ in said.values()), default=0), 40)
-    return "\n".join(f"  {key:<{wide}}  {value:<{room}}  {origin}" for key, (value, origin) in said.items())
+    rows = []
+    for key, (value, origin) in said.items():
+        first, *more = value.splitlines() or [""]
+        rows += [(key, first, origin), *(("", line, "") for line in more)]
+    wide, room = max(len(key) for key, _, _ in rows), min(max(len(value) for _, value, _ in rows), 40)
+    return "\n".join(f"  {key:<{wide}}  {value:<{room}}  {origin}".rstrip() for key, value, origin in rows)
 
 
 def _site_values(site: Site) -> dict[str, tuple[Any, str]]:
@@ -164,9 +173,9 @@ def _named(site: Site, last: str) -> str:
 
 def _text(value: Any) -> str:
     if value is None:
-        return "unset"
-    if isinstance(value, tuple | list):
-        return "; ".join(map(str, value)) or "none"
+        return UNSET
+    if isinstance(value, tuple):
+        return ("\n" if all(isinstance(item, str) for item in value) else ", ").join(map(str, value)) or UNSET
     if isinstance(value, Path) or (isinstance(value, str) and "://" in value):
         return redacted(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from crate_dist.config.keys import RecipeError, nearest
 from crate_dist.config.recipe import CONFIG_DIR
 from crate_dist.config.sections import Location, OneWord, Positive, Section
+from crate_dist.launching.showing import show
 from crate_dist.slurm.options import GPU_FORM, Gpus, check_option, parse_gres, parse_minutes
 from crate_dist.world import VARIABLES
 
@@ -248,7 +249,7 @@ class PrintTemplate(argparse.Action):
     """Prints a site file to begin with, and ends the program, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(template(), end="")  # noqa: T201
+        show(template().rstrip())
         parser.exit()
 
 

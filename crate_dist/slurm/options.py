@@ -159,6 +159,8 @@ def check_option(name: str, value: str | bool, origin: str) -> str | bool:
         return value
     if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", value):
         raise RecipeError(f"{origin}: {value!r} has a control character in it, and would not stay on one line")
+    if "\\" in value:
+        raise RecipeError(f"{origin}: sbatch would misread the backslash in {value!r} in a batch script; leave it out")
     if not value:
         raise RecipeError(f"{origin}: no value behind the =; {name}=VALUE, or {name} alone where it takes none")
     return value
