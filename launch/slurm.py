@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
@@ -32,6 +32,7 @@ from crate_dist.launching.opening import opened
 from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
 from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
 from crate_dist.locations import is_private
+from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.options import parse_minutes
 from crate_dist.world import VARIABLES
@@ -43,9 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipes = _recipes(arguments)
         run_dirs = _run_dirs(arguments, recipes)
-        init_from = recipes[0].train.init_from
-        weights = folder_of_weights(init_from) if init_from else None
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights)
+        weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
+        home, snapshot = _home(run_dirs), Snapshot.take()
+        code = home / "code" / snapshot.digest
+        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights)
         if arguments.dry_run:
             _show(executor, recipes)
         if arguments.gpu_memory_gb:
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
         ]
         if not arguments.dry_run:
-            _submit(executor, recipes, found, arguments.start_over)
+            _submit(executor, recipes, found, snapshot, home / "code", arguments.start_over)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -152,18 +154,18 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[
     return [run_dir.expanduser().absolute() for run_dir in run_dirs]
 
 
-def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """Returns submitit's one folder for all jobs of an array: it lies beside their run folders.
+def _home(run_dirs: Sequence[Path]) -> Path:
+    """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
     Raises RecipeError for a path that submitit would misread.
     """
-    folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
+    folder = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
     misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
             f"submitit and SLURM would read the {misread[0]} in {folder} as a pattern; give another --run-dir"
         )
-    return folder / "%j"
+    return folder
 
 
 def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
@@ -173,7 +175,14 @@ def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
         print(recipe.to_toml(), flush=True)
 
 
-def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Preflight], start_over: bool) -> None:
+def _submit(
+    executor: Executor,
+    recipes: Sequence[Recipe],
+    found: Sequence[Preflight],
+    snapshot: Snapshot,
+    code: Path,
+    start_over: bool,
+) -> None:
     if not shutil.which("sbatch"):
         raise RecipeError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
@@ -183,6 +192,9 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
+        snapshot.write(code)
+        if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
+            prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
         _leave_other_jobs()
         jobs = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found])
         for job, run in zip(jobs, found, strict=True):
