@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
@@ -40,6 +40,7 @@ from crate_dist.launching.preflight import Preflight, folder_of_weights, preflig
 from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.locations import is_private
+from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.options import Gpus, outvoted, parse_minutes
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
@@ -54,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         jobs = _jobs(arguments, site)
         recipes = [job.recipe for job in jobs]
         run_dirs = _run_dirs(arguments, recipes, site)
-        init_from = recipes[0].train.init_from
-        weights = folder_of_weights(init_from) if init_from else None
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights, jobs[0].options)
+        weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
+        home, snapshot = _home(run_dirs), Snapshot.take()
+        code = home / "code" / snapshot.digest
+        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights, jobs[0].options)
         found, problems = _look(arguments, recipes, run_dirs)
         verdict = _ask(executor, len(jobs), arguments)
         waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         if problems:
             raise RecipeError("\n\n".join(problems))
         if not arguments.dry_run and not arguments.test_only:
-            _submit(executor, jobs, found, arguments.start_over)
+            _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
             if verdict.start or waits_for_now:
                 now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
                 show(f"{'starts':<14}{now}")
@@ -210,18 +212,18 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe], site: Si
     return [run_dir.expanduser().absolute() for run_dir in run_dirs]
 
 
-def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """Returns submitit's one folder for all jobs of an array: it lies beside their run folders.
+def _home(run_dirs: Sequence[Path]) -> Path:
+    """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
     Raises RecipeError for a path that submitit would misread.
     """
-    folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
+    folder = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
     misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
             f"submitit and SLURM would read the {misread[0]} in {folder} as a pattern; give another --run-dir"
         )
-    return folder / "%j"
+    return folder
 
 
 def _look(
@@ -281,12 +283,22 @@ def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
         show(recipe.to_toml())
 
 
-def _submit(executor: Executor, jobs: Sequence[Settled], found: Sequence[Preflight], start_over: bool) -> None:
+def _submit(
+    executor: Executor,
+    jobs: Sequence[Settled],
+    found: Sequence[Preflight],
+    snapshot: Snapshot,
+    code: Path,
+    start_over: bool,
+) -> None:
     recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
+        snapshot.write(code)
+        if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
+            prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
         os.environ.update(environment := _environment(executor.script(len(jobs))))
         for name in os.environ.keys() - environment:
             del os.environ[name]

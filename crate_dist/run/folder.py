@@ -15,6 +15,7 @@ stop-requested.json  who asked the run to stop, and when; there until a person s
 failed-start-…/      files of starts that never made a step, left by a start with another recipe
 logs/                rank-00000.log …, one per rank
 slurm/               submitit's files
+code/                the code that its starts ran; see run/snapshot.py
 model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
 """
 
@@ -54,6 +55,7 @@ class RunFolder:
         self.stop_request = path / "stop-requested.json"
         self.logs = path / "logs"
         self.slurm = path / "slurm"
+        self.code = path / "code"
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
