@@ -33,7 +33,8 @@ from crate_dist.launching.options import default_run_dir, recipe_from, recipe_pa
 from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
 from crate_dist.locations import is_private
 from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.nodes import said_of_nodes, world_sizes
+from crate_dist.slurm.options import parse_minutes, parse_nodes
 from crate_dist.world import VARIABLES
 
 
@@ -49,14 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             _show(executor, recipes)
         if arguments.gpu_memory_gb:
-            world_size = recipes[0].cluster.world_size
+            world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over, arguments.accept_changed_data)
+            preflight(recipe, world_sizes(recipe)[1], run_dir, arguments.start_over, arguments.accept_changed_data)
             for recipe, run_dir in zip(recipes, run_dirs, strict=True)
         ]
+        if len(recipes[0].cluster.node_counts) > 1:
+            print(f"{'nodes':<14}{said_of_nodes(recipes[0])}", flush=True)
         if not arguments.dry_run:
             _submit(executor, recipes, found, arguments.start_over)
     except (UserError, OSError) as error:
@@ -68,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__)
     cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
-    cluster.add_argument("--nodes", type=positive, metavar="N")
+    cluster.add_argument(
+        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
+    )
     cluster.add_argument("--gpus-per-node", type=whole_number(0), metavar="N", help="0: train on the CPU")
     cluster.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks [one per GPU]")
     cluster.add_argument("--cpus-per-task", type=positive, metavar="N")

@@ -6,6 +6,8 @@ import argparse
 import math
 import re
 
+from crate_dist.config.sections import node_count
+
 
 def parse_minutes(text: str) -> int:
     """Reads SLURM's notations of a time limit (90, 90:00, 12:00:00, 2-00, …) as minutes, rounded up."""
@@ -17,3 +19,11 @@ def parse_minutes(text: str) -> int:
     if days is None and parts[2] is None:  # minutes[:seconds]; all others begin with hours
         return math.ceil(first + second / 60)
     return int(days or 0) * 1440 + first * 60 + math.ceil(second + third / 60)
+
+
+def parse_nodes(text: str) -> int | str:
+    """Reads a number of nodes, or a range of them."""
+    try:
+        return node_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
