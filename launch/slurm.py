@@ -42,7 +42,8 @@ from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.options import Gpus, outvoted, parse_minutes
+from crate_dist.slurm.nodes import said_of_nodes, world_sizes
+from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
 from crate_dist.world import VARIABLES
 
@@ -73,12 +74,14 @@ def main(argv: list[str] | None = None) -> int:
             for job, run in zip(jobs, found, strict=False):
                 show(f"\n{summary(job.recipe, run)}")
         if arguments.gpu_memory_gb:
-            world_size = recipes[0].cluster.world_size
+            world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         if arguments.dry_run:
             _show_script(executor, recipes)
+        if len(recipes[0].cluster.node_counts) > 1:
+            show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
         if problems:
             raise RecipeError("\n\n".join(problems))
         if not arguments.dry_run and not arguments.test_only:
@@ -97,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     cluster = parser.add_argument_group(
         "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
     )
-    cluster.add_argument("--nodes", type=positive, metavar="N")
+    cluster.add_argument(
+        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
+    )
     cluster.add_argument(
         "--gpus-per-node", type=Gpus.parse, metavar="N", help="or with their type, as a100:8; 0: train on the CPU"
     )
@@ -234,7 +239,7 @@ def _look(
     over, accepted = arguments.start_over, arguments.accept_changed_data
     for recipe, run_dir in zip(recipes, run_dirs, strict=True):
         try:
-            found.append(preflight(recipe, recipe.cluster.world_size, run_dir, over, accepted))
+            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, over, accepted))
         except UserError as error:
             problems.append(str(error))
     return found, list(dict.fromkeys(problems))

@@ -13,10 +13,11 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from crate_dist.config import ClusterSection, Recipe, RecipeError
+from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
 from crate_dist.run.snapshot import START
+from crate_dist.slurm.nodes import nodes_used
 from crate_dist.slurm.options import USUAL, JobOptions
 from crate_dist.slurm.verdict import Settings, refusal
 
@@ -90,7 +91,7 @@ def make_executor(
     hidden = [] if cluster.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="]
     wanted: dict[str, Any] = {
         "job_name": recipe.name,
-        "nodes": cluster.nodes,
+        "nodes": cluster.node_counts[-1],
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
         "time": cluster.time_min,
@@ -102,12 +103,13 @@ def make_executor(
         "setup": [
             *hidden,
             *cluster.setup,
-            *_settings(cluster, folder, run_dirs),
+            *_settings(recipe, folder, run_dirs),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
-        "additional_parameters": {**options.of(cluster), "requeue": True},
+        # submitit's nodes are no range
+        "additional_parameters": {**options.of(cluster), "nodes": cluster.nodes, "requeue": True},
     }
     if "%" in str(folder.parent):
         # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
@@ -124,9 +126,12 @@ def make_executor(
     return executor
 
 
-def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
+def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
     """Returns the shell lines that batch.sh expects before it."""
+    cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
+        "fewest_nodes": cluster.node_counts[0],
+        "ranks_per_node": cluster.ranks_per_node,
         "requeues": cluster.requeues,
         "restarts_in_place": cluster.restarts_in_place,
         "signal_delay_s": cluster.signal_delay_s,
@@ -137,4 +142,8 @@ def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -
         "lost_the_run": LOST_THE_RUN,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
-    return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]
+    return [
+        *lines,
+        f"crate_nodes_used=({' '.join(f'[{given}]={number}' for given, number in used.items())})",
+        f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})",
+    ]
