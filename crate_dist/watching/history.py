@@ -156,9 +156,9 @@ def waits_by_its_log(folder: RunFolder) -> bool:
     return last.endswith("requeueing")
 
 
-def ended_in_order(folder: RunFolder) -> bool:
-    """Tells whether the newest start closed its files itself, after a save."""
-    return next(_objects(lines_backwards(folder.ledger)), {}).get("event") == "end"
+def last_event(folder: RunFolder) -> dict[str, Any]:
+    """Reads the last line of the ledger: a start, steps, an evaluation, a save, or "end", of a start that has saved."""
+    return next(_objects(lines_backwards(folder.ledger)), {})
 
 
 def rank_logs(folder: RunFolder) -> list[Path]:

@@ -150,7 +150,7 @@ def look(path: Path, queue: Queue, stuck_after_s: float = STUCK_AFTER_S, disk: b
         began_at=times[0] if times else None,
         started_at=times[-1] if times else None,
         restarts=max(len(starts) - 1, 0),
-        progress_at=max(filter(None, map(_written_at, (folder.metrics, folder.ledger))), default=None),
+        progress_at=history.last_event(folder).get("time"),
         epochs=recipe.get("train", {}).get("epochs"),
         disk_used=bytes_used,
         disk_whole=whole,
@@ -216,7 +216,7 @@ def _state(
         return "stopped", "it was asked to stop" + _saved(run)
     if queue.problem and folder.jobs() and history.waits_by_its_log(folder):
         return "waiting", f"in SLURM's queue, as far as its log says; {queue.problem}"
-    if history.ended_in_order(folder):
+    if history.last_event(folder).get("event") == "end":
         return "stopped", "it was told to stop by a signal" + _saved(run)
     return "failed", "it ended without saying why: it, or its machine, was stopped from outside"
 
