@@ -34,6 +34,8 @@ from crate_dist.launching.preflight import Preflight, folder_of_weights, preflig
 from crate_dist.locations import is_private
 from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.options import parse_minutes
+from crate_dist.watching.finding import runs_root
+from crate_dist.watching.notify import add_options
 from crate_dist.world import VARIABLES
 
 
@@ -45,7 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         run_dirs = _run_dirs(arguments, recipes)
         init_from = recipes[0].train.init_from
         weights = folder_of_weights(init_from) if init_from else None
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights)
+        executor = make_executor(
+            *(recipes[0], _submission_folder(run_dirs), run_dirs, weights),
+            notify=arguments.notify,
+            stuck_after_min=arguments.stuck_after,
+            mail=arguments.mail,
+        )
         if arguments.dry_run:
             _show(executor, recipes)
         if arguments.gpu_memory_gb:
@@ -88,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
     )
+    add_options(parser, mail=True)
     parser.add_argument(
         "--seeds",
         type=whole_number(0),
@@ -192,10 +200,15 @@ def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Prefl
     for job, run in zip(jobs, found, strict=True):
         print(f"{'job':<14}{job.job_id}\n{run}")
     job_id = jobs[0].job_id.partition("_")[0]
-    print(f"{'to watch':<14}squeue --job {job_id}")
+    first = found[0].folder.path
+    array = job_id if first.parent == runs_root().absolute() else first.parent  # there are other runs beside it
+    runs = shlex.quote(str(first if len(found) == 1 else array))
+    print(f"{'to watch':<14}python launch/status.py {runs} --watch")
+    print(f"{'':<14}squeue --job {job_id}")
     for job in jobs:
         print(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
     print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
+    print(f"{'to stop':<14}python launch/status.py stop {runs}")
     print(f"{'to cancel':<14}scancel {job_id}")
 
 

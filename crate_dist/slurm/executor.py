@@ -16,6 +16,7 @@ import crate_dist
 from crate_dist.config import ClusterSection, Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.run.folder import STOP_REQUEST
 
 CLONE = Path(crate_dist.__file__).resolve().parents[1]
 
@@ -49,7 +50,16 @@ class Executor(SlurmExecutor):
         return array.script(1)
 
 
-def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weights: Path | None = None) -> Executor:
+def make_executor(
+    recipe: Recipe,
+    folder: Path,
+    run_dirs: Sequence[Path],
+    weights: Path | None = None,
+    *,
+    notify: str | None = None,
+    stuck_after_min: int = 30,
+    mail: str | None = None,
+) -> Executor:
     """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
 
     Parameters
@@ -57,6 +67,8 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
     folder: where submitit writes, %j in it standing for the job id
     run_dirs: one for each task of an array; a container sees them beside the data and this clone
     weights: folder of those that the run begins from, for the container too
+    notify, stuck_after_min: the user's command for when a run is done, failed or stuck, and after how long it is that
+    mail: to whom SLURM writes
     """
     cluster = recipe.cluster
     # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
@@ -92,12 +104,15 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
             *hidden,
             *cluster.setup,
             *_settings(cluster, folder, run_dirs),
+            f"crate_notify={shlex.quote(notify or '')} crate_stuck_after={stuck_after_min}",
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},
     }
+    if mail:
+        wanted["additional_parameters"] |= {"mail_user": mail, "mail_type": "END,FAIL,REQUEUE"}
     if "%" in str(folder.parent):
         # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
         log = str(folder.parent).replace("%", "%%") + "/%j/%j_%t_log.out"
@@ -122,6 +137,8 @@ def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -
         "stopped": STOPPED,
         "needs_a_person": NEEDS_A_PERSON,
         "lost_the_run": LOST_THE_RUN,
+        "stop_request": STOP_REQUEST,
+        "python": sys.executable,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
     return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]

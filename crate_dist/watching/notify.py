@@ -40,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser, mail: bool) -> None:
     group.add_argument(
         "--notify",
         metavar="COMMAND",
-        help="shell command to run once when the run is done, has failed for good, or is stuck; a JSON object that says "
-        "how it is doing, as status.py --json does, with `event` and `fault`, is on its standard input",
+        help="shell command to run once when the run is done, has failed for good, or is stuck; its standard input is "
+        "what status.py --json says of the run, with `event` and `fault`",
     )
     group.add_argument(
         "--stuck-after",
