@@ -61,7 +61,7 @@ def tell(command: str, path: Path, event: Event, fault: str = "") -> str:
     """
     try:
         run = look(path, Queue({}))
-        run = replace(run, state=event, fault=fault or run.fault)
+        run = replace(run, state=event, fault=run.fault or fault)
         about = json.dumps({"event": event, **run.to_json()}) + "\n"
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],

@@ -165,6 +165,7 @@ def look(path: Path, queue: Queue, stuck_after_s: float = STUCK_AFTER_S, disk: b
         problems.append(f"cannot tell how far it is: {type(error).__name__}: {error}")
     state, why = _state(run, folder, holder, job, queue, stuck_after_s)
     fault = history.fault_of(folder, times[-1] if times else 0.0) if state == "failed" else ""
+    why = "it ended with an error, and nothing will start it again" if fault else why
     return replace(run, state=state, why=why, fault=fault, problems=tuple(problems))
 
 

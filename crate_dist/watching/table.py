@@ -27,18 +27,18 @@ def in_full(run: Run) -> str:
     if run.checkpoint_step is not None:
         checkpoint = f"step {run.checkpoint_step:,}, {_ago(run, run.checkpoint_at)}"
     lines = {
-        "": run.why,
+        "why": run.why,
         "fault": run.fault,
         "on": _where(run),
         "step": f"{step}{'' if run.is_over else f', {_ago(run, run.progress_at)}'}",
         "speed": speed,
         "loss": _number(run.loss),
         "top-1": top1,
-        "left": _left(run),
+        "left": "" if run.is_over else _left(run),
         "restarts": f"{run.restarts}, the newest start {_ago(run, run.started_at)}" if run.restarts else "none",
         "checkpoint": checkpoint,
         "disk": _disk(run),
-        "warning": f"{_ago(run, run.warned_at)}: {run.warning}" if run.warning else "",
+        "warning": f"{_ago(run, run.warned_at)}: {run.warning}" if run.warning and run.warning != run.fault else "",
         "but": "; ".join(run.problems),
     }
     title = f"{run.run}: {run.state.upper()}"
@@ -116,11 +116,10 @@ def _where(run: Run) -> str:
 
 
 def _left(run: Run) -> str:
-    if run.left_s is None or run.state == "done":
-        return _NONE if run.left_s is None else ""
-    left = duration(run.left_s)
-    end = time.strftime("%a %H:%M", time.localtime(run.looked_at + run.left_s))
-    return f"{left}, evaluations and saves among them" + (f": {end}" if run.state == "running" else "")
+    if run.left_s is None:
+        return _NONE
+    end = time.strftime(": %a %H:%M", time.localtime(run.looked_at + run.left_s)) if run.state == "running" else ""
+    return f"{duration(run.left_s)}, evaluations and saves among them{end}"
 
 
 def _disk(run: Run) -> str:
