@@ -45,6 +45,8 @@ from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.nodes import said_of_nodes, world_sizes
 from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
+from crate_dist.watching.finding import runs_root
+from crate_dist.watching.notify import add_options
 from crate_dist.world import VARIABLES
 
 
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION[=VALUE]",
         help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
     )
+    add_options(parser, mail=True)
     parser.add_argument(
         "--seeds",
         type=whole_number(0),
@@ -314,11 +317,15 @@ def _submit(
                 (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
     for job, run in zip(sent, found, strict=True):
         show(f"{'job':<14}{job.job_id}\n{run}")
-    job_id = sent[0].job_id.partition("_")[0]
-    show(f"{'to watch':<14}squeue --job {job_id}")
+    job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
+    array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
+    runs = shlex.quote(str(folder if len(found) == 1 else array))
+    show(f"{'to watch':<14}python launch/status.py {runs} --watch")
+    show(f"{'':<14}squeue --job {job_id}")
     for job in sent:
         show(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
-    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
+    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    show(f"{'to stop':<14}python launch/status.py stop {runs}")
     show(f"{'to cancel':<14}scancel {job_id}")
 
 

@@ -33,6 +33,9 @@ from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 from crate_dist.run.record import Record
 
+STOP_REQUEST = "stop-requested.json"
+"""The file by which a person asks a run to save and end; while it is there, no launcher starts the ranks again."""
+
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
 
@@ -52,7 +55,7 @@ class RunFolder:
         self.ledger = path / "ledger.jsonl"
         self.compiled = path / "compiled"
         self.lock = path / "lock"
-        self.stop_request = path / "stop-requested.json"
+        self.stop_request = path / STOP_REQUEST
         self.logs = path / "logs"
         self.slurm = path / "slurm"
         self.code = path / "code"

@@ -16,6 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.run.folder import STOP_REQUEST
 from crate_dist.run.snapshot import START
 from crate_dist.slurm.nodes import nodes_used
 from crate_dist.slurm.options import USUAL, JobOptions
@@ -103,7 +104,7 @@ def make_executor(
         "setup": [
             *hidden,
             *cluster.setup,
-            *_settings(recipe, folder, run_dirs),
+            *_settings(recipe, folder, run_dirs, options),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
@@ -126,7 +127,7 @@ def make_executor(
     return executor
 
 
-def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
+def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], options: JobOptions) -> list[str]:
     """Returns the shell lines that batch.sh expects before it."""
     cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
@@ -140,6 +141,10 @@ def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path]) -> list[st
         "stopped": STOPPED,
         "needs_a_person": NEEDS_A_PERSON,
         "lost_the_run": LOST_THE_RUN,
+        "stop_request": STOP_REQUEST,
+        "notify": options.notify,
+        "stuck_after": options.stuck_after_min,
+        "python": sys.executable,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
     return [

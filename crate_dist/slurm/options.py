@@ -81,6 +81,9 @@ class JobOptions:
     """The option that asks for the GPUs of a node, {n} standing for their number."""
     sbatch: Mapping[str, str | bool] = field(default_factory=dict)
     """Options by their names; True: without a value."""
+    notify: str = ""
+    """Command that is told when a run is done, has failed for good, or is stuck; none: nobody is."""
+    stuck_after_min: int = 30
 
     def of(self, cluster: ClusterSection) -> dict[str, str | bool]:
         """Returns the options by their names, those for GPUs and memory with them."""
