@@ -133,6 +133,35 @@ def whole_lines(path: Path) -> list[str]:
     return data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
 
 
+def lines_backwards(path: Path, at_most: int | None = None, block: int = 1 << 16) -> Iterator[str]:
+    """Yields the whole lines of a text file, the last one first, reading no more of it than is asked for.
+
+    at_most: bytes to read of its end; None: all of them
+    Of a file that is not there, or that shrinks meanwhile, there are none, or none further.
+    """
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            first, whole, rest = max(end - at_most, 0) if at_most else 0, False, b""
+            while end > first:
+                begin = max(end - block, first)
+                file.seek(begin)
+                data = file.read(end - begin)
+                end = begin
+                if not whole:  # behind the last newline stands nothing, or a line that is being written
+                    newline = data.rfind(b"\n")
+                    if newline < 0:
+                        continue
+                    data, whole = data[:newline], True
+                rest, *lines = (data + rest).split(b"\n")
+                for line in reversed(lines):
+                    yield line.decode("utf-8", errors="replace")
+            if whole and not first:
+                yield rest.decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+
+
 def mended_lines(path: Path) -> list[str]:
     """Reads as whole_lines does, and removes from the file a last line that a crash has cut off."""
     data = path.read_bytes() if path.exists() else b""

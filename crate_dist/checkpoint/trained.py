@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint.format import MANIFEST, CheckpointError
+from crate_dist.checkpoint.format import HEAD, MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection, ImageSection
 from crate_dist.errors import UserError
@@ -18,8 +18,6 @@ from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError, check_fit
 from crate_dist.models.weights.read import load_model
 from crate_dist.run.folder import RunFolder, read_recipe
-
-_HEAD = "head.linear.bias"  # one number per class
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
     if problem := saved.damaged():
         raise CheckpointError(problem)
     recipe = read_recipe(RunFolder.of_checkpoint(saved.path).path)
-    head = saved.manifest.shapes.get(_HEAD, [])
+    head = saved.manifest.shapes.get(HEAD, [])
     if len(head) != 1:
-        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")
+        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no vector in it")
     model, weights = build_model(recipe.model, head[0], seed=0), saved.weights()
     try:
         check_fit(weights, model.config)

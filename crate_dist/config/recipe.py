@@ -10,7 +10,17 @@ from typing import Any
 import tomli_w
 from pydantic import Field, ValidationError
 
-from crate_dist.config.keys import RecipeError, assign, explain, flatten, keys_of, nearest, parse_value, rename
+from crate_dist.config.keys import (
+    RENAMED,
+    RecipeError,
+    assign,
+    explain,
+    flatten,
+    keys_of,
+    nearest,
+    parse_value,
+    rename,
+)
 from crate_dist.config.sections import (
     DATA_VARIABLE,
     AugmentSection,
@@ -109,30 +119,34 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
+    origins = {}
     for key, value in values.items():
         if value is not None:
+            origins[key.replace("__", ".")] = "the command line"
             assign(raw, key.replace("__", "."), value, _KNOWN, origin="the command line")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
         assign(raw, key.strip(), parse_value(value.strip()), _KNOWN, origin=f"--set {key.strip()}")
-    on_top = overrides or any(value is not None for value in values.values())
-    recipe = build_recipe(raw, origin=f"{path} and the command line" if on_top else str(path))
+        origins[RENAMED.get(key.strip(), key.strip())] = f"--set {text}"
+    recipe = build_recipe(raw, str(path), origins)
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
     return recipe
 
 
-def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
-    """Validates nested plain values. Raises RecipeError that names `origin` and each wrong key."""
+def build_recipe(raw: Mapping[str, Any], origin: str, origins: Mapping[str, str] | None = None) -> Recipe:
+    """Validates nested plain values. Raises RecipeError: a line for each wrong key, which names where it was given.
+
+    origins: by flat key, of values that are not from `origin`
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(
-            "\n".join([f"{origin}:", *(f"  {explain(item, _KNOWN)}" for item in error.errors())])
-        ) from error
+        lines = (explain(item, _KNOWN, origins or {}, origin) for item in error.errors())
+        raise RecipeError("\n".join(lines)) from error
 
 
 def find_recipe(source: str | Path) -> Path:

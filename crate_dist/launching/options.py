@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, Recipe, load_recipe
+from crate_dist.arguments import Parser, positive, whole_number
+from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config.settings import as_text, meanings
 from crate_dist.locations import is_private, location
 
 
@@ -18,9 +22,8 @@ def recipe_parser(
 
     required: one of --arch and --config must be given
     """
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program, description=description)
+    parser.settings = meanings()
     group = parser.add_argument_group("recipe")
     which = group.add_mutually_exclusive_group(required=required)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
@@ -54,7 +57,36 @@ def recipe_parser(
         dest="overrides",
         help="change one value of the recipe; can be given several times",
     )
+    group.add_argument(
+        "--help-settings",
+        action=_HelpSettings,
+        nargs="?",
+        metavar="WORD",
+        help="list what --set can change, all or what has the word in its key or meaning; with --arch its values too",
+    )
     return parser
+
+
+class _HelpSettings(argparse.Action):
+    """Lists settings and ends the program, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, word: Any, option: str | None = None
+    ) -> None:
+        assert isinstance(parser, Parser)
+        which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        which.add_argument("--arch", "--config", dest="source")
+        source = which.parse_known_args(parser.given)[0].source
+        try:
+            text = as_text(word or "", load_recipe(source) if source else None)
+        except (KeyError, RecipeError) as error:
+            parser.error(f"--help-settings: {error.args[0]}")
+        with suppress(BrokenPipeError):
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+            parser.exit()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still unwritten goes nowhere, quietly
+        parser.exit()
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

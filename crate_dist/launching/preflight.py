@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_dist.checkpoint.format import MANIFEST, newest_manifest
+from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.splits import open_splits
@@ -75,7 +75,9 @@ def preflight(
         train, val = open_splits(recipe)
         if not start_over and (manifest := newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
-            if changed := data.differences(manifest.data, manifest.classes):
+            if refusal := other_head(run_dir, manifest, train.num_classes):
+                problems.append(refusal)
+            elif changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
                 if not accepted_data and not folder.record.data_was_accepted(manifest.progress.step, data.digest):
                     problems.append(changed_data_refusal(run_dir, changed))

@@ -23,6 +23,7 @@ from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.folders import Source, Split, first_few
 from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, ConversionIdentity, SplitFolder, digest_of_classes, read_conversion
+from crate_dist.prep.next_steps import next_steps
 from crate_dist.prep.options import Options
 from crate_dist.prep.parts import clear, held, merging, waits_for
 from crate_dist.prep.pool import run_parallel
@@ -79,10 +80,8 @@ def convert(source: Source, options: Options) -> None:
     if unfinished:
         _tell_duplicates([index for index in indexes if index is not None])
     tell("")
-    more = "" if "val" in source.splits else " --set data.val_split="
-    tell(f"next: python launch/slurm.py --arch crate_large --nodes 4 --data {options.out}{more}")
-    tell(f"  or: python launch/local.py --arch crate_tiny --ranks 2 --data {options.out}{more}")
-    tell(f"check at any time: python data_prep/verify.py {options.out}")
+    for line in next_steps(options.out):
+        tell(line)
 
 
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
