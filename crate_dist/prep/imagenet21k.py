@@ -115,7 +115,7 @@ class _Classes:
     def layout(self) -> str:
         one = any(member for _, member in self.tars.values())
         kinds = ["one archive" if one else "class tars"] * bool(self.tars) + ["class folders"] * bool(self.folders)
-        return " and ".join(["ImageNet-21K" + (f" {self.edition}" if self.edition else ""), *kinds])
+        return f"ImageNet-21K{f' of {self.edition}' if self.edition else ''}, {' and '.join(kinds)}"
 
     def notes(self, ids: Sequence[str]) -> list[str]:
         notes = []
