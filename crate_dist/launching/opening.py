@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,12 +20,14 @@ def opened(
     start_over: bool = False,
     brief: bool = False,
     lost: Callable[[str], None] | None = None,
+    by_a_person: bool = True,
 ) -> Iterator[RunLock]:
     """Holds the lock of a run folder that was opened with a recipe, so that no other start changes it.
 
     recipe: what the folder is opened with; None: a launcher has done that
     start_over: sets aside first what the folder holds
     brief, lost: of the lock, as RunLock has them
+    by_a_person: who asked the run to stop wants it to go on now
 
     Raises
     ------
@@ -47,6 +48,8 @@ def opened(
             if recipe:
                 folder.open(recipe, lock.check)
             lock.check()
+            if by_a_person:
+                folder.stop_request.unlink(missing_ok=True)
         except OSError as error:
             raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
         yield lock
@@ -57,10 +60,7 @@ def check_that_no_job_waits(folder: RunFolder) -> None:
 
     Raises RecipeError: one of them waits, or runs; or SLURM does not answer.
     """
-    try:
-        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
-    except FileNotFoundError:
-        return
+    jobs = set(folder.jobs())
     mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
     if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
         return

@@ -11,6 +11,7 @@ bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
 compiled/            what torch.compile made, a file for each GPU of a node; see training/compiled_cache.py
 lock/                the job that works here now; see run/lock.py
+stop-requested.json  who asked the run to stop, and when; there until a person starts it again
 failed-start-…/      files of starts that never made a step, left by a start with another recipe
 logs/                rank-00000.log …, one per rank
 slurm/               submitit's files
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +51,7 @@ class RunFolder:
         self.ledger = path / "ledger.jsonl"
         self.compiled = path / "compiled"
         self.lock = path / "lock"
+        self.stop_request = path / "stop-requested.json"
         self.logs = path / "logs"
         self.slurm = path / "slurm"
 
@@ -64,6 +67,17 @@ class RunFolder:
     def log_file(self, rank: int) -> Path:
         """Returns the file of one rank's log."""
         return self.logs / f"rank-{rank:05d}.log"
+
+    def jobs(self) -> list[str]:
+        """Lists the SLURM jobs that were submitted to work here (12, or 12_3 for a task of an array), newest last.
+
+        Raises OSError when the folder cannot be listed.
+        """
+        try:
+            names = [name for name in os.listdir(self.slurm) if re.fullmatch(r"\d+(_\d+)?", name)]
+        except FileNotFoundError:
+            return []
+        return sorted(names, key=lambda name: [int(part) for part in name.split("_")])
 
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values."""

@@ -155,15 +155,19 @@ class Interrupt:
             self._pending = (work, flag)
         return stop
 
+    def tell(self) -> None:
+        """Tells this rank to stop, as a signal does."""
+        if self.received_at is None:
+            self.received_at = time.monotonic()
+        if self._at_once:
+            self._stop()
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self.received_at is not None and now - self.received_at > _AGAIN_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if self.received_at is None:
-            self.received_at = now
-        if self._at_once:
-            self._stop()
+        self.tell()
 
     def _stop(self) -> None:
         self.hold()

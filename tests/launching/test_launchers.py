@@ -358,10 +358,10 @@ def test_a_run_folder_without_permission(cast_shards: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("says", "refusal"),
     [
-        ("echo '4242 4242 PENDING Resources'", "job 4242, which is to work in .*, is pending"),
-        ("echo '4250 4242_1 RUNNING None'", "job 4242_1, which is to work in .*, is running"),
+        ("echo '4242|4242|PENDING|0:00|1:00|N/A||Resources'", "job 4242, which is to work in .*, is pending"),
+        ("echo '4250|4242_1|RUNNING|0:10|0:50|N/A|n[0-1]|None'", "job 4242_1, which is to work in .*, is running"),
         ("echo Unable to contact slurm controller >&2; exit 1", "does not say .*4242.*Unable to contact"),
-        ("echo '17 17 PENDING Resources'", ""),
+        ("echo '17|17|PENDING|0:00|1:00|N/A||Resources'", ""),
     ],
 )
 def test_slurm_is_asked_whether_a_job_of_the_folder_waits(
