@@ -83,6 +83,8 @@ def preflight(
                     problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
+    except NotADirectoryError:
+        pass  # which is said below
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
@@ -131,11 +133,13 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     run = RunFolder(source)
     if run.recipe_file.is_file():
         if not checkpoint_names(run.checkpoints):
-            raise RecipeError(f"{given}: this run has no checkpoint yet")
+            raise RecipeError(f"{given}: this run has no checkpoint yet; wait for its first, or begin from another")
     elif (source / MANIFEST).is_file():
         run = RunFolder.of_checkpoint(source)
     else:
-        raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
+        raise RecipeError(
+            f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint, nor a file of weights"
+        )
     there, here = read_recipe(run.path).model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(

@@ -93,9 +93,14 @@ class RunFolder:
         if not self.recipe_file.is_file():
             foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
             if foreign:
+                runs = runs_in(self.path)
+                what = (
+                    f"is no run, but holds some ({runs})"
+                    if runs
+                    else f"holds something that is no run ({', '.join(foreign[:3])})"
+                )
                 raise RecipeError(
-                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
-                    "give --run-dir a new or empty folder"
+                    f"{self.path} {what}; give --run-dir {'one of them, or ' if runs else ''}a new or empty folder"
                 )
             return
         changed = self._changed(recipe)
@@ -185,8 +190,16 @@ def read_recipe(run_dir: Path) -> Recipe:
     """Reads the recipe of a run folder. Raises RecipeError when there is none."""
     folder = RunFolder(Path(run_dir))
     if not folder.recipe_file.is_file():
-        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
+        runs = runs_in(folder.path)
+        what = f"the runs in it are {runs}: give one of them" if runs else "--arch or --config begins a run there"
+        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it; {what}")
     return load_recipe(folder.recipe_file)
+
+
+def runs_in(path: Path, most: int = 5) -> str:
+    """Names the runs that lie in a folder, "" where there are none."""
+    names = sorted(recipe.parent.name for recipe in path.glob("*/recipe.toml"))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _size(path: Path) -> int:
