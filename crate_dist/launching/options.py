@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, Recipe, load_recipe
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, load_recipe
 from crate_dist.locations import is_private, location
 
 
@@ -75,10 +75,14 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     root = recipe.data.find_root()
     if is_private(root):
         os.environ[DATA_VARIABLE] = str(root)
+    mirror = recipe.checkpoint.find_mirror()
+    if mirror is not None and is_private(mirror):
+        os.environ[MIRROR_VARIABLE] = str(mirror)
     data = recipe.data.model_copy(update={"root": root})
+    checkpoint = recipe.checkpoint.model_copy(update={"mirror": mirror})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()
     train = recipe.train.model_copy(update={"init_from": init_from})
-    return recipe.model_copy(update={"data": data, "train": train})
+    return recipe.model_copy(update={"data": data, "train": train, "checkpoint": checkpoint})
 
 
 def default_run_dir(recipe: Recipe) -> Path:
