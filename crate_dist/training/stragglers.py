@@ -132,7 +132,8 @@ class Stragglers:
 
     def _reset(self) -> None:
         self._steps, self._step_s = 0, 0.0
-        self._own_s = self._wait_s = [0.0] * len(self._nodes)
+        self._own_s: list[float] = [0.0] * len(self._nodes)
+        self._wait_s: list[float] = [0.0] * len(self._nodes)
 
 
 def _median(values: Sequence[float]) -> float:
