@@ -10,10 +10,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from crate_dist.config.keys import RecipeError
-from crate_dist.locations import location
+from crate_dist.locations import location, may_run_a_command, redacted
 
 DATA_VARIABLE = "CRATE_DATA"
 CACHE_VARIABLE = "CRATE_CACHE"
+MIRROR_VARIABLE = "CRATE_MIRROR"
 
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 Compile = Literal["auto"] | bool
@@ -30,6 +31,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 """Text on a line of the batch script, where a line break would begin a command."""
+
+
+def _mirror(value: Path | str | None) -> Path | str | None:
+    """Reads the place of a mirror; an empty text is none. Raises ValueError for what can only be read."""
+    place = location(value) if isinstance(value, str) and value else value or None
+    if place is not None and may_run_a_command(place):
+        raise ValueError(
+            f"{redacted(place)} is no place that checkpoints can be copied to; s3://, gs://, https:// (with PUT) "
+            "or a folder of another mount would be"
+        )
+    return place
 
 
 def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -214,6 +226,19 @@ class CheckpointSection(Section):
     every_steps: Positive = Field(500, description="steps between saves")
     keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
     max_failures: Positive = Field(3, description="saves that may fail in a row before the run stops")
+    mirror: Annotated[Path | str | None, BeforeValidator(_mirror)] = Field(
+        None,
+        description=f"folder or URL to which published checkpoints are copied, below the run folder's name, and from "
+        f"which an empty run folder goes on; unset: ${MIRROR_VARIABLE}, else nowhere",
+    )
+
+    def find_mirror(self) -> Path | str | None:
+        """Returns checkpoint.mirror, else the environment's; None: no mirror. Raises RecipeError."""
+        try:
+            place = self.mirror or _mirror(os.environ.get(MIRROR_VARIABLE))
+        except ValueError as error:
+            raise RecipeError(f"{MIRROR_VARIABLE}: {error}") from None
+        return place.expanduser().absolute() if isinstance(place, Path) else place
 
 
 class LogSection(Section):

@@ -3,8 +3,9 @@
 # executor.py puts this before submitit's srun, which then is the function below, and before this the settings:
 # crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
 # crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
-# crate_needs_a_person, crate_lost_the_run, crate_ranks_per_node, and of the nodes that SLURM may give: crate_fewest_nodes,
-# and crate_nodes_used, a table of how many train of how many.
+# crate_needs_a_person, crate_lost_the_run, crate_stop_request (the name of the file that asks a run to stop),
+# crate_notify (a command of the user's, or nothing), crate_stuck_after (minutes), crate_python, crate_ranks_per_node,
+# and of the nodes that SLURM may give: crate_fewest_nodes, and crate_nodes_used, a table of how many train of how many.
 
 # SLURM_JOB_ID of one task of an array is the whole array's: a requeue of it would be one of all tasks.
 crate_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
@@ -22,6 +23,11 @@ trap 'crate_told_to_stop=yes' TERM
 srun() {
     set +eu # of a set-up line
     local status crate_start=0
+    if crate_is_asked_to_stop; then # before SLURM started this job, or started it again after the loss of a node
+        echo "crate-dist: not started, since it was asked to stop; \`launch/status.py resume\` goes on with it"
+        return "$crate_stopped"
+    fi
+    crate_watch_for_stalls
     while true; do
         crate_start=$((crate_start + 1))
         crate_choose_nodes
@@ -31,7 +37,10 @@ srun() {
         echo "crate-dist start $crate_restart.$crate_start: on $SLURM_JOB_NODELIST"
         command srun "${crate_here[@]}" "$@"
         status=$?
-        [ "$status" -eq 0 ] && return 0
+        if [ "$status" -eq 0 ]; then
+            crate_tell "done"
+            return 0
+        fi
         crate_look_at_logs
         [ -z "$crate_broken" ] || crate_find_others
         crate_note_progress "$status"
@@ -69,14 +78,54 @@ crate_choose_nodes() {
 crate_is_worth_it() {
     local where="at step $crate_furthest"
     [ "$crate_furthest" -ge 0 ] || where="before the first checkpoint"
-    [ "$1" -ge 64 ] || [ "$crate_is_first" = no ] || return 1
-    [ "$1" -ne "$crate_needs_a_person" ] && [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    if crate_is_asked_to_stop; then
+        echo "crate-dist: stopped, as it was asked to; \`launch/status.py resume\` goes on with it"
+        return 1
+    fi
+    if [ "$1" -eq "$crate_needs_a_person" ] || { [ "$1" -lt 64 ] && [ "$crate_is_first" = yes ]; }; then
+        crate_fail "FAILED: it needs a person: ${crate_fault:-status $1}"
+        return 1
+    fi
     if [ "$crate_stuck" -ge 3 ]; then
-        echo "crate-dist: GIVEN UP: three starts in a row ended no further than one before them," \
+        crate_fail "GIVEN UP: three starts in a row ended no further than one before them," \
             "$where. The last fault: ${crate_fault:-status $1}." \
             "The logs: $crate_logs and $crate_run_dir/logs. Once it is mended, the same command goes on."
         return 1
     fi
+}
+
+crate_is_asked_to_stop() {
+    [ -e "$crate_run_dir/$crate_stop_request" ]
+}
+
+# Says for good that it will not go on by itself, and tells the user.
+crate_fail() {
+    echo "crate-dist: $*"
+    crate_tell failed "$*"
+}
+
+# Nothing that the user's command does, or that this Python lacks, is of concern to the run.
+crate_tell() {
+    [ -n "$crate_notify" ] || return 0
+    CRATE_NOTIFY=$crate_notify timeout --kill-after=10 120 \
+        "$crate_python" -m crate_dist.watching.notify "$1" "$crate_run_dir" --fault "${2:-}" && return 0
+    printf '{"event": "%s", "run": "%s", "fault": "%s"}\n' "$1" "$(crate_json "$crate_run_dir")" "$(crate_json "${2:-}")" |
+        CRATE_EVENT=$1 CRATE_RUN=$crate_run_dir timeout --kill-after=10 60 /bin/sh -c "$crate_notify" ||
+        echo "crate-dist: $1: the --notify command ended with $?"
+}
+
+crate_json() {
+    printf %s "$1" | tr -d '\000-\037' | sed 's/[\\"]/\\&/g'
+}
+
+# From beside, until this script ends.
+crate_watch_for_stalls() {
+    [ -n "$crate_notify" ] || return 0
+    CRATE_NOTIFY=$crate_notify "$crate_python" -m crate_dist.watching.notify watch "$crate_run_dir" \
+        --stuck-after "$crate_stuck_after" &
+    crate_watcher=$!
+    trap 'kill "$crate_watcher" 2>/dev/null' EXIT
 }
 
 # Whether a start ended because it was told to, which says nothing about what it can do.
@@ -229,7 +278,8 @@ crate_requeue() {
     local pause facts
     trap '' TERM # SLURM sends it to this script, and to what it is running, as soon as the job is requeued
     if [ "$crate_restart" -ge "$crate_requeues" ]; then
-        echo "crate-dist: ended with status $1, and not requeued: it was $crate_restart times already, and" \
+        facts=$(scontrol --oneliner show job "$crate_job") && ! crate_is_running "$facts" && return
+        crate_fail "ended with status $1, and not requeued: it was $crate_restart times already, and" \
             "cluster.requeues is $crate_requeues; the same command goes on from the newest checkpoint"
         return
     fi
@@ -242,7 +292,7 @@ crate_requeue() {
         [ -z "$crate_left_out$crate_broken" ] || crate_exclude
         return
     done
-    echo "SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
+    crate_fail "FAILED: SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
 }
 
 # SLURM takes a list of nodes for a job that is not running, and takes it for the whole list.

@@ -81,6 +81,9 @@ class Lag:
 class Stragglers:
     """Judges the ranks, every few steps. nodes: the name of each rank's."""
 
+    _own_s: list[float]
+    _wait_s: list[float]
+
     def __init__(self, nodes: Sequence[str]) -> None:
         self._nodes = nodes
         self._in_a_row = Counter[int]()
@@ -132,8 +135,7 @@ class Stragglers:
 
     def _reset(self) -> None:
         self._steps, self._step_s = 0, 0.0
-        self._own_s: list[float] = [0.0] * len(self._nodes)
-        self._wait_s: list[float] = [0.0] * len(self._nodes)
+        self._own_s, self._wait_s = [0.0] * len(self._nodes), [0.0] * len(self._nodes)
 
 
 def _median(values: Sequence[float]) -> float:
