@@ -16,7 +16,7 @@ from crate_dist.prep.parts import progress
 from crate_dist.prep.shards import Part, ShardPlan
 from crate_dist.run.holder import Holder
 from crate_dist.run.lock import RunLock
-from tests.data_prep import class_tree, command, convert, fingerprint, picture, refuse, shards_only, write_tree
+from tests.data_prep import class_tree, command, convert, fingerprint, picture, refuse, run, shards_only, write_tree
 
 FOLDER = "image_folder.py"
 OPTIONS = ("--shard-samples", 4, "--val-fraction", 0.2, "--workers", 1)
@@ -77,6 +77,9 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
         ],
         False,
     )
+    unfinished = run("verify.py", out)
+    assert unfinished.returncode == 1
+    assert f"NOT FINISHED {out / 'train'}: part 2/3: 3 of 3 shards, finished" in unfinished.stdout
     # What is left can be divided anew, or be left to one machine.
     convert(FOLDER, source, out, *OPTIONS, "--part", "2/2")
     kept = {path: path.stat().st_ino for path in out.glob("*/*.tar")}
