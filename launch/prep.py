@@ -26,7 +26,8 @@ from crate_dist.arguments import positive
 from crate_dist.errors import UserError
 from crate_dist.prep.job import PrepJob
 from crate_dist.prep.parts import progress
-from crate_dist.slurm.executor import CLONE, Executor
+from crate_dist.run.snapshot import CLONE
+from crate_dist.slurm.executor import Executor
 from crate_dist.slurm.options import parse_minutes
 
 CONVERTERS = ("imagenet", "imagenet21k", "image_folder")
