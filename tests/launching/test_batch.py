@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -139,3 +140,36 @@ def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_pa
     )
     (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + f"crate-dist fault: {fault}\n")
     assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault/$crate_broken"') == f"{fault}/"
+
+
+def test_a_run_that_was_asked_to_stop_is_neither_started_nor_requeued(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / STOP_REQUEST).touch()
+    command = "command() { echo RAN; }"
+    assert "RAN" not in (said := batch(tmp_path, command, "srun; echo status $?"))
+    assert said.endswith(f"status {STOPPED}")
+    said = batch(tmp_path, f"crate_note_progress {STOPPED}; crate_is_worth_it {STOPPED} || echo over")
+    assert said.splitlines() == [
+        "crate-dist: stopped, as it was asked to; `launch/status.py resume` goes on with it",
+        "over",
+    ]
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/nonexistent"])
+def test_who_is_to_be_told_of_a_failure_is_told_even_without_this_python(python: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    settings = f"crate_python={python} crate_notify={shlex.quote(f'cat > {tmp_path}/note')}"
+    fault = 'rank 0: it said "no"\\n and \\ went'
+    said = batch(
+        tmp_path,
+        settings,
+        "exec 2>/dev/null",  # where a shell says that there is no such Python
+        f"crate_fault={shlex.quote(fault)}",
+        f"crate_note_progress {NEEDS_A_PERSON}; crate_is_worth_it {NEEDS_A_PERSON} || echo over",
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert said.startswith("crate-dist: FAILED: it needs a person: rank 0")
+    assert said.endswith("over")
+    note = json.loads((tmp_path / "note").read_text())
+    assert (note["event"], note["run"]) == ("failed", f"{tmp_path}/one")
+    assert note["fault"] == f"FAILED: it needs a person: {fault}"
