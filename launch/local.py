@@ -13,15 +13,17 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.run.exit_status import STOPPED
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.snapshot import START, Snapshot, prune
 from crate_dist.watching.notify import add_options, tell, watched
 from crate_dist.world import free_port
 
@@ -30,10 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     """Checks, starts the ranks, waits for them; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipe = recipe_from(arguments)
-        run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
+        site = site_from(arguments)
+        recipe = recipe_from(arguments, site)
+        run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
-        command = _command(run_dir, arguments.accept_changed_data)
+        snapshot, code = Snapshot.take(), RunFolder(run_dir).code
+        command = _command(code / snapshot.digest, run_dir, arguments.accept_changed_data)
         if arguments.dry_run:
             _show(recipe, ranks, command)
         found = preflight(recipe, ranks, run_dir, arguments.start_over, arguments.accept_changed_data)
@@ -41,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             return 0
         with opened(found.folder, recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
+            snapshot.write(code)
+            prune(code, {*found.folder.record.snapshots(), snapshot.digest})
             print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
             print(f"{'':<14}python launch/status.py {shlex.quote(str(run_dir))}", flush=True)
             with watched(arguments.notify, run_dir, arguments.stuck_after):
@@ -80,8 +86,8 @@ def _ranks(asked: int | None) -> int:
     return ranks
 
 
-def _command(run_dir: Path, accept_changed_data: bool) -> list[str]:
-    command = [sys.executable, "-u", "-m", "crate_dist.train", "--run-dir", str(run_dir)]
+def _command(code: Path, run_dir: Path, accept_changed_data: bool) -> list[str]:
+    command = [sys.executable, "-u", str(code / START), "-m", "crate_dist.train", "--run-dir", str(run_dir)]
     return command + (["--accept-changed-data"] if accept_changed_data else [])
 
 
