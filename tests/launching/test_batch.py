@@ -27,6 +27,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"crate_stop_request={STOP_REQUEST} crate_notify= crate_stuck_after=30 crate_python={sys.executable}",
+        f"crate_start_py={REPOSITORY}/crate_dist/start.py",
         f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
@@ -166,7 +167,6 @@ def test_who_is_to_be_told_of_a_failure_is_told_even_without_this_python(python:
         "exec 2>/dev/null",  # where a shell says that there is no such Python
         f"crate_fault={shlex.quote(fault)}",
         f"crate_note_progress {NEEDS_A_PERSON}; crate_is_worth_it {NEEDS_A_PERSON} || echo over",
-        env={"PYTHONPATH": str(REPOSITORY)},
     )
     assert said.startswith("crate-dist: FAILED: it needs a person: rank 0")
     assert said.endswith("over")

@@ -39,7 +39,7 @@ def test_a_run_stops_by_the_request_alone_and_by_a_signal_and_goes_on(
     small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
     folder, note = RunFolder(tmp_path / "run"), tmp_path / "note"
-    arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", folder.path]
+    arguments: list[str | Path] = ["--config", small_recipe, "--data", cast_shards, "--run-dir", folder.path]
     arguments += ["--set", "train.epochs=300", "--set", "log.eval_every_epochs=300"]
     with Training(arguments, 2) as training:  # as on machines out of reach of a signal
         wait_until(lambda: has_step(folder, 3), "step 3")
@@ -49,7 +49,14 @@ def test_a_run_stops_by_the_request_alone_and_by_a_signal_and_goes_on(
     assert (first["state"], first["stop_requested"]) == ("stopped", True)
     assert checkpoint_names(folder.checkpoints)[-1] == f"step-{first['step']:08d}"
 
-    launcher = [sys.executable, REPOSITORY / "launch" / "status.py", "resume", folder.path, "--notify", f"touch {note}"]
+    launcher: list[str | Path] = [
+        sys.executable,
+        REPOSITORY / "launch" / "status.py",
+        "resume",
+        folder.path,
+        "--notify",
+        f"touch {note}",
+    ]
     with subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             wait_until(lambda: has_step(folder, first["step"] + 3), "steps of the second start")
@@ -79,7 +86,7 @@ def test_a_log_is_followed_through_a_new_file(tmp_path: Path) -> None:
     folder.recipe_file.write_text('name = "run"\n')
     log = folder.log_file(1)
     log.write_text("first\n")
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         "-u",
         REPOSITORY / "launch" / "status.py",
@@ -105,7 +112,7 @@ def test_a_log_is_followed_through_a_new_file(tmp_path: Path) -> None:
 def test_what_a_recipe_does_not_keep_is_said_when_a_run_is_resumed(
     small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
-    launch = [
+    launch: list[str | Path] = [
         sys.executable,
         REPOSITORY / "launch" / "slurm.py",
         "--config",
