@@ -2,6 +2,7 @@
 
     python launch/slurm.py --arch crate_large --nodes 4
     python launch/slurm.py --arch crate_base --partition gpu --time 2-00:00:00 --seeds 0 1 2
+    python launch/slurm.py --arch crate_base --grid optim.lr=1e-4,2e-4 --grid train.seed=0,1
     python launch/slurm.py --arch crate_tiny --dry-run
 
 What the recipe's [cluster] table says can be said here too, and wins. Run it on the login node, from a file system
@@ -21,33 +22,48 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
+from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
-from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
+from crate_dist.launching.options import recipe_parser
+from crate_dist.launching.preflight import Preflight, folder_of_weights
+from crate_dist.launching.sweep import look_at_all, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
 from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.queue import largest_array
 from crate_dist.world import VARIABLES
+
+if TYPE_CHECKING:
+    from submitit import Job
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipes = _recipes(arguments)
-        run_dirs = _run_dirs(arguments, recipes)
+        grid = read_grid(arguments)
+        recipes = _recipes(arguments, grid)
+        runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes), arguments.start_over)
+        due = [run for run in runs if not run.idle]
+        if not due:
+            print(f"{runs_table(grid, runs, [run.idle for run in runs])}\nnothing is left to do")
+            return 0
+        recipes, run_dirs = [run.recipe for run in due], [run.run_dir for run in due]
         weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
         home, snapshot = _home(run_dirs), Snapshot.take()
         code = home / "code" / snapshot.digest
         executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights)
+        if arguments.max_parallel:
+            executor.update_parameters(array_parallelism=arguments.max_parallel)
         if arguments.dry_run:
             _show(executor, recipes)
         if arguments.gpu_memory_gb:
@@ -55,12 +71,16 @@ def main(argv: list[str] | None = None) -> int:
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
-        found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over, arguments.accept_changed_data)
-            for recipe, run_dir in zip(recipes, run_dirs, strict=True)
-        ]
+        found = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
+        about = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
         if not arguments.dry_run:
-            _submit(executor, recipes, found, snapshot, home / "code", arguments.start_over)
+            jobs = _submit(executor, recipes, found, snapshot, home / "code", arguments.start_over)
+            about = {path: f"{job.job_id} ({about[path]})" for path, job in zip(about, jobs, strict=True)}
+            if is_swept(arguments):
+                save_grid(run_dirs[0].parent, grid, runs[0].recipe)
+            _say(jobs, found)
+        if grid:
+            print(runs_table(grid, runs, [run.idle or about[run.run_dir] for run in runs]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = recipe_parser(__doc__)
+    parser = recipe_parser(__doc__, required=False)
     cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
     cluster.add_argument("--nodes", type=positive, metavar="N")
     cluster.add_argument("--gpus-per-node", type=whole_number(0), metavar="N", help="0: train on the CPU")
@@ -90,12 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
     )
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(0),
-        nargs="+",
-        metavar="N",
-        help="an array of runs that differ in the seed, a folder for each",
+    add_grid_options(parser).add_argument(
+        "--max-parallel", type=positive, metavar="N", help="runs of the array that may be under way at a time [256]"
     )
     parser.add_argument(
         "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"
@@ -104,21 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Loads one recipe per seed, with the flags in their [cluster] tables."""
-    seeds: list[int | None] = arguments.seeds or [arguments.seed]
-    if arguments.seeds and arguments.seed is not None:
-        raise RecipeError("--seed and --seeds: give one of them")
-    if len(set(seeds)) < len(seeds):
-        raise RecipeError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice would be the same run twice")
+def _recipes(arguments: argparse.Namespace, grid: Grid) -> list[Recipe]:
+    """Loads one recipe per run, with the flags in their [cluster] tables."""
     flags = {key: getattr(arguments, key, None) for key in ClusterSection.model_fields}
     given = {key: value for key, value in flags.items() if value is not None}
     if given.get("gpus_per_node") and "tasks_per_node" not in given:
         given["tasks_per_node"] = None  # one per GPU, whatever the recipe's CPU ranks are
     recipes = []
-    for seed in seeds:
-        arguments.seed = seed
-        recipe = recipe_from(arguments)
+    for recipe in recipes_of(arguments, grid):
         for key, said in recipe.cluster.withheld.items():
             if key not in given:
                 raise RecipeError(said)
@@ -143,17 +152,6 @@ def _check_cluster(cluster: ClusterSection) -> None:
         )
 
 
-def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[Path]:
-    given: Path | None = arguments.run_dir
-    if given is None:
-        run_dirs = [default_run_dir(recipe) for recipe in recipes]
-    elif arguments.seeds:
-        run_dirs = [given / f"seed{recipe.train.seed}" for recipe in recipes]
-    else:
-        run_dirs = [given]
-    return [run_dir.expanduser().absolute() for run_dir in run_dirs]
-
-
 def _home(run_dirs: Sequence[Path]) -> Path:
     """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
@@ -170,9 +168,8 @@ def _home(run_dirs: Sequence[Path]) -> Path:
 
 def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
     print(executor.script(len(recipes)))
-    for recipe in recipes:
-        print(f"# {'-' * 20} recipe.toml{f', seed {recipe.train.seed}' if len(recipes) > 1 else ''} {'-' * 20}")
-        print(recipe.to_toml(), flush=True)
+    print(f"# {'-' * 20} recipe.toml{' of the first run' if len(recipes) > 1 else ''} {'-' * 20}")
+    print(recipes[0].to_toml(), flush=True)
 
 
 def _submit(
@@ -182,13 +179,17 @@ def _submit(
     snapshot: Snapshot,
     code: Path,
     start_over: bool,
-) -> None:
+) -> list[Job[Any]]:
     if not shutil.which("sbatch"):
         raise RecipeError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
     _check_environment_goes_along(recipes[0])
+    if len(found) > 1 and (most := largest_array()) and len(found) > most:
+        raise RecipeError(
+            f"{len(found):,} runs are more than an array of this cluster may have: MaxArraySize is {most}"
+        )
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
@@ -201,12 +202,16 @@ def _submit(
             if len(jobs) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)
                 (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
-    for job, run in zip(jobs, found, strict=True):
-        print(f"{'job':<14}{job.job_id}\n{run}")
+    return jobs
+
+
+def _say(jobs: Sequence[Job[Any]], found: Sequence[Preflight]) -> None:
+    """Says what was submitted, and how to watch it; of an array, what all of its runs have in common."""
     job_id = jobs[0].job_id.partition("_")[0]
+    texts = [str(run).splitlines() for run in found]
+    print("\n".join([f"{'job':<14}{job_id}", *(line for line in texts[0] if all(line in text for text in texts))]))
     print(f"{'to watch':<14}squeue --job {job_id}")
-    for job in jobs:
-        print(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
+    print(f"{'':<14}tail -F {shlex.quote(str(jobs[0].paths.stdout))}")
     print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
     print(f"{'to cancel':<14}scancel {job_id}")
 

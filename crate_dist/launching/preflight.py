@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
-from crate_dist.data.splits import open_splits
+from crate_dist.data.splits import Splits, open_splits
 from crate_dist.errors import UserError
 from crate_dist.locations import redacted
 from crate_dist.run.checkpoints import checkpoint_names
@@ -54,11 +55,17 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False, accept_changed_data: bool = False
+    recipe: Recipe,
+    world_size: int,
+    run_dir: Path,
+    start_over: bool = False,
+    accept_changed_data: bool = False,
+    open_data: Callable[[Recipe], Splits] = open_splits,
 ) -> Preflight:
     """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
 
     start_over: what the folder holds will be set aside; accept_changed_data: other data than before are no problem
+    open_data: opens the splits; of many runs at once, those of the same data only once
 
     Raises RecipeError: with everything that is wrong, one paragraph each.
     """
@@ -72,7 +79,7 @@ def preflight(
     except RecipeError as error:
         problems.append(str(error))
     try:
-        train, val = open_splits(recipe)
+        train, val = open_data(recipe)
         if not start_over and (manifest := newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
             if refusal := other_head(run_dir, manifest, train.num_classes):
