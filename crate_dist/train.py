@@ -24,7 +24,7 @@ from crate_dist.data.workers import open_server
 from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed, set_timeout
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.ranks import visible_gpus
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
@@ -134,8 +134,9 @@ def main(argv: list[str] | None = None) -> int:
         if given - {"run_dir", "accept_changed_data"}:
             if not given & {"arch", "config"}:
                 arguments.config = RunFolder(run_dir).recipe_file
-            recipe = recipe_from(arguments)
-            run_dir = run_dir or default_run_dir(recipe)
+            site = site_from(arguments)
+            recipe = recipe_from(arguments, site)
+            run_dir = run_dir or default_run_dir(recipe, site)
         accepted, over = arguments.accept_changed_data, arguments.start_over
         alone = HANDED_OVER not in os.environ
         result = train(run_dir, accept_changed_data=accepted, recipe=recipe, start_over=over, by_a_person=alone)

@@ -18,11 +18,13 @@ from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.snapshot import START, Snapshot, prune
+from crate_dist.watching.notify import add_options, tell, watched
 from crate_dist.world import free_port
 
 
@@ -30,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     """Checks, starts the ranks, waits for them; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipe = recipe_from(arguments)
-        run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
+        site = site_from(arguments)
+        recipe = recipe_from(arguments, site)
+        run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
         snapshot, code = Snapshot.take(), RunFolder(run_dir).code
         command = _command(code / snapshot.digest, run_dir, arguments.accept_changed_data)
@@ -44,20 +47,30 @@ def main(argv: list[str] | None = None) -> int:
         with opened(found.folder, recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
             snapshot.write(code)
             prune(code, {*found.folder.record.snapshots(), snapshot.digest})
-            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
-            run_ranks(command, ranks, found.folder, lock.environment())
+            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
+            print(f"{'':<14}python launch/status.py {shlex.quote(str(run_dir))}", flush=True)
+            with watched(arguments.notify, run_dir, arguments.stuck_after):
+                run_ranks(command, ranks, found.folder, lock.environment())
     except (UserError, OSError) as error:
+        if isinstance(error, RankFailed) and error.exit_status == STOPPED:
+            print("stopped, as it was asked to; the same command goes on from the newest checkpoint", file=sys.stderr)
+            return STOPPED
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RankFailed) and arguments.notify:
+            print(tell(arguments.notify, run_dir, "failed", str(error)), file=sys.stderr)
         return error.exit_status if isinstance(error, RankFailed) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    if arguments.notify:
+        print(tell(arguments.notify, run_dir, "done"), file=sys.stderr)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__)
     parser.add_argument("--ranks", type=positive, metavar="N", help="processes [one per GPU; without a GPU, one]")
+    add_options(parser, mail=False)
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
     return parser
 

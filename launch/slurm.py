@@ -5,9 +5,14 @@
     python launch/slurm.py --arch crate_base --grid optim.lr=1e-4,2e-4 --grid train.seed=0,1
     python launch/slurm.py --arch crate_tiny --dry-run
 
-What the recipe's [cluster] table says can be said here too, and wins. Run it on the login node, from a file system
-that the compute nodes share. A job that meets its time limit is requeued and goes on from the newest checkpoint of
-its run folder; so does the same command, given again.
+What the recipe's [cluster] table says can be said here too, and wins. What is the same for all your jobs on a cluster
+(partition, account, modules, how GPUs are asked for) is said once, in a site file: `--site-template` prints one.
+
+    python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
+    python launch/slurm.py --arch crate_base --sbatch reservation=course --exclude 'n[3-5]' --test-only
+
+Run it on the login node, from a file system that the compute nodes share. A job that meets its time limit is requeued
+and goes on from the newest checkpoint of its run folder; so does the same command, given again.
 """
 
 from __future__ import annotations
@@ -22,65 +27,87 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
+from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
 from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import recipe_parser
+from crate_dist.launching.options import recipe_parser, site_from
+from crate_dist.launching.origins import DEFAULT, Settled, as_table, origin_of, settle
 from crate_dist.launching.preflight import Preflight, folder_of_weights
+from crate_dist.launching.showing import show, summary
+from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.launching.sweep import look_at_all, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
+from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
 from crate_dist.slurm.queue import largest_array
+from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
+from crate_dist.watching.finding import runs_root
+from crate_dist.watching.notify import add_options
 from crate_dist.world import VARIABLES
-
-if TYPE_CHECKING:
-    from submitit import Job
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        site = site_from(arguments)
         grid = read_grid(arguments)
-        recipes = _recipes(arguments, grid)
-        runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes), arguments.start_over)
-        due = [run for run in runs if not run.idle]
-        if not due:
-            print(f"{runs_table(grid, runs, [run.idle for run in runs])}\nnothing is left to do")
+        every = _jobs(arguments, grid, site)
+        recipes = [job.recipe for job in every]
+        runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
+        jobs = [job for job, run in zip(every, runs, strict=True) if not run.idle]
+        if not jobs:
+            show(f"{runs_table(grid, runs, {})}\nnothing is left to do")
             return 0
-        recipes, run_dirs = [run.recipe for run in due], [run.run_dir for run in due]
+        recipes, run_dirs = [job.recipe for job in jobs], [run.run_dir for run in runs if not run.idle]
         weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
         home, snapshot = _home(run_dirs), Snapshot.take()
         code = home / "code" / snapshot.digest
-        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights)
+        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights, jobs[0].options)
         if arguments.max_parallel:
             executor.update_parameters(array_parallelism=arguments.max_parallel)
+        found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
+        verdict = _ask(executor, len(jobs), arguments)
+        waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
+        if beyond := beyond_partition(recipes[0].cluster, jobs[0].settings):
+            problems.append(beyond)
+        elif verdict.answer in ("no", "not now") and not waits_for_now:
+            problems.append(refusal(verdict.said, jobs[0].settings))
+        if arguments.dry_run or arguments.test_only:
+            _show_verdict(verdict, problems)
         if arguments.dry_run:
-            _show(executor, recipes)
+            _show_values(arguments, grid, site, executor, jobs, run_dirs)
+            for job, run in zip(jobs[:1], found, strict=False):
+                show(f"\n{summary(job.recipe, run)}")
         if arguments.gpu_memory_gb:
-            world_size = recipes[0].cluster.world_size
+            world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
-            print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
-        found = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
-        about = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
-        if not arguments.dry_run:
-            jobs = _submit(executor, recipes, found, snapshot, home / "code", arguments.start_over)
-            about = {path: f"{job.job_id} ({about[path]})" for path, job in zip(about, jobs, strict=True)}
+            show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
+        if arguments.dry_run:
+            _show_script(executor, recipes)
+        if len(recipes[0].cluster.node_counts) > 1:
+            show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
+        if problems:
+            raise RecipeError("\n\n".join(problems))
+        states = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
+        if not arguments.dry_run and not arguments.test_only:
+            states |= _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
             if is_swept(arguments):
-                save_grid(run_dirs[0].parent, grid, runs[0].recipe)
-            _say(jobs, found)
+                save_grid(run_dirs[0].parent, grid, every[0].recipe)
+            if verdict.start or waits_for_now:
+                now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
+                show(f"{'starts':<14}{now}")
         if grid:
-            print(runs_table(grid, runs, [run.idle or about[run.run_dir] for run in runs]))
+            show(runs_table(grid, runs, states))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,53 +116,94 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__, required=False)
-    cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
-    cluster.add_argument("--nodes", type=positive, metavar="N")
-    cluster.add_argument("--gpus-per-node", type=whole_number(0), metavar="N", help="0: train on the CPU")
+    cluster = parser.add_argument_group(
+        "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
+    )
+    cluster.add_argument(
+        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
+    )
+    cluster.add_argument(
+        "--gpus-per-node", type=Gpus.parse, metavar="N", help="or with their type, as a100:8; 0: train on the CPU"
+    )
     cluster.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks [one per GPU]")
-    cluster.add_argument("--cpus-per-task", type=positive, metavar="N")
+    cluster.add_argument("--cpus-per-task", type=positive, metavar="N", help="cores of each rank, its loader's too")
     cluster.add_argument("--mem-gb", type=positive, metavar="GB", help="memory per node [all of it]")
     cluster.add_argument(
         "--time", type=parse_minutes, metavar="LIMIT", dest="time_min", help="minutes, or as 12:00:00 or 2-00:00:00"
     )
-    cluster.add_argument("--partition", metavar="NAME")
-    cluster.add_argument("--account", metavar="NAME")
-    cluster.add_argument("--qos", metavar="NAME")
-    cluster.add_argument("--constraint", metavar="FEATURES")
+    cluster.add_argument("--partition", metavar="NAME", help="`sinfo -s` lists them")
+    cluster.add_argument("--account", metavar="NAME", help="what pays for the job")
+    cluster.add_argument("--qos", metavar="NAME", help="quality of service")
+    cluster.add_argument("--constraint", metavar="FEATURES", help="features that the nodes must have, as 'h100&ib'")
     cluster.add_argument(
-        "--setup", action="append", metavar="LINE", help="shell line before the job; can be given several times"
+        "--exclude", action="append", default=[], metavar="NODES", help="nodes not to run on, as 'n[3-5],n9'"
+    )
+    cluster.add_argument(
+        "--setup",
+        action="append",
+        metavar="LINE",
+        help="shell line before the job, behind the site file's; can be given several times",
     )
     cluster.add_argument(
         "--container",
         metavar="IMAGE",
         help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
     )
+    options = parser.add_argument_group("other options of sbatch")
+    options.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        type=_job_id,
+        metavar="JOB",
+        help="start when that job has ended, well or not",
+    )
+    options.add_argument("--comment", metavar="TEXT", help="for squeue and the accounting")
+    options.add_argument("--nice", type=whole_number(0), metavar="N", help="give way to other jobs by so much priority")
+    options.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
+    )
+    add_options(parser, mail=True)
     add_grid_options(parser).add_argument(
         "--max-parallel", type=positive, metavar="N", help="runs of the array that may be under way at a time [256]"
     )
     parser.add_argument(
         "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check, show script and recipe, and submit nothing")
+    instead = parser.add_argument_group("instead of submitting")
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say whether it would start, where each value comes from, what it needs; show script and recipe",
+    )
+    instead.add_argument(
+        "--test-only", action="store_true", help="say whether SLURM would take it, and when it would start it"
+    )
+    instead.add_argument("--site-template", action=PrintTemplate, nargs=0, help="print a site file to begin with")
     return parser
 
 
-def _recipes(arguments: argparse.Namespace, grid: Grid) -> list[Recipe]:
-    """Loads one recipe per run, with the flags in their [cluster] tables."""
-    flags = {key: getattr(arguments, key, None) for key in ClusterSection.model_fields}
-    given = {key: value for key, value in flags.items() if value is not None}
-    if given.get("gpus_per_node") and "tasks_per_node" not in given:
-        given["tasks_per_node"] = None  # one per GPU, whatever the recipe's CPU ranks are
-    recipes = []
-    for recipe in recipes_of(arguments, grid):
-        for key, said in recipe.cluster.withheld.items():
-            if key not in given:
-                raise RecipeError(said)
-        raw = recipe.model_dump()
-        raw["cluster"] |= given
-        recipes.append(build_recipe(raw, origin="the command line"))
-    _check_cluster(recipes[0].cluster)
-    return recipes
+def _job_id(text: str) -> str:
+    if not re.fullmatch(r"\d+(_\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the id of a job, as 17, or 17_3 for a task of an array")
+    return text
+
+
+def _jobs(arguments: argparse.Namespace, grid: Grid, site: Site) -> list[Settled]:
+    """Settles what each run's job asks for: the recipe's [cluster] table, then the site's values, then the flags."""
+    jobs = [settle(recipe, arguments, site) for recipe in recipes_of(arguments, grid, site)]
+    _check_cluster(jobs[0].recipe.cluster)
+    of_a_range = [job.recipe for job in jobs if len(job.recipe.cluster.node_counts) > 1]
+    if any(nodes_used(recipe) != nodes_used(of_a_range[0]) for recipe in of_a_range[1:]):
+        raise RecipeError(
+            "the runs of this grid have global batches that divide over different numbers of nodes, and an array has "
+            "one shape: give --nodes one number, or start such runs one by one"
+        )
+    return jobs
 
 
 def _check_cluster(cluster: ClusterSection) -> None:
@@ -166,25 +234,64 @@ def _home(run_dirs: Sequence[Path]) -> Path:
     return folder
 
 
-def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
-    print(executor.script(len(recipes)))
-    print(f"# {'-' * 20} recipe.toml{' of the first run' if len(recipes) > 1 else ''} {'-' * 20}")
-    print(recipes[0].to_toml(), flush=True)
-
-
-def _submit(
-    executor: Executor,
-    recipes: Sequence[Recipe],
-    found: Sequence[Preflight],
-    snapshot: Snapshot,
-    code: Path,
-    start_over: bool,
-) -> list[Job[Any]]:
-    if not shutil.which("sbatch"):
+def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdict:
+    """Asks SLURM what it would say. Raises RecipeError where its answer is needed and there is no sbatch."""
+    if not arguments.dry_run and not shutil.which("sbatch"):
         raise RecipeError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
+    script = executor.script(jobs)
+    verdict = ask(script, _environment(script))
+    if arguments.test_only and verdict.answer == "unknown":
+        raise RecipeError(verdict.said)
+    return verdict
+
+
+def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
+    if problems:
+        said = f"NO: it would not start; {len(problems)} thing(s) are wrong, and named as error"
+    elif verdict.answer == "yes":
+        said = f"yes: SLURM would take it{f', and start it at {verdict.start}' if verdict.start else ''}"
+    else:
+        said = f"nothing is wrong as far as can be told here: {verdict.said}"
+    show(f"{'verdict':<14}{said}")
+
+
+def _show_values(
+    arguments: argparse.Namespace,
+    grid: Grid,
+    site: Site,
+    executor: Executor,
+    jobs: Sequence[Settled],
+    run_dirs: Sequence[Path],
+) -> None:
+    """Shows every value with its origin."""
+    run_dir = str(run_dirs[0]), "--run-dir" if arguments.run_dir else site.origins.get("runs", DEFAULT)
+    swept = {key: (", ".join(map(str, values)), "the grid, below") for key, values in grid.items()}
+    values = {**origin_of(jobs[0].recipe, arguments, site), **swept, "run folder": run_dir, **jobs[0].settings}
+    show(f"\n{'value':<14}and where it is from: recipe < site < flags; all else has its default, as below\n")
+    show(as_table(values))
+    for name in outvoted(executor.script(len(jobs)), os.environ):
+        show(f"  ${name} is left out, for the script below says otherwise")
+
+
+def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
+    show(executor.script(len(recipes)))
+    show(f"# {'-' * 20} recipe.toml{' of the first run' if len(recipes) > 1 else ''} {'-' * 20}")
+    show(recipes[0].to_toml())
+
+
+def _submit(
+    executor: Executor,
+    jobs: Sequence[Settled],
+    found: Sequence[Preflight],
+    snapshot: Snapshot,
+    code: Path,
+    start_over: bool,
+) -> dict[Path, str]:
+    """Opens the run folders, submits, says how to watch; returns what there is to say of each run."""
+    recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
     if len(found) > 1 and (most := largest_array()) and len(found) > most:
         raise RecipeError(
@@ -196,24 +303,27 @@ def _submit(
         snapshot.write(code)
         if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
             prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
-        _leave_other_jobs()
-        jobs = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found])
-        for job, run in zip(jobs, found, strict=True):
-            if len(jobs) > 1:
+        os.environ.update(environment := _environment(executor.script(len(jobs))))
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+        sent = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found], jobs[0].settings)
+        for job, run in zip(sent, found, strict=True):
+            if len(sent) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)
                 (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
-    return jobs
-
-
-def _say(jobs: Sequence[Job[Any]], found: Sequence[Preflight]) -> None:
-    """Says what was submitted, and how to watch it; of an array, what all of its runs have in common."""
-    job_id = jobs[0].job_id.partition("_")[0]
+    job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
     texts = [str(run).splitlines() for run in found]
-    print("\n".join([f"{'job':<14}{job_id}", *(line for line in texts[0] if all(line in text for text in texts))]))
-    print(f"{'to watch':<14}squeue --job {job_id}")
-    print(f"{'':<14}tail -F {shlex.quote(str(jobs[0].paths.stdout))}")
-    print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
-    print(f"{'to cancel':<14}scancel {job_id}")
+    in_common = [line for line in texts[0] if all(line in text for text in texts)]
+    show("\n".join([f"{'job':<14}{job_id}", *in_common]))
+    array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
+    runs = shlex.quote(str(folder if len(found) == 1 else array))
+    show(f"{'to watch':<14}python launch/status.py {runs} --watch")
+    show(f"{'':<14}squeue --job {job_id}")
+    show(f"{'':<14}tail -F {shlex.quote(str(sent[0].paths.stdout))}")
+    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    show(f"{'to stop':<14}python launch/status.py stop {runs}")
+    show(f"{'to cancel':<14}scancel {job_id}")
+    return {run.folder.path: f"job {job.job_id}" for job, run in zip(sent, found, strict=True)}
 
 
 def _check_environment_goes_along(recipe: Recipe) -> None:
@@ -226,12 +336,16 @@ def _check_environment_goes_along(recipe: Recipe) -> None:
         )
 
 
-def _leave_other_jobs() -> None:
-    """Forgets the ranks and, inside a job, the job that this process belongs to: the new one would believe it."""
+def _environment(script: str) -> dict[str, str]:
+    """Returns the environment in which sbatch takes a script as it is.
+
+    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
+    variables by which sbatch would do otherwise than the script says.
+    """
     job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    for name in list(os.environ):
-        if (name.startswith(job) and name != "SLURM_CONF") or name in VARIABLES:
-            del os.environ[name]
+    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
+    out |= {*VARIABLES, *outvoted(script, os.environ)}
+    return {name: value for name, value in os.environ.items() if name not in out}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from crate_dist.config import Recipe, RecipeError
 from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_value
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
+from crate_dist.launching.site import NO_SITE, Site
 from crate_dist.run.folder import RunFolder
 
 Grid = Mapping[str, Sequence[Any]]
@@ -100,7 +101,7 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
     return dict(sorted(grid.items()))
 
 
-def recipes_of(arguments: argparse.Namespace, grid: Grid) -> list[Recipe]:
+def recipes_of(arguments: argparse.Namespace, grid: Grid, site: Site = NO_SITE) -> list[Recipe]:
     """Loads the recipe of each combination of values, the last key's changing fastest.
 
     Raises RecipeError: as load_recipe does, or two of them are the same.
@@ -110,7 +111,7 @@ def recipes_of(arguments: argparse.Namespace, grid: Grid) -> list[Recipe]:
         one, settings = copy(arguments), [f"{key}={_toml(value)}" for key, value in zip(grid, values, strict=True)]
         one.overrides = [*arguments.overrides, *settings]
         try:
-            recipes.append(recipe_from(one))
+            recipes.append(recipe_from(one, site))
         except RecipeError as error:
             said = str(error)
             for setting in settings:
@@ -133,18 +134,20 @@ def run_name(recipe: Recipe, keys: Collection[str]) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}~{_mark(name)}"
 
 
-def run_dirs_of(arguments: argparse.Namespace, grid: Grid, recipes: Sequence[Recipe]) -> list[Path]:
+def run_dirs_of(
+    arguments: argparse.Namespace, grid: Grid, recipes: Sequence[Recipe], site: Site = NO_SITE
+) -> list[Path]:
     """Returns the folder of each run, absolute. Runs that differ in --seeds alone are called as they always were.
 
     Raises RecipeError: the folder of the sweep is that of a run, or of another sweep.
     """
     given: Path | None = arguments.run_dir
     if not grid:
-        run_dirs = [given or default_run_dir(recipes[0])]
+        run_dirs = [given or default_run_dir(recipes[0], site)]
     elif not is_swept(arguments):
-        run_dirs = [given / f"seed{r.train.seed}" if given else default_run_dir(r) for r in recipes]
+        run_dirs = [given / f"seed{r.train.seed}" if given else default_run_dir(r, site) for r in recipes]
     else:
-        sweep = given or Path("runs") / f"{recipes[0].name}-grid"
+        sweep = given or (site.runs or Path("runs")) / f"{recipes[0].name}-grid"
         if RunFolder(sweep).recipe_file.exists():
             raise RecipeError(f"{sweep} is the folder of a single run; give the sweep another one by --run-dir")
         if (there := sweep / GRID_FILE).exists() and (keys := flatten(_read(there)[1])).keys() != grid.keys():

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import RunLock
+from crate_dist.run.record import new_run_id
 from crate_dist.slurm.queue import NoAnswer, my_jobs
 
 
@@ -47,6 +48,8 @@ def opened(
                 folder.set_aside(lock.check)
             if recipe:
                 folder.open(recipe, lock.check)
+                if start_over and recipe.checkpoint.find_mirror():
+                    folder.record.note_run_id(new_run_id(), instead=True)
             lock.check()
             if by_a_person:
                 folder.stop_request.unlink(missing_ok=True)

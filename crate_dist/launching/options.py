@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from crate_dist.arguments import Parser, positive, whole_number
-from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, load_recipe
 from crate_dist.config.settings import as_text, meanings
+from crate_dist.launching.showing import show
+from crate_dist.launching.site import NO_SITE, SITE_VARIABLE, Site, load_site
 from crate_dist.locations import is_private, location
 
 
@@ -50,6 +50,13 @@ def recipe_parser(
     )
     group.add_argument("--seed", type=whole_number(0), help="of the order, the augmentation and the first weights")
     group.add_argument(
+        "--site",
+        metavar="FILE",
+        type=Path,
+        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
+    )
+    group.add_argument("--no-site", action="store_true", help="read no site file")
+    group.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
         action="append",
@@ -81,16 +88,19 @@ class _HelpSettings(argparse.Action):
             text = as_text(word or "", load_recipe(source) if source else None)
         except (KeyError, RecipeError) as error:
             parser.error(f"--help-settings: {error.args[0]}")
-        with suppress(BrokenPipeError):
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-            parser.exit()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still unwritten goes nowhere, quietly
+        show(text)
         parser.exit()
 
 
-def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """Loads the recipe that the options of recipe_parser name. Raises RecipeError.
+def site_from(arguments: argparse.Namespace) -> Site:
+    """Reads the user's site files, as the options of recipe_parser have it. Raises RecipeError."""
+    return load_site(arguments.site, not arguments.no_site)
+
+
+def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
+    """Loads the recipe that the options of recipe_parser name, with the site's data where nothing else names any.
+
+    Raises RecipeError.
 
     A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
     """
@@ -104,16 +114,21 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         train__init_heads=arguments.heads,
     )
     # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
-    root = recipe.data.find_root()
+    named = recipe.data.root or os.environ.get(DATA_VARIABLE)
+    root = recipe.data.find_root(None if named else site.data)
     if is_private(root):
         os.environ[DATA_VARIABLE] = str(root)
+    mirror = recipe.checkpoint.find_mirror()
+    if mirror is not None and is_private(mirror):
+        os.environ[MIRROR_VARIABLE] = str(mirror)
     data = recipe.data.model_copy(update={"root": root})
+    checkpoint = recipe.checkpoint.model_copy(update={"mirror": mirror})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()
     train = recipe.train.model_copy(update={"init_from": init_from})
-    return recipe.model_copy(update={"data": data, "train": train})
+    return recipe.model_copy(update={"data": data, "train": train, "checkpoint": checkpoint})
 
 
-def default_run_dir(recipe: Recipe) -> Path:
-    """Returns runs/NAME, with the seed behind it when it is not 0."""
+def default_run_dir(recipe: Recipe, site: Site = NO_SITE) -> Path:
+    """Returns runs/NAME, or NAME in the site's folder of runs; with the seed behind it when it is not 0."""
     seed = recipe.train.seed
-    return Path("runs") / (recipe.name + (f"-seed{seed}" if seed else ""))
+    return (site.runs or Path("runs")) / (recipe.name + (f"-seed{seed}" if seed else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from crate_dist.checkpoint.format import newest_manifest
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.config.keys import flatten
 from crate_dist.data.splits import Splits, open_splits
+from crate_dist.errors import UserError
 from crate_dist.files import whole_lines
 from crate_dist.launching.grid import Grid
 from crate_dist.launching.preflight import Preflight, preflight
 from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.slurm.nodes import world_sizes
 from crate_dist.slurm.queue import NoAnswer, QueuedJob, is_here, my_jobs
 
 _NONE = "–"
@@ -47,10 +49,10 @@ def plan(grid: Grid, recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_
 
 def look_at_all(
     recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_over: bool = False, accept_changed_data: bool = False
-) -> list[Preflight]:
-    """Checks every run as `preflight` does; the index of data that they share is read once.
+) -> tuple[list[Preflight], list[str]]:
+    """Looks at each run as `preflight` does; returns those in order, and what is wrong, with which of the others.
 
-    Raises RecipeError: with everything that is wrong, and which runs it is wrong with.
+    The index of data that several runs share is read once.
     """
     found, problems, opened = [], dict[str, list[str]](), dict[object, Splits]()
 
@@ -62,26 +64,27 @@ def look_at_all(
 
     for recipe, run_dir in zip(recipes, run_dirs, strict=True):
         try:
-            given = recipe, recipe.cluster.world_size, run_dir, start_over, accept_changed_data
-            found.append(preflight(*given, open_data=open_once))
-        except RecipeError as error:
+            how = start_over, accept_changed_data, open_once
+            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, *how))
+        except UserError as error:
             problems.setdefault(str(error), []).append(run_dir.name)
-    if problems and len(recipes) == 1:
-        raise RecipeError(next(iter(problems)))
-    if problems:
-        runs = [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" for names in problems.values()]
-        raise RecipeError("\n\n".join(f"{run}: {text}" for run, text in zip(runs, problems, strict=True)))
-    return found
+    if len(recipes) == 1:
+        return found, list(problems)
+    runs = [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" for names in problems.values()]
+    return found, [f"{run}: {text}" for run, text in zip(runs, problems, strict=True)]
 
 
-def runs_table(grid: Grid, runs: Sequence[Planned], about: Sequence[str]) -> str:
-    """Returns a line for each run: what there is to say about it, its folder, its values of the grid."""
+def runs_table(grid: Grid, runs: Sequence[Planned], states: Mapping[Path, str]) -> str:
+    """Returns a line for each run: its folder, its values of the grid, and what there is to say of it.
+
+    states: by run folder; of those that are left alone, it is why
+    """
     values = [flatten(run.recipe.model_dump(mode="json")) for run in runs]
     rows = [
-        (said, run.run_dir.name, *(_shown(its[key]) for key in grid))
-        for said, run, its in zip(about, runs, values, strict=True)
+        [run.run_dir.name, *(_shown(its[key]) for key in grid), run.idle or states.get(run.run_dir, "")]
+        for run, its in zip(runs, values, strict=True)
     ]
-    return table(("", "run", *grid), rows)
+    return table(("run", *grid, ""), rows)
 
 
 def results_table(run_dirs: Sequence[Path]) -> str:

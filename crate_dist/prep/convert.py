@@ -172,9 +172,9 @@ def _write(jobs: Sequence[_Job], source: Source, options: Options) -> bool:
             with merging(options.out) as may:
                 if not may:
                     return False
-                tell(f"part {options.part} is finished, and is the last: all shards are checked, and the index written")
                 for job in jobs:
                     if job.folder.complete() is None:
+                        tell(f"part {options.part} is the last: all shards of {job.folder.path.name} are checked")
                         _write_split(job, source, options)
     clear(options.out)
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +33,20 @@ class Record:
     def note_origin(self, origin: Mapping[str, Any]) -> None:
         """Puts down which weights the run began from."""
         self._write({**self._read(), "began_from": origin})
+
+    def run_id(self) -> str | None:
+        """Returns the name by which the run's mirror knows it; None for a run that never had one."""
+        value = self._read().get("id") if self.path.exists() else None
+        return str(value) if value else None
+
+    def note_run_id(self, run_id: str, instead: bool = False) -> None:
+        """Puts down the run's id. instead: it takes the place, in a mirror, of the run that was there before."""
+        record = {key: value for key, value in self._read().items() if key != "started_over"}
+        self._write({**record, "id": run_id, **({"started_over": True} if instead else {})})
+
+    def was_started_over(self) -> bool:
+        """Tells whether the run is to take the place of another one in its mirror, and has not yet."""
+        return self.path.exists() and bool(self._read().get("started_over"))
 
     def note_changed_data(self, step: int, digest: str, changes: Mapping[str, str]) -> None:
         """Puts down that the run went on from a step with other data, of which `digest` is known, and what changed."""
@@ -79,6 +94,11 @@ class Record:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         write_whole(self.path, json.dumps(record, indent=1))
+
+
+def new_run_id() -> str:
+    """Returns an id for a run: 16 random hexadecimal digits."""
+    return secrets.token_hex(8)
 
 
 def code_version() -> dict[str, Any]:

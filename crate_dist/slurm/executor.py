@@ -7,15 +7,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from crate_dist.config import ClusterSection, Recipe, RecipeError
+from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.run.folder import STOP_REQUEST
 from crate_dist.run.snapshot import START
+from crate_dist.slurm.nodes import nodes_used
+from crate_dist.slurm.options import USUAL, JobOptions
+from crate_dist.slurm.verdict import Settings, refusal
 
 BATCH = Path(__file__).with_name("batch.sh")
 """The part of the batch script that acts when the ranks end."""
@@ -29,12 +34,15 @@ class Executor(SlurmExecutor):
         """Claims that srun is there, else submitit makes no executor; sbatch is looked for before submitting."""
         return 2
 
-    def send(self, jobs: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
-        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them."""
+    def send(self, jobs: Sequence[Callable[[], Any]], settings: Settings = MappingProxyType({})) -> list[Job[Any]]:
+        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them.
+
+        settings: with their origins, for the error to name the one that sbatch complains of
+        """
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
-            raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
+            raise RecipeError(refusal(str(error), settings)) from error
         except FailedSubmissionError as error:
             raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
 
@@ -48,7 +56,12 @@ class Executor(SlurmExecutor):
 
 
 def make_executor(
-    recipe: Recipe, folder: Path, run_dirs: Sequence[Path], code: Path, weights: Sequence[Path] = ()
+    recipe: Recipe,
+    folder: Path,
+    run_dirs: Sequence[Path],
+    code: Path,
+    weights: Sequence[Path] = (),
+    options: JobOptions = USUAL,
 ) -> Executor:
     """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
 
@@ -58,6 +71,7 @@ def make_executor(
     run_dirs: one for each task of an array; a container sees them beside the data
     code: the snapshot that the ranks run from, in or beside the run folders
     weights: folders of those that the runs begin from, for the container too
+    options: what the job asks for beside the recipe's table
     """
     cluster = recipe.cluster
     # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
@@ -78,11 +92,9 @@ def make_executor(
     hidden = [] if cluster.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="]
     wanted: dict[str, Any] = {
         "job_name": recipe.name,
-        "nodes": cluster.nodes,
+        "nodes": cluster.node_counts[-1],
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else "0",  # 0: all that the node has
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_delay_s,
         "partition": cluster.partition,
@@ -92,12 +104,13 @@ def make_executor(
         "setup": [
             *hidden,
             *cluster.setup,
-            *_settings(cluster, folder, run_dirs),
+            *_settings(recipe, folder, run_dirs, options),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True},
+        # submitit's nodes are no range
+        "additional_parameters": {**options.of(cluster), "nodes": cluster.nodes, "requeue": True},
     }
     if "%" in str(folder.parent):
         # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
@@ -114,9 +127,12 @@ def make_executor(
     return executor
 
 
-def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
+def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], options: JobOptions) -> list[str]:
     """Returns the shell lines that batch.sh expects before it."""
+    cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
+        "fewest_nodes": cluster.node_counts[0],
+        "ranks_per_node": cluster.ranks_per_node,
         "requeues": cluster.requeues,
         "restarts_in_place": cluster.restarts_in_place,
         "signal_delay_s": cluster.signal_delay_s,
@@ -125,6 +141,14 @@ def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -
         "stopped": STOPPED,
         "needs_a_person": NEEDS_A_PERSON,
         "lost_the_run": LOST_THE_RUN,
+        "stop_request": STOP_REQUEST,
+        "notify": options.notify,
+        "stuck_after": options.stuck_after_min,
+        "python": sys.executable,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
-    return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]
+    return [
+        *lines,
+        f"crate_nodes_used=({' '.join(f'[{given}]={number}' for given, number in used.items())})",
+        f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})",
+    ]

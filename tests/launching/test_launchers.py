@@ -43,7 +43,7 @@ def launch(
 def dry_run(*arguments: str | Path) -> tuple[list[str], str]:
     """The lines of the script, and the recipe, that a dry run of launch/slurm.py shows."""
     done = launch("slurm.py", *arguments, "--dry-run")
-    script, _, recipe = done.stdout.partition("# -------------------- recipe.toml")
+    script, _, recipe = done.stdout[done.stdout.find("#!/bin/bash") :].partition("# -------------------- recipe.toml")
     return script.splitlines(), recipe.partition("\n")[2]
 
 
@@ -301,7 +301,7 @@ def test_what_cannot_work_is_said_at_once(
         (["--time", "2"], "leaves no time to train; --time 3 or more"),
         (["--seeds", "1", "1"], "the same seed twice"),
         (["--seeds", "1", "--seed", "2"], "--seed and --seeds: give one of them"),
-        (["--set", "cluster.nodes=0"], "cluster.nodes: Input should be greater than 0, not 0"),
+        (["--set", "cluster.nodes=0"], "cluster.nodes: 0: expected a whole number from 1 on"),
     ],
 )
 def test_a_cluster_that_cannot_work_is_said_at_once(arguments: list[str], expected: str, tiny: Arguments) -> None:
