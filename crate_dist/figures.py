@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     """Draws one figure, as the command line says, and names the files written."""
     options = _parser().parse_args(argv)
     try:
+        if options.out.exists() and not options.out.is_dir():
+            raise PictureError(f"--out {options.out} is a file; give a folder, which is made where there is none")
         trained = load_trained(options.model, options.heads)
         pictures = _pictures(options, trained)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

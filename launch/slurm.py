@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
@@ -40,9 +40,13 @@ from crate_dist.launching.preflight import Preflight, folder_of_weights, preflig
 from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.locations import is_private
+from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.options import Gpus, outvoted, parse_minutes
+from crate_dist.slurm.nodes import said_of_nodes, world_sizes
+from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
+from crate_dist.watching.finding import runs_root
+from crate_dist.watching.notify import add_options
 from crate_dist.world import VARIABLES
 
 
@@ -54,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         jobs = _jobs(arguments, site)
         recipes = [job.recipe for job in jobs]
         run_dirs = _run_dirs(arguments, recipes, site)
-        init_from = recipes[0].train.init_from
-        weights = folder_of_weights(init_from) if init_from else None
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights, jobs[0].options)
+        weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
+        home, snapshot = _home(run_dirs), Snapshot.take()
+        code = home / "code" / snapshot.digest
+        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights, jobs[0].options)
         found, problems = _look(arguments, recipes, run_dirs)
         verdict = _ask(executor, len(jobs), arguments)
         waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
@@ -71,16 +76,18 @@ def main(argv: list[str] | None = None) -> int:
             for job, run in zip(jobs, found, strict=False):
                 show(f"\n{summary(job.recipe, run)}")
         if arguments.gpu_memory_gb:
-            world_size = recipes[0].cluster.world_size
+            world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
             show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         if arguments.dry_run:
             _show_script(executor, recipes)
+        if len(recipes[0].cluster.node_counts) > 1:
+            show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
         if problems:
             raise RecipeError("\n\n".join(problems))
         if not arguments.dry_run and not arguments.test_only:
-            _submit(executor, jobs, found, arguments.start_over)
+            _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
             if verdict.start or waits_for_now:
                 now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
                 show(f"{'starts':<14}{now}")
@@ -95,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     cluster = parser.add_argument_group(
         "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
     )
-    cluster.add_argument("--nodes", type=positive, metavar="N")
+    cluster.add_argument(
+        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
+    )
     cluster.add_argument(
         "--gpus-per-node", type=Gpus.parse, metavar="N", help="or with their type, as a100:8; 0: train on the CPU"
     )
@@ -141,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION[=VALUE]",
         help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
     )
+    add_options(parser, mail=True)
     parser.add_argument(
         "--seeds",
         type=whole_number(0),
@@ -210,18 +220,18 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe], site: Si
     return [run_dir.expanduser().absolute() for run_dir in run_dirs]
 
 
-def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """Returns submitit's one folder for all jobs of an array: it lies beside their run folders.
+def _home(run_dirs: Sequence[Path]) -> Path:
+    """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
     Raises RecipeError for a path that submitit would misread.
     """
-    folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
+    folder = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
     misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
             f"submitit and SLURM would read the {misread[0]} in {folder} as a pattern; give another --run-dir"
         )
-    return folder / "%j"
+    return folder
 
 
 def _look(
@@ -232,7 +242,7 @@ def _look(
     over, accepted = arguments.start_over, arguments.accept_changed_data
     for recipe, run_dir in zip(recipes, run_dirs, strict=True):
         try:
-            found.append(preflight(recipe, recipe.cluster.world_size, run_dir, over, accepted))
+            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, over, accepted))
         except UserError as error:
             problems.append(str(error))
     return found, list(dict.fromkeys(problems))
@@ -281,12 +291,22 @@ def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
         show(recipe.to_toml())
 
 
-def _submit(executor: Executor, jobs: Sequence[Settled], found: Sequence[Preflight], start_over: bool) -> None:
+def _submit(
+    executor: Executor,
+    jobs: Sequence[Settled],
+    found: Sequence[Preflight],
+    snapshot: Snapshot,
+    code: Path,
+    start_over: bool,
+) -> None:
     recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
+        snapshot.write(code)
+        if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
+            prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
         os.environ.update(environment := _environment(executor.script(len(jobs))))
         for name in os.environ.keys() - environment:
             del os.environ[name]
@@ -297,11 +317,15 @@ def _submit(executor: Executor, jobs: Sequence[Settled], found: Sequence[Preflig
                 (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
     for job, run in zip(sent, found, strict=True):
         show(f"{'job':<14}{job.job_id}\n{run}")
-    job_id = sent[0].job_id.partition("_")[0]
-    show(f"{'to watch':<14}squeue --job {job_id}")
+    job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
+    array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
+    runs = shlex.quote(str(folder if len(found) == 1 else array))
+    show(f"{'to watch':<14}python launch/status.py {runs} --watch")
+    show(f"{'':<14}squeue --job {job_id}")
     for job in sent:
         show(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
-    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
+    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    show(f"{'to stop':<14}python launch/status.py stop {runs}")
     show(f"{'to cancel':<14}scancel {job_id}")
 
 

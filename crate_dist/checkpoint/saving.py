@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,7 @@ from crate_dist.checkpoint.format import (
 from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
 from crate_dist.distributed import gather_objects, host_group
 from crate_dist.files import sync_folder
-from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name
+from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name, unfinished_name
 from crate_dist.run.lock import ALONE, Tenure
 from crate_dist.world import World
 
@@ -59,6 +59,7 @@ class Saver:
     failures: saves that have failed in a row, up to the last one that was waited for
     tenure: of rank 0 in the run folder; the others write nothing under a final name
     damaged: names of checkpoints that were found to be so
+    published: called on rank 0 after each save, for whoever does something with it; returns at once
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Saver:
         max_failures: int,
         tenure: Tenure = ALONE,
         damaged: Collection[str] = (),
+        published: Callable[[], None] = lambda: None,
     ) -> None:
+        self._published = published
         self._folder, self._layouts, self._world, self._tenure = folder, layouts, world, tenure
         self._damaged = damaged
         self._keep, self._max_failures = keep, max_failures
@@ -145,6 +148,7 @@ class Saver:
             saved = publish(*to, **about)
             if self._world.is_main:
                 prune(self._folder, self._keep, progress, self._tenure, self._damaged)
+                self._published()
             self._saved = Saved(progress.step, stall_s, time.perf_counter() - began)
             logger.info("saved %s in %.1f s, %.2f s of them standing still", saved.path, self._saved.total_s, stall_s)
         except BaseException as error:  # told to the training at the next save
@@ -239,7 +243,7 @@ def prune(folder: Path, keep: int, progress: Progress, tenure: Tenure = ALONE, d
 
 
 def _unfinished(folder: Path, tenure: Tenure, name: str) -> Path:
-    return folder / f"{UNFINISHED}{tenure.number}-{tenure.token}-{name}"
+    return folder / unfinished_name(tenure.number, tenure.token, name)
 
 
 def _free_name(folder: Path, step: int) -> str:

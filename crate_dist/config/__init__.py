@@ -13,6 +13,7 @@ from crate_dist.config.recipe import derive_batch as derive_batch
 from crate_dist.config.recipe import load_recipe as load_recipe
 from crate_dist.config.sections import CACHE_VARIABLE as CACHE_VARIABLE
 from crate_dist.config.sections import DATA_VARIABLE as DATA_VARIABLE
+from crate_dist.config.sections import MIRROR_VARIABLE as MIRROR_VARIABLE
 from crate_dist.config.sections import ArchName as ArchName
 from crate_dist.config.sections import AugmentSection as AugmentSection
 from crate_dist.config.sections import ClusterSection as ClusterSection

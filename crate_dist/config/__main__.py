@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crate_dist.arguments import Parser
@@ -47,11 +47,11 @@ def _code_in(kind: str) -> str:
     return re.sub(r'"[^"]*"', r"`\g<0>`", kind)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables, or puts them into a page."""
     parser = Parser(prog="python -m crate_dist.config", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, metavar="PAGE", help="file with the two marks")
-    page = parser.parse_args().page
+    page = parser.parse_args(arguments).page
     try:
         if page:
             write_whole(page, put_into(page.read_text(encoding="utf-8")))

@@ -88,7 +88,7 @@ OPTIONS = _by_word(
         "--account": "project a",
         "--mem-gb": "mem memory",
         "--cpus-per-task": "cpus num_cpus cpus_per_gpu",
-        "--seeds": "random_seeds",
+        "--seeds": "random_seeds array",
         "--seed": "random_seed manual_seed",
         "--out": "output output_dir out_dir dest destination target save_dir",
         "--source": "input data_dir data data_path src root dir",
@@ -96,7 +96,7 @@ OPTIONS = _by_word(
         "--short-side": "size resize img_size image_size",
         "--shard-samples": "maxcount shard_size samples_per_shard",
         "--val-fraction": "val_split validation_split val_ratio val_size",
-        "--micro-batch": "batch_size bs batch b global_batch train_batch_size",
+        "--batch --micro-batch": "batch_size bs batch b global_batch train_batch_size",
         "--precision": "dtype amp fp16 bf16",
         "--device": "cpu cuda gpu",
     }

@@ -110,6 +110,8 @@ def nearest(given: str, known: Collection[str]) -> str:
 def unknown_key(given: str, known: Mapping[str, str]) -> str:
     """Says that there is no such key, and which one is meant, as far as that can be told. known: meanings by key"""
     word = given.rpartition(".")[2].lower()
+    if inside := [key for key in known if key.startswith(f"{given}.")]:
+        return f"{given!r} is a table, and has keys of its own: {', '.join(inside)}"
     if reason := NOT_NEEDED.get(word):
         return f"unknown key {given!r}: {reason}"
     meant = [key for key in meant_keys(word, known) if key in known]
@@ -141,5 +143,11 @@ def explain(item: ErrorDetails, known: Mapping[str, str], origins: Mapping[str, 
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{elsewhere}: {key} is missing: {known.get(key) or 'a table'}"
+    if item["type"] == "string_pattern_mismatch":
+        message = (
+            "Input should be a name of letters, digits, and . _ - inside"
+            if key == "name"
+            else "Input should be one word"
+        )
     given = "" if item["type"] == "value_error" else f", not {item['input']!r}"
     return f"{origin}: {key}: {message}{given}"

@@ -23,6 +23,7 @@ from crate_dist.config.keys import (
 )
 from crate_dist.config.sections import (
     DATA_VARIABLE,
+    MIRROR_VARIABLE,
     AugmentSection,
     CheckpointSection,
     ClusterSection,
@@ -80,6 +81,10 @@ class Recipe(Section):
             notes.append(
                 f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
             )
+        if self.checkpoint.mirror is not None and is_private(self.checkpoint.mirror):
+            del table["checkpoint"]["mirror"]
+            shown = redacted(self.checkpoint.mirror)
+            notes.append(f"# checkpoint.mirror is {shown}: ${MIRROR_VARIABLE}, or --set, gives it at each start.")
         for key in _ONLY_FROM_THE_USER["cluster"]:
             if table["cluster"].pop(key, None):
                 notes.append(f"# cluster.{key} is not kept: --{key}, or a site file, gives it at each start.")
@@ -115,7 +120,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from error
+        raise RecipeError(f"{path} is not TOML: {error}; a quote or a bracket may be missing there") from error
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
@@ -154,12 +159,16 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
         return path
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
     if path.suffix == ".toml":
-        raise RecipeError(f"no recipe file {path}")
+        raise RecipeError(
+            f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {', '.join(known)}"
+        )
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; --config takes a recipe file, a run's is {path / 'recipe.toml'}")
     named = CONFIG_DIR / f"{source}.toml"
     if named.is_file():
         return named
-    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
     raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
 
 

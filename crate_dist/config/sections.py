@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from crate_dist.config.keys import RecipeError
-from crate_dist.locations import location
+from crate_dist.locations import location, may_run_a_command, redacted
 
 DATA_VARIABLE = "CRATE_DATA"
 CACHE_VARIABLE = "CRATE_CACHE"
+MIRROR_VARIABLE = "CRATE_MIRROR"
 
 ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "crate_large"]
 Compile = Literal["auto"] | bool
@@ -31,10 +33,33 @@ OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 """Text on a line of the batch script, where a line break would begin a command."""
 
 
+def _mirror(value: Path | str | None) -> Path | str | None:
+    """Reads the place of a mirror; an empty text is none. Raises ValueError for what can only be read."""
+    place = location(value) if isinstance(value, str) and value else value or None
+    if place is not None and may_run_a_command(place):
+        raise ValueError(
+            f"{redacted(place)} is no place that checkpoints can be copied to; s3://, gs://, https:// (with PUT) "
+            "or a folder of another mount would be"
+        )
+    return place
+
+
 def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"the lower bound {bounds[0]:g} is above the upper one, {bounds[1]:g}")
     return bounds
+
+
+def node_count(given: object) -> int | str:
+    """Returns a number of machines, 4, or a range of them, "2-4", as it is written shortest.
+
+    Raises ValueError: neither of them.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(given))
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < fewest <= most:
+        raise ValueError(f"{given!r}: expected a whole number from 1 on, or a range of them such as 2-4")
+    return fewest if fewest == most else f"{fewest}-{most}"
 
 
 class Section(BaseModel):
@@ -201,6 +226,19 @@ class CheckpointSection(Section):
     every_steps: Positive = Field(500, description="steps between saves")
     keep: Positive = Field(3, description="newest checkpoints that are kept, beside the best one")
     max_failures: Positive = Field(3, description="saves that may fail in a row before the run stops")
+    mirror: Annotated[Path | str | None, BeforeValidator(_mirror)] = Field(
+        None,
+        description=f"folder or URL to which published checkpoints are copied, below the run folder's name, and from "
+        f"which an empty run folder goes on; unset: ${MIRROR_VARIABLE}, else nowhere",
+    )
+
+    def find_mirror(self) -> Path | str | None:
+        """Returns checkpoint.mirror, else the environment's; None: no mirror. Raises RecipeError."""
+        try:
+            place = self.mirror or _mirror(os.environ.get(MIRROR_VARIABLE))
+        except ValueError as error:
+            raise RecipeError(f"{MIRROR_VARIABLE}: {error}") from None
+        return place.expanduser().absolute() if isinstance(place, Path) else place
 
 
 class LogSection(Section):
@@ -231,7 +269,9 @@ class SafetySection(Section):
 class ClusterSection(Section):
     """The job that launch/slurm.py asks the scheduler for; without influence on the result."""
 
-    nodes: Positive = Field(1, description="machines of the job")
+    nodes: Annotated[int | str, BeforeValidator(node_count)] = Field(
+        1, description='machines of the job; "2-4": as many of them as SLURM has, of which those train that divide'
+    )
     gpus_per_node: int = Field(
         8, ge=0, description="GPUs of each machine, one task on each; 0: CPU only, see tasks_per_node"
     )
@@ -257,6 +297,7 @@ class ClusterSection(Section):
         return self.tasks_per_node or max(self.gpus_per_node, 1)
 
     @property
-    def world_size(self) -> int:
-        """Tasks in the whole job."""
-        return self.nodes * self.ranks_per_node
+    def node_counts(self) -> range:
+        """The numbers of nodes that SLURM may give the job."""
+        fewest, _, most = str(self.nodes).partition("-")
+        return range(int(fewest), int(most or fewest) + 1)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from crate_dist.config import Recipe, RecipeError
+from crate_dist.files import FULL
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import RunLock
+from crate_dist.run.record import new_run_id
 from crate_dist.slurm.queue import NoAnswer, my_jobs
 
 
@@ -47,11 +49,18 @@ def opened(
                 folder.set_aside(lock.check)
             if recipe:
                 folder.open(recipe, lock.check)
+                if start_over and recipe.checkpoint.find_mirror():
+                    folder.record.note_run_id(new_run_id(), instead=True)
             lock.check()
             if by_a_person:
                 folder.stop_request.unlink(missing_ok=True)
         except OSError as error:
-            raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
+            remedy = (
+                "make room there, or let --run-dir name another" if error.errno in FULL else "--run-dir names another"
+            )
+            raise RecipeError(
+                f"cannot lock the run folder {folder.path}: {FULL.get(error.errno or 0, error.strerror)}; {remedy}"
+            ) from error
         yield lock
 
 

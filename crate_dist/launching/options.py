@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.arguments import Parser, positive, whole_number
-from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, load_recipe
 from crate_dist.config.settings import as_text, meanings
 from crate_dist.launching.showing import show
 from crate_dist.launching.site import NO_SITE, SITE_VARIABLE, Site, load_site
@@ -118,10 +118,14 @@ def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
     root = recipe.data.find_root(None if named else site.data)
     if is_private(root):
         os.environ[DATA_VARIABLE] = str(root)
+    mirror = recipe.checkpoint.find_mirror()
+    if mirror is not None and is_private(mirror):
+        os.environ[MIRROR_VARIABLE] = str(mirror)
     data = recipe.data.model_copy(update={"root": root})
+    checkpoint = recipe.checkpoint.model_copy(update={"mirror": mirror})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()
     train = recipe.train.model_copy(update={"init_from": init_from})
-    return recipe.model_copy(update={"data": data, "train": train})
+    return recipe.model_copy(update={"data": data, "train": train, "checkpoint": checkpoint})
 
 
 def default_run_dir(recipe: Recipe, site: Site = NO_SITE) -> Path:

@@ -55,6 +55,9 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
         if key not in by_set and not (for_cpu and key in _OF_GPU_TASKS):
             values[key], origins[key] = value, origin
     form, asked = site.gpu_form, _options(arguments, site)
+    if mail := arguments.mail or site.mail:
+        origin = "--mail" if arguments.mail else site.origins["mail"]
+        asked = {"mail-user": (mail, origin), "mail-type": ("END,FAIL,REQUEUE", origin), **asked}
     flags = {key: getattr(arguments, key, None) for key in values}
     for key, value in flags.items():
         if value is not None:
@@ -83,7 +86,8 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
         if origins.get(key, source) == source:
             raise RecipeError(said)
     settled = build_recipe({**recipe.model_dump(), "cluster": values}, origin=_named(site, "the command line"))
-    options = JobOptions(form, {name: value for name, (value, _) in asked.items()})
+    notify = arguments.notify or site.notify or ""
+    options = JobOptions(form, {name: value for name, (value, _) in asked.items()}, notify, arguments.stuck_after)
     settings = {key: (_text(value), origins.get(key, DEFAULT)) for key, value in settled.cluster.model_dump().items()}
     settings["tasks_per_node"] = str(settled.cluster.ranks_per_node), origins.get("tasks_per_node", "one per GPU")
     settings |= {name: (_text(value), origin) for name, (value, origin) in asked.items()}

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
+from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
+from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
+from crate_dist.data.index import ShardError
 from crate_dist.data.splits import open_splits
 from crate_dist.errors import UserError
 from crate_dist.locations import redacted
@@ -32,12 +35,14 @@ class Preflight:
     init_from: Path | None
     accepted_data: str | bool
     """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
+    mirror: MirrorFound | None = None
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
         begins = [] if self.resumes else [("begins from", str(self.init_from or "random weights"))]
         lines = [
             ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
+            *([("mirror", str(self.mirror))] if self.mirror else []),
             *begins,
             (
                 "data",
@@ -66,14 +71,26 @@ def preflight(
     accepted_data: str | bool = False
     folder = RunFolder(run_dir)
     micro_batch = accumulation = 0
-    train = val = None
+    train = val = mirror = None
+    try:
+        mirror = look_into_mirror(folder, recipe, start_over)
+    except ShardError as error:
+        problems.append(f"the mirror does not answer: {error}")
+    except (UserError, OSError) as error:
+        problems.append(str(error))
+    restored = mirror.manifest if mirror else None
     try:
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world_size, recipe.train.micro_batch)
     except RecipeError as error:
         problems.append(str(error))
     try:
         train, val = open_splits(recipe)
-        if not start_over and (manifest := newest_manifest(folder.checkpoints)):
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot read the data, {error.filename}: {error.strerror}; --data names others")
+    try:
+        if train and not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
             if refusal := other_head(run_dir, manifest, train.num_classes):
                 problems.append(refusal)
@@ -83,6 +100,8 @@ def preflight(
                     problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
+    except (NotADirectoryError, PermissionError):
+        pass  # said below
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
@@ -91,8 +110,12 @@ def preflight(
         _check_writable(run_dir)
     except RecipeError as error:
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot look into the run folder {run_dir}: {error.strerror}; --run-dir names another")
     try:
-        if recipe.train.init_from and (start_over or not folder.has_begun()):  # else it goes on from its own
+        if recipe.train.init_from and (
+            start_over or not (folder.has_begun() or restored)
+        ):  # else it goes on from its own
             check_init_from(recipe.train.init_from, recipe)
     except RecipeError as error:
         problems.append(str(error))
@@ -101,7 +124,7 @@ def preflight(
     assert train is not None
     return Preflight(
         folder=folder,
-        resumes=not start_over and folder.has_begun(),
+        resumes=not start_over and (folder.has_begun() or restored is not None),
         data_root=recipe.data.find_root(),
         train_images=train.num_samples,
         val_images=val.num_samples if val else 0,
@@ -111,6 +134,7 @@ def preflight(
         accumulation=accumulation,
         init_from=recipe.train.init_from,
         accepted_data=accepted_data,
+        mirror=mirror,
     )
 
 
@@ -131,11 +155,13 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     run = RunFolder(source)
     if run.recipe_file.is_file():
         if not checkpoint_names(run.checkpoints):
-            raise RecipeError(f"{given}: this run has no checkpoint yet")
+            raise RecipeError(f"{given}: this run has no checkpoint yet; wait for its first, or begin from another")
     elif (source / MANIFEST).is_file():
         run = RunFolder.of_checkpoint(source)
     else:
-        raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
+        raise RecipeError(
+            f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint, nor a file of weights"
+        )
     there, here = read_recipe(run.path).model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from crate_dist.errors import UserError
+from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.world import World, free_port
 
@@ -133,7 +134,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], caught: Sequence[int]) -
             failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
             if failed is not None and not caught:
                 _send(running, signal.SIGTERM)
-                deadline = time.monotonic() + SIBLING_GRACE_S
+                asked = processes[failed].returncode == STOPPED  # the others close their files
+                deadline = time.monotonic() + (STOP_GRACE_S if asked else SIBLING_GRACE_S)
         if caught and not told_to_stop:
             # Not SIGINT: an exception somewhere within a step leaves the other ranks waiting in a collective.
             _send(running, signal.SIGTERM)

@@ -109,7 +109,7 @@ def _check_out(source: Source, options: Options) -> None:
     try:
         names = sorted(os.listdir(out)) if out.exists() else []
     except OSError as error:
-        raise ShardError(f"--out {out} cannot be used: {error.strerror}") from error
+        raise ShardError(f"--out {out} cannot be used: {error.strerror}; give a folder of its own") from error
     foreign = []
     for name in names:
         if name in source.splits or name.startswith(".") or name == "lost+found":
@@ -172,9 +172,9 @@ def _write(jobs: Sequence[_Job], source: Source, options: Options) -> bool:
             with merging(options.out) as may:
                 if not may:
                     return False
-                tell(f"part {options.part} is finished, and is the last: all shards are checked, and the index written")
                 for job in jobs:
                     if job.folder.complete() is None:
+                        tell(f"part {options.part} is the last: all shards of {job.folder.path.name} are checked")
                         _write_split(job, source, options)
     clear(options.out)
     return True

@@ -138,7 +138,7 @@ class SplitFolder:
                     self._journal.unlink(missing_ok=True)
                     whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
                     write_first(self.path / CONVERSION_JSON, whole)
-                    self.check()  # against another machine's, which may have been the first
+                self.check()  # again: another machine's may have been written since
                 self._remove_temporary(part)
             yield
         finally:

@@ -35,6 +35,17 @@ def checkpoint_names(folder: Path) -> list[str]:
     return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
 
 
+def newest_step(folder: Path) -> int:
+    """Returns the step of the newest checkpoint in a folder by its name, -1 where there is none. Raises OSError."""
+    names = checkpoint_names(folder)
+    return int(names[-1].removeprefix(PREFIX).partition(".")[0]) if names else -1
+
+
+def unfinished_name(number: int, token: str, name: str) -> str:
+    """Returns what is being written or removed by a holder of the run folder is called; number, token: his tenure's."""
+    return f"{UNFINISHED}{number}-{token}-{name}"
+
+
 def published_file(checkpoints: Path) -> Path:
     """Returns where the newest step that was ever published stands: beside the folder of the checkpoints."""
     return checkpoints.with_name("published.json")

@@ -9,12 +9,14 @@ tensorboard/         event files
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
+mirror.json          which start copies checkpoints to a mirror, and up to which step they are there
 compiled/            what torch.compile made, a file for each GPU of a node; see training/compiled_cache.py
 lock/                the job that works here now; see run/lock.py
 stop-requested.json  who asked the run to stop, and when; there until a person starts it again
 failed-start-…/      files of starts that never made a step, left by a start with another recipe
 logs/                rank-00000.log …, one per rank
 slurm/               submitit's files
+code/                the code that its starts ran; see run/snapshot.py
 model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
 """
 
@@ -31,6 +33,9 @@ from crate_dist.files import write_whole
 from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 from crate_dist.run.record import Record
+
+STOP_REQUEST = "stop-requested.json"
+"""The file by which a person asks a run to save and end; while it is there, no launcher starts the ranks again."""
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
@@ -50,10 +55,12 @@ class RunFolder:
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"
         self.compiled = path / "compiled"
+        self.mirror = path / "mirror.json"
         self.lock = path / "lock"
-        self.stop_request = path / "stop-requested.json"
+        self.stop_request = path / STOP_REQUEST
         self.logs = path / "logs"
         self.slurm = path / "slurm"
+        self.code = path / "code"
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
@@ -88,9 +95,14 @@ class RunFolder:
         if not self.recipe_file.is_file():
             foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
             if foreign:
+                runs = runs_in(self.path)
+                what = (
+                    f"is no run, but holds some ({runs})"
+                    if runs
+                    else f"holds something that is no run ({', '.join(foreign[:3])})"
+                )
                 raise RecipeError(
-                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
-                    "give --run-dir a new or empty folder"
+                    f"{self.path} {what}; give --run-dir {'one of them, or ' if runs else ''}a new or empty folder"
                 )
             return
         changed = self._changed(recipe)
@@ -163,9 +175,7 @@ class RunFolder:
             raise RecipeError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def _changed(self, recipe: Recipe) -> list[str]:
-        before, now = load_recipe(self.recipe_file).deciding_values(), recipe.deciding_values()
-        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+        return differing_values(load_recipe(self.recipe_file), recipe)
 
     def _put_failed_starts_aside(self, check: Callable[[], None]) -> None:
         aside = self.path / f"failed-start-{_stamp()}"
@@ -176,12 +186,27 @@ class RunFolder:
                 path.rename(aside / path.name)
 
 
+def differing_values(there: Recipe, here: Recipe) -> list[str]:
+    """Returns a line for each value that decides the result and is another one in the other recipe."""
+    before, now = there.deciding_values(), here.deciding_values()
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+
+
 def read_recipe(run_dir: Path) -> Recipe:
     """Reads the recipe of a run folder. Raises RecipeError when there is none."""
     folder = RunFolder(Path(run_dir))
     if not folder.recipe_file.is_file():
-        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
+        runs = runs_in(folder.path)
+        what = f"the runs in it are {runs}: give one of them" if runs else "--arch or --config begins a run there"
+        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it; {what}")
     return load_recipe(folder.recipe_file)
+
+
+def runs_in(path: Path, most: int = 5) -> str:
+    """Names the runs that lie in a folder, "" where there are none."""
+    names = sorted(recipe.parent.name for recipe in path.glob("*/recipe.toml"))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _size(path: Path) -> int:

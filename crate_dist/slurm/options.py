@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from crate_dist.config import ClusterSection, RecipeError
 from crate_dist.config.keys import nearest
+from crate_dist.config.sections import node_count
 
 _LOGS = "the logs lie in the run folder, which --run-dir names"
 _GPUS = "--gpus-per-node N, or TYPE:N; `gres` in the site file where the cluster wants that"
@@ -80,6 +81,9 @@ class JobOptions:
     """The option that asks for the GPUs of a node, {n} standing for their number."""
     sbatch: Mapping[str, str | bool] = field(default_factory=dict)
     """Options by their names; True: without a value."""
+    notify: str = ""
+    """Command that is told when a run is done, has failed for good, or is stuck; none: nobody is."""
+    stuck_after_min: int = 30
 
     def of(self, cluster: ClusterSection) -> dict[str, str | bool]:
         """Returns the options by their names, those for GPUs and memory with them."""
@@ -196,3 +200,11 @@ def parse_minutes(text: str) -> int:
     if days is None and parts[2] is None:  # minutes[:seconds]; all others begin with hours
         return math.ceil(first + second / 60)
     return int(days or 0) * 1440 + first * 60 + math.ceil(second + third / 60)
+
+
+def parse_nodes(text: str) -> int | str:
+    """Reads a number of nodes, or a range of them."""
+    try:
+        return node_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 import subprocess
 import time
@@ -69,29 +70,36 @@ class QueuedJob:
         return self.state in ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
 
     @property
+    def started_at(self) -> float | None:
+        """Seconds since 1970; of one that waits, those of its expected start."""
+        try:
+            return datetime.datetime.fromisoformat(self.starts).timestamp()
+        except ValueError:  # N/A
+            return None
+
+    @property
     def why(self) -> str:
-        """Says in words why it waits."""
+        """Says in words why it waits, and until when as far as SLURM expects."""
+        return self._why() + (f"; SLURM expects it to start {self.starts.replace('T', ' ')}" if self.started_at else "")
+
+    def _why(self) -> str:
         word = self.reason.partition(",")[0].strip("()")
         if word in _REASONS:
             return f"{_REASONS[word]} ({self.reason})"
-        limit = next((kind for kind in ("QOS", "Assoc") if word.startswith(kind)), None)
-        if limit:
-            return (
-                f"a limit of its {'account' if limit == 'Assoc' else 'quality of service'} is reached ({self.reason})"
-            )
+        for kind, whose in (("QOS", "quality of service"), ("Assoc", "account")):
+            if word.startswith(kind):
+                return f"a limit of its {whose} is reached ({self.reason})"
         return self.reason
 
 
 def my_jobs(patiently: bool = True) -> list[QueuedJob]:
     """Lists the user's jobs that wait or run; asks several times, when patiently. Raises NoAnswer."""
     asked = ["squeue", "--noheader", "--me", "--array", f"--format={_FIELDS}"]
-    said = ""
+    said, timeout_s = "", _TIMEOUT_S if patiently else _IMPATIENT_S
     for pause_s in _PAUSES_S if patiently else (0.0,):
         time.sleep(pause_s)
         try:
-            done = subprocess.run(
-                asked, capture_output=True, text=True, timeout=_TIMEOUT_S if patiently else _IMPATIENT_S
-            )
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=timeout_s)
         except (OSError, subprocess.TimeoutExpired) as error:
             said = str(error)
             continue

@@ -110,7 +110,7 @@ def beyond_partition(cluster: ClusterSection, settings: Settings) -> str:
             continue
         largest = min(int(n) for n in (facts.get("MaxNodes", ""), facts.get("TotalNodes", "")) if n.isdigit())
         longest = facts.get("MaxTime", "UNLIMITED")
-        if cluster.nodes > largest:
+        if cluster.node_counts[0] > largest:
             complaints.append(f"partition {name} gives a job {largest} nodes at most, not {_said('nodes', settings)}")
         elif longest[0].isdigit() and cluster.time_min > parse_minutes(longest):
             complaints.append(f"partition {name} ends jobs after {longest}, not {_said('time_min', settings)}")

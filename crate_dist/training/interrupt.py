@@ -67,13 +67,14 @@ class Interrupt:
     `agreed` is a collective on a gloo group of its own, so that it neither waits for the device nor meets the
     collectives of the step. Each call starts a reduction and takes the result of the one before: no rank waits.
 
-    received_at: when this rank was told, by time.monotonic()
+    received_at: when this rank was told, by time.monotonic(); by_slurm: whether that was SLURM's warning before the end
     elsewhere: whether another rank was, as far as this one has heard; what can be left before its end goes by `heard`,
         which is not the same on all ranks
     """
 
     def __init__(self) -> None:
         self.received_at: float | None = None
+        self.by_slurm = False
         self.elsewhere = False
         self._at_once = self._came = False
         self._interrupted_at: float | None = None
@@ -167,6 +168,8 @@ class Interrupt:
         if number == signal.SIGINT and self.received_at is not None and now - self.received_at > _AGAIN_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if self.received_at is None:
+            self.by_slurm = number == signal.SIGUSR2
         self.tell()
 
     def _stop(self) -> None:

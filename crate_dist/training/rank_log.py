@@ -14,6 +14,7 @@ from crate_dist.world import World
 
 def start_logging(folder: RunFolder, world: World) -> None:
     """Sends this rank's log to its file, and rank 0's to the terminal too, beside the progress bar."""
+    folder.logs.mkdir(exist_ok=True)  # a copy of a run may have lost a folder that was empty
     handlers: list[logging.Handler] = [logging.FileHandler(folder.log_file(world.rank), encoding="utf-8")]
     if world.is_main:
         handlers.append(_BesideTheBar())

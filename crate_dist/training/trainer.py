@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
+from crate_dist.checkpoint.mirror.copying import Mirror
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
@@ -26,8 +28,10 @@ from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import Left, gather_objects
+from crate_dist.errors import UserError
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
+from crate_dist.run.faults import judged
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training import compiling
@@ -45,6 +49,9 @@ from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 
+_MIRROR_S = 600.0
+_GRACE_S = 30.0
+"""Between SIGTERM and SIGKILL: SLURM's KillWait, unless a cluster has another one."""
 COMPILING = 4.0
 """Times safety.hang_timeout_s: the patience with compilers, and with libraries at their first call."""
 
@@ -78,6 +85,7 @@ class Trainer:
         self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
         interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
         self.damaged: list[str] = []
+        self.mirror, self.mirrored = self.open_mirror()
         found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
         self.train_index, self.val_index = open_splits(recipe)
@@ -110,7 +118,9 @@ class Trainer:
             logger.info("resumed from %s", found.path)
         startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
-        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, self.damaged)
+        published = self.mirror.published if self.mirror else lambda: None
+        known = self.damaged, published
+        self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, *known)
         self.saved_at = self.progress.step
         steps = self.progress.step, self.last_step
         self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
@@ -122,6 +132,8 @@ class Trainer:
             return self.loop()
         except BaseException:
             self.saver.leave()
+            if self.mirror:
+                self.mirror.leave()
             raise
 
     def loop(self) -> TrainResult:
@@ -136,7 +148,7 @@ class Trainer:
             if self.reporting_is_due() or self.live.is_due(self.progress.step):
                 self.check()
             if self.reporting_is_due():
-                self.monitor.report(self.progress.step)
+                self.monitor.report(self.progress.step, self.engine.own_s())
                 self.heed_request()
             # What is left here is made by the next start, from the checkpoint of this step.
             if not self.measure() or not self.evaluate():
@@ -183,6 +195,7 @@ class Trainer:
             )
         dist.barrier()
         self.monitor.close()
+        self.finish_mirror(_MIRROR_S, exported=True)
         best = self.progress
         accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
         logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
@@ -193,12 +206,49 @@ class Trainer:
         logger.info("told to stop: saving step %d", self.progress.step)
         if self.saved_at != self.progress.step:
             self.check()
-            self.monitor.report(self.progress.step)
+            self.monitor.report(self.progress.step, self.engine.own_s())
             self.save()
         self.finish_saving()
         self.monitor.close()
+        self.finish_mirror(_MIRROR_S)
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
+
+    def open_mirror(self) -> tuple[Mirror | None, bool]:
+        """Brings back from the run's mirror what its folder does not have. Returns it, on rank 0, and whether there is
+        one. A collective. Raises MirrorError, ShardError: on every rank."""
+        mirror, problem, place = None, None, self.recipe.checkpoint.find_mirror()
+        self.watchdog.beat("looking into the mirror", COMPILING)
+        if self.world.is_main and place is not None:
+            mirror = Mirror(place, self.folder, self.recipe, self.tenure)
+            try:
+                mirror.begin()
+            except UserError as error:
+                problem = judged(error)
+        problem, mirrored = gather_objects((problem, mirror is not None))[0]
+        if problem is not None:
+            raise problem
+        return mirror, mirrored
+
+    def finish_mirror(self, longest_s: float, exported: bool = False) -> None:
+        """Waits, for a time, until the newest checkpoint is in the mirror. A collective: srun ends all ranks when the
+        first of them leaves with a status that is not 0."""
+        if not self.mirrored:
+            return
+        patience_s = min(longest_s, 0.5 * COMPILING * self.recipe.safety.hang_timeout_s)
+        self.watchdog.beat("waiting for the mirror", COMPILING)
+        if self.mirror:
+            until = time.monotonic() + patience_s
+            self.mirror.finish(lambda: time.monotonic() > min(until, self.leave_by()), exported)
+        dist.barrier()
+
+    def leave_by(self) -> float:
+        """Returns the time, by time.monotonic(), at which nothing is waited for any more: in the middle of the notice
+        that this rank had, so that the batch script has time as well; none while it was not told to stop."""
+        if self.interrupt.received_at is None:
+            return math.inf
+        notice_s = self.recipe.cluster.signal_delay_s if self.interrupt.by_slurm else _GRACE_S
+        return self.interrupt.received_at + notice_s / 2
 
     def result(self, finished: bool) -> TrainResult:
         """Returns the state of the run."""

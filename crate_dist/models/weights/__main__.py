@@ -52,6 +52,8 @@ def convert(
     """
     if target.exists() and not force:
         raise WeightsError(f"{target} exists; --force replaces it")
+    if not target.absolute().parent.is_dir():
+        raise WeightsError(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
     model, meta = load_model(source, heads)
     if to == "reference":
         export_reference(target, model.config, model.state_dict(), meta, "" if bare_names else "module.")

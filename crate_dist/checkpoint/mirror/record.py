@@ -1,0 +1,218 @@
+"""The record of a run's mirror: what is there whole, and who writes there. The only place that knows its format.
+
+    MIRROR/NAME/mirror.json                              the record; NAME is that of the run folder
+    MIRROR/NAME/ID/step-00000500.1f0c/manifest.json      one file of a checkpoint, as in the run folder
+    MIRROR/NAME/ID/step-00000500.1f0c/metrics.jsonl      a file of the run, as it was when that was copied
+    MIRROR/NAME/mirror-ID.json                           the record of a run that --start-over has set aside
+
+A file gets a name that no other writer gives, and is never written again: its folder has a piece of the writer's token
+in its name. A checkpoint is there when the record names it, and the record is written last. So nothing is ever listed,
+and places that cannot list, as plain web servers, will do; and of two writers neither spoils what the other has put.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from crate_dist.checkpoint.format import MANIFEST
+from crate_dist.data.remote.fetch import NotThere, RetryPolicy
+from crate_dist.data.remote.store import Store
+from crate_dist.errors import UserError
+from crate_dist.run.folder import RunFolder
+
+RECORD = "mirror.json"
+VERSION = 1
+_MOST_BYTES = 64 * 2**20
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
+_OBJECT = re.compile(rf"step-\d{{8,}}(\.\d+)?\.[0-9a-f]{{4,32}}/{_WORD}")
+_LOCAL = re.compile(
+    r"checkpoints/step-\d{8,}(\.\d+)?/(manifest\.json|rank-\d{5}\.pt)|(metrics|ledger|bad_samples)\.jsonl|run\.json|"
+    r"recipe\.toml|model-(last|best)\.(pt|md)|tensorboard/events\.out\.tfevents\.[^/\0]+"
+)
+"""The files of a run folder that a record may name: nothing leads out of it, and none of them is run."""
+
+
+class MirrorError(UserError):
+    """A mirror that cannot be used, or not by this run; the message says what would do."""
+
+
+def _matching(pattern: re.Pattern[str]) -> AfterValidator:
+    def check(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"{text!r} is no name that a mirror has")
+        return text
+
+    return AfterValidator(check)
+
+
+_Object = Annotated[str, _matching(_OBJECT)]
+_Local = Annotated[str, _matching(_LOCAL)]
+_Id = Annotated[str, Field(pattern=r"^[0-9a-f]{8,32}$")]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A file in the mirror: its name there, its bytes, their SHA-256."""
+
+    object: _Object
+    bytes: _Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A checkpoint that is whole in the mirror, by its name in the run folder, and the run's files beside it.
+
+    best_step: of the best checkpoint that the run had by then, -1 for none; files: by their place in the run folder
+    """
+
+    name: Annotated[str, Field(pattern=r"^step-\d{8,}(\.\d+)?$")]
+    step: _Count
+    best_step: Annotated[int, Field(strict=True, ge=-1)]
+    files: Mapping[_Local, Copied]
+
+    @property
+    def checkpoint_files(self) -> dict[str, Copied]:
+        """The files of the checkpoint alone, by name."""
+        begin = f"checkpoints/{self.name}/"
+        return {place.removeprefix(begin): file for place, file in self.files.items() if place.startswith(begin)}
+
+    @property
+    def run_files(self) -> dict[str, Copied]:
+        """The files of the run beside it, by their place in the run folder."""
+        return {place: file for place, file in self.files.items() if not place.startswith("checkpoints/")}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A start that copies to the mirror.
+
+    number: larger than that of every start before; time: of its last sign, in its own clock
+    beat_s: seconds between its signs, at most; ended: it has left
+    """
+
+    number: _Count
+    token: str
+    host: str
+    folder: str
+    time: str
+    beat_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    ended: bool = False
+
+    @classmethod
+    def of_this_process(cls, folder: Path, beat_s: float) -> Writer:
+        """Returns this process as a writer, which is yet to get its number."""
+        return cls(0, uuid.uuid4().hex, platform.node(), str(folder.absolute()), _now(), beat_s)
+
+    def __str__(self) -> str:
+        return f"{self.folder} on {self.host}, last heard of at {self.time}"
+
+
+@dataclass(frozen=True)
+class MirrorRecord:
+    """What is in the mirror of a run.
+
+    id: the run's; checkpoints: those that are whole, the oldest first
+    unfinished: files that may be there and belong to none of them: being copied, or yet to be removed
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    id: _Id
+    writer: Writer
+    checkpoints: Sequence[Mirrored] = field(default_factory=tuple)
+    unfinished: Sequence[_Object] = field(default_factory=tuple)
+    version: int = VERSION
+
+    @property
+    def newest(self) -> Mirrored | None:
+        """The newest checkpoint that is whole."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def step(self) -> int:
+        """Its step; -1 where there is none."""
+        return self.newest.step if self.newest else -1
+
+    def sign(self, **changes: Any) -> MirrorRecord:
+        """Returns the same with a sign of life of its writer, and with changes of his."""
+        return replace(self, writer=replace(self.writer, time=_now(), **changes))
+
+    def objects(self) -> set[str]:
+        """The names of all files that belong to a checkpoint."""
+        return {file.object for saved in self.checkpoints for file in saved.files.values()}
+
+
+_PLAIN = TypeAdapter(MirrorRecord)
+
+
+class RunMirror:
+    """The mirror of one run: its record, and the store of its files.
+
+    place: of all runs' mirrors; folder: the run folder, by whose name the run is known there
+    """
+
+    def __init__(self, place: Path | str, folder: RunFolder, policy: RetryPolicy) -> None:
+        name = re.sub(r"[^A-Za-z0-9_.=+-]", "_", folder.path.resolve().name).lstrip(".=+-") or "run"
+        self.store = Store(place, policy).below(name)
+
+    def __str__(self) -> str:
+        return str(self.store)
+
+    def read(self, policy: RetryPolicy | None = None) -> MirrorRecord | None:
+        """Reads the record; None: the place was reached, and there is none.
+
+        Raises ShardError: it cannot be reached. MirrorError: the record is not one of this program's.
+        """
+        try:
+            text = self.store.get(RECORD, lambda chunks: b"".join(chunks)[:_MOST_BYTES], policy)
+        except NotThere:
+            return None
+        try:
+            said = json.loads(text)
+            if said["version"] != VERSION:
+                raise MirrorError(
+                    f"{self} was written by a later version of crate-dist; give another checkpoint.mirror"
+                )
+            return _PLAIN.validate_python(said)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        raise MirrorError(f"{self}/{RECORD} is no record of a mirror: {problem}; give another checkpoint.mirror")
+
+    def write(self, record: MirrorRecord) -> None:
+        """Writes the record. Raises ShardError."""
+        self.store.put(RECORD, json.dumps(asdict(record), indent=1).encode())
+
+    def keep_aside(self, record: MirrorRecord) -> None:
+        """Keeps the record of a run that was started over; its files stay as well. Raises ShardError."""
+        self.store.put(f"mirror-{record.id}.json", json.dumps(asdict(record), indent=1).encode())
+
+    def files(self, run_id: str, object_name: str) -> tuple[Store, str]:
+        """Returns the store of a file of a run, and its name in that."""
+        folder, _, name = object_name.partition("/")
+        return self.store.below(run_id).below(folder), name
+
+
+def manifest_of(saved: Mirrored) -> Copied:
+    """Returns where a checkpoint's manifest is. Raises MirrorError where it has none."""
+    try:
+        return saved.checkpoint_files[MANIFEST]
+    except KeyError:
+        raise MirrorError(f"the mirror's {saved.name} has no {MANIFEST}") from None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
