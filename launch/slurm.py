@@ -56,7 +56,9 @@ from crate_dist.world import VARIABLES
 
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = (parser := _parser()).parse_args(argv)
+    if not (arguments.arch or arguments.config or arguments.grid_file):
+        parser.error("one of the arguments --arch --config --grid-file is required")
     try:
         site = site_from(arguments)
         grid = read_grid(arguments)
