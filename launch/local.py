@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("one of the arguments --arch --config --grid-file is required")
     try:
         site, grid = site_from(arguments), read_grid(arguments)
+        arguments.notify = arguments.notify or site.notify
         recipes, ranks, snapshot = recipes_of(arguments, grid, site), _ranks(arguments.ranks), Snapshot.take()
         runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
         due = [run for run in runs if not run.idle]
