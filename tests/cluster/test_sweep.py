@@ -36,10 +36,7 @@ def test_a_sweep_trains_the_code_that_it_was_submitted_with(
     said = cluster.run([*command, *grid], env=ONE_THREAD, cwd=clone).stdout
     names = ["lr=0.0001,seed=0", "lr=0.0001,seed=1", "lr=0.0003,seed=0", "lr=0.0003,seed=1"]
     rows = re.findall(r"^(lr=\S+) +(\S+) +(\d) +job (\S+)$", said, re.MULTILINE)
-    assert [(name, float(lr), int(seed)) for name, lr, seed, _ in rows] == [
-        (name, lr, seed)
-        for name, (lr, seed) in zip(names, [(lr, s) for lr in (1e-4, 3e-4) for s in (0, 1)], strict=True)
-    ]
+    assert [(name, f"lr={lr},seed={seed}") for name, lr, seed, _ in rows] == [(name, name) for name in names]
     jobs = {name: job for name, _, _, job in rows}
     array = jobs[names[0]].partition("_")[0]
 
@@ -69,9 +66,7 @@ def test_a_sweep_trains_the_code_that_it_was_submitted_with(
     assert cluster.run(command).stdout.endswith("nothing is left to do\n")
     file.write_text(file.read_text().replace("[0, 1]", "[0, 1, 2]"))
     said = cluster.run([*command, "--dry-run"]).stdout
-    assert re.findall(r"^(lr=\S+) .* (complete at step|new)", said, re.MULTILINE) == [
-        (f"lr={lr},seed={seed}", "new" if seed == 2 else "complete at step")
-        for lr in (1e-4, 3e-4)
-        for seed in (0, 1, 2)
-    ]
+    states = dict(re.findall(r"^(lr=\S+) .* (complete at step|new)", said, re.MULTILINE))
+    added = ["lr=0.0001,seed=2", "lr=0.0003,seed=2"]
+    assert states == dict.fromkeys(names, "complete at step") | dict.fromkeys(added, "new")
     assert "#SBATCH --array=0-1%2" in said
