@@ -56,7 +56,9 @@ from crate_dist.world import VARIABLES
 
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = (parser := _parser()).parse_args(argv)
+    if not (arguments.arch or arguments.config or arguments.grid_file):
+        parser.error("one of the arguments --arch --config --grid-file is required")
     try:
         site = site_from(arguments)
         grid = read_grid(arguments)
@@ -310,7 +312,8 @@ def _submit(
         for job, run in zip(sent, found, strict=True):
             if len(sent) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)
-                (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
+                (link := run.folder.slurm / job.job_id).unlink(missing_ok=True)  # a cluster that was set up anew
+                link.symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
     job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
     texts = [str(run).splitlines() for run in found]
     in_common = [line for line in texts[0] if all(line in text for text in texts)]
