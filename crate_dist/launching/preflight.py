@@ -85,7 +85,12 @@ def preflight(
         problems.append(str(error))
     try:
         train, val = open_splits(recipe)
-        if not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot read the data, {error.filename}: {error.strerror}; --data names others")
+    try:
+        if train and not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
             if refusal := other_head(run_dir, manifest, train.num_classes):
                 problems.append(refusal)
@@ -95,8 +100,8 @@ def preflight(
                     problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
-    except NotADirectoryError:
-        pass  # which is said below
+    except (NotADirectoryError, PermissionError):
+        pass  # said below
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
@@ -105,6 +110,8 @@ def preflight(
         _check_writable(run_dir)
     except RecipeError as error:
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot look into the run folder {run_dir}: {error.strerror}; --run-dir names another")
     try:
         if recipe.train.init_from and (
             start_over or not (folder.has_begun() or restored)

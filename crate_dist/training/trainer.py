@@ -148,7 +148,7 @@ class Trainer:
             if self.reporting_is_due() or self.live.is_due(self.progress.step):
                 self.check()
             if self.reporting_is_due():
-                self.monitor.report(self.progress.step)
+                self.monitor.report(self.progress.step, self.engine.own_s())
                 self.heed_request()
             # What is left here is made by the next start, from the checkpoint of this step.
             if not self.measure() or not self.evaluate():
@@ -206,7 +206,7 @@ class Trainer:
         logger.info("told to stop: saving step %d", self.progress.step)
         if self.saved_at != self.progress.step:
             self.check()
-            self.monitor.report(self.progress.step)
+            self.monitor.report(self.progress.step, self.engine.own_s())
             self.save()
         self.finish_saving()
         self.monitor.close()
