@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,11 +21,12 @@ from pathlib import Path
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.journal import CONVERSION_JSON, dashed, read_conversion, read_journal
-from crate_dist.prep.program import counted, tell
+from crate_dist.prep.program import counted, human_time, tell
 from crate_dist.prep.shards import WHOLE, Part, shard_names
 from crate_dist.run.lock import RunIsLocked, RunLock, holder_of
 
 _LOCKS = ".parts"
+_SILENT_S = 120
 _NAME = re.compile(r"([0-9]{3,4})-of-([0-9]{3,4})")
 
 
@@ -109,12 +111,16 @@ def progress(out: Path) -> tuple[list[str], bool]:
 
 
 def _state(out: Path, part: Part, finished: bool) -> str:
-    holder = holder_of(out / _LOCKS / dashed(part))
+    path = out / _LOCKS / dashed(part)
+    holder = holder_of(path)
     if holder is None:
         return "finished" if finished else "not begun" if part != WHOLE else "not finished"
     if finished:
         return "finished"
-    return f"stopped, was {holder}" if holder.surely_gone() else str(holder)
+    if holder.surely_gone():
+        return f"stopped, was {holder}"
+    silent_s = time.time() - path.stat().st_mtime  # every sign of life is a file in there
+    return f"no sign of life for {human_time(silent_s)}, was {holder}" if silent_s > _SILENT_S else str(holder)
 
 
 def _begun(out: Path) -> list[tuple[Path, Part]]:
