@@ -44,14 +44,13 @@ from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.launching.sweep import look_at_all, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
-from crate_dist.slurm.executor import Executor, make_executor
+from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
 from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
 from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
 from crate_dist.watching.finding import runs_root
 from crate_dist.watching.notify import add_options
-from crate_dist.world import VARIABLES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,7 +243,7 @@ def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdic
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
     script = executor.script(jobs)
-    verdict = ask(script, _environment(script))
+    verdict = ask(script, environment_for(script))
     if arguments.test_only and verdict.answer == "unknown":
         raise RecipeError(verdict.said)
     return verdict
@@ -305,9 +304,6 @@ def _submit(
         snapshot.write(code)
         if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
             prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
-        os.environ.update(environment := _environment(executor.script(len(jobs))))
-        for name in os.environ.keys() - environment:
-            del os.environ[name]
         sent = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found], jobs[0].settings)
         for job, run in zip(sent, found, strict=True):
             if len(sent) > 1:
@@ -337,18 +333,6 @@ def _check_environment_goes_along(recipe: Recipe) -> None:
             f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
             f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"
         )
-
-
-def _environment(script: str) -> dict[str, str]:
-    """Returns the environment in which sbatch takes a script as it is.
-
-    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
-    variables by which sbatch would do otherwise than the script says.
-    """
-    job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
-    out |= {*VARIABLES, *outvoted(script, os.environ)}
-    return {name: value for name, value in os.environ.items() if name not in out}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,8 +20,9 @@ from crate_dist.run.faults import DEVICE_FAULT
 from crate_dist.run.folder import STOP_REQUEST
 from crate_dist.run.snapshot import START
 from crate_dist.slurm.nodes import nodes_used
-from crate_dist.slurm.options import USUAL, JobOptions
+from crate_dist.slurm.options import USUAL, JobOptions, outvoted
 from crate_dist.slurm.verdict import Settings, refusal
+from crate_dist.world import VARIABLES
 
 BATCH = Path(__file__).with_name("batch.sh")
 """The part of the batch script that acts when the ranks end."""
@@ -38,7 +40,12 @@ class Executor(SlurmExecutor):
         """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them.
 
         settings: with their origins, for the error to name the one that sbatch complains of
+
+        This process keeps the environment that sbatch is given.
         """
+        os.environ.update(environment := environment_for(self.script(len(jobs))))
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
@@ -53,6 +60,18 @@ class Executor(SlurmExecutor):
         array = Executor(self.folder, self.max_num_timeout, python=self.python)
         array.parameters = {**self.parameters, "map_count": jobs}
         return array.script(1)
+
+
+def environment_for(script: str) -> dict[str, str]:
+    """Returns the environment in which sbatch takes a script as it is.
+
+    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
+    variables by which sbatch would do otherwise than the script says.
+    """
+    job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
+    out |= {*VARIABLES, *outvoted(script, os.environ)}
+    return {name: value for name, value in os.environ.items() if name not in out}
 
 
 def make_executor(
