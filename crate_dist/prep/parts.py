@@ -67,7 +67,7 @@ def waits_for(part: Part, missing: Mapping[str, Sequence[str]]) -> list[str]:
     """Says which parts have not finished. missing: split -> its shards that are not there"""
     shards = {name: int(name.removesuffix(".tar").rpartition("-")[2]) for names in missing.values() for name in names}
     others = sorted({number % part.of + 1 for number in shards.values()})
-    left = ", ".join(map(str, others))
+    left = first_few(map(str, others), 16)
     return [
         f"the data set is not whole yet: {counted(len(shards), 'shard')} of {first_few(missing)} missing, of "
         f"{'part' if len(others) == 1 else 'parts'} {left} of {part.of}; the last part to finish writes the index"
