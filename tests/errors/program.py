@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,4 +82,4 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-CIRCUMSTANCES = {"as_usual": nullcontext, "as_nobody": as_nobody, "full_disk": full_disk}
+CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[None]]] = {"as_usual": nullcontext, "as_nobody": as_nobody, "full_disk": full_disk}

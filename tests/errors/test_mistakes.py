@@ -50,6 +50,8 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Iterator[Places]:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         monkeypatch.chdir(folder)
+        monkeypatch.setenv("HOME", folder)  # where nobody has said what their cluster is like
+        monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
         places = Places(Path(folder))
         yield places
         places.close()
