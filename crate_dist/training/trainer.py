@@ -201,7 +201,7 @@ class Trainer:
             self.save()
         self.finish_saving()
         self.monitor.close()
-        self.finish_mirror(_MIRROR_S)
+        self.finish_mirror(_MIRROR_S if self.interrupt.received_at is not None else _GRACE_S / 2)
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
 

@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ class Mirror:
                 continue
             if sent:
                 seconds = time.monotonic() - began
-                logger.info("copied %s to the mirror %s: %.3g GB in %.1f s", name, self._mirror, sent / 1e9, seconds)
+                logger.info("copied %s to the mirror %s: %.3g MB in %.1f s", name, self._mirror, sent / 1e6, seconds)
                 self._note()
 
     def _copy_one(self, name: str, again: bool) -> int:
@@ -224,7 +224,8 @@ class Mirror:
             else:
                 to_send[place] = file_path, size
         objects = {place: f"{folder}/{object_name(place)}" for place in to_send}
-        self._write(unfinished=(*self._record.unfinished, *objects.values()))
+        left = self._remove({*self._record.unfinished} - self._record.objects())  # by a copy that failed
+        self._write(unfinished=(*left, *objects.values()))
         for place, (source, size) in to_send.items():
             self._tenure.check()
             store, object_ = self._mirror.files(self._record.id, objects[place])
@@ -246,25 +247,25 @@ class Mirror:
         last = {one.step: one for one in every}
         kept = [one for step, one in last.items() if step in (*steps, every[-1].best_step)]
         before = self._record.objects() | {*self._record.unfinished}
-        record = replace(self._record, checkpoints=tuple(kept), unfinished=())
-        doomed = before - record.objects()
-        self._write(checkpoints=record.checkpoints, unfinished=tuple(sorted(doomed)))
-        left = [name for name in sorted(doomed) if not self._removed(name)]
-        self._record = replace(self._record, unfinished=tuple(left))
+        doomed = before - replace(self._record, checkpoints=tuple(kept)).objects()
+        self._write(checkpoints=tuple(kept), unfinished=tuple(sorted(doomed)))
+        self._record = replace(self._record, unfinished=tuple(self._remove(doomed)))
 
-    def _removed(self, name: str) -> bool:
+    def _remove(self, names: Collection[str]) -> list[str]:
+        """Removes files that belong to no checkpoint any more; returns those that are left."""
         assert self._record
-        try:
+        for number, name in enumerate(sorted(names)):
             store, file = self._mirror.files(self._record.id, name)
-            store.remove(file)
-        except Stopped:
-            raise
-        except ShardError as error:
-            if not self._cannot_remove:
-                logger.warning("what is not needed any more stays in the mirror for now: %s", error)
-            self._cannot_remove = True
-            return False
-        return True
+            try:
+                store.remove(file)
+            except Stopped:
+                raise
+            except ShardError as error:
+                if not self._cannot_remove:
+                    logger.warning("what is not needed any more stays in the mirror for now: %s", error)
+                self._cannot_remove = True
+                return sorted(names)[number:]
+        return []
 
     def _write(self, **changes: Any) -> None:
         assert self._record

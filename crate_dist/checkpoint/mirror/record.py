@@ -17,7 +17,7 @@ import json
 import platform
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crate_dist.checkpoint.format import MANIFEST
-from crate_dist.data.remote.fetch import NotThere, RetryPolicy
+from crate_dist.data.index import ShardError
+from crate_dist.data.remote.fetch import Damaged, NotThere, RetryPolicy
 from crate_dist.data.remote.store import Store
 from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
@@ -175,11 +176,14 @@ class RunMirror:
         Raises ShardError: it cannot be reached. MirrorError: the record is not one of this program's.
         """
         try:
-            text = self.store.get(RECORD, lambda chunks: b"".join(chunks)[:_MOST_BYTES], policy)
+            said = self.store.get(RECORD, _json, policy)
         except NotThere:
             return None
+        except ShardError as error:
+            if isinstance(error.__cause__, Damaged):
+                raise MirrorError(f"{self} has no record that can be read: {error.__cause__}") from None
+            raise
         try:
-            said = json.loads(text)
             if said["version"] != VERSION:
                 raise MirrorError(
                     f"{self} was written by a later version of crate-dist; give another checkpoint.mirror"
@@ -188,7 +192,7 @@ class RunMirror:
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             problem = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
         raise MirrorError(f"{self}/{RECORD} is no record of a mirror: {problem}; give another checkpoint.mirror")
 
@@ -214,5 +218,13 @@ def manifest_of(saved: Mirrored) -> Copied:
         raise MirrorError(f"the mirror's {saved.name} has no {MANIFEST}") from None
 
 
+def _json(chunks: Iterable[bytes]) -> Any:
+    """Reads JSON. Raises Damaged for what is none: a server may show a file that is being written."""
+    try:
+        return json.loads(b"".join(chunks)[:_MOST_BYTES])
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{RECORD} is no JSON: {error}") from None
+
+
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
