@@ -76,22 +76,21 @@ class Mirror:
             does not work, and the run folder has no checkpoint to go on from
         ShardError: it has a newer checkpoint than the run folder, which cannot be fetched
         """
-        there = newest_step(self._folder.checkpoints)
+        there, record = newest_step(self._folder.checkpoints), None
         try:
             record = find(self._mirror, self._folder, self._me)
             self._record = take(self._mirror, self._folder, record, self._me)
             self._me = self._record.writer
         except ShardError as error:
-            if there < 0:
+            if max(there, record.step if record else -1) < 0:
                 raise MirrorError(
                     f"{error}. Nothing is started: this run folder has no checkpoint, and the run may be in that "
                     "mirror. Bring it back, or --set checkpoint.mirror= starts without one"
                 ) from error
             self._fail(error)
-        else:
-            if record.step > there:
-                check_recipe(self._mirror, record, self._recipe)
-                restore(self._mirror, record, self._folder, self._tenure)
+        if record and record.step > there:
+            check_recipe(self._mirror, record, self._recipe)
+            restore(self._mirror, record, self._folder, self._tenure)
         self._due.set()
         self._thread.start()
 
