@@ -1,9 +1,77 @@
-"""Types of command-line options that several programs share, for argparse."""
+"""Command lines of all programs: a parser whose refusals say what would do, and types of options, for argparse."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from crate_dist.config.hints import NOT_NEEDED, OPTIONS, meant_keys
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows texts as they are written, takes no abbreviations, and says in a line what is wrong.
+
+    An abbreviation would mean something else on the day that another option begins like it.
+    """
+
+    settings: Mapping[str, str] = {}
+    """Meanings of the keys that --set takes, where the program has it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+        self.given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Does as argparse does, and remembers what was given."""
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2: options that it does not have explain whatever else is missing."""
+        known = {option for parser in self._all() for option in parser._option_string_actions}
+        unknown = [
+            (number, text)
+            for number, text in enumerate(self.given)
+            if text.startswith("-")
+            and not text[1:2].isdecimal()
+            and text.partition("=")[0] not in known
+            and text.strip("-")
+        ]
+        lines = [self._explain(number, text, known) for number, text in unknown]
+        message = re.sub(r"invalid float value: (.*)", r"\1: expected a number, for instance 0.5", message)
+        if not lines:
+            stray = message.removeprefix("unrecognized arguments: ")
+            example = "; a value stands with its option, as in --set train.epochs=90" if self.settings else ""
+            lines = [message if stray == message else f"{stray}: belongs to no option{example}"]
+        self.exit(2, "".join(f"error: {line}\n" for line in lines) + f"{self.prog} --help lists all options\n")
+
+    def _all(self) -> Iterator[argparse.ArgumentParser]:
+        yield self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
+
+    def _explain(self, number: int, text: str, known: set[str]) -> str:
+        option, equals, value = text.partition("=")
+        if not equals and number + 1 < len(self.given) and not self.given[number + 1].startswith("-"):
+            value = self.given[number + 1]
+        given, word = f"{option} {value}".strip(), option.strip("-").lower().replace("-", "_")
+        if "--run-dir" in known and word in NOT_NEEDED:
+            return f"{given}: no such option, {NOT_NEEDED[word]}"
+        for ours in OPTIONS.get(word, ()):
+            if ours in known:
+                return f"{given}: no such option; here it is {ours}"
+        if keys := [key for key in meant_keys(word, self.settings) if key in self.settings]:
+            ways = (f"--set {key}={value or 'VALUE'} ({self.settings[key]})" for key in keys)
+            return f"{given}: no such option; {', or '.join(ways)}"
+        begun = [ours for ours in sorted(known) if len(option) > 3 and ours.startswith(option)]
+        for ours in begun or difflib.get_close_matches(option, sorted(known), n=1, cutoff=0.7):
+            return f"{given}: no such option; did you mean {ours}?"
+        return f"{given}: no such option"
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import open_split
@@ -47,9 +47,7 @@ _NAMED = 5
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates one model on one split, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m crate_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m crate_dist.evaluate", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
     parser.add_argument(

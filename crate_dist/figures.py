@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.config import DATA_VARIABLE, RecipeError
 from crate_dist.data.decode import IMAGE_SUFFIXES, Pixels
@@ -201,12 +201,10 @@ def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, NDArray
     return truths
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m crate_dist.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python -m crate_dist.figures", description=__doc__)
     commands = parser.add_subparsers(dest="figure", required=True, metavar="attention | layers | pca | mask")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="whose figure it is")
     source = common.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="files and folders; .pt: tensors")
@@ -218,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--count", type=positive, metavar="N", help="the first N pictures [layers: 64, others: 4]")
     common.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
     common.add_argument("--size", type=positive, metavar="PIXELS", help="short side [as the model was trained]")
-    layered = argparse.ArgumentParser(add_help=False)
+    layered = Parser(add_help=False)
     layered.add_argument("--layer", type=int, metavar="N", help="counted from 1; -1: the last [-1]")
     commands.add_parser("attention", parents=[common, layered], help="where the class token looks")
     commands.add_parser("layers", parents=[common], help="coding rate and sparsity of every layer")
@@ -252,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     """Draws one figure, as the command line says, and names the files written."""
     options = _parser().parse_args(argv)
     try:
+        if options.out.exists() and not options.out.is_dir():
+            raise PictureError(f"--out {options.out} is a file; give a folder, which is made where there is none")
         trained = load_trained(options.model, options.heads)
         pictures = _pictures(options, trained)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -47,6 +47,25 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def write_first(path: Path, text: str) -> None:
+    """Writes a small text file as `written_whole` does, unless there is one: of all machines' writers one succeeds."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            beside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, so that they survive a power cut, where the file system can do so."""
     try:
@@ -112,6 +131,35 @@ def whole_lines(path: Path) -> list[str]:
     """Reads the lines of a text file, none if there is no file, without a last one that is not whole (yet)."""
     data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
+
+
+def lines_backwards(path: Path, at_most: int | None = None, block: int = 1 << 16) -> Iterator[str]:
+    """Yields the whole lines of a text file, the last one first, reading no more of it than is asked for.
+
+    at_most: bytes to read of its end; None: all of them
+    Of a file that is not there, or that shrinks meanwhile, there are none, or none further.
+    """
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            first, whole, rest = max(end - at_most, 0) if at_most else 0, False, b""
+            while end > first:
+                begin = max(end - block, first)
+                file.seek(begin)
+                data = file.read(end - begin)
+                end = begin
+                if not whole:  # behind the last newline stands nothing, or a line that is being written
+                    newline = data.rfind(b"\n")
+                    if newline < 0:
+                        continue
+                    data, whole = data[:newline], True
+                rest, *lines = (data + rest).split(b"\n")
+                for line in reversed(lines):
+                    yield line.decode("utf-8", errors="replace")
+            if whole and not first:
+                yield rest.decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return
 
 
 def mended_lines(path: Path) -> list[str]:

@@ -11,14 +11,16 @@ import dataclasses
 import logging
 import os
 import platform
+import re
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from submitit.helpers import DelayedSubmission
 
 from crate_dist.errors import UserError
-from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
+from crate_dist.run.exit_status import LEAVE_NODE, LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import may_pass
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class TrainJob:
     def _train(self) -> TrainResult:
         """Imports what is heavy, looks at the node, and trains; what it raises ends the job, or starts it again."""
         from crate_dist.distributed import lost_a_rank
-        from crate_dist.doctor.start import look_before_start
+        from crate_dist.doctor.start import PATIENCE_S, NodeIsAtFault, look_before_start
         from crate_dist.run.lock import LostTheRun
         from crate_dist.train import train
         from crate_dist.world import detect_world
@@ -75,6 +77,12 @@ class TrainJob:
             if (world := detect_world()).local_rank == 0:
                 look_before_start(self.run_dir, world)
             return train(self.run_dir, accept_changed_data=self.accepted_data)
+        except NodeIsAtFault as error:
+            logger.error("%s", error)
+            _say_unfit(str(error))
+            time.sleep(PATIENCE_S)  # for the other nodes to say so too: what is wrong on all is no node's fault
+            logging.shutdown()
+            os._exit(LEAVE_NODE)
         except LostTheRun as error:
             logger.critical("%s", error)
             logging.shutdown()
@@ -98,8 +106,18 @@ def _end(error: BaseException, is_the_cause: bool = True) -> NoReturn:
     """Ends the process at once: an interpreter in order waits for its loader, and nccl for ranks that are gone."""
     text = " ".join(str(error).split())[:1000]
     _say(f"{'fault' if is_the_cause else 'lost'}: rank {_rank()} on node {_node()}: {type(error).__name__}: {text}")
+    if re.search("CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|NCCL error", text):
+        from crate_dist.doctor.nvidia import gpu_faults
+
+        for fault in gpu_faults()[:1]:
+            _say_unfit(fault)
     logging.shutdown()
     os._exit(TRY_AGAIN if may_pass(error) else NEEDS_A_PERSON)
+
+
+def _say_unfit(why: str) -> None:
+    """Has the batch script leave this node."""
+    _say(f"unfit: rank {_rank()} on node {_node()}: {' '.join(why.split())}")
 
 
 def _say(what: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_dist.arguments import positive, whole_number
+from crate_dist.arguments import Parser, positive, whole_number
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
@@ -99,14 +99,11 @@ def features(model: Frozen, asked: ProbeInputs) -> tuple[Features, Features]:
 
 def main(argv: list[str] | None = None) -> int:
     """Makes one probe of one model on two splits, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m crate_dist.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m crate_dist.probe", description=__doc__)
     commands = parser.add_subparsers(dest="probe", required=True)
     near = commands.add_parser("knn", help="weighted nearest neighbours", description=knn.__doc__)
     linear = commands.add_parser("linear", help="a linear classifier", description=linear_probe.__doc__)
     for command in (near, linear):
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
         add_arguments(command)
         command.add_argument("--train-split", default="train", metavar="NAME", help="folder in DIR [%(default)s]")
         command.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")

@@ -10,6 +10,7 @@ launch/slurm.py start it for you. The second goes on with a run by the recipe th
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,14 +24,14 @@ from crate_dist.data.workers import open_server
 from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed, set_timeout
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.ranks import visible_gpus
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
-from crate_dist.run.lock import LostTheRun, Tenure
+from crate_dist.run.lock import HANDED_OVER, LostTheRun, Tenure
 from crate_dist.training.interrupt import Interrupt, ending_at_once
-from crate_dist.training.rank_log import start_logging
+from crate_dist.training.rank_log import log_to_file, start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import COMPILING, Trainer, TrainResult
 from crate_dist.training.watchdog import Watchdog
@@ -43,12 +44,18 @@ _LOCKING_S = 120.0
 
 
 def train(
-    run_dir: Path, *, accept_changed_data: bool | str = False, recipe: Recipe | None = None, start_over: bool = False
+    run_dir: Path,
+    *,
+    accept_changed_data: bool | str = False,
+    recipe: Recipe | None = None,
+    start_over: bool = False,
+    by_a_person: bool = False,
 ) -> TrainResult:
     """Runs this process as one rank until the recipe of the run folder is complete. Resumes by itself. A collective.
 
     accept_changed_data: goes on though the data are not those of the checkpoint; a digest: if they are those of it
     recipe, start_over: with which rank 0 opens the folder first, as a launcher does; None: a launcher has done so
+    by_a_person: no launcher starts it, so that who asked the run to stop wants it to go on now
 
     Raises
     ------
@@ -68,7 +75,7 @@ def train(
         interrupt = Interrupt()  # here, since it waits for all ranks too
     startup.mark("process group")
     try:
-        with interrupt, _opened_by_rank_0(folder, recipe, world, start_over) as tenure:
+        with interrupt, _opened_by_rank_0(folder, recipe, world, start_over, by_a_person) as tenure:
             start_logging(folder, world)
             if device.type == "cpu" and world.local_rank == 0:
                 warn_of_idle_gpus()
@@ -93,7 +100,9 @@ def warn_of_idle_gpus() -> None:
 
 
 @contextmanager
-def _opened_by_rank_0(folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool) -> Iterator[Tenure]:
+def _opened_by_rank_0(
+    folder: RunFolder, recipe: Recipe | None, world: World, start_over: bool, by_a_person: bool
+) -> Iterator[Tenure]:
     """Gives the tenure of rank 0, which holds the lock of the run folder; the other ranks learn how that went.
 
     Raises RecipeError, RunIsLocked, LostTheRun: on every rank.
@@ -102,7 +111,9 @@ def _opened_by_rank_0(folder: RunFolder, recipe: Recipe | None, world: World, st
         problem, tenure = None, Tenure()
         if world.is_main:
             try:
-                tenure = stack.enter_context(opened(folder, recipe, start_over and is_first_start())).tenure
+                first = is_first_start()
+                lock = opened(folder, recipe, start_over and first, by_a_person=by_a_person and first)
+                tenure = stack.enter_context(lock).tenure
             except UserError as error:
                 problem = judged(error)
         problem = gather_objects(problem)[0]
@@ -123,14 +134,17 @@ def main(argv: list[str] | None = None) -> int:
         if given - {"run_dir", "accept_changed_data"}:
             if not given & {"arch", "config"}:
                 arguments.config = RunFolder(run_dir).recipe_file
-            recipe = recipe_from(arguments)
-            run_dir = run_dir or default_run_dir(recipe)
+            site = site_from(arguments)
+            recipe = recipe_from(arguments, site)
+            run_dir = run_dir or default_run_dir(recipe, site)
         accepted, over = arguments.accept_changed_data, arguments.start_over
-        result = train(run_dir, accept_changed_data=accepted, recipe=recipe, start_over=over)
+        alone = HANDED_OVER not in os.environ
+        result = train(run_dir, accept_changed_data=accepted, recipe=recipe, start_over=over, by_a_person=alone)
     except LostTheRun as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return LOST_THE_RUN
     except Exception as error:
+        log_to_file(error)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         elif may_pass(error):

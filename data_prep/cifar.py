@@ -8,7 +8,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.prep.archives import Download, add_any_digest, download_workspace
 from crate_dist.prep.cifar import cifar
-from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
+from crate_dist.prep.convert import convert
+from crate_dist.prep.options import add_val_fraction, conversion_parser, parsed
 from crate_dist.prep.program import run_program
 
 EPILOG = """

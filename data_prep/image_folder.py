@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.convert import add_val_fraction, conversion_parser, convert, parsed
+from crate_dist.prep.convert import convert
 from crate_dist.prep.folders import image_folder
+from crate_dist.prep.options import add_part, add_val_fraction, conversion_parser, parsed
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -28,6 +29,7 @@ def main() -> None:
     """Converts."""
     parser = conversion_parser(__doc__, EPILOG)
     add_val_fraction(parser, "where the source has no validation split")
+    add_part(parser)
     arguments, options = parsed(parser)
     source = image_folder(options.source, options.list_options, arguments.val_fraction, options.seed)
     convert(source, options)

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.prep.convert import conversion_parser, convert, parsed
+from crate_dist.prep.convert import convert
 from crate_dist.prep.ilsvrc import imagenet
+from crate_dist.prep.options import add_part, conversion_parser, parsed
 from crate_dist.prep.program import run_program
 
 EPILOG = """
@@ -19,6 +20,7 @@ the source is found in any of these layouts, also mixed:
 
 example:
   python data_prep/imagenet.py --source /data/ILSVRC2012 --out /data/imagenet-shards
+  python data_prep/imagenet.py --source /data/ILSVRC2012 --out /data/imagenet-shards --part 3/16
 
   Writes /data/imagenet-shards/train/train-000000.tar ... and val/, each with index.json and index.npy beside.
   Labels are positions in the sorted list of wnids, as in torchvision. Plain JPEGs are copied byte for byte; CMYK
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--splits", nargs="+", choices=("train", "val"), metavar="SPLIT", help="train, val [those that are there]"
     )
+    add_part(parser)
     arguments, options = parsed(parser)
     source = imagenet(options.source, arguments.splits, options.list_options)
     convert(source, options)

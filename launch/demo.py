@@ -10,7 +10,6 @@ in runs/; started again, it finds its work done and only evaluates.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ import crate_dist  # isort: skip
 import numpy as np
 from PIL import Image
 
+from crate_dist.arguments import Parser
 from crate_dist.launching.ranks import visible_gpus
 
 CLONE = Path(crate_dist.__file__).parents[1]
@@ -32,7 +32,7 @@ IMAGES, SHARDS, RUN = FOLDER / "demo-images", FOLDER / "demo-shards", FOLDER / "
 
 def main() -> int:
     """Runs the commands of the README one after the other, showing each; returns the status of the first to fail."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.parse_args()
     began = time.monotonic()
     if not IMAGES.is_dir():

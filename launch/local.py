@@ -13,14 +13,18 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.preflight import preflight
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.run.exit_status import STOPPED
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.snapshot import START, Snapshot, prune
+from crate_dist.watching.notify import add_options, tell, watched
 from crate_dist.world import free_port
 
 
@@ -28,10 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     """Checks, starts the ranks, waits for them; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipe = recipe_from(arguments)
-        run_dir = (arguments.run_dir or default_run_dir(recipe)).expanduser().absolute()
+        site = site_from(arguments)
+        recipe = recipe_from(arguments, site)
+        run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
-        command = _command(run_dir, arguments.accept_changed_data)
+        snapshot, code = Snapshot.take(), RunFolder(run_dir).code
+        command = _command(code / snapshot.digest, run_dir, arguments.accept_changed_data)
         if arguments.dry_run:
             _show(recipe, ranks, command)
         found = preflight(recipe, ranks, run_dir, arguments.start_over, arguments.accept_changed_data)
@@ -39,20 +45,32 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             return 0
         with opened(found.folder, recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
-            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}", flush=True)
-            run_ranks(command, ranks, found.folder, lock.environment())
+            snapshot.write(code)
+            prune(code, {*found.folder.record.snapshots(), snapshot.digest})
+            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
+            print(f"{'':<14}python launch/status.py {shlex.quote(str(run_dir))}", flush=True)
+            with watched(arguments.notify, run_dir, arguments.stuck_after):
+                run_ranks(command, ranks, found.folder, lock.environment())
     except (UserError, OSError) as error:
+        if isinstance(error, RankFailed) and error.exit_status == STOPPED:
+            print("stopped, as it was asked to; the same command goes on from the newest checkpoint", file=sys.stderr)
+            return STOPPED
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RankFailed) and arguments.notify:
+            print(tell(arguments.notify, run_dir, "failed", str(error)), file=sys.stderr)
         return error.exit_status if isinstance(error, RankFailed) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    if arguments.notify:
+        print(tell(arguments.notify, run_dir, "done"), file=sys.stderr)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__)
     parser.add_argument("--ranks", type=positive, metavar="N", help="processes [one per GPU; without a GPU, one]")
+    add_options(parser, mail=False)
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
     return parser
 
@@ -68,8 +86,8 @@ def _ranks(asked: int | None) -> int:
     return ranks
 
 
-def _command(run_dir: Path, accept_changed_data: bool) -> list[str]:
-    command = [sys.executable, "-u", "-m", "crate_dist.train", "--run-dir", str(run_dir)]
+def _command(code: Path, run_dir: Path, accept_changed_data: bool) -> list[str]:
+    command = [sys.executable, "-u", str(code / START), "-m", "crate_dist.train", "--run-dir", str(run_dir)]
     return command + (["--accept-changed-data"] if accept_changed_data else [])
 
 

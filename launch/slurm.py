@@ -4,9 +4,14 @@
     python launch/slurm.py --arch crate_base --partition gpu --time 2-00:00:00 --seeds 0 1 2
     python launch/slurm.py --arch crate_tiny --dry-run
 
-What the recipe's [cluster] table says can be said here too, and wins. Run it on the login node, from a file system
-that the compute nodes share. A job that meets its time limit is requeued and goes on from the newest checkpoint of
-its run folder; so does the same command, given again.
+What the recipe's [cluster] table says can be said here too, and wins. What is the same for all your jobs on a cluster
+(partition, account, modules, how GPUs are asked for) is said once, in a site file: `--site-template` prints one.
+
+    python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
+    python launch/slurm.py --arch crate_base --sbatch reservation=course --exclude 'n[3-5]' --test-only
+
+Run it on the login node, from a file system that the compute nodes share. A job that meets its time limit is requeued
+and goes on from the newest checkpoint of its run folder; so does the same command, given again.
 """
 
 from __future__ import annotations
@@ -22,18 +27,26 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, build_recipe, derive_batch
+from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
+from crate_dist.launching.origins import DEFAULT, Settled, as_table, origin_of, settle
 from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
+from crate_dist.launching.showing import show, summary
+from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.locations import is_private
+from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.nodes import said_of_nodes, world_sizes
+from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
+from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
+from crate_dist.watching.finding import runs_root
+from crate_dist.watching.notify import add_options
 from crate_dist.world import VARIABLES
 
 
@@ -41,24 +54,43 @@ def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        recipes = _recipes(arguments)
-        run_dirs = _run_dirs(arguments, recipes)
-        init_from = recipes[0].train.init_from
-        weights = folder_of_weights(init_from) if init_from else None
-        executor = make_executor(recipes[0], _submission_folder(run_dirs), run_dirs, weights)
+        site = site_from(arguments)
+        jobs = _jobs(arguments, site)
+        recipes = [job.recipe for job in jobs]
+        run_dirs = _run_dirs(arguments, recipes, site)
+        weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
+        home, snapshot = _home(run_dirs), Snapshot.take()
+        code = home / "code" / snapshot.digest
+        executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights, jobs[0].options)
+        found, problems = _look(arguments, recipes, run_dirs)
+        verdict = _ask(executor, len(jobs), arguments)
+        waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
+        if beyond := beyond_partition(recipes[0].cluster, jobs[0].settings):
+            problems.append(beyond)
+        elif verdict.answer in ("no", "not now") and not waits_for_now:
+            problems.append(refusal(verdict.said, jobs[0].settings))
+        if arguments.dry_run or arguments.test_only:
+            _show_verdict(verdict, problems)
         if arguments.dry_run:
-            _show(executor, recipes)
+            _show_values(arguments, site, executor, jobs, run_dirs)
+            for job, run in zip(jobs, found, strict=False):
+                show(f"\n{summary(job.recipe, run)}")
         if arguments.gpu_memory_gb:
-            world_size = recipes[0].cluster.world_size
+            world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
-            print(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
-        found = [
-            preflight(recipe, recipe.cluster.world_size, run_dir, arguments.start_over, arguments.accept_changed_data)
-            for recipe, run_dir in zip(recipes, run_dirs, strict=True)
-        ]
-        if not arguments.dry_run:
-            _submit(executor, recipes, found, arguments.start_over)
+            show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
+        if arguments.dry_run:
+            _show_script(executor, recipes)
+        if len(recipes[0].cluster.node_counts) > 1:
+            show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
+        if problems:
+            raise RecipeError("\n\n".join(problems))
+        if not arguments.dry_run and not arguments.test_only:
+            _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
+            if verdict.start or waits_for_now:
+                now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
+                show(f"{'starts':<14}{now}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -67,27 +99,58 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__)
-    cluster = parser.add_argument_group("cluster", "each replaces the value of the recipe's [cluster] table")
-    cluster.add_argument("--nodes", type=positive, metavar="N")
-    cluster.add_argument("--gpus-per-node", type=whole_number(0), metavar="N", help="0: train on the CPU")
+    cluster = parser.add_argument_group(
+        "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
+    )
+    cluster.add_argument(
+        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
+    )
+    cluster.add_argument(
+        "--gpus-per-node", type=Gpus.parse, metavar="N", help="or with their type, as a100:8; 0: train on the CPU"
+    )
     cluster.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks [one per GPU]")
-    cluster.add_argument("--cpus-per-task", type=positive, metavar="N")
+    cluster.add_argument("--cpus-per-task", type=positive, metavar="N", help="cores of each rank, its loader's too")
     cluster.add_argument("--mem-gb", type=positive, metavar="GB", help="memory per node [all of it]")
     cluster.add_argument(
         "--time", type=parse_minutes, metavar="LIMIT", dest="time_min", help="minutes, or as 12:00:00 or 2-00:00:00"
     )
-    cluster.add_argument("--partition", metavar="NAME")
-    cluster.add_argument("--account", metavar="NAME")
-    cluster.add_argument("--qos", metavar="NAME")
-    cluster.add_argument("--constraint", metavar="FEATURES")
+    cluster.add_argument("--partition", metavar="NAME", help="`sinfo -s` lists them")
+    cluster.add_argument("--account", metavar="NAME", help="what pays for the job")
+    cluster.add_argument("--qos", metavar="NAME", help="quality of service")
+    cluster.add_argument("--constraint", metavar="FEATURES", help="features that the nodes must have, as 'h100&ib'")
     cluster.add_argument(
-        "--setup", action="append", metavar="LINE", help="shell line before the job; can be given several times"
+        "--exclude", action="append", default=[], metavar="NODES", help="nodes not to run on, as 'n[3-5],n9'"
+    )
+    cluster.add_argument(
+        "--setup",
+        action="append",
+        metavar="LINE",
+        help="shell line before the job, behind the site file's; can be given several times",
     )
     cluster.add_argument(
         "--container",
         metavar="IMAGE",
         help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
     )
+    options = parser.add_argument_group("other options of sbatch")
+    options.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        type=_job_id,
+        metavar="JOB",
+        help="start when that job has ended, well or not",
+    )
+    options.add_argument("--comment", metavar="TEXT", help="for squeue and the accounting")
+    options.add_argument("--nice", type=whole_number(0), metavar="N", help="give way to other jobs by so much priority")
+    options.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
+    )
+    add_options(parser, mail=True)
     parser.add_argument(
         "--seeds",
         type=whole_number(0),
@@ -98,33 +161,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check, show script and recipe, and submit nothing")
+    instead = parser.add_argument_group("instead of submitting")
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say whether it would start, where each value comes from, what it needs; show script and recipe",
+    )
+    instead.add_argument(
+        "--test-only", action="store_true", help="say whether SLURM would take it, and when it would start it"
+    )
+    instead.add_argument("--site-template", action=PrintTemplate, nargs=0, help="print a site file to begin with")
     return parser
 
 
-def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Loads one recipe per seed, with the flags in their [cluster] tables."""
+def _job_id(text: str) -> str:
+    if not re.fullmatch(r"\d+(_\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the id of a job, as 17, or 17_3 for a task of an array")
+    return text
+
+
+def _jobs(arguments: argparse.Namespace, site: Site) -> list[Settled]:
+    """Settles what each seed's job asks for: the recipe's [cluster] table, then the site's values, then the flags."""
     seeds: list[int | None] = arguments.seeds or [arguments.seed]
     if arguments.seeds and arguments.seed is not None:
         raise RecipeError("--seed and --seeds: give one of them")
     if len(set(seeds)) < len(seeds):
         raise RecipeError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice would be the same run twice")
-    flags = {key: getattr(arguments, key, None) for key in ClusterSection.model_fields}
-    given = {key: value for key, value in flags.items() if value is not None}
-    if given.get("gpus_per_node") and "tasks_per_node" not in given:
-        given["tasks_per_node"] = None  # one per GPU, whatever the recipe's CPU ranks are
-    recipes = []
+    jobs = []
     for seed in seeds:
         arguments.seed = seed
-        recipe = recipe_from(arguments)
-        for key, said in recipe.cluster.withheld.items():
-            if key not in given:
-                raise RecipeError(said)
-        raw = recipe.model_dump()
-        raw["cluster"] |= given
-        recipes.append(build_recipe(raw, origin="the command line"))
-    _check_cluster(recipes[0].cluster)
-    return recipes
+        jobs.append(settle(recipe_from(arguments, site), arguments, site))
+    _check_cluster(jobs[0].recipe.cluster)
+    return jobs
 
 
 def _check_cluster(cluster: ClusterSection) -> None:
@@ -141,10 +209,10 @@ def _check_cluster(cluster: ClusterSection) -> None:
         )
 
 
-def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[Path]:
+def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe], site: Site) -> list[Path]:
     given: Path | None = arguments.run_dir
     if given is None:
-        run_dirs = [default_run_dir(recipe) for recipe in recipes]
+        run_dirs = [default_run_dir(recipe, site) for recipe in recipes]
     elif arguments.seeds:
         run_dirs = [given / f"seed{recipe.train.seed}" for recipe in recipes]
     else:
@@ -152,51 +220,113 @@ def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe]) -> list[
     return [run_dir.expanduser().absolute() for run_dir in run_dirs]
 
 
-def _submission_folder(run_dirs: Sequence[Path]) -> Path:
-    """Returns submitit's one folder for all jobs of an array: it lies beside their run folders.
+def _home(run_dirs: Sequence[Path]) -> Path:
+    """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
     Raises RecipeError for a path that submitit would misread.
     """
-    folder = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "slurm"
+    folder = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
     misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
             f"submitit and SLURM would read the {misread[0]} in {folder} as a pattern; give another --run-dir"
         )
-    return folder / "%j"
+    return folder
 
 
-def _show(executor: Executor, recipes: Sequence[Recipe]) -> None:
-    print(executor.script(len(recipes)))
-    for recipe in recipes:
-        print(f"# {'-' * 20} recipe.toml{f', seed {recipe.train.seed}' if len(recipes) > 1 else ''} {'-' * 20}")
-        print(recipe.to_toml(), flush=True)
+def _look(
+    arguments: argparse.Namespace, recipes: Sequence[Recipe], run_dirs: Sequence[Path]
+) -> tuple[list[Preflight], list[str]]:
+    """Looks at data, batch and run folder of each run; returns those in order, and what is wrong with the others."""
+    found, problems = [], []
+    over, accepted = arguments.start_over, arguments.accept_changed_data
+    for recipe, run_dir in zip(recipes, run_dirs, strict=True):
+        try:
+            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, over, accepted))
+        except UserError as error:
+            problems.append(str(error))
+    return found, list(dict.fromkeys(problems))
 
 
-def _submit(executor: Executor, recipes: Sequence[Recipe], found: Sequence[Preflight], start_over: bool) -> None:
-    if not shutil.which("sbatch"):
+def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdict:
+    """Asks SLURM what it would say. Raises RecipeError where its answer is needed and there is no sbatch."""
+    if not arguments.dry_run and not shutil.which("sbatch"):
         raise RecipeError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
+    script = executor.script(jobs)
+    verdict = ask(script, _environment(script))
+    if arguments.test_only and verdict.answer == "unknown":
+        raise RecipeError(verdict.said)
+    return verdict
+
+
+def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
+    if problems:
+        said = f"NO: it would not start; {len(problems)} thing(s) are wrong, and named as error"
+    elif verdict.answer == "yes":
+        said = f"yes: SLURM would take it{f', and start it at {verdict.start}' if verdict.start else ''}"
+    else:
+        said = f"nothing is wrong as far as can be told here: {verdict.said}"
+    show(f"{'verdict':<14}{said}")
+
+
+def _show_values(
+    arguments: argparse.Namespace, site: Site, executor: Executor, jobs: Sequence[Settled], run_dirs: Sequence[Path]
+) -> None:
+    """Shows every value with its origin."""
+    run_dir = str(run_dirs[0]), "--run-dir" if arguments.run_dir else site.origins.get("runs", DEFAULT)
+    values = {**origin_of(jobs[0].recipe, arguments, site), "run folder": run_dir, **jobs[0].settings}
+    show(f"\n{'value':<14}and where it is from: recipe < site < flags; all else has its default, as below\n")
+    show(as_table(values))
+    for name in outvoted(executor.script(len(jobs)), os.environ):
+        show(f"  ${name} is left out, for the script below says otherwise")
+
+
+def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
+    show(executor.script(len(recipes)))
+    for recipe in recipes:
+        show(f"# {'-' * 20} recipe.toml{f', seed {recipe.train.seed}' if len(recipes) > 1 else ''} {'-' * 20}")
+        show(recipe.to_toml())
+
+
+def _submit(
+    executor: Executor,
+    jobs: Sequence[Settled],
+    found: Sequence[Preflight],
+    snapshot: Snapshot,
+    code: Path,
+    start_over: bool,
+) -> None:
+    recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
-        _leave_other_jobs()
-        jobs = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found])
-        for job, run in zip(jobs, found, strict=True):
-            if len(jobs) > 1:
+        snapshot.write(code)
+        if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
+            prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
+        os.environ.update(environment := _environment(executor.script(len(jobs))))
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+        sent = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found], jobs[0].settings)
+        for job, run in zip(sent, found, strict=True):
+            if len(sent) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)
                 (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
-    for job, run in zip(jobs, found, strict=True):
-        print(f"{'job':<14}{job.job_id}\n{run}")
-    job_id = jobs[0].job_id.partition("_")[0]
-    print(f"{'to watch':<14}squeue --job {job_id}")
-    for job in jobs:
-        print(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
-    print(f"{'':<14}tensorboard --logdir {shlex.quote(str(found[0].folder.path.parent))}")
-    print(f"{'to cancel':<14}scancel {job_id}")
+    for job, run in zip(sent, found, strict=True):
+        show(f"{'job':<14}{job.job_id}\n{run}")
+    job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
+    array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
+    runs = shlex.quote(str(folder if len(found) == 1 else array))
+    show(f"{'to watch':<14}python launch/status.py {runs} --watch")
+    show(f"{'':<14}squeue --job {job_id}")
+    for job in sent:
+        show(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
+    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    show(f"{'to stop':<14}python launch/status.py stop {runs}")
+    show(f"{'to cancel':<14}scancel {job_id}")
 
 
 def _check_environment_goes_along(recipe: Recipe) -> None:
@@ -209,12 +339,16 @@ def _check_environment_goes_along(recipe: Recipe) -> None:
         )
 
 
-def _leave_other_jobs() -> None:
-    """Forgets the ranks and, inside a job, the job that this process belongs to: the new one would believe it."""
+def _environment(script: str) -> dict[str, str]:
+    """Returns the environment in which sbatch takes a script as it is.
+
+    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
+    variables by which sbatch would do otherwise than the script says.
+    """
     job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    for name in list(os.environ):
-        if (name.startswith(job) and name != "SLURM_CONF") or name in VARIABLES:
-            del os.environ[name]
+    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
+    out |= {*VARIABLES, *outvoted(script, os.environ)}
+    return {name: value for name, value in os.environ.items() if name not in out}
 
 
 if __name__ == "__main__":

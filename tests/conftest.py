@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides the GPUs before torch looks for them: the tests promise what ranks do on the CPU, on any machine."""
+    """Hides the GPUs before torch looks for them: the tests promise what ranks do on the CPU, on any machine.
+
+    And this user's site files, which would have jobs ask for other things.
+    """
+    os.environ["CRATE_SITE"] = ""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

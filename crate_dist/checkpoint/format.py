@@ -34,6 +34,8 @@ from crate_dist.run.checkpoints import checkpoint_names
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+HEAD = "head.linear.bias"
+"""The parameter that has one number per class."""
 WEIGHTS = "fp32"
 """The kind of state that every checkpoint has: the master weights."""
 
@@ -180,6 +182,18 @@ def newest_manifest(checkpoints: Path) -> Manifest | None:
         except (OSError, CheckpointError):
             continue
     return None
+
+
+def other_head(run: Path, manifest: Manifest, classes: int) -> str:
+    """Says why a checkpoint cannot go on with data of so many classes, whatever is accepted; "" where it can."""
+    asked = manifest.recipe.get("model.num_classes") or classes
+    there = (manifest.shapes.get(HEAD) or [asked])[0]
+    if there == asked:
+        return ""
+    return (
+        f"{run} has a model of {there} classes, and the data have {asked}: it goes on with data of the classes that it "
+        f"knows alone. Give these, or begin a new run from its weights, with another --run-dir and --init-from {run}"
+    )
 
 
 def _contradiction(manifest: Manifest) -> str:

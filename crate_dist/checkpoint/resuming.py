@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from crate_dist.checkpoint.format import CheckpointError, Progress
+from crate_dist.checkpoint.format import CheckpointError, Progress, other_head
 from crate_dist.checkpoint.loading import Checkpoint
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.distributed import gather_objects
@@ -23,8 +23,11 @@ def progress_on(
     accept_changed: whether other data than the checkpoint's are good enough; a digest: those data alone. What was
     accepted is put down in the run folder, and then holds for every start from the same checkpoint.
 
-    Raises CheckpointError: on every rank, when the data are others, naming the difference.
+    Raises CheckpointError: on every rank, when the data are others, naming the difference, or have another number of
+    classes.
     """
+    if refusal := other_head(folder.path, found.manifest, len(data.classes)):
+        raise CheckpointError(refusal)
     if not found.manifest.data:
         logger.info("%s is from before checkpoints knew their data, so these are taken for the same", found.path)
     changed = data.differences(found.manifest.data, found.manifest.classes)

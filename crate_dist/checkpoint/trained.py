@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint.format import MANIFEST, CheckpointError
+from crate_dist.checkpoint.format import HEAD, MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection, ImageSection
 from crate_dist.errors import UserError
@@ -17,9 +17,7 @@ from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.weights.names import WeightsError, check_fit
 from crate_dist.models.weights.read import load_model
-from crate_dist.run.folder import RunFolder, read_recipe
-
-_HEAD = "head.linear.bias"  # one number per class
+from crate_dist.run.folder import RunFolder, read_recipe, runs_in
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,24 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
     if (run := RunFolder(source)).recipe_file.is_file():
         checkpoints = list_checkpoints(run.checkpoints)
         if not checkpoints:
-            raise CheckpointError(f"the run {source} has no checkpoint yet")
+            raise CheckpointError(
+                f"the run {source} has no checkpoint yet; it saves every checkpoint.every_steps steps"
+            )
         saved = checkpoints[-1]
-    else:
+    elif (source / MANIFEST).is_file():
         saved = open_checkpoint(source)
+    else:
+        runs = runs_in(source)
+        raise CheckpointError(
+            f"{source} is neither a run nor a checkpoint: there is no recipe.toml and no {MANIFEST} in it; "
+            + (f"the runs in it are {runs}: give one of them" if runs else "a file of weights would do too")
+        )
     if problem := saved.damaged():
-        raise CheckpointError(problem)
+        raise CheckpointError(f"{problem}; it is damaged: give an older checkpoint, or the weights in model-last.pt")
     recipe = read_recipe(RunFolder.of_checkpoint(saved.path).path)
-    head = saved.manifest.shapes.get(_HEAD, [])
+    head = saved.manifest.shapes.get(HEAD, [])
     if len(head) != 1:
-        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {_HEAD} is no vector in it")
+        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no vector in it")
     model, weights = build_model(recipe.model, head[0], seed=0), saved.weights()
     try:
         check_fit(weights, model.config)

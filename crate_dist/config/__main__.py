@@ -6,19 +6,16 @@ python -m crate_dist.config docs/training.md     puts it between the two marks o
 
 from __future__ import annotations
 
-import argparse
-import json
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from crate_dist.config.recipe import Recipe
+from crate_dist.arguments import Parser
+from crate_dist.config.settings import sections
 from crate_dist.files import write_whole
 
 BEGIN, END = "<!-- settings: generated -->", "<!-- settings: end -->"
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-_BOUNDS = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to", "exclusiveMaximum": "below"}
 
 
 def settings() -> str:
@@ -36,44 +33,25 @@ def put_into(page: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    schema = Recipe.model_json_schema()
-    for name, place in schema["properties"].items():
-        if "$ref" not in place:  # the run's name, which is in no section
-            continue
-        section = schema["$defs"][place["$ref"].rpartition("/")[2]]
-        yield from (f"**[{name}]** {section['description']}", "")
+    for name, (purpose, listed) in sections().items():
+        yield from (f"**[{name}]** {purpose}", "")
         yield from ("| key | type | default | meaning |", "|---|---|---|---|")
-        for key, setting in section["properties"].items():
-            default = "required" if key in section.get("required", ()) else _code(setting["default"])
-            yield f"| `{name}.{key}` | {_type(setting)} | {default} | {setting['description']} |"
+        for setting in listed:
+            default = setting.default if setting.default in ("required", "unset") else f"`{setting.default}`"
+            yield f"| `{setting.key}` | {_code_in(setting.kind)} | {default} | {setting.meaning} |"
         yield ""
 
 
-def _type(setting: Mapping[str, Any]) -> str:
-    if "anyOf" in setting:
-        kinds = (_type(kind) for kind in setting["anyOf"] if kind["type"] != "null")
-        return " or ".join(dict.fromkeys(kinds))
-    if choices := setting.get("enum") or ("const" in setting and [setting["const"]]):
-        return " or ".join(map(_code, choices))
-    if setting["type"] == "array":
-        kind, _, within = _type(setting.get("items") or setting["prefixItems"][0]).partition(" ")
-        return f"{setting.get('maxItems', 'any number of')} {kind}s {within}".rstrip()
-    if setting.get("format") == "path":
-        return "path"
-    bounds = (f"{word} {setting[key]:g}" for key, word in _BOUNDS.items() if key in setting)
-    return " ".join([_TYPES[setting["type"]], *bounds])
+def _code_in(kind: str) -> str:
+    """Marks the words of a choice between values as code."""
+    return re.sub(r'"[^"]*"', r"`\g<0>`", kind)
 
 
-def _code(value: Any) -> str:
-    return "unset" if value is None else f"`{json.dumps(value)}`"
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables, or puts them into a page."""
-    parser = argparse.ArgumentParser(prog="python -m crate_dist.config", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m crate_dist.config", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, metavar="PAGE", help="file with the two marks")
-    page = parser.parse_args().page
+    page = parser.parse_args(arguments).page
     try:
         if page:
             write_whole(page, put_into(page.read_text(encoding="utf-8")))

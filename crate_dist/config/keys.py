@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from logging import getLogger
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from crate_dist.config.hints import NOT_NEEDED, meant_keys
 from crate_dist.errors import UserError
 
 logger = getLogger(__name__)
@@ -52,13 +53,13 @@ def rename(raw: dict[str, Any], origin: str) -> None:
         _note(f"{origin}: keys that have new names: {', '.join(notes)}")
 
 
-def assign(raw: dict[str, Any], key: str, value: Any, known: Sequence[str], origin: str) -> None:
+def assign(raw: dict[str, Any], key: str, value: Any, known: Mapping[str, str], origin: str) -> None:
     """Sets a nested value by its flat key, which may be an old one. Raises RecipeError for one that is not known."""
     if key in RENAMED:
         _note(f"{origin}: {key} is called {RENAMED[key]} now")
         key = RENAMED[key]
     if key not in known:
-        raise RecipeError(f"{origin}: unknown key {key!r}{nearest(key, known)}")
+        raise RecipeError(f"{origin}: {unknown_key(key, known)}")
     *sections, last = key.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
@@ -88,32 +89,65 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Returns the flat keys that a model knows, its sections' too."""
-    keys: list[str] = []
+def keys_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Returns the meanings of the flat keys that a model knows, its sections' too."""
+    keys: dict[str, str] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += keys_of(field.annotation, f"{prefix}{name}.")
+            keys |= keys_of(field.annotation, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
+            keys[prefix + name] = field.description or ""
     return keys
 
 
-def nearest(given: str, known: Sequence[str]) -> str:
-    """Returns " (did you mean 'KEY'?)", or nothing where no known key is like the given one."""
-    by_word: dict[str, list[str]] = {}  # the section may be the wrong one
-    for key in known:
-        by_word.setdefault(key.rpartition(".")[2], []).append(key)
-    for word in difflib.get_close_matches(given.rpartition(".")[2], by_word, n=1):
-        return f" (did you mean {difflib.get_close_matches(given, by_word[word], n=1, cutoff=0)[0]!r}?)"
+def nearest(given: str, known: Collection[str]) -> str:
+    """Returns " (did you mean 'NAME'?)", or nothing where no known name is like the given one."""
+    for name in difflib.get_close_matches(given, known, n=1):
+        return f" (did you mean {name!r}?)"
     return ""
 
 
-def explain(item: ErrorDetails, known: Sequence[str]) -> str:
-    """Puts one of pydantic's errors into a line that names the key, and what was given."""
+def unknown_key(given: str, known: Mapping[str, str]) -> str:
+    """Says that there is no such key, and which one is meant, as far as that can be told. known: meanings by key"""
+    word = given.rpartition(".")[2].lower()
+    if inside := [key for key in known if key.startswith(f"{given}.")]:
+        return f"{given!r} is a table, and has keys of its own: {', '.join(inside)}"
+    if reason := NOT_NEEDED.get(word):
+        return f"unknown key {given!r}: {reason}"
+    meant = [key for key in meant_keys(word, known) if key in known]
+    if any(key.rpartition(".")[2] == word for key in meant):  # the section may be the wrong one
+        return f"unknown key {given!r}{nearest(given, meant) or f' (did you mean {meant[0]!r}?)'}"
+    if meant:
+        return f"unknown key {given!r} (did you mean {', or '.join(f'{key!r}, {known[key]}' for key in meant)}?)"
+    by_word: dict[str, list[str]] = {}
+    for key in known:
+        by_word.setdefault(key.rpartition(".")[2], []).append(key)
+    for near in difflib.get_close_matches(word, by_word, n=1):
+        (closest,) = difflib.get_close_matches(given, by_word[near], n=1, cutoff=0)
+        return f"unknown key {given!r} (did you mean {closest!r}?)"
+    return f"unknown key {given!r}; --help-settings lists all keys"
+
+
+def explain(item: ErrorDetails, known: Mapping[str, str], origins: Mapping[str, str], elsewhere: str) -> str:
+    """Puts one of pydantic's errors into a line: where the value was given, its key, what is wrong and would do.
+
+    origins: of the values by flat key; elsewhere: of those that it does not have
+    """
     key = ".".join(str(part) for part in item["loc"])
+    given_here = (
+        said for name, said in origins.items() if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")
+    )
+    origin = ", ".join(dict.fromkeys(given_here)) or elsewhere
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(key, known)}"
+        return f"{elsewhere}: {unknown_key(key, known)}"
     message = item["msg"].removeprefix("Value error, ")
-    given = "" if item["type"] in ("missing", "value_error") else f", not {item['input']!r}"
-    return f"{key}: {message}{given}"
+    if item["type"] == "missing":
+        return f"{elsewhere}: {key} is missing: {known.get(key) or 'a table'}"
+    if item["type"] == "string_pattern_mismatch":
+        message = (
+            "Input should be a name of letters, digits, and . _ - inside"
+            if key == "name"
+            else "Input should be one word"
+        )
+    given = "" if item["type"] == "value_error" else f", not {item['input']!r}"
+    return f"{origin}: {key}: {message}{given}"

@@ -10,7 +10,17 @@ from typing import Any
 import tomli_w
 from pydantic import Field, ValidationError
 
-from crate_dist.config.keys import RecipeError, assign, explain, flatten, keys_of, nearest, parse_value, rename
+from crate_dist.config.keys import (
+    RENAMED,
+    RecipeError,
+    assign,
+    explain,
+    flatten,
+    keys_of,
+    nearest,
+    parse_value,
+    rename,
+)
 from crate_dist.config.sections import (
     DATA_VARIABLE,
     MIRROR_VARIABLE,
@@ -110,34 +120,38 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from error
+        raise RecipeError(f"{path} is not TOML: {error}; a quote or a bracket may be missing there") from error
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
+    origins = {}
     for key, value in values.items():
         if value is not None:
+            origins[key.replace("__", ".")] = "the command line"
             assign(raw, key.replace("__", "."), value, _KNOWN, origin="the command line")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
         assign(raw, key.strip(), parse_value(value.strip()), _KNOWN, origin=f"--set {key.strip()}")
-    on_top = overrides or any(value is not None for value in values.values())
-    recipe = build_recipe(raw, origin=f"{path} and the command line" if on_top else str(path))
+        origins[RENAMED.get(key.strip(), key.strip())] = f"--set {text}"
+    recipe = build_recipe(raw, str(path), origins)
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
     return recipe
 
 
-def build_recipe(raw: Mapping[str, Any], origin: str) -> Recipe:
-    """Validates nested plain values. Raises RecipeError that names `origin` and each wrong key."""
+def build_recipe(raw: Mapping[str, Any], origin: str, origins: Mapping[str, str] | None = None) -> Recipe:
+    """Validates nested plain values. Raises RecipeError: a line for each wrong key, which names where it was given.
+
+    origins: by flat key, of values that are not from `origin`
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(
-            "\n".join([f"{origin}:", *(f"  {explain(item, _KNOWN)}" for item in error.errors())])
-        ) from error
+        lines = (explain(item, _KNOWN, origins or {}, origin) for item in error.errors())
+        raise RecipeError("\n".join(lines)) from error
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -145,13 +159,16 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
         return path
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    there = f"there are: {', '.join(known)}"
     if path.suffix == ".toml":
-        raise RecipeError(f"no recipe file {path}")
+        raise RecipeError(f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {there}")
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; --config takes a recipe file, a run's is {path / 'recipe.toml'}")
     named = CONFIG_DIR / f"{source}.toml"
     if named.is_file():
         return named
-    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
-    raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
+    raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; {there}")
 
 
 def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -47,6 +48,18 @@ def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"the lower bound {bounds[0]:g} is above the upper one, {bounds[1]:g}")
     return bounds
+
+
+def node_count(given: object) -> int | str:
+    """Returns a number of machines, 4, or a range of them, "2-4", as it is written shortest.
+
+    Raises ValueError: neither of them.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(given))
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < fewest <= most:
+        raise ValueError(f"{given!r}: expected a whole number from 1 on, or a range of them such as 2-4")
+    return fewest if fewest == most else f"{fewest}-{most}"
 
 
 class Section(BaseModel):
@@ -256,7 +269,9 @@ class SafetySection(Section):
 class ClusterSection(Section):
     """The job that launch/slurm.py asks the scheduler for; without influence on the result."""
 
-    nodes: Positive = Field(1, description="machines of the job")
+    nodes: Annotated[int | str, BeforeValidator(node_count)] = Field(
+        1, description='machines of the job; "2-4": as many of them as SLURM has, of which those train that divide'
+    )
     gpus_per_node: int = Field(
         8, ge=0, description="GPUs of each machine, one task on each; 0: CPU only, see tasks_per_node"
     )
@@ -282,6 +297,7 @@ class ClusterSection(Section):
         return self.tasks_per_node or max(self.gpus_per_node, 1)
 
     @property
-    def world_size(self) -> int:
-        """Tasks in the whole job."""
-        return self.nodes * self.ranks_per_node
+    def node_counts(self) -> range:
+        """The numbers of nodes that SLURM may give the job."""
+        fewest, _, most = str(self.nodes).partition("-")
+        return range(int(fewest), int(most or fewest) + 1)

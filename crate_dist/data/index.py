@@ -141,7 +141,7 @@ class ShardIndex:
         root = Path(root)
         path = root / INDEX_JSON
         if not root.is_dir():
-            raise ShardError(f"no folder {root}: data_prep/imagenet.py or data_prep/image_folder.py writes one")
+            raise ShardError(f"no folder {root}{_instead(root)}")
         if not path.is_file():
             tars = any(root.glob("*.tar"))
             remedy = (
@@ -162,9 +162,10 @@ class ShardIndex:
             raise ShardError(f"{path} is damaged ({reason}); {rebuild} it") from error
         expected = sum(shard.samples for shard in shards)
         if rows.dtype != row or rows.shape != (expected,):
+            kinds = ("", "") if rows.dtype == row else (f" of {rows.dtype}", f" of {row}")
             raise ShardError(
-                f"{root / INDEX_ROWS} has {len(rows) if rows.ndim else 0} rows of {rows.dtype}, {INDEX_JSON} promises "
-                f"{expected} of {row}; {rebuild} both"
+                f"{root / INDEX_ROWS} has {len(rows) if rows.ndim else 0} rows{kinds[0]}, {INDEX_JSON} promises "
+                f"{expected}{kinds[1]}; {rebuild} both"
             )
         names = meta["classes"], meta["class_names"]
         return cls(root, shards, rows, *names, meta["made_by"], remote, meta.get("rows_sha256"))
@@ -237,7 +238,10 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"it has no {', '.join(missing)}")
     if type(meta["version"]) is not int or meta["version"] not in FORMATS:
         known = " and ".join(map(str, FORMATS))
-        raise ShardError(f"{path} has version {_shown(meta['version'])}, this program reads {known}")
+        raise ShardError(
+            f"{path} has version {_shown(meta['version'])}, this program reads {known}: take the crate-dist that wrote "
+            f"it, or a later one, or move it away and build it anew with `python data_prep/index.py {path.parent}`"
+        )
     for key in ("shards", "classes", "class_names"):
         if not isinstance(meta[key], list):
             raise ValueError(f"{key} is {_shown(meta[key])}, expected a list")
@@ -255,6 +259,19 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta["made_by"], dict) or not isinstance(meta["made_by"].get("label", ""), str):
         raise ValueError(f"made_by is {_shown(meta['made_by'])}, expected a table whose label is text")
     return meta
+
+
+def _instead(root: Path) -> str:
+    """Says what there is in place of the folder of a split, and who writes one."""
+    if (root.parent / INDEX_JSON).is_file():
+        return f": {root.parent} is a split itself, and the folder above it is the one to give, {root.parent.parent}"
+    if root.parent.is_file():
+        return f": {root.parent} is a file"
+    if not root.parent.exists():
+        return f", nor {root.parent}: data_prep/imagenet.py or data_prep/image_folder.py writes them"
+    there = ", ".join(sorted(path.parent.name for path in root.parent.glob(f"*/{INDEX_JSON}")))
+    writers = "data_prep/imagenet.py or data_prep/image_folder.py writes one"
+    return f"; there {'is' if there.count(',') == 0 else 'are'} {there}" if there else f": {writers}"
 
 
 def _rebuilds(root: Path, remote: Remote | None) -> str:

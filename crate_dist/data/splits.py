@@ -57,7 +57,10 @@ def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
 def check_same_classes(train: ShardIndex, val: ShardIndex | None) -> None:
     """Raises ShardError where two splits do not have the same classes in the same order, and says where they part."""
     if val is not None and (words := first_class_difference(train.classes, val.classes, "in the one", "in the other")):
-        raise ShardError(f"{train.place} and {val.place} do not have the same classes in the same order: {words}")
+        raise ShardError(
+            f"{train.place} and {val.place} do not have the same classes in the same order: {words}; convert both from "
+            "one source, or, if the same are only called otherwise, `data_prep/index.py DIR --classes FILE` names them"
+        )
 
 
 def open_split(given: Path | str | None, split: str, data: DataSection) -> ShardIndex:
@@ -92,8 +95,8 @@ def _fetched_index(remote: Remote, again: bool = False) -> Path:
     try:
         text = fetch(remote.url, INDEX_JSON, b"".join)
     except ShardError as error:
-        remedy = "`python data_prep/index.py DIR` writes the index, which is to lie beside the shards"
-        raise ShardError(f"{error}; {remedy}") from error
+        remedy = "where there are shards without an index, `python data_prep/index.py DIR` writes it beside them"
+        raise ShardError(f"{error}; look at the address, and at what serves it; {remedy}") from error
     try:
         digest = json.loads(text).get("rows_sha256")
     except (ValueError, AttributeError, RecursionError):

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.doctor.machine import describe
 from crate_dist.doctor.report import Progress, as_text, end_of_log, failed_checks, write_json
 from crate_dist.doctor.run import BETWEEN, QUICK, STAGES, Examined, Plan, Stage, limits, run_stages
@@ -86,13 +86,12 @@ def _examine(
     return min(failed_checks(examined), _MOST)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m crate_dist.doctor",
         description=__doc__,
         epilog="stages:\n" + "\n".join(f"  {stage.name:<12}{stage.purpose}" for stage in STAGES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="what a start needs, in under a minute [this]")

@@ -21,7 +21,6 @@ SHM_PER_RANK = 256e6
 """Bytes of /dev/shm for each rank beside another: NCCL's buffers between the GPUs of a node are some of 10 MB each."""
 MEMORY_PER_RANK = 12e9
 """Bytes of the node's memory for each rank: torch with CUDA 4 GB, a loader worker 0.5 GB, pinned batches 1 to 2 GB."""
-_CLOCK_S = 5.0
 
 
 def node_name() -> str:
@@ -29,9 +28,9 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname()).partition(".")[0]
 
 
-def shared_memory(ranks: int) -> Finding:
-    """Looks at the room in /dev/shm; containers have 64 MB by default."""
-    need = SHM_PER_RANK * ranks if ranks > 1 else 0.0
+def shared_memory(ranks: int, enough: float = 1.0) -> Finding:
+    """Looks at the room in /dev/shm; containers have 64 MB by default. enough: share of what is needed that passes"""
+    need = enough * SHM_PER_RANK * ranks if ranks > 1 else 0.0
     try:
         free = float(shutil.disk_usage("/dev/shm").free)
     except OSError:
@@ -104,7 +103,7 @@ def host_name() -> Finding:
     return Finding("host name", value, passed=True)
 
 
-def clock(folder: Path) -> Finding:
+def clock(folder: Path, at_most_s: float = 5.0) -> Finding:
     """Holds this node's clock against that of the file system, by the time of a file written now."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     with tempfile.NamedTemporaryFile(dir=there) as file:
@@ -113,6 +112,8 @@ def clock(folder: Path) -> Finding:
         file.flush()
         os.fsync(file.fileno())
         skew = os.stat(file.name).st_mtime - (before + time.time()) / 2
-    well = abs(skew) < _CLOCK_S and time.time() > 1.7e9
+    well = abs(skew) < at_most_s and time.time() > 1.7e9
     note = "the node or the file server has a wrong clock: have it set (chrony, ntp); records of runs would lie"
-    return Finding("clock, to that of the file system", skew, "s", f"within {_CLOCK_S:g} s", well, "" if well else note)
+    return Finding(
+        "clock, to that of the file system", skew, "s", f"within {at_most_s:g} s", well, "" if well else note
+    )

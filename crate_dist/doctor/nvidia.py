@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 GPU_FIELDS = (
@@ -71,3 +73,45 @@ def xid_errors() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if "NVRM: Xid" in line][-5:]
+
+
+_BROKEN_XIDS = (48, 64, 74, 79, 94, 95, 119, 120, 140)
+"""Of those that the driver reports, the device's own faults: memory, links, bus, its controller. Others, such as 13 and
+31, are mostly of the programs that ran there."""
+_RECENT_S = 3600.0
+
+
+def gpu_faults(timeout_s: float = 2.0) -> list[str]:
+    """Says what the driver knows of broken GPUs among those that this process may see; [] also where it does not say.
+
+    Errors in memory that were not corrected since the driver was loaded, memory that waits for a reset to be replaced
+    or cannot be, and faults of the last hour in the kernel's log.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    among = [f"--id={chosen}"] if chosen and "MIG" not in chosen else []
+    form = "--format=csv,noheader,nounits"
+    ecc = smi("--query-gpu=pci.bus_id,ecc.errors.uncorrected.volatile.total", form, *among, timeout_s=timeout_s)
+    remapped = smi(
+        "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure",
+        form,
+        *among,
+        timeout_s=timeout_s,
+    )
+    gpus, faults = [], []
+    for bus, errors, *_ in csv.reader(ecc.splitlines(), skipinitialspace=True):
+        gpus.append(bus.lower())
+        if errors.isdecimal() and int(errors):
+            faults.append(f"GPU {bus}: {errors} errors in its memory that were not corrected")
+    for bus, *states in csv.reader(remapped.splitlines(), skipinitialspace=True):
+        for state, what in zip(states, ("waits for a reset to be replaced", "could not be replaced"), strict=False):
+            if state.lower() in ("1", "yes"):
+                faults.append(f"GPU {bus}: broken memory {what}")
+    return faults + [line for line in xid_errors() if _is_recent_and_broken(line, gpus)]
+
+
+def _is_recent_and_broken(line: str, gpus: list[str]) -> bool:
+    """Tells whether a line of the kernel's log reports a fault of one of these devices within the last hour."""
+    found = re.match(r"\[ *(\d+)\.\d+\].*Xid \(PCI:([0-9a-fA-F:]+)\): (\d+)", line)
+    if not found or int(found[3]) not in _BROKEN_XIDS or time.monotonic() - int(found[1]) > _RECENT_S:
+        return False
+    return any(found[2].lower() in bus for bus in gpus)

@@ -73,6 +73,11 @@ def state_bytes(recipe: Recipe, world_size: int) -> float:
     return parameters(recipe) * (2 * _bytes(recipe) + part / world_size)
 
 
+def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
+    """Counts the bytes of a checkpoint's tensors: master weights, and what the optimizer keeps, all in fp32."""
+    return parameters(recipe, classes) * 4 * (1 + _states(recipe.optim))
+
+
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
     """Finds the largest micro-batch that fits a card and divides a rank's share of the global batch; 0: none."""
     share = recipe.train.global_batch // world_size

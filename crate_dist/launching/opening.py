@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,12 +21,14 @@ def opened(
     start_over: bool = False,
     brief: bool = False,
     lost: Callable[[str], None] | None = None,
+    by_a_person: bool = True,
 ) -> Iterator[RunLock]:
     """Holds the lock of a run folder that was opened with a recipe, so that no other start changes it.
 
     recipe: what the folder is opened with; None: a launcher has done that
     start_over: sets aside first what the folder holds
     brief, lost: of the lock, as RunLock has them
+    by_a_person: who asked the run to stop wants it to go on now
 
     Raises
     ------
@@ -50,6 +51,8 @@ def opened(
                 if start_over and recipe.checkpoint.find_mirror():
                     folder.record.note_run_id(new_run_id(), instead=True)
             lock.check()
+            if by_a_person:
+                folder.stop_request.unlink(missing_ok=True)
         except OSError as error:
             raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
         yield lock
@@ -60,10 +63,7 @@ def check_that_no_job_waits(folder: RunFolder) -> None:
 
     Raises RecipeError: one of them waits, or runs; or SLURM does not answer.
     """
-    try:
-        jobs = {name for name in os.listdir(folder.slurm) if re.fullmatch(r"\d+(_\d+)?", name)}
-    except FileNotFoundError:
-        return
+    jobs = set(folder.jobs())
     mine = {os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")}
     if not jobs or {job.partition("_")[0] for job in jobs} & mine or not shutil.which("squeue"):
         return

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
-from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, load_recipe
+from crate_dist.arguments import Parser, positive, whole_number
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config.settings import as_text, meanings
+from crate_dist.launching.showing import show
+from crate_dist.launching.site import NO_SITE, SITE_VARIABLE, Site, load_site
 from crate_dist.locations import is_private, location
 
 
@@ -18,9 +22,8 @@ def recipe_parser(
 
     required: one of --arch and --config must be given
     """
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program, description=description)
+    parser.settings = meanings()
     group = parser.add_argument_group("recipe")
     which = group.add_mutually_exclusive_group(required=required)
     which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
@@ -47,6 +50,13 @@ def recipe_parser(
     )
     group.add_argument("--seed", type=whole_number(0), help="of the order, the augmentation and the first weights")
     group.add_argument(
+        "--site",
+        metavar="FILE",
+        type=Path,
+        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
+    )
+    group.add_argument("--no-site", action="store_true", help="read no site file")
+    group.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
         action="append",
@@ -54,11 +64,43 @@ def recipe_parser(
         dest="overrides",
         help="change one value of the recipe; can be given several times",
     )
+    group.add_argument(
+        "--help-settings",
+        action=_HelpSettings,
+        nargs="?",
+        metavar="WORD",
+        help="list what --set can change, all or what has the word in its key or meaning; with --arch its values too",
+    )
     return parser
 
 
-def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """Loads the recipe that the options of recipe_parser name. Raises RecipeError.
+class _HelpSettings(argparse.Action):
+    """Lists settings and ends the program, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, word: Any, option: str | None = None
+    ) -> None:
+        assert isinstance(parser, Parser)
+        which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        which.add_argument("--arch", "--config", dest="source")
+        source = which.parse_known_args(parser.given)[0].source
+        try:
+            text = as_text(word or "", load_recipe(source) if source else None)
+        except (KeyError, RecipeError) as error:
+            parser.error(f"--help-settings: {error.args[0]}")
+        show(text)
+        parser.exit()
+
+
+def site_from(arguments: argparse.Namespace) -> Site:
+    """Reads the user's site files, as the options of recipe_parser have it. Raises RecipeError."""
+    return load_site(arguments.site, not arguments.no_site)
+
+
+def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
+    """Loads the recipe that the options of recipe_parser name, with the site's data where nothing else names any.
+
+    Raises RecipeError.
 
     A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
     """
@@ -72,7 +114,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         train__init_heads=arguments.heads,
     )
     # What the job reads must not depend on the environment of the node that it runs on, nor on its working folder.
-    root = recipe.data.find_root()
+    named = recipe.data.root or os.environ.get(DATA_VARIABLE)
+    root = recipe.data.find_root(None if named else site.data)
     if is_private(root):
         os.environ[DATA_VARIABLE] = str(root)
     mirror = recipe.checkpoint.find_mirror()
@@ -85,7 +128,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     return recipe.model_copy(update={"data": data, "train": train, "checkpoint": checkpoint})
 
 
-def default_run_dir(recipe: Recipe) -> Path:
-    """Returns runs/NAME, with the seed behind it when it is not 0."""
+def default_run_dir(recipe: Recipe, site: Site = NO_SITE) -> Path:
+    """Returns runs/NAME, or NAME in the site's folder of runs; with the seed behind it when it is not 0."""
     seed = recipe.train.seed
-    return Path("runs") / (recipe.name + (f"-seed{seed}" if seed else ""))
+    return (site.runs or Path("runs")) / (recipe.name + (f"-seed{seed}" if seed else ""))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_dist.checkpoint.format import MANIFEST, newest_manifest
+from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
 from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
 from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.config import Recipe, RecipeError, derive_batch
@@ -87,12 +87,16 @@ def preflight(
         train, val = open_splits(recipe)
         if not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
-            if changed := data.differences(manifest.data, manifest.classes):
+            if refusal := other_head(run_dir, manifest, train.num_classes):
+                problems.append(refusal)
+            elif changed := data.differences(manifest.data, manifest.classes):
                 accepted_data = accept_changed_data and data.digest
                 if not accepted_data and not folder.record.data_was_accepted(manifest.progress.step, data.digest):
                     problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
+    except NotADirectoryError:
+        pass  # which is said below
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
@@ -144,11 +148,13 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     run = RunFolder(source)
     if run.recipe_file.is_file():
         if not checkpoint_names(run.checkpoints):
-            raise RecipeError(f"{given}: this run has no checkpoint yet")
+            raise RecipeError(f"{given}: this run has no checkpoint yet; wait for its first, or begin from another")
     elif (source / MANIFEST).is_file():
         run = RunFolder.of_checkpoint(source)
     else:
-        raise RecipeError(f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint")
+        raise RecipeError(
+            f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint, nor a file of weights"
+        )
     there, here = read_recipe(run.path).model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from crate_dist.errors import UserError
+from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.world import World, free_port
 
@@ -26,11 +27,13 @@ STOP_GRACE_S = 60.0
 SIBLING_GRACE_S = 5.0
 """Seconds for the other ranks after the death of one: without it they can save nothing any more."""
 _PR_SET_PDEATHSIG = 1
+_SAYS_WHY = re.compile(r"error: |([\w.]+\.)?[A-Z]\w*(Error|Exception|Timeout|Failed|NotFinite|LostTheRun|Interrupt)\b")
+"""The line of a program's refusal, or the last one of a traceback."""
 _GPU_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
 class RankFailed(UserError):
-    """A rank ended badly and took the others with it; the message has the end of its log."""
+    """A rank ended badly and took the others with it; the message has what its log says of the reason."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -79,6 +82,7 @@ def run_ranks(
     """
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
+    begins = [_size(folder.log_file(rank)) for rank in range(ranks)]
     with _signals() as caught:
         try:
             for rank in range(ranks):
@@ -90,7 +94,7 @@ def run_ranks(
     if caught and any(process.returncode for process in processes):
         raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
     if failed is not None:
-        raise _explain(failed, processes[failed].returncode, folder.log_file(failed))
+        raise _explain(failed, processes[failed].returncode, folder.log_file(failed), begins[failed])
 
 
 def _start(command: Sequence[str], rank: int, variables: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -130,7 +134,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], caught: Sequence[int]) -
             failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
             if failed is not None and not caught:
                 _send(running, signal.SIGTERM)
-                deadline = time.monotonic() + SIBLING_GRACE_S
+                asked = processes[failed].returncode == STOPPED  # the others close their files
+                deadline = time.monotonic() + (STOP_GRACE_S if asked else SIBLING_GRACE_S)
         if caught and not told_to_stop:
             # Not SIGINT: an exception somewhere within a step leaves the other ranks waiting in a collective.
             _send(running, signal.SIGTERM)
@@ -175,10 +180,22 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _explain(rank: int, status: int, log: Path, lines: int = 20) -> RankFailed:
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _explain(rank: int, status: int, log: Path, begin: int) -> RankFailed:
+    """Says in a sentence how a rank ended and why, and where its log is, of which this start's part is at `begin`."""
     if rank == 0 and status == 1:  # it has said on the terminal what a person can do
         return RankFailed("rank 0 ended with exit status 1, for the reason above, so the others were ended", status)
-    end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if log.is_file() else []
-    text = "\n".join([f"rank {rank} {how}, so the others were ended; the end of {log}:", *(f"  {x}" for x in end)])
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    said = log.read_bytes() if log.is_file() else b""
+    before, lines = said[:begin].count(b"\n"), said[begin:].decode(errors="replace").splitlines()
+    why = next((line.removeprefix("error: ") for line in reversed(lines) if _SAYS_WHY.match(line)), "")
+    if not why and status == -signal.SIGKILL:
+        why = "by somebody, or by the kernel for want of memory, as `dmesg -T` would say"
+    elif not why and status > 0 and lines:
+        why = lines[-1]
+    text = f"rank {rank} {how}{f' ({why})' if why else ''}, so the others were ended; what it said stands in {log}"
+    text += f" from line {before + 1} on" if before else ""
     return RankFailed(text, 128 - status if status < 0 else status)

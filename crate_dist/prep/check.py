@@ -48,7 +48,10 @@ class Classes:
         ids = [(part[1] or part[3]) if part else line for part, line in zip(parts, lines, strict=True)]
         names = [(part[2] or part[4]) if part else line for part, line in zip(parts, lines, strict=True)]
         if not ids or len(set(ids)) != len(ids):
-            raise ShardError(f"{path}: expected one class a line, " + ("none twice" if ids else "and it is empty"))
+            twice = next((name for name in ids if ids.count(name) > 1), "")
+            raise ShardError(
+                f"{path}: expected one class a line, " + (f"none twice, as {twice!r} is" if ids else "and it is empty")
+            )
         return cls(ids, names)
 
     @classmethod
@@ -83,7 +86,9 @@ def split_folders(root: Path) -> list[Path]:
         return [root]
     found = sorted(path for path in root.iterdir() if path.is_dir() and _holds_shards(path))
     if not found:
-        raise ShardError(f"no shards (*.tar) in {root} nor in the folders in it")
+        raise ShardError(
+            f"no shards (*.tar) in {root} nor in the folders in it; data_prep/image_folder.py makes some of images"
+        )
     return found
 
 

@@ -6,7 +6,6 @@ free space are checked, and only then the first shard is begun.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import time
@@ -19,47 +18,28 @@ from typing import Any
 import numpy as np
 import PIL
 
-from crate_dist.arguments import positive, whole_number
 from crate_dist.data.decode import BadImage
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
-from crate_dist.prep.folders import ListOptions, Source, Split, first_few
+from crate_dist.prep.folders import Source, Split, first_few
 from crate_dist.prep.images import ImageOptions, transcode
 from crate_dist.prep.journal import CONVERSION_JSON, ConversionIdentity, SplitFolder, digest_of_classes, read_conversion
+from crate_dist.prep.next_steps import next_steps
+from crate_dist.prep.options import Options
+from crate_dist.prep.parts import clear, held, merging, waits_for
 from crate_dist.prep.pool import run_parallel
 from crate_dist.prep.program import (
     counted,
     explained,
     human_bytes,
     human_time,
-    program_parser,
     progress_bar,
-    proper_fraction,
     tell,
     warn,
 )
-from crate_dist.prep.shards import ShardPlan, ShardResult, make_shard
+from crate_dist.prep.shards import WHOLE, ShardPlan, ShardResult, make_shard
 
 _TRIED_IMAGES = 32
 _LISTED_SKIPPED = 1000
-_CONTINUES = """
-An interrupted conversion continues when the same command is given again. The same images, seed and options give the
-same bytes, at any number of workers.
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a conversion, called as on the command line. program: the one that converts, for the record"""
-
-    program: str
-    source: Path
-    out: Path
-    workers: int
-    seed: int
-    shard_samples: int
-    image_options: ImageOptions
-    list_options: ListOptions
-    dry_run: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,69 +50,6 @@ class _Job:
     plan: ShardPlan
     folder: SplitFolder
     estimated_bytes: int
-
-
-def conversion_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
-    """Returns a parser with --source, --out and all options of a conversion."""
-    parser = program_parser(description, epilog + _CONTINUES)
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder that the images are in")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the shards: DIR/train/, DIR/val/"
-    )
-    seed = whole_number(0, 2**63 - 1)
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the one global shuffle [0]")
-    parser.add_argument("--shard-samples", type=positive, default=1000, metavar="N", help="images per shard [1000]")
-    parser.add_argument(
-        "--short-side", type=positive, metavar="N", help="resize larger images so that their short side has N pixels"
-    )
-    parser.add_argument(
-        "--quality", type=whole_number(1, 100), metavar="Q", help="re-encode every image as JPEG of quality Q; without "
-        "it only images that are resized or no plain JPEG are, with 95"
-    )  # fmt: skip
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used, and list them")
-    parser.add_argument("--verify-images", action="store_true", help="decode every image, also those that stay as is")
-    parser.add_argument("--follow-links", action="store_true", help="follow links that lead out of the source")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    return parser
-
-
-def add_val_fraction(parser: argparse.ArgumentParser, note: str) -> None:
-    """Adds --val-fraction. note: what else there is to know of it"""
-    parser.add_argument(
-        "--val-fraction",
-        type=proper_fraction,
-        default=0.0,
-        metavar="F",
-        help=f"share of every class that is held out of the training images as val; {note}",
-    )
-
-
-def parsed(
-    parser: argparse.ArgumentParser, lossless: bool = False, archive: bool = False
-) -> tuple[argparse.Namespace, Options]:
-    """Returns what the user typed, as it is and as the options of a conversion.
-
-    lossless: as in ImageOptions; archive: the source may be a file. Raises ShardError when the folders cannot be meant.
-    """
-    arguments = parser.parse_args()
-    source, out = arguments.source.expanduser().absolute(), arguments.out.expanduser().absolute()
-    if not source.is_dir() and not (archive and source.is_file()):
-        what = "is not a folder" if source.exists() else "does not exist"
-        raise ShardError(f"--source {source} {what}; give the folder that the images are in")
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_out == real_source or real_source in real_out.parents:
-        raise ShardError(f"--out {out} lies in the source {source}; give a folder beside it")
-    return arguments, Options(
-        f"data_prep/{parser.prog}",
-        source,
-        out,
-        arguments.workers,
-        arguments.seed,
-        arguments.shard_samples,
-        ImageOptions(arguments.short_side, arguments.quality, arguments.verify_images, lossless),
-        ListOptions(arguments.follow_links, arguments.skip_bad),
-        arguments.dry_run,
-    )
 
 
 def convert(source: Source, options: Options) -> None:
@@ -152,25 +69,26 @@ def convert(source: Source, options: Options) -> None:
     if options.dry_run:
         tell("dry run: nothing was written")
         return
-    for job in unfinished:
-        _write_split(job, source, options)
-    for job in jobs:
-        index = job.folder.complete()
-        assert index is not None
+    if unfinished and not _write(unfinished, source, options):
+        return
+    indexes = [job.folder.complete() for job in jobs]
+    for job, index in zip(jobs, indexes, strict=True):
+        if index is None:  # between this look and the last another conversion or a person was at work
+            raise ShardError(f"{job.folder.path} is not complete any more; the same command writes what is missing")
         if job not in unfinished:
             tell(f"{job.folder.path} is complete already: {_size_of(index)}")
+    if unfinished:
+        _tell_duplicates([index for index in indexes if index is not None])
     tell("")
-    more = "" if "val" in source.splits else " --set data.val_split="
-    tell(f"next: python launch/slurm.py --arch crate_large --nodes 4 --data {options.out}{more}")
-    tell(f"  or: python launch/local.py --arch crate_tiny --ranks 2 --data {options.out}{more}")
-    tell(f"check at any time: python data_prep/verify.py {options.out}")
+    for line in next_steps(options.out):
+        tell(line)
 
 
 def _plan(split: Split, folder: Path, source: Source, options: Options) -> _Job:
     plan = ShardPlan(folder, split.samples, options.seed, options.shard_samples)
     ratio = _size_ratio(plan, options.image_options) if options.image_options.changes_sizes else 1.0
     identity = ConversionIdentity.of(plan, source.classes, options.image_options)
-    return _Job(split, plan, SplitFolder(plan, identity), plan.estimated_bytes(ratio))
+    return _Job(split, plan, SplitFolder(plan, identity, options.part), plan.estimated_bytes(ratio))
 
 
 def _size_ratio(plan: ShardPlan, image_options: ImageOptions) -> float:
@@ -235,10 +153,56 @@ def _tell_plan(source: Source, jobs: Sequence[_Job], unfinished: Sequence[_Job],
         )
 
 
+def _write(jobs: Sequence[_Job], source: Source, options: Options) -> bool:
+    """Writes the splits, or this part of them and, where no other part is left, their indexes.
+
+    Returns whether all is whole now; what is missing has been told.
+    """
+    with held(options.out, options.part):
+        if options.part == WHOLE:
+            for job in jobs:
+                _write_split(job, source, options)
+        else:
+            for job in jobs:
+                _write_share(job, options)
+            if unwritten := {job.folder.path.name: missing for job in jobs if (missing := job.folder.missing())}:
+                for line in waits_for(options.part, unwritten):
+                    tell(line)
+                return False
+            with merging(options.out) as may:
+                if not may:
+                    return False
+                for job in jobs:
+                    if job.folder.complete() is None:
+                        tell(f"part {options.part} is the last: all shards of {job.folder.path.name} are checked")
+                        _write_split(job, source, options)
+    clear(options.out)
+    return True
+
+
+def _write_share(job: _Job, options: Options) -> None:
+    """Writes the shards of this part that no journal knows; what stands is checked when the index is made."""
+    with job.folder.taken(options.part):
+        own = options.part.share(job.plan.names())
+        wanted = set(job.folder.missing(options.part))
+        if wanted:
+            job.folder.forget_index()
+        tasks = job.plan.tasks(options.image_options, options.list_options.skip_bad, {}, wanted)
+        images = sum(job.plan.samples_of(name) for name in wanted)
+        with progress_bar(f"{job.folder.path.name} {options.part}", images, " images") as bar:
+            for result in run_parallel(make_shard, tasks, max(min(options.workers, len(wanted)), 1), bar):
+                job.folder.record(result.finished)
+    tell(
+        f"{job.folder.path.name}: part {options.part} is finished, {counted(len(own), 'shard')}"
+        + (f", {len(own) - len(wanted)} of them from before" if len(own) > len(wanted) else "")
+    )
+
+
 def _write_split(job: _Job, source: Source, options: Options) -> None:
+    """Writes all shards that do not stand as the journals say, checks the others, and writes the index."""
     started = time.monotonic()
-    job.folder.start()
-    try:
+    with job.folder.taken(WHOLE):
+        job.folder.forget_index()
         finished = job.folder.finished()
         tasks = job.plan.tasks(options.image_options, options.list_options.skip_bad, finished)
         results: dict[str, ShardResult] = {}
@@ -251,15 +215,19 @@ def _write_split(job: _Job, source: Source, options: Options) -> None:
         ordered = [results[name] for name in job.plan.names() if results[name].finished.shard.samples]
         if not ordered:
             raise ShardError(f"no image of {job.folder.path.name} could be used")
-        made_by = _made_by(job, results, source, options)
         rows = np.concatenate([result.rows for result in ordered])
+        left_out = sum(len(result.finished.skipped) for result in results.values())
+        if len(rows) + left_out != len(job.split.samples):
+            raise ShardError(
+                f"{job.folder.path} has {len(rows):,} images and {left_out:,} left out of the source's "
+                f"{len(job.split.samples):,}; remove the folder to convert it anew"
+            )
+        made_by = _made_by(job, results, source, options)
         shards = [result.finished.shard for result in ordered]
         index = ShardIndex(job.folder.path, shards, rows, source.classes, source.class_names, made_by)
         with explained(f"cannot write {job.folder.path / INDEX_JSON}"):
             index.save()
-    finally:
-        job.folder.remove_temporary()
-        job.folder.release()
+            job.folder.join_journals()
     _tell_result(index, job.split, results, time.monotonic() - started)
 
 
@@ -289,7 +257,8 @@ def _tell_result(index: ShardIndex, split: Split, results: dict[str, ShardResult
     kept = sum(result.kept for result in results.values())
     made = sum(len(result.rows) for result in results.values() if not result.kept)
     tell(
-        f"{index.root.name}: {_size_of(index)}; {human_time(seconds)}, {made / max(seconds, 1e-9):,.0f} images/s"
+        f"{index.root.name}: {_size_of(index)}; {human_time(seconds)}"
+        + (f", {made / max(seconds, 1e-9):,.0f} images/s" if made else "")
         + (f", {counted(kept, 'shard')} kept from before" if kept else "")
     )
     oddities = dict(index.made_by["counted"])
@@ -302,6 +271,19 @@ def _tell_result(index: ShardIndex, split: Split, results: dict[str, ShardResult
         tell(f"  {counted(left_out, 'image')} left out, listed in {index.root / INDEX_JSON}:")
         for line in index.made_by["left_out"][:5]:
             tell(f"    {line}")
+
+
+def _tell_duplicates(indexes: Sequence[ShardIndex]) -> None:
+    """Tells how many images stand more than once, by their bytes; between splits they flatter the accuracy."""
+    sums = [np.unique(index.rows["checksum"]) for index in indexes]
+    for index, distinct in zip(indexes, sums, strict=True):
+        if double := index.num_samples - len(distinct):
+            tell(f"  {index.root.name}: {counted(double, 'image')} with the same bytes as another one")
+    for i, first in enumerate(indexes):
+        for j in range(i + 1, len(indexes)):
+            if shared := len(np.intersect1d(sums[i], sums[j], assume_unique=True)):
+                names = f"{first.root.name} and {indexes[j].root.name}"
+                tell(f"  {counted(shared, 'image')} with the same bytes in {names}")
 
 
 def _size_of(index: ShardIndex) -> str:

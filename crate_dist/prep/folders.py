@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crate_dist.data.index import ShardError
-from crate_dist.data.order import hash64
+from crate_dist.data.order import Int64, hash64
 from crate_dist.prep.program import explained
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 
@@ -52,7 +52,7 @@ class Split:
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """Returns all parts after each other as one split; they come from the same root and archive."""
+        """Returns all parts after each other as one split; they come from the same root."""
         return cls(
             Samples.concatenate([part.samples for part in parts]),
             sum(part.ignored for part in parts),
@@ -159,13 +159,28 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
     Raises ShardError when no class has two images.
     """
-    samples = split.samples
-    counts = np.bincount(samples.labels)
+    counts = np.bincount(split.samples.labels)
     if counts.max() < 2:
         raise ShardError("--val-fraction: no class has more than one image, there is none to hold out")
+    share = np.clip(np.rint(counts * fraction).astype(np.int64), np.minimum(1, counts - 1), counts - 1)
+    return _held_out(split, counts, share, seed)
+
+
+def hold_out_each(split: Split, per_class: int, seed: int) -> tuple[Split, Split]:
+    """Returns (rest, held out): so many images of every class, chosen by the seed, and never more than half of one.
+
+    Raises ShardError when no class has two images.
+    """
+    counts = np.bincount(split.samples.labels)
+    if counts.max() < 2:
+        raise ShardError("--val-per-class: no class has more than one image, there is none to hold out")
+    return _held_out(split, counts, np.minimum(per_class, counts // 2), seed)
+
+
+def _held_out(split: Split, counts: Int64, share: Int64, seed: int) -> tuple[Split, Split]:
+    samples = split.samples
     by_class = np.lexsort((hash64(seed, _HELD_OUT, np.arange(len(samples))), samples.labels))
     rank = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
-    share = np.clip(np.rint(counts * fraction).astype(np.int64), np.minimum(1, counts - 1), counts - 1)
     held = rank < np.repeat(share, counts)
     rest = Split(samples.take(np.sort(by_class[~held])), split.ignored, split.unreadable)
     return rest, Split(samples.take(np.sort(by_class[held])))

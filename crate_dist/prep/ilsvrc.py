@@ -42,7 +42,8 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 SOLUTION = "LOC_val_solution.csv"
 NUM_CLASSES = 1000
 _NAME_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
-_WNID = re.compile(r"n[0-9]{8}")
+WNID = re.compile(r"n[0-9]{8}")
+"""The id of a class, of WordNet."""
 _VAL_NUMBER = re.compile(r"_([0-9]{8})$")
 _MAX_DEVKIT_FILE = 64 * 2**20
 
@@ -58,7 +59,8 @@ def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> 
         raise ShardError(
             f"{root} is not ImageNet: looked for class folders named like n01440764 in it, in train/ and in "
             f"ILSVRC/Data/CLS-LOC/train/, and for {TRAIN_TAR}; {contents_of(root)}. "
-            f"For any tree of class folders: python data_prep/image_folder.py --source {root} --out DIR"
+            f"For any tree of class folders: python data_prep/image_folder.py --source {root} --out DIR; "
+            "for ImageNet-21K: data_prep/imagenet21k.py"
         )
     if missing := [name for name in splits or () if name not in parts.found]:
         raise ShardError(f"no {' and no '.join(missing)} images in {root}; there are: {', '.join(parts.found)}")
@@ -67,7 +69,9 @@ def imagenet(root: Path, splits: Sequence[str] | None, options: ListOptions) -> 
     classes = parts.train_classes or parts.val_folders or sorted(set(truth.values()))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     notes = list(parts.notes)
-    if len(classes) != NUM_CLASSES:
+    if len(classes) > NUM_CLASSES:
+        notes.append(f"{len(classes)} classes; data_prep/imagenet21k.py knows the layouts of ImageNet-21K")
+    elif len(classes) < NUM_CLASSES:
         notes.append(f"{len(classes)} of ImageNet's {NUM_CLASSES} classes: a subset, labels are numbered within it")
     if splits is None and (absent := {"train", "val"} - set(parts.found)):
         notes.append(f"no {absent.pop()} images in {root}")
@@ -104,7 +108,7 @@ class _Parts:
         tars: dict[str, Member] = {}
         if not classes and (root / TRAIN_TAR).is_file():
             train = root / TRAIN_TAR
-            tars = {Path(m.name).stem: m for m in walk_tar(train) if _WNID.fullmatch(Path(m.name).stem)}
+            tars = class_tars(train)
             classes = sorted(tars)
             if not classes:
                 raise ShardError(f"{train} holds no class archives like n01440764.tar")
@@ -136,13 +140,8 @@ class _Parts:
         if not self.train_tars:
             return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
-
-        def one(wnid: str) -> Split:
-            member = self.train_tars[wnid]
-            found, ignored = list_archive(archive, member.offset, member.size)
-            return Split(Samples.collect(self.root, found, labels[wnid], archive), ignored)
-
-        listed = list(threaded_map(one, self.train_classes, f"listing {archive.name}", "class"))
+        places = {wnid: (archive, self.train_tars[wnid]) for wnid in self.train_classes}
+        listed = list_class_tars(self.root, places, labels)
         if empty := [wnid for wnid, part in zip(self.train_classes, listed, strict=True) if not len(part.samples)]:
             raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
         return Split.joined(listed)
@@ -196,7 +195,7 @@ class _Parts:
         for name in _NAME_FILES:
             if path := self._beside(name):
                 lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
-                return {wnid: words.strip() for wnid, _, words in lines if _WNID.fullmatch(wnid)}
+                return {wnid: words.strip() for wnid, _, words in lines if WNID.fullmatch(wnid)}
         devkit = self._devkit()
         return devkit.words if devkit else {}
 
@@ -234,6 +233,27 @@ class _Devkit:
         return cls(by_number, words)
 
 
+def class_tars(archive: Path) -> dict[str, Member]:
+    """Finds the tars of classes, called like n01440764.tar, in a tar."""
+    return {Path(m.name).stem: m for m in walk_tar(archive) if WNID.fullmatch(Path(m.name).stem)}
+
+
+def list_class_tars(
+    root: Path, places: Mapping[str, tuple[Path, Member | None]], labels: Mapping[str, int]
+) -> list[Split]:
+    """Lists the images of each class by name. places: class -> its tar, or a tar that it lies in and where
+
+    Raises ShardError: a tar that is cut off, damaged or compressed.
+    """
+
+    def one(wnid: str) -> Split:
+        path, member = places[wnid]
+        found, ignored = list_archive(path, member.offset, member.size) if member else list_archive(path)
+        return Split(Samples.collect(root, found, labels[wnid], path), ignored)
+
+    return list(threaded_map(one, list(places), "listing class tars", "class"))
+
+
 def _devkit_file(path: Path, name: str) -> bytes:
     try:
         if path.is_dir():
@@ -256,7 +276,7 @@ def _read_solution(path: Path) -> dict[str, str]:
             if not row or row[0] == "ImageId":
                 continue
             wnid = row[1].split(" ", 1)[0] if len(row) > 1 else ""
-            if not _WNID.fullmatch(wnid):
+            if not WNID.fullmatch(wnid):
                 raise ShardError(f"{path}, line {number}: expected an image, a comma and a wnid, not {','.join(row)!r}")
             truth[row[0]] = wnid
     return truth
@@ -264,7 +284,7 @@ def _read_solution(path: Path) -> dict[str, str]:
 
 def _wnids(folder: Path, notes: list[str]) -> list[str]:
     names = class_folders(folder)
-    wnids = [name for name in names if _WNID.fullmatch(name)]
+    wnids = [name for name in names if WNID.fullmatch(name)]
     if wnids and (others := [name for name in names if name not in {*wnids, "train", "val", "test"}]):
         notes.append(f"{folder}: not named like a class, not read: {first_few(others)}")
     return wnids

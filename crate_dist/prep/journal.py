@@ -4,6 +4,7 @@ What stands there, beside the shards:
 
     conversion.json   what is converted and how; a conversion that continues must be the same one
     shards.jsonl      one line per finished shard: its digest, what was counted, what was left out
+    shards-003-of-016.jsonl  the same of one of several machines, until the split is whole
     .*.tmp            shards in the making; removed when the conversion ends or continues
     index.json        written last: the split is whole
 """
@@ -14,20 +15,22 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex
-from crate_dist.files import write_whole
+from crate_dist.files import write_first, write_whole
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import ImageOptions
 from crate_dist.prep.program import explained
-from crate_dist.prep.shards import JournalEntry, ShardPlan, is_temporary, shard_names
+from crate_dist.prep.shards import WHOLE, JournalEntry, Part, ShardPlan, shard_names, unfinished_of
 
 CONVERSION_JSON = "conversion.json"
 JOURNAL = "shards.jsonl"
+_JOURNALS = "shards-*.jsonl"
 _FORMAT_VERSION = 1
 _MOST_SAMPLES = 10**9
 _OPTIONS = {
@@ -68,11 +71,11 @@ class ConversionIdentity:
 
 
 class SplitFolder:
-    """The folder of a split, for one conversion. Nothing is written before start()."""
+    """The folder of a split, for one conversion or one part of it. Nothing is written outside of `taken`."""
 
-    def __init__(self, plan: ShardPlan, identity: ConversionIdentity) -> None:
-        self.path, self.plan, self.identity = plan.folder, plan, identity
-        self._lock: int | None = None
+    def __init__(self, plan: ShardPlan, identity: ConversionIdentity, part: Part = WHOLE) -> None:
+        self.path, self.plan, self.identity, self.part = plan.folder, plan, identity, part
+        self._journal = self.path / (JOURNAL if part == WHOLE else _JOURNALS.replace("*", dashed(part)))
 
     def check(self) -> None:
         """Raises ShardError when the folder is not this conversion's: it holds something else or another conversion."""
@@ -110,28 +113,42 @@ class SplitFolder:
             pass
         return None
 
+    def missing(self, part: Part = WHOLE) -> list[str]:
+        """Names the shards of a part that no journal knows, or that do not stand with the size of then."""
+        finished = self.finished()
+        return [name for name in part.share(self.plan.names()) if not self._stands(finished.get(name))]
+
     def finished_bytes(self) -> int:
         """Returns the bytes of the finished shards."""
         return sum(entry.shard.bytes for entry in self.finished().values() if (self.path / entry.shard.name).exists())
 
-    def start(self) -> None:
-        """Takes the folder: locks it, writes the identity, removes what a dead conversion left. Raises ShardError."""
+    @contextmanager
+    def taken(self, part: Part) -> Iterator[None]:
+        """Locks the folder, writes the identity if it is not there, removes what the dead have left of a part's shards.
+
+        Raises ShardError: another conversion works here, or was begun meanwhile.
+        """
         with explained(f"cannot write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ShardError(f"another conversion is writing to {self.path}; wait for it, or end it") from None
-            except OSError:  # not every network file system can lock
-                pass
-            for name in (INDEX_JSON, INDEX_ROWS):
-                (self.path / name).unlink(missing_ok=True)
-            self.remove_temporary()
-            if not (self.path / CONVERSION_JSON).exists():
-                (self.path / JOURNAL).unlink(missing_ok=True)
-                whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
-                write_whole(self.path / CONVERSION_JSON, whole)
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with explained(f"cannot write to {self.path}"):
+                self._lock(lock)
+                if not (self.path / CONVERSION_JSON).exists():
+                    self._journal.unlink(missing_ok=True)
+                    whole = json.dumps({"version": _FORMAT_VERSION, **asdict(self.identity)}, indent=1)
+                    write_first(self.path / CONVERSION_JSON, whole)
+                self.check()  # again: another machine's may have been written since
+                self._remove_temporary(part)
+            yield
+        finally:
+            self._remove_temporary(part)
+            os.close(lock)
+
+    def forget_index(self) -> None:
+        """Removes an index that is not right any more, before shards are written."""
+        for name in (INDEX_JSON, INDEX_ROWS):
+            (self.path / name).unlink(missing_ok=True)
 
     def finished(self) -> dict[str, JournalEntry]:
         """Reads the shards that the journal knows, by name."""
@@ -139,28 +156,45 @@ class SplitFolder:
 
     def record(self, finished: JournalEntry) -> None:
         """Adds a shard to the journal. Raises ShardError when the disk is full."""
-        entry: Mapping[str, Any] = {
-            "shard": asdict(finished.shard),
-            "counted": dict(finished.counted),
-            "skipped": list(finished.skipped),
-        }
-        path = self.path / JOURNAL
-        with explained(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(entry)}" if file.tell() else json.dumps(entry))
+        line = json.dumps(_as_json(finished))
+        with explained(f"cannot write {self._journal}"), self._journal.open("a", encoding="utf-8") as file:
+            file.write(f"\n{line}" if file.tell() else line)
             file.flush()
             os.fsync(file.fileno())
 
-    def remove_temporary(self) -> None:
-        """Removes shards in the making; to be called when no worker is left."""
-        for name in os.listdir(self.path):
-            if is_temporary(name):
-                (self.path / name).unlink(missing_ok=True)
+    def join_journals(self) -> None:
+        """Makes one journal of those of all parts; to be called when the index stands."""
+        parts = list(self.path.glob(_JOURNALS))
+        if parts:
+            finished = self.finished()
+            lines = [json.dumps(_as_json(finished[name])) for name in self.plan.names()]
+            write_whole(self.path / JOURNAL, "\n".join(lines))
+        for path in parts:
+            path.unlink(missing_ok=True)
 
-    def release(self) -> None:
-        """Unlocks the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _stands(self, entry: JournalEntry | None) -> bool:
+        if entry is None or not entry.shard.samples:
+            return entry is not None
+        with suppress(OSError):
+            return (self.path / entry.shard.name).stat().st_size == entry.shard.bytes
+        return False
+
+    def _lock(self, folder: int) -> None:
+        """Keeps out other conversions on this machine; parts of one conversion do not keep out each other."""
+        try:
+            fcntl.flock(folder, (fcntl.LOCK_EX if self.part == WHOLE else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"another conversion is writing to {self.path}; wait for it, or end it") from None
+        except OSError:  # not every network file system can lock
+            pass
+
+    def _remove_temporary(self, part: Part) -> None:
+        """Removes shards in the making; to be called when no worker is left."""
+        own = None if part == WHOLE else set(part.share(self.plan.names()))
+        for name in os.listdir(self.path):
+            target = unfinished_of(name)
+            if target is not None and (own is None or target in own):
+                (self.path / name).unlink(missing_ok=True)
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         now = {"version": _FORMAT_VERSION, **asdict(self.identity)}
@@ -200,11 +234,11 @@ def read_conversion(folder: Path) -> dict[str, Any] | None:
 
 
 def read_journal(folder: Path) -> dict[str, JournalEntry]:
-    """Reads the finished shards of a conversion, by name; none where there is no journal."""
-    try:
-        lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
+    """Reads the finished shards of a conversion, all its parts, by name; none where there is no journal."""
+    lines: list[str] = []
+    for path in (*sorted(folder.glob(_JOURNALS)), folder / JOURNAL):
+        with suppress(FileNotFoundError):  # another machine may just have joined them
+            lines += path.read_text(encoding="utf-8").splitlines()
     found = {}
     for line in lines:
         try:
@@ -225,6 +259,15 @@ def missing_shards(folder: Path) -> list[str]:
     number = -(-int(identity["samples"]) // int(identity["shard_samples"]))
     empty = {name for name, entry in read_journal(folder).items() if not entry.shard.samples}
     return [name for name in shard_names(folder, number) if name not in empty and not (folder / name).exists()]
+
+
+def dashed(part: Part) -> str:
+    """Says 003-of-016, for names of files."""
+    return f"{part.number:03d}-of-{part.of:03d}"
+
+
+def _as_json(entry: JournalEntry) -> dict[str, Any]:
+    return {"shard": asdict(entry.shard), "counted": dict(entry.counted), "skipped": list(entry.skipped)}
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
 
@@ -21,11 +21,9 @@ INTERRUPTED = 130
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
-def program_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
+def program_parser(description: str | None, epilog: str) -> Parser:
     """Returns a parser that shows both texts line by line as they are written, with --workers."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, epilog=epilog)
     parser.add_argument(
         "--workers", type=positive, default=available_cpus(), metavar="N", help="processes at work [one per CPU]"
     )

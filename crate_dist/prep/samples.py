@@ -1,18 +1,20 @@
 """The places of images before they are in shards: cheap to hold by the million, cheap to cut.
 
-An image is a file below a folder, or a stretch of bytes in a tar that is read in place.
+An image is a file below a folder, or a stretch of bytes in a tar that is read in place. All may lie in one tar, or each
+class in its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,8 @@ from crate_dist.prep.program import explained
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, walk_tar
 
 _WHOLE_FILE = -1
+_NO_ARCHIVE = -1
+_OPEN_ARCHIVES = 64
 
 
 class ImageRef(NamedTuple):
@@ -37,13 +41,15 @@ class ImageRef(NamedTuple):
 class Samples:
     """Images with labels, in arrays of one entry per image.
 
-    root: folder that the names start from; archive: tar that holds all of them, or None when they are files
+    root: folder that the names start from; archives: tars that hold images
+    inside: int32, in which of the archives, -1 for files
     names: all names, laid end to end; ends: int64, where each one ends
     sizes: int64 bytes; offsets: int64, in the archive, -1 for files; labels: int32
     """
 
     root: str
-    archive: str | None
+    archives: Sequence[str]
+    inside: np.ndarray
     names: bytes
     ends: np.ndarray
     sizes: np.ndarray
@@ -59,7 +65,8 @@ class Samples:
         names = [os.fsencode(entry.name) for entry in entries]
         return cls(
             str(root),
-            str(archive) if archive else None,
+            [str(archive)] if archive else [],
+            np.full(len(entries), 0 if archive else _NO_ARCHIVE, dtype=np.int32),
             b"".join(names),
             np.cumsum([len(name) for name in names], dtype=np.int64),
             np.array([entry.size for entry in entries], dtype=np.int64),
@@ -69,11 +76,17 @@ class Samples:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:
-        """Returns all parts after each other; they come from the same root and archive."""
+        """Returns all parts after each other; they come from the same root."""
         shifts = np.cumsum([0, *(len(part.names) for part in parts[:-1])])
+        number = {path: i for i, path in enumerate(dict.fromkeys(path for part in parts for path in part.archives))}
+        inside = []
+        for part in parts:  # the last entry is where -1 leads
+            renumbered = np.array([*(number[path] for path in part.archives), _NO_ARCHIVE], dtype=np.int32)
+            inside.append(renumbered[part.inside])
         return cls(
             parts[0].root,
-            parts[0].archive,
+            list(number),
+            np.concatenate(inside),
             b"".join(part.names for part in parts),
             np.concatenate([part.ends + shift for part, shift in zip(parts, shifts, strict=True)]),
             np.concatenate([part.sizes for part in parts]),
@@ -86,11 +99,15 @@ class Samples:
 
     def take(self, ids: Int64) -> Samples:
         """Returns the images with these numbers, in this order."""
-        names = [self._raw_name(int(i)) for i in ids]
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return Samples(
-            self.root, self.archive, b"".join(names), ends, self.sizes[ids], self.offsets[ids], self.labels[ids]
-        )
+        names = io.BytesIO()  # a list of ten million names would take more room than all else
+        for i in ids.tolist():
+            names.write(self._raw_name(i))
+        ends = np.cumsum(self.ends[ids] - np.where(ids > 0, self.ends[ids - 1], 0), dtype=np.int64)
+        used, inside = np.unique(self.inside[ids], return_inverse=True)
+        archives = [self.archives[i] for i in used if i != _NO_ARCHIVE]
+        inside = (inside - np.count_nonzero(used == _NO_ARCHIVE)).astype(np.int32)
+        columns = self.sizes[ids], self.offsets[ids], self.labels[ids]
+        return Samples(self.root, archives, inside, names.getvalue(), ends, *columns)
 
     def name(self, i: int) -> str:
         """Returns the path of an image below the root, or its name in the archive."""
@@ -98,15 +115,16 @@ class Samples:
 
     def describe(self, i: int) -> str:
         """Says where an image lies, for messages."""
-        return f"{self.archive}: {self.name(i)}" if self.archive else os.path.join(self.root, self.name(i))
+        archive = self._archive(i)
+        return f"{archive}: {self.name(i)}" if archive else os.path.join(self.root, self.name(i))
 
     def read(self, i: int) -> bytes:
         """Reads the bytes of an image. Raises ShardError when they cannot be read or are not those that were listed."""
         with explained(f"cannot read {self.describe(i)}"):
-            if self.archive is None:
-                data = _read_file(os.path.join(self.root, self.name(i)))
+            if archive := self._archive(i):
+                data = os.pread(_open_archive(archive).fileno(), int(self.sizes[i]), int(self.offsets[i]))
             else:
-                data = os.pread(_open_archive(self.archive), int(self.sizes[i]), int(self.offsets[i]))
+                data = _read_file(os.path.join(self.root, self.name(i)))
         if len(data) != self.sizes[i]:
             raise ShardError(
                 f"{self.describe(i)} has {len(data)} bytes and had {self.sizes[i]} when it was listed: "
@@ -120,6 +138,9 @@ class Samples:
         for array in (self.ends, self.sizes, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    def _archive(self, i: int) -> str | None:
+        return None if self.inside[i] == _NO_ARCHIVE else self.archives[self.inside[i]]
 
     def _raw_name(self, i: int) -> bytes:
         return self.names[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
@@ -159,6 +180,6 @@ def _read_file(path: str) -> bytes:
         os.close(descriptor)
 
 
-@lru_cache(maxsize=4)
-def _open_archive(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+@lru_cache(maxsize=_OPEN_ARCHIVES)
+def _open_archive(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when the cache forgets it

@@ -11,10 +11,11 @@ the other samples stay where they are.
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -34,6 +35,33 @@ from crate_dist.prep.tar import scan_shard
 _SHUFFLE = 0x73687566  # keeps the shuffle apart from what else is derived from the same seed
 _PROGRESS_EVERY = 16
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
+
+
+@dataclass(frozen=True)
+class Part:
+    """One machine's share of a conversion: of each split every `of`-th shard from the `number`-th on; else all."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Reads 3/16; a type for argparse."""
+        match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", text)
+        if not match or int(match[1]) > int(match[2]):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected 1/16 to 16/16, for the first to the last of 16 parts")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def share(self, names: Sequence[str]) -> Sequence[str]:
+        """Returns those of all shards that are this part's."""
+        return names[self.number - 1 :: self.of]
+
+
+WHOLE = Part()
+"""The share of a machine that converts alone."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +116,11 @@ class ShardPlan:
         """Returns the file names of all shards, train-000000.tar and so on."""
         return shard_names(self.folder, self.num_shards)
 
+    def samples_of(self, name: str) -> int:
+        """Returns the number of samples of the shard with this name."""
+        first = int(name.removesuffix(".tar").rpartition("-")[2]) * self.shard_samples
+        return min(self.shard_samples, len(self.samples) - first)
+
     def order(self) -> Int64:
         """Returns the sample ids in the order in which they are written."""
         return permutation(len(self.samples), self.seed, _SHUFFLE)
@@ -99,11 +132,17 @@ class ShardPlan:
         return int(blocks.sum()) * _TAR_BLOCK + self.num_shards * _TAR_RECORD
 
     def tasks(
-        self, image_options: ImageOptions, skip_bad: bool, finished: Mapping[str, JournalEntry]
+        self,
+        image_options: ImageOptions,
+        skip_bad: bool,
+        finished: Mapping[str, JournalEntry],
+        wanted: Container[str] | None = None,
     ) -> Iterator[ShardTask]:
-        """Yields all shards in order, each made as it is taken."""
+        """Yields the shards that are wanted, all unless given, in order, each made as it is taken."""
         order = self.order()
         for number, name in enumerate(self.names()):
+            if wanted is not None and name not in wanted:
+                continue
             first = number * self.shard_samples
             samples = self.samples.take(order[first : first + self.shard_samples])
             yield ShardTask(self.folder, name, first, samples, image_options, skip_bad, finished.get(name))
@@ -138,9 +177,10 @@ def shard_names(folder: Path, number: int) -> list[str]:
     return [f"{folder.name}-{shard:06d}.tar" for shard in range(number)]
 
 
-def is_temporary(name: str) -> bool:
-    """Tells whether a file is one that a killed conversion left behind."""
-    return bool(re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", name))
+def unfinished_of(name: str) -> str | None:
+    """Returns which file a killed conversion was to write when it left this one behind, None for any other file."""
+    match = re.fullmatch(r"\.(.*)\.[0-9a-f]+\.tmp", name)
+    return match[1] if match else None
 
 
 def _rows_if_intact(path: Path, finished: JournalEntry) -> np.ndarray | None:

@@ -8,6 +8,9 @@ TRY_AGAIN = 75
 """EX_TEMPFAIL: a fault that may pass ended the run before it was complete; it goes on when it is started again."""
 STOPPED = 76
 """The run was told to stop, has saved, and goes on when it is started again. Nothing has failed."""
+LEAVE_NODE = 77
+"""This node is unfit, and another one would do: the run goes on there. Above STOPPED: the ranks of other nodes are told
+to stop meanwhile."""
 NEEDS_A_PERSON = 200
 """Started again, it would fail again."""
 LOST_THE_RUN = 201

@@ -12,9 +12,11 @@ ledger.jsonl         the time, by what it was spent on: a line per start, report
 mirror.json          which start copies checkpoints to a mirror, and up to which step they are there
 compiled/            what torch.compile made, a file for each GPU of a node; see training/compiled_cache.py
 lock/                the job that works here now; see run/lock.py
+stop-requested.json  who asked the run to stop, and when; there until a person starts it again
 failed-start-…/      files of starts that never made a step, left by a start with another recipe
 logs/                rank-00000.log …, one per rank
 slurm/               submitit's files
+code/                the code that its starts ran; see run/snapshot.py
 model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +33,9 @@ from crate_dist.files import write_whole
 from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 from crate_dist.run.record import Record
+
+STOP_REQUEST = "stop-requested.json"
+"""The file by which a person asks a run to save and end; while it is there, no launcher starts the ranks again."""
 
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
@@ -51,8 +57,10 @@ class RunFolder:
         self.compiled = path / "compiled"
         self.mirror = path / "mirror.json"
         self.lock = path / "lock"
+        self.stop_request = path / STOP_REQUEST
         self.logs = path / "logs"
         self.slurm = path / "slurm"
+        self.code = path / "code"
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
@@ -67,6 +75,17 @@ class RunFolder:
         """Returns the file of one rank's log."""
         return self.logs / f"rank-{rank:05d}.log"
 
+    def jobs(self) -> list[str]:
+        """Lists the SLURM jobs that were submitted to work here (12, or 12_3 for a task of an array), newest last.
+
+        Raises OSError when the folder cannot be listed.
+        """
+        try:
+            names = [name for name in os.listdir(self.slurm) if re.fullmatch(r"\d+(_\d+)?", name)]
+        except FileNotFoundError:
+            return []
+        return sorted(names, key=lambda name: [int(part) for part in name.split("_")])
+
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values."""
         if not self.path.exists():
@@ -76,9 +95,14 @@ class RunFolder:
         if not self.recipe_file.is_file():
             foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
             if foreign:
+                runs = runs_in(self.path)
+                what = (
+                    f"is no run, but holds some ({runs})"
+                    if runs
+                    else f"holds something that is no run ({', '.join(foreign[:3])})"
+                )
                 raise RecipeError(
-                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
-                    "give --run-dir a new or empty folder"
+                    f"{self.path} {what}; give --run-dir {'one of them, or ' if runs else ''}a new or empty folder"
                 )
             return
         changed = self._changed(recipe)
@@ -173,8 +197,16 @@ def read_recipe(run_dir: Path) -> Recipe:
     """Reads the recipe of a run folder. Raises RecipeError when there is none."""
     folder = RunFolder(Path(run_dir))
     if not folder.recipe_file.is_file():
-        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it")
+        runs = runs_in(folder.path)
+        what = f"the runs in it are {runs}: give one of them" if runs else "--arch or --config begins a run there"
+        raise RecipeError(f"{run_dir} is no run folder: there is no {folder.recipe_file.name} in it; {what}")
     return load_recipe(folder.recipe_file)
+
+
+def runs_in(path: Path, most: int = 5) -> str:
+    """Names the runs that lie in a folder, "" where there are none."""
+    names = sorted(recipe.parent.name for recipe in path.glob("*/recipe.toml"))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _size(path: Path) -> int:

@@ -99,6 +99,21 @@ class Holder:
         return counted and self.step != _slurm("STEP_ID") and _slurm_knows_no_step(self.job, self.step)
 
 
+def newest_holder(lock: Path) -> tuple[Holder, float] | None:
+    """Reads who made the newest number of a lock, and when by the file server's clock; None where nobody has.
+
+    Raises OSError when that cannot be seen.
+    """
+    try:
+        newest = max((name for name in os.listdir(lock) if name.isdecimal()), key=int, default=None)
+        if newest is None:
+            return None
+        with (lock / newest).open(encoding="utf-8") as file:
+            return Holder.from_text(file.read()), os.fstat(file.fileno()).st_mtime
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _slurm(name: str) -> str:
     return os.environ.get(f"SLURM_{name}", "")
 

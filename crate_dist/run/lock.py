@@ -295,6 +295,14 @@ class RunLock:
                 return
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Returns who made a lock's newest number; None where there is no lock, or its number cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        numbers = [name for name in os.listdir(path) if name.isdecimal()]
+        return Holder.from_text((path / max(numbers, key=int)).read_text(encoding="utf-8")) if numbers else None
+    return None
+
+
 def _end_at_once(why: str) -> None:
     """Ends the process, not by an exception: the training may be waiting for a rank that is out of reach."""
     logger.critical("%s; this process ends, and leaves the run to it", why)

@@ -6,7 +6,6 @@ import datetime
 import json
 import platform
 import secrets
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +14,7 @@ from typing import Any
 
 from crate_dist.files import write_whole
 from crate_dist.run.lock import ALONE
+from crate_dist.run.snapshot import CLONE, code_facts
 
 _VERSIONED = ("crate-dist", "torch", "deepspeed", "webdataset", "lion-pytorch", "numpy", "pillow")
 
@@ -63,16 +63,30 @@ class Record:
         return any((note["step"], note["digest"]) == (step, digest) for note in self.changed_data())
 
     def note_start(self, check: Callable[[], None] = ALONE.check, **facts: Any) -> int:
-        """Puts down this start (time, host, commit, and `facts`); returns how many there were before it.
+        """Puts down this start (time, host, code, and `facts`); returns how many there were before it.
 
         check: called before it is written; raises LostTheRun when the lock is another's
         """
-        now, commit = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code_version()["commit"]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = self._read()
-        record["starts"].append({"time": now, "host": platform.node(), "commit": commit, **facts})
+        record["starts"].append({"time": now, "host": platform.node(), **code_facts(CLONE), **facts})
         check()
         self._write(record)
         return len(record["starts"]) - 1
+
+    def snapshots(self) -> set[str]:
+        """Returns the digests of the code that the starts ran, as far as they are known."""
+        starts = self._read()["starts"] if self.path.exists() else []
+        return {start["snapshot"] for start in starts if "snapshot" in start}
+
+    def changed_code(self) -> str:
+        """Says how the code of the newest start differs from that of the one before it; "": not at all."""
+        starts: list[dict[str, Any]] = [{}, {}, *self._read()["starts"]]
+        before, now = starts[-2:]
+        same = [key for key in ("snapshot", "commit") if before.get(key) and now.get(key)]
+        if not same or before[same[0]] == now[same[0]]:
+            return ""
+        return f"{_short(before)} -> {_short(now)}"
 
     def _read(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
@@ -89,24 +103,18 @@ def new_run_id() -> str:
 
 def code_version() -> dict[str, Any]:
     """Returns the git commit of the code (None outside a checkout), whether it was changed since, package versions."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     versions = {}
     for package in _VERSIONED:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "packages": versions,
-    }
+    return {**code_facts(CLONE), "python": platform.python_version(), "packages": versions}
+
+
+def _short(start: Mapping[str, Any]) -> str:
+    """Names the code of a start: its commit, and the snapshot where that alone does not tell."""
+    commit, snapshot = start.get("commit"), start.get("snapshot", "")[:10]
+    if not commit:
+        return f"snapshot {snapshot}"
+    return f"commit {commit[:10]}" + (f" with changes, snapshot {snapshot}" if start.get("changed") else "")

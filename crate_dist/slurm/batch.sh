@@ -3,7 +3,9 @@
 # executor.py puts this before submitit's srun, which then is the function below, and before this the settings:
 # crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
 # crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
-# crate_needs_a_person, crate_lost_the_run.
+# crate_needs_a_person, crate_lost_the_run, crate_stop_request (the name of the file that asks a run to stop),
+# crate_notify (a command of the user's, or nothing), crate_stuck_after (minutes), crate_python, crate_ranks_per_node,
+# and of the nodes that SLURM may give: crate_fewest_nodes, and crate_nodes_used, a table of how many train of how many.
 
 # SLURM_JOB_ID of one task of an array is the whole array's: a requeue of it would be one of all tasks.
 crate_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
@@ -11,26 +13,42 @@ crate_run_dir=${crate_run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
 crate_logs=$crate_submissions/$crate_job
 crate_restart=${SLURM_RESTART_COUNT:-0}
 crate_told_to_stop=no
+crate_left_out= # nodes of this job that are not used any more
+# Whether the ranks may leave a node that they could do with, for another. Not when that has just brought nothing.
+crate_may_leave_nodes=yes
+grep -q ' 0$' "$crate_logs/progress" 2>/dev/null || [ ! -e "$crate_logs/progress" ] || crate_may_leave_nodes=no
 # The shell must live to see how srun ends: with a trap for TERM it goes on waiting for it.
 trap 'crate_told_to_stop=yes' TERM
 
 srun() {
     set +eu # of a set-up line
     local status crate_start=0
+    if crate_is_asked_to_stop; then # before SLURM started this job, or started it again after the loss of a node
+        echo "crate-dist: not started, since it was asked to stop; \`launch/status.py resume\` goes on with it"
+        return "$crate_stopped"
+    fi
+    crate_watch_for_stalls
     while true; do
         crate_start=$((crate_start + 1))
+        crate_choose_nodes
         # For the lock of the run folder: which of this script's sruns this is, and how many of them have ended.
         export CRATE_START=$crate_start CRATE_ENDED_STEPS=$SLURM_JOB_ID.$crate_restart.$((crate_start - 1))
+        export CRATE_MAY_LEAVE_NODES=$crate_may_leave_nodes
         echo "crate-dist start $crate_restart.$crate_start: on $SLURM_JOB_NODELIST"
-        command srun "$@"
+        command srun "${crate_here[@]}" "$@"
         status=$?
-        [ "$status" -eq 0 ] && return 0
+        if [ "$status" -eq 0 ]; then
+            crate_tell "done"
+            return 0
+        fi
         crate_look_at_logs
+        [ -z "$crate_broken" ] || crate_find_others
         crate_note_progress "$status"
         crate_is_worth_it "$status" || return "$status"
         if crate_can_start_here "$status"; then
+            crate_left_out=$(crate_together "$crate_left_out" "$crate_broken")
             echo "crate-dist: ended with status $status: starting the ranks again on the same nodes" \
-                "($crate_start of at most $crate_restarts_in_place times)"
+                "${crate_left_out:+without $crate_left_out }($crate_start of at most $crate_restarts_in_place times)"
         else
             crate_requeue "$status"
             return "$status"
@@ -38,19 +56,76 @@ srun() {
     done
 }
 
+# Sets crate_used, the first of the nodes, as many as train, and crate_here, by which srun takes them: nothing where all
+# nodes of the job do.
+crate_choose_nodes() {
+    local given used
+    crate_here=()
+    mapfile -t given < <(crate_nodes | crate_without "$crate_left_out")
+    used=${crate_nodes_used[${#given[@]}]:-${#given[@]}}
+    crate_used=$(crate_together "${given[@]:0:used}")
+    [ "${#crate_nodes_used[@]}" -gt 1 ] || return
+    crate_here=(
+        "--nodes=$used" "--nodelist=$crate_used"
+        "--ntasks=$((used * crate_ranks_per_node))" "--ntasks-per-node=$crate_ranks_per_node"
+    )
+    [ "$used" -eq "${#given[@]}" ] || echo "crate-dist: the global batch divides over $used nodes, and not over" \
+        "${#given[@]}; idle: ${given[*]:used}"
+}
+
 # Whether to try again at all. A status below 64 is of what never came to train; in a later start than a job's first
 # it is srun that could not start the ranks.
 crate_is_worth_it() {
     local where="at step $crate_furthest"
     [ "$crate_furthest" -ge 0 ] || where="before the first checkpoint"
-    [ "$1" -ge 64 ] || [ "$crate_is_first" = no ] || return 1
-    [ "$1" -ne "$crate_needs_a_person" ] && [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    [ "$1" -ne "$crate_lost_the_run" ] || return 1
+    if crate_is_asked_to_stop; then
+        echo "crate-dist: stopped, as it was asked to; \`launch/status.py resume\` goes on with it"
+        return 1
+    fi
+    if [ "$1" -eq "$crate_needs_a_person" ] || { [ "$1" -lt 64 ] && [ "$crate_is_first" = yes ]; }; then
+        crate_fail "FAILED: it needs a person: ${crate_fault:-status $1}"
+        return 1
+    fi
     if [ "$crate_stuck" -ge 3 ]; then
-        echo "crate-dist: GIVEN UP: three starts in a row ended no further than one before them," \
+        crate_fail "GIVEN UP: three starts in a row ended no further than one before them," \
             "$where. The last fault: ${crate_fault:-status $1}." \
             "The logs: $crate_logs and $crate_run_dir/logs. Once it is mended, the same command goes on."
         return 1
     fi
+}
+
+crate_is_asked_to_stop() {
+    [ -e "$crate_run_dir/$crate_stop_request" ]
+}
+
+# Says for good that it will not go on by itself, and tells the user.
+crate_fail() {
+    echo "crate-dist: $*"
+    crate_tell failed "$*"
+}
+
+# Nothing that the user's command does, or that this Python lacks, is of concern to the run.
+crate_tell() {
+    [ -n "$crate_notify" ] || return 0
+    CRATE_NOTIFY=$crate_notify timeout --kill-after=10 120 \
+        "$crate_python" -m crate_dist.watching.notify "$1" "$crate_run_dir" --fault "${2:-}" && return 0
+    printf '{"event": "%s", "run": "%s", "fault": "%s"}\n' "$1" "$(crate_json "$crate_run_dir")" "$(crate_json "${2:-}")" |
+        CRATE_EVENT=$1 CRATE_RUN=$crate_run_dir timeout --kill-after=10 60 /bin/sh -c "$crate_notify" ||
+        echo "crate-dist: $1: the --notify command ended with $?"
+}
+
+crate_json() {
+    printf %s "$1" | tr -d '\000-\037' | sed 's/[\\"]/\\&/g'
+}
+
+# From beside, until this script ends.
+crate_watch_for_stalls() {
+    [ -n "$crate_notify" ] || return 0
+    CRATE_NOTIFY=$crate_notify "$crate_python" -m crate_dist.watching.notify watch "$crate_run_dir" \
+        --stuck-after "$crate_stuck_after" &
+    crate_watcher=$!
+    trap 'kill "$crate_watcher" 2>/dev/null' EXIT
 }
 
 # Whether a start ended because it was told to, which says nothing about what it can do.
@@ -88,13 +163,14 @@ crate_note_progress() {
 }
 
 # Sets crate_fault, what the ranks of this start say of why they ended, and crate_broken, the nodes of those that
-# show a broken device. Only names that SLURM has for this job's nodes are believed.
+# show a broken device, or say that another node would do. Only names that SLURM has for this job's nodes are believed.
 crate_look_at_logs() {
-    local faults node
+    local faults node kind said
     faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" awk '
         FNR == 1 { mine = 0 }
         /^crate-dist start / { mine = ($3 == ENVIRON["start"]); rank = $5; node = $8; next }
         !mine || FILENAME in broken || /^[-0-9]+ [0-9:]+ W (replaced|left out of) / { next } # samples have the names that they have
+        /^crate-dist unfit: / { broken[FILENAME] = node "\tunfit\t" substr($0, 19); next }
         $0 ~ ENVIRON["device"] { broken[FILENAME] = node "\tbroken\trank " rank " on node " node ": " $0 }
         /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
         /^crate-dist lost: / && lost == "" { lost = "\tother\t" substr($0, 18) }
@@ -109,12 +185,50 @@ crate_look_at_logs() {
     crate_fault=$(echo "$faults" | grep -m 1 . | cut -f 3 | cut -c 1-1000)
     crate_broken=
     for node in $(crate_nodes); do
-        if echo "$faults" | grep -q "^$node	broken	"; then
-            crate_broken=${crate_broken:+$crate_broken,}$node
-            echo "crate-dist: node $node shows a broken device:" \
-                "$(echo "$faults" | grep "^$node	broken	" | head -n 1 | cut -f 3 | cut -c 1-1000)"
-        fi
+        for kind in "broken:shows a broken device" "unfit:is unfit"; do
+            said=$(echo "$faults" | grep -m 1 "^$node	${kind%%:*}	" | cut -f 3 | cut -c 1-1000)
+            [ -n "$said" ] || continue
+            crate_broken=$(crate_together "$crate_broken" "$node")
+            echo "crate-dist: node $node ${kind#*:}: $said"
+            break
+        done
     done
+}
+
+# Whether others are there to take the place of crate_broken, which is emptied where not. Sets crate_all_broken, the
+# nodes that this job is not to run on, with those of before.
+crate_find_others() {
+    local before left all
+    if [[ $crate_used == *,* ]] && [ "$crate_broken" = "$crate_used" ]; then
+        echo "crate-dist: no node is excluded: all of them are like that, so it may be the program"
+        crate_broken= crate_may_leave_nodes=no
+        return
+    fi
+    before=$(scontrol --oneliner show job "$crate_job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [ "$before" = "(null)" ] && before=
+    all=$(crate_together "$before" "$crate_left_out" "$crate_broken")
+    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N \
+        --states=idle,allocated,mixed,completing | crate_without "$all" | grep -c .)
+    if [ "$left" -lt "$crate_fewest_nodes" ]; then
+        echo "crate-dist: node $crate_broken is not excluded: without $all there are too few in this partition"
+        crate_broken= crate_may_leave_nodes=no
+        return
+    fi
+    crate_all_broken=$all
+}
+
+# Joins lists of nodes.
+crate_together() {
+    printf '%s\n' "$@" | grep . | paste -sd ,
+}
+
+# Leaves out the lines that are among the nodes of a list.
+crate_without() {
+    if [ -n "$1" ]; then
+        grep -vxF "$(scontrol show hostnames "$1")"
+    else
+        cat
+    fi
 }
 
 crate_nodes() {
@@ -124,15 +238,17 @@ crate_nodes() {
 # Whether to start the ranks again in this allocation, because a queue can take hours. Not when that has just brought
 # nothing: other nodes may.
 crate_can_start_here() {
-    local facts end
+    local facts end left
     [ "$crate_start" -le "$crate_restarts_in_place" ] && ! crate_was_stopped "$1" || return 1
-    [ "$crate_stuck" -eq 0 ] && [ -z "$crate_broken" ] || return 1
+    [ "$crate_stuck" -eq 0 ] || return 1
+    left=$(crate_nodes | crate_without "$(crate_together "$crate_left_out" "$crate_broken")" | grep -c .)
+    [ -z "$crate_broken" ] || [ "$left" -ge "$crate_fewest_nodes" ] || return 1
     facts=$(scontrol --oneliner show job "$crate_job") && crate_is_running "$facts" || return 1
     end=$(echo "$facts" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
     if end=$(date -d "$end" +%s 2>/dev/null); then # else there is no limit
         [ $((end - $(date +%s))) -gt $((crate_signal_delay_s + 120)) ] || return 1
     fi
-    crate_ranks_are_gone && crate_nodes_answer && ! crate_was_stopped "$1"
+    crate_ranks_are_gone && crate_nodes_answer "$left" && ! crate_was_stopped "$1"
 }
 
 # srun may have ended before its ranks, which would meet those of the next.
@@ -147,8 +263,10 @@ crate_ranks_are_gone() {
 }
 
 crate_nodes_answer() {
-    timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --cpus-per-task=1 --output=/dev/null true
+    local without
+    without=$(crate_together "$crate_left_out" "$crate_broken")
+    timeout 60 srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpus-per-task=1 \
+        ${without:+--exclude="$without"} --output=/dev/null true
 }
 
 # Not one that was cancelled, nor one that SLURM has started elsewhere while this node was out of reach.
@@ -160,7 +278,8 @@ crate_requeue() {
     local pause facts
     trap '' TERM # SLURM sends it to this script, and to what it is running, as soon as the job is requeued
     if [ "$crate_restart" -ge "$crate_requeues" ]; then
-        echo "crate-dist: ended with status $1, and not requeued: it was $crate_restart times already, and" \
+        facts=$(scontrol --oneliner show job "$crate_job") && ! crate_is_running "$facts" && return
+        crate_fail "ended with status $1, and not requeued: it was $crate_restart times already, and" \
             "cluster.requeues is $crate_requeues; the same command goes on from the newest checkpoint"
         return
     fi
@@ -170,34 +289,22 @@ crate_requeue() {
         crate_is_running "$facts" || return
         echo "crate-dist: ended with status $1: requeueing"
         scontrol requeue "$crate_job" || continue
-        [ -n "$crate_broken" ] && crate_exclude "$facts"
+        [ -z "$crate_left_out$crate_broken" ] || crate_exclude
         return
     done
-    echo "SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
+    crate_fail "FAILED: SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
 }
 
 # SLURM takes a list of nodes for a job that is not running, and takes it for the whole list.
 crate_exclude() {
-    local before all left pause
-    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$crate_broken" = "$(crate_nodes | paste -sd ,)" ]; then
-        echo "crate-dist: no node is excluded: all of them show a broken device, so it may be the program"
-        return
-    fi
-    before=$(echo "$1" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    [ "$before" = "(null)" ] && before=
-    all=${before:+$before,}$crate_broken
-    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N \
-        --states=idle,allocated,mixed,completing | grep -cvxF "$(scontrol show hostnames "$all")")
-    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
-        echo "crate-dist: node $crate_broken is not excluded: without $all there are too few in this partition"
-        return
-    fi
+    local pause
     for pause in 0 2 6; do
         sleep "$pause"
-        if scontrol update JobId="$crate_job" ExcNodeList="$all"; then
-            echo "crate-dist: node $crate_broken is excluded from now on (in all: $all)"
+        if scontrol update JobId="$crate_job" ExcNodeList="$crate_all_broken"; then
+            echo "crate-dist: node $(crate_together "$crate_left_out" "$crate_broken") is excluded from now on" \
+                "(in all: $crate_all_broken)"
             return
         fi
     done
-    echo "crate-dist: SLURM did not exclude node $crate_broken"
+    echo "crate-dist: SLURM did not exclude node $crate_all_broken"
 }

@@ -7,17 +7,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import crate_dist
-from crate_dist.config import ClusterSection, Recipe, RecipeError
+from crate_dist.config import Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
-
-CLONE = Path(crate_dist.__file__).resolve().parents[1]
+from crate_dist.run.folder import STOP_REQUEST
+from crate_dist.run.snapshot import START
+from crate_dist.slurm.nodes import nodes_used
+from crate_dist.slurm.options import USUAL, JobOptions
+from crate_dist.slurm.verdict import Settings, refusal
 
 BATCH = Path(__file__).with_name("batch.sh")
 """The part of the batch script that acts when the ranks end."""
@@ -31,12 +34,15 @@ class Executor(SlurmExecutor):
         """Claims that srun is there, else submitit makes no executor; sbatch is looked for before submitting."""
         return 2
 
-    def send(self, jobs: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
-        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them."""
+    def send(self, jobs: Sequence[Callable[[], Any]], settings: Settings = MappingProxyType({})) -> list[Job[Any]]:
+        """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them.
+
+        settings: with their origins, for the error to name the one that sbatch complains of
+        """
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
-            raise RecipeError("sbatch refused the job, for the reason above; nothing is queued") from error
+            raise RecipeError(refusal(str(error), settings)) from error
         except FailedSubmissionError as error:
             raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
 
@@ -49,39 +55,46 @@ class Executor(SlurmExecutor):
         return array.script(1)
 
 
-def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weights: Path | None = None) -> Executor:
+def make_executor(
+    recipe: Recipe,
+    folder: Path,
+    run_dirs: Sequence[Path],
+    code: Path,
+    weights: Sequence[Path] = (),
+    options: JobOptions = USUAL,
+) -> Executor:
     """Returns the executor that asks SLURM for the recipe's cluster; writes nothing.
 
     Parameters
     ----------
     folder: where submitit writes, %j in it standing for the job id
-    run_dirs: one for each task of an array; a container sees them beside the data and this clone
-    weights: folder of those that the run begins from, for the container too
+    run_dirs: one for each task of an array; a container sees them beside the data
+    code: the snapshot that the ranks run from, in or beside the run folders
+    weights: folders of those that the runs begin from, for the container too
+    options: what the job asks for beside the recipe's table
     """
     cluster = recipe.cluster
     # Since 22.05 srun no longer takes over sbatch's --cpus-per-task, and a rank without cores starves its loader.
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        places = [CLONE, recipe.data.find_root(), weights, *(run_dir.parent for run_dir in run_dirs)]
+        places = [recipe.data.find_root(), *weights, *(run_dir.parent for run_dir in run_dirs)]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
             raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
         srun_args += [
             f"--container-image={cluster.container}",
             f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}",
-            f"--container-workdir={CLONE}",
+            f"--container-workdir={code}",
         ]
         python = "python3"  # the image's own
     # First, so that a set-up line of the user's can say otherwise.
     hidden = [] if cluster.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="]
     wanted: dict[str, Any] = {
         "job_name": recipe.name,
-        "nodes": cluster.nodes,
+        "nodes": cluster.node_counts[-1],
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.mem_gb}GB" if cluster.mem_gb else "0",  # 0: all that the node has
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_delay_s,
         "partition": cluster.partition,
@@ -91,12 +104,13 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
         "setup": [
             *hidden,
             *cluster.setup,
-            *_settings(cluster, folder, run_dirs),
+            *_settings(recipe, folder, run_dirs, options),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True},
+        # submitit's nodes are no range
+        "additional_parameters": {**options.of(cluster), "nodes": cluster.nodes, "requeue": True},
     }
     if "%" in str(folder.parent):
         # SLURM fills in patterns, and this path is none. Its programs take the last of two options, after submitit's.
@@ -104,6 +118,8 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
         log = log if len(run_dirs) == 1 else log.replace("%j", "%A_%a")
         wanted["additional_parameters"]["output"] = log.replace("%t", "0")
         srun_args.append(f"--output={log}")
+    # submitit's `-u -m MODULE` goes to this program, which takes -m as Python does.
+    python = f"{python} -u {shlex.quote(str(code / START))}"
     executor = Executor(folder, max_num_timeout=cluster.requeues, python=python)
     given = {key: value for key, value in wanted.items() if value is not None}
     # submitit's own wckey would be refused where accounting knows no such key.
@@ -111,9 +127,12 @@ def make_executor(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], weight
     return executor
 
 
-def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -> list[str]:
+def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], options: JobOptions) -> list[str]:
     """Returns the shell lines that batch.sh expects before it."""
+    cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
+        "fewest_nodes": cluster.node_counts[0],
+        "ranks_per_node": cluster.ranks_per_node,
         "requeues": cluster.requeues,
         "restarts_in_place": cluster.restarts_in_place,
         "signal_delay_s": cluster.signal_delay_s,
@@ -122,6 +141,14 @@ def _settings(cluster: ClusterSection, folder: Path, run_dirs: Sequence[Path]) -
         "stopped": STOPPED,
         "needs_a_person": NEEDS_A_PERSON,
         "lost_the_run": LOST_THE_RUN,
+        "stop_request": STOP_REQUEST,
+        "notify": options.notify,
+        "stuck_after": options.stuck_after_min,
+        "python": sys.executable,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
-    return [*lines, f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})"]
+    return [
+        *lines,
+        f"crate_nodes_used=({' '.join(f'[{given}]={number}' for given, number in used.items())})",
+        f"crate_run_dirs=({' '.join(shlex.quote(str(run_dir)) for run_dir in run_dirs)})",
+    ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -208,9 +208,7 @@ class Engine:
             [(list(g.names), g.numel) for g in groups] for groups in (checkpoint.manifest.groups, self.layouts)
         )
         if there != here:
-            raise CheckpointError(
-                f"{checkpoint.path} holds another model, or other parameter groups, than the recipe's"
-            )
+            raise CheckpointError(_other_model(checkpoint, self.layouts))
         kinds = {WEIGHTS, *STATE_KEYS[self.recipe.optim.name]}
         if kinds != set(checkpoint.manifest.kinds):
             raise CheckpointError(
@@ -259,6 +257,21 @@ class Engine:
         assert all(p.dtype == torch.float32 for p in self._partitions)
         for part, layout in zip(self._partitions, self.layouts, strict=True):
             assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
+
+
+def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
+    """Says in which parameter a checkpoint's model is not the recipe's, or that they are only grouped otherwise."""
+    there = checkpoint.manifest.shapes
+    here = {name: [*shape] for group in layouts for name, shape in zip(group.names, group.shapes, strict=True)}
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    what = "groups the parameters otherwise, as another optim.decay_all does"
+    if names:
+        parts = (f"{one} {where}" for one, where in ((there.get(names[0]), "there"), (here.get(names[0]), "here")))
+        what = f"holds another model: {names[0]} is {', '.join(parts)}, and so are {len(names) - 1} more"
+    return (
+        f"{checkpoint.path} {what}; give the recipe that it was saved with, or another --run-dir, or --start-over, "
+        "which sets the run aside"
+    )
 
 
 def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:

@@ -156,15 +156,21 @@ class Interrupt:
             self._pending = (work, flag)
         return stop
 
+    def tell(self) -> None:
+        """Tells this rank to stop, as a signal does."""
+        if self.received_at is None:
+            self.received_at = time.monotonic()
+        if self._at_once:
+            self._stop()
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self.received_at is not None and now - self.received_at > _AGAIN_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self.received_at is None:
-            self.received_at, self.by_slurm = now, number == signal.SIGUSR2
-        if self._at_once:
-            self._stop()
+            self.by_slurm = number == signal.SIGUSR2
+        self.tell()
 
     def _stop(self) -> None:
         self.hold()

@@ -208,6 +208,8 @@ class Monitor:
         else:
             self._curves.scalar("run/restarts", restarts, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
+            if changed := self._folder.record.changed_code():
+                text += f", with other code than before: {changed}"
             self._curves.text("run/restarted", text, step + 1)
             logger.info(text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -138,6 +139,7 @@ class Trainer:
     def loop(self) -> TrainResult:
         """Takes steps, and does what is due after each."""
         self.greet()
+        self.heed_request()
         if not self.catch_up():
             return self.stop_early()
         feed, told_to_stop = Feed(self.loader(self.recipe.data.workers), self.device), False
@@ -147,6 +149,7 @@ class Trainer:
                 self.check()
             if self.reporting_is_due():
                 self.monitor.report(self.progress.step)
+                self.heed_request()
             # What is left here is made by the next start, from the checkpoint of this step.
             if not self.measure() or not self.evaluate():
                 told_to_stop = True
@@ -174,6 +177,12 @@ class Trainer:
             self.progress.step,
             self.last_step,
         )
+
+    def heed_request(self) -> None:
+        """Takes a request to stop, which rank 0 finds in the run folder, for a signal."""
+        # Not Path.exists, which raises what a file system says that is ill for a moment.
+        if self.world.is_main and os.path.exists(self.folder.stop_request):
+            self.interrupt.tell()
 
     def complete(self) -> TrainResult:
         """Exports the weights and says what has come of it."""

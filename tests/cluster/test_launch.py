@@ -18,37 +18,25 @@ pytestmark = pytest.mark.slurm
 LAST_STEP = 25
 
 
-def test_a_job_on_four_nodes_trains_to_the_end(
+def test_a_job_on_four_nodes_trains_to_the_end_in_a_folder_whose_name_is_no_pattern(
     cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
 ) -> None:
-    arguments: Arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
+    run_dir = tmp_path / "100% of %it%%" / "50%"
+    run_dir.parent.mkdir()
+    arguments: Arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", run_dir]
     shape = ["--nodes", "4", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
-    job_id, said = submit(cluster, [*arguments, *shape], cwd=tmp_path)
+    job_id, said = submit(cluster, [*arguments, *shape], cwd=run_dir.parent)
     job = cluster.wait_for(job_id, "COMPLETED", timeout_s=240)
     assert job.nodes == "n[0-3]"
     assert f"scancel {job_id}" in said
     assert "24 = 6 images at a time x 1 accumulated x 4 ranks" in said
-    log = re.search(r"tail -F (\S+)", said)
+    log = re.search(r"tail -F '(.+)'", said)
     assert log
     assert f"step {LAST_STEP}/{LAST_STEP}" in Path(log[1]).read_text()
-    check_finished(tmp_path / "run", ranks=4, launcher="slurm", last_step=LAST_STEP)
-
-
-def test_a_job_that_is_warned_of_its_end_is_requeued_and_goes_on(
-    cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    # What recipe.toml does not keep, a command, is there after the requeue too.
-    arguments: Arguments = ["--config", small_recipe, "--data", f"pipe:cat {cast_shards}/{{}}", "--run-dir", run_dir]
-    arguments += ["--set", "train.epochs=12", "--set", f"data.cache_dir={tmp_path / 'cache'}"]  # 100 steps
-    shape = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
-    job_id, _ = submit(cluster, [*arguments, *shape], cwd=tmp_path)
-    cluster.wait_for(job_id, "RUNNING")
-    wait_for_step(run_dir, 10)
-    cluster.run(["scancel", "--signal=USR2", job_id])  # as SLURM does before the time limit
-    cluster.wait_for(job_id, "COMPLETED", restarts=1, timeout_s=240)
-    check_finished(run_dir, ranks=2, launcher="slurm", last_step=100, starts=2)
-    assert read_recipe(run_dir).data.root is None
+    check_finished(run_dir, ranks=4, launcher="slurm", last_step=LAST_STEP)
+    logs = sorted(path.name for path in (run_dir / "slurm" / job_id).glob("*.out"))
+    assert logs == [f"{job_id}_{rank}_log.out" for rank in range(4)]
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["50%"]
 
 
 def test_tasks_of_an_array_have_nothing_to_do_with_each_other(
@@ -92,21 +80,6 @@ def test_tasks_of_an_array_have_nothing_to_do_with_each_other(
         assert "step 300/" in (run_dir / "slurm" / name / f"{name}_0_log.out").read_text()
     cancelled = cluster.job(f"{array}_2")
     assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 1)
-
-
-def test_a_path_with_percent_signs_is_no_pattern(
-    cluster: Cluster, small_recipe: Path, cast_shards: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "100% of %it%%" / "50%"
-    run_dir.parent.mkdir()
-    arguments: Arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", run_dir]
-    shape = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "2"]
-    job_id, _ = submit(cluster, [*arguments, *shape], cwd=run_dir.parent)
-    cluster.wait_for(job_id, "COMPLETED", timeout_s=240)
-    check_finished(run_dir, ranks=2, launcher="slurm", last_step=LAST_STEP)
-    logs = sorted(path.name for path in (run_dir / "slurm" / job_id).glob("*.out"))
-    assert logs == [f"{job_id}_{rank}_log.out" for rank in (0, 1)]
-    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["50%"]
 
 
 def test_plain_srun_starts_the_same_run(

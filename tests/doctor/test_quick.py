@@ -160,7 +160,7 @@ def test_a_file_system_that_does_not_answer_holds_a_start_up_for_seconds_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(start, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(basics, "clock", lambda _: time.sleep(3))
+    monkeypatch.setattr(basics, "clock", lambda *_: time.sleep(3))
     began = time.monotonic()
     start.look_before_start(opened(tmp_path, small_recipe, cast_shards), ALONE)
     assert time.monotonic() - began < 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import DEVICE_FAULT
+from crate_dist.run.folder import STOP_REQUEST
 from tests.ranks import REPOSITORY
 
 START = "crate-dist start 2.1: rank {rank} on node {node}\n"
@@ -23,6 +25,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
+        f"crate_stop_request={STOP_REQUEST} crate_notify= crate_stuck_after=30 crate_python={sys.executable}",
         f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job

@@ -107,7 +107,7 @@ def test_when_a_rank_is_killed_the_others_are_ended_at_once(
         said, _ = launcher.communicate(timeout=60)
     assert time.monotonic() - began < local_ranks.SIBLING_GRACE_S + 5
     assert launcher.returncode == 128 + signal.SIGKILL
-    assert "error: rank 1 was killed by SIGKILL, so the others were ended; the end of" in said
+    assert "error: rank 1 was killed by SIGKILL (by somebody, or by the kernel for want of memory" in said
     assert str(RunFolder(run_dir).log_file(1)) in said
     assert not processes_of(run_dir)
 

@@ -375,7 +375,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused_while_the_first_run
 
 
 @pytest.mark.parametrize(
-    "program", ["imagenet.py", FOLDER, "cifar.py", "flowers.py", "pets.py", "index.py", "verify.py"]
+    "program", ["imagenet.py", "imagenet21k.py", FOLDER, "cifar.py", "flowers.py", "pets.py", "index.py", "verify.py"]
 )
 def test_help_shows_an_example_and_imports_no_torch(program: str) -> None:
     path = command(program)[1]

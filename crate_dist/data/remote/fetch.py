@@ -235,7 +235,9 @@ def _gopen(url: str, silence_s: float) -> Generator[bytes, None, None]:
     from webdataset.gopen import Pipe, gopen, gopen_schemes  # here, because webdataset imports torch
 
     if (scheme := url.partition(":")[0]) not in gopen_schemes:
-        raise Refused(f"webdataset has no gopen handler for {scheme}:")
+        raise Refused(
+            f"nothing here opens {scheme}: (webdataset has no gopen handler for it); https://, s3:// and pipe: do"
+        )
     try:
         stream = gopen(url, "rb")
     except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:

@@ -6,13 +6,12 @@ python -m crate_dist.models.weights convert IN OUT --to reference
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch
 from crate_dist.models.crate import CrateConfig
@@ -53,6 +52,8 @@ def convert(
     """
     if target.exists() and not force:
         raise WeightsError(f"{target} exists; --force replaces it")
+    if not target.absolute().parent.is_dir():
+        raise WeightsError(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
     model, meta = load_model(source, heads)
     if to == "reference":
         export_reference(target, model.config, model.state_dict(), meta, "" if bare_names else "module.")
@@ -66,7 +67,7 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command: describe or convert a file of weights."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m crate_dist.models.weights",
         description="Describe and convert weights of CRATE: crate-dist's exports, safetensors, the published code's "
         "checkpoints (.pth.tar, with or without 'module.'), and bare state dicts. Nothing in a file is executed.",

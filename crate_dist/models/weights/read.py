@@ -171,7 +171,7 @@ def _load(path: Path) -> Any:
                 f"{path} holds Python objects beside its tensors, which are not opened because they could run code; "
                 "save its state_dict alone"
             ) from error
-        raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+        raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one; get it anew") from error
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
@@ -200,6 +200,10 @@ def _is_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(9)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"cannot read {path}: {error.strerror}; look at the path, also from where it starts"
+        ) from error
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     return start[8:] == b"{" or path.suffix == ".safetensors"

@@ -1,0 +1,43 @@
+"""Shows what a run will need before it starts, and whatever else a launcher says. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from crate_dist.config import Recipe
+from crate_dist.launching.memory import checkpoint_bytes, step_bytes
+from crate_dist.launching.preflight import Preflight
+
+
+def show(text: str) -> None:
+    """Prints; a reader that has gone, as `| head` does, ends no launcher and changes no exit status."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to come goes nowhere
+
+
+def summary(recipe: Recipe, run: Preflight) -> str:
+    """Returns lines on the data, the batch, the memory that a rank needs, and the room that checkpoints take."""
+    need = step_bytes(recipe, run.micro_batch, run.world_size)
+    kept = recipe.checkpoint.keep + 1  # the best one
+    size = checkpoint_bytes(recipe, run.classes)
+    there = next(path for path in (run.folder.path, *run.folder.path.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    # One more is written before the oldest goes.
+    short = "; TOO LITTLE, and saves will fail" if free < (kept + 1) * size else ""
+    lines = [
+        ("memory", f"about {need / 1e9:.1f} GB of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"),
+        (
+            "checkpoints",
+            f"{_size(size)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "
+            f"best are kept: {_size(kept * size)} of {_size(free)} free{short}",
+        ),
+    ]
+    return "\n".join([str(run), *(f"{name:<14}{text}" for name, text in lines)])
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,134 @@
+"""The parts of a conversion on many machines: who works on which, who has finished, who writes the index.
+
+    OUT/.parts/003-of-016/   the lock of a part, while the conversion lasts; it says on which machine, in which job
+    OUT/.parts/index/        the lock of the part that checks all shards and writes the index
+
+A part needs nothing of the others but what all can see: the journals beside the shards. The last one to finish finds
+all shards there, and makes the data set whole. Locks are leases (run/lock.py), since file systems that many machines
+share often lock for one machine alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from crate_dist.data.index import INDEX_JSON, ShardError
+from crate_dist.prep.folders import first_few
+from crate_dist.prep.journal import CONVERSION_JSON, dashed, read_conversion, read_journal
+from crate_dist.prep.program import counted, tell
+from crate_dist.prep.shards import WHOLE, Part, shard_names
+from crate_dist.run.lock import RunIsLocked, RunLock, holder_of
+
+_LOCKS = ".parts"
+_NAME = re.compile(r"([0-9]{3,4})-of-([0-9]{3,4})")
+
+
+@contextmanager
+def held(out: Path, part: Part) -> Iterator[None]:
+    """Holds a part, so that no other process works on it.
+
+    Raises ShardError: one does already, or one works on a part of another division.
+    """
+    with ExitStack() as stack:
+        for path, other in _begun(out):
+            if other.of != part.of:
+                _take(stack, path, f"part {other}")  # refused while it is at work
+                stack.close()
+        if part != WHOLE:
+            path = out / _LOCKS / dashed(part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _take(stack, path, f"part {part}")
+        yield
+
+
+@contextmanager
+def merging(out: Path) -> Iterator[bool]:
+    """Yields whether this process is the one that writes the index; another may be doing so already."""
+    with ExitStack() as stack:
+        try:
+            _take(stack, out / _LOCKS / "index", "the index")
+        except ShardError as refusal:
+            tell(f"all parts are finished; {refusal}")
+            yield False
+            return
+        yield True
+
+
+def clear(out: Path) -> None:
+    """Removes the locks of a conversion that is whole."""
+    shutil.rmtree(out / _LOCKS, ignore_errors=True)
+
+
+def waits_for(part: Part, missing: Mapping[str, Sequence[str]]) -> list[str]:
+    """Says which parts have not finished. missing: split -> its shards that are not there"""
+    shards = {name: int(name.removesuffix(".tar").rpartition("-")[2]) for names in missing.values() for name in names}
+    others = sorted({number % part.of + 1 for number in shards.values()})
+    left = ", ".join(map(str, others))
+    return [
+        f"the data set is not whole yet: {counted(len(shards), 'shard')} of {first_few(missing)} missing, of "
+        f"{'part' if len(others) == 1 else 'parts'} {left} of {part.of}; the last part to finish writes the index"
+    ]
+
+
+def progress(out: Path) -> tuple[list[str], bool]:
+    """Returns (a line for each part: how far it is, who works on it and where; whether the data set is whole).
+
+    Raises ShardError where no conversion was begun.
+    """
+    splits = sorted(path.parent for path in out.glob(f"*/{CONVERSION_JSON}")) if out.is_dir() else []
+    if not splits:
+        raise ShardError(f"no conversion was begun in {out}")
+    names, finished = {}, {}
+    for split in splits:
+        identity = read_conversion(split)
+        assert identity is not None
+        names[split] = shard_names(split, -(-int(identity["samples"]) // int(identity["shard_samples"])))
+        finished[split] = read_journal(split).keys()
+    whole = all((split / INDEX_JSON).exists() for split in splits)
+    of = max((part.of for _, part in _begun(out)), default=1)
+    lines = []
+    for number in range(1, of + 1):
+        part = Part(number, of)
+        own = [(split, name) for split in splits for name in part.share(names[split])]
+        done = sum(name in finished[split] for split, name in own)
+        if of > 1 or not whole:
+            state = _state(out, part, done == len(own))
+            lines.append(f"part {part}: {done:,} of {counted(len(own), 'shard')}, {state}")
+    holder = holder_of(out / _LOCKS / "index")
+    if whole:
+        lines.append(f"{out} is whole: {', '.join(split.name for split in splits)}")
+    elif holder and not holder.free:
+        lines.append(f"the index: {holder}")
+    else:
+        lines.append("the index: when all parts are finished")
+    return lines, whole
+
+
+def _state(out: Path, part: Part, finished: bool) -> str:
+    holder = holder_of(out / _LOCKS / dashed(part))
+    if holder is None:
+        return "finished" if finished else "not begun" if part != WHOLE else "not finished"
+    if finished:
+        return "finished"
+    return f"stopped, was {holder}" if holder.surely_gone() else str(holder)
+
+
+def _begun(out: Path) -> list[tuple[Path, Part]]:
+    """Lists (lock, part) of all parts that were begun."""
+    found = [(path, _NAME.fullmatch(path.name)) for path in sorted((out / _LOCKS).glob("*"))]
+    return [(path, Part(int(match[1]), int(match[2]))) for path, match in found if match]
+
+
+def _take(stack: ExitStack, path: Path, what: str) -> None:
+    """Takes a lock for as long as the stack lasts. Raises ShardError that says who holds it."""
+    holder = holder_of(path)
+    if holder and not holder.surely_gone() and not holder.surely_alive():
+        tell(f"{what} was begun by {holder}; up to a minute, to see whether it lives")
+    try:
+        stack.enter_context(RunLock(path))
+    except RunIsLocked:
+        raise ShardError(f"{what} is written by {holder_of(path)}; wait for it, or end it") from None

@@ -1,0 +1,36 @@
+"""How many of a job's nodes train, where their number is left to SLURM: their ranks must divide the global batch."""
+
+from __future__ import annotations
+
+from crate_dist.config import Recipe, RecipeError
+
+
+def nodes_used(recipe: Recipe) -> dict[int, int]:
+    """Returns, for each number of nodes that SLURM may give, how many of them train: the most that divide.
+
+    Raises RecipeError: of a range, no number divides. (A number alone is held against the batch by preflight.)
+    """
+    given, ranks, batch = recipe.cluster.node_counts, recipe.cluster.ranks_per_node, recipe.train.global_batch
+    if len(given) == 1:
+        return {given[0]: given[0]}
+    fitting = [n for n in range(1, batch // ranks + 1) if batch % (n * ranks) == 0]
+    if not set(fitting) & set(given):
+        near = sorted(sorted(fitting, key=lambda n: abs(n - given[-1]))[:4])
+        others = f"; with {ranks} ranks on each, {', '.join(map(str, near))} would" if near else ""
+        raise RecipeError(f"a global batch of {batch} divides over no number of {recipe.cluster.nodes} nodes{others}")
+    return {n: max(fit for fit in fitting if fit <= n) for n in given}
+
+
+def world_sizes(recipe: Recipe) -> tuple[int, int]:
+    """Returns the fewest and the most ranks that the run may have."""
+    used = nodes_used(recipe).values()
+    return min(used) * recipe.cluster.ranks_per_node, max(used) * recipe.cluster.ranks_per_node
+
+
+def said_of_nodes(recipe: Recipe) -> str:
+    """Says which numbers of a range train as a whole, and what the others leave idle."""
+    used = nodes_used(recipe)
+    *first, last = (str(given) for given, number in used.items() if given == number)
+    idle = [f"on {given}, {given - number} would stand idle" for given, number in used.items() if given > number]
+    numbers = f"{', '.join(first)} and {last}" if first else last
+    return "; ".join([f"{numbers} of {recipe.cluster.nodes} nodes", *idle])

@@ -1,0 +1,67 @@
+"""Shows the logs of a run: the sentence that matters first, then the end of the log, then what comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from crate_dist.errors import UserError
+from crate_dist.files import lines_backwards
+from crate_dist.run.folder import RunFolder
+from crate_dist.watching.history import batch_log, rank_logs
+from crate_dist.watching.runs import Queue, look
+
+_POLL_S = 0.5
+_LOOK_S = 5.0  # for a log that took the place of this one, or a newer job's
+
+
+def show(path: Path, queue: Queue, rank: int | None, lines: int) -> None:
+    """Prints what has become of a run, and the last lines of a log, of its newest start where that can be told.
+
+    rank: whose log; None: the batch script's, which rank 0 writes too, or without SLURM rank 0's
+    Raises UserError: there is no such log.
+    """
+    log = _log(RunFolder(path), rank)
+    run = look(path, queue, disk=False)
+    print(f"{run.run}: {run.state.upper()}: {run.fault or run.why or 'at work'}")  # noqa: T201
+    if log is None:
+        there = len(rank_logs(RunFolder(path)))
+        what = f"no log of rank {rank}, but those of {there} ranks, from 0 on" if there and rank else "no log yet"
+        raise UserError(f"{path} has {what}")
+    print(f"==> {log} <==")  # noqa: T201
+    end: list[str] = []
+    for line in lines_backwards(log):
+        end.append(line)
+        if len(end) >= lines or line.startswith("crate-dist start "):
+            break
+    print("\n".join(reversed(end)), flush=True)  # noqa: T201
+
+
+def follow(path: Path, rank: int | None) -> None:
+    """Prints what a log grows by, as `tail -F` does, and goes on with the log of the next start. Never returns."""
+    folder = RunFolder(path)
+    log = _log(folder, rank)
+    at = log.stat().st_size if log else 0
+    looked = time.monotonic()
+    while True:
+        if time.monotonic() - looked > _LOOK_S or log is None:
+            looked, newest = time.monotonic(), _log(folder, rank)
+            if newest != log:
+                print(f"==> {newest} <==", flush=True)  # noqa: T201
+                log, at = newest, 0
+        if log and log.exists():
+            with log.open("rb") as file:  # anew each time: on NFS that is what shows how it has grown
+                at = file.seek(at if at <= log.stat().st_size else 0)
+                sys.stdout.buffer.write(file.read())
+                sys.stdout.buffer.flush()
+                at = file.tell()
+        time.sleep(_POLL_S)
+
+
+def _log(folder: RunFolder, rank: int | None) -> Path | None:
+    own = folder.log_file(rank or 0)
+    batch = batch_log(folder) if rank is None else None
+    if batch and not (own.exists() and own.stat().st_mtime > batch.stat().st_mtime + 60):  # later, without SLURM
+        return batch
+    return own if own.exists() else None

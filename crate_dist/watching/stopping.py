@@ -1,0 +1,89 @@
+"""Stops runs: they save, end, and are not started again before a person does that.
+
+The request stands in the run folder, where launchers, the batch script and rank 0 look for it, before anything is
+signalled: whatever starts the ranks again after the signal finds it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import getpass
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from crate_dist.errors import UserError
+from crate_dist.files import write_whole
+from crate_dist.run.folder import RunFolder
+from crate_dist.watching.runs import Queue, Run, holder_of, job_of, look
+
+_POLL_S = 1.0
+
+
+def stop(paths: Sequence[Path], wait: bool) -> int:
+    """Stops runs, and says of each what was done. Returns the exit status.
+
+    wait: until all are saved
+    Raises UserError: SLURM refuses, or the folder of a run cannot be written.
+    """
+    queue, asked = Queue.asked(), list[Path]()
+    for path in paths:
+        run = look(path, queue, disk=False)
+        if run.is_over:
+            print(f"{path}: nothing to stop: it is {run.state}; {run.why}")  # noqa: T201
+            continue
+        print(f"{path}: {_ask(run, queue)}", flush=True)  # noqa: T201
+        asked.append(path)
+    while wait and asked:
+        time.sleep(_POLL_S)
+        queue = Queue.asked()
+        for run in [look(path, queue, disk=False) for path in asked]:
+            if run.is_over:
+                asked.remove(run.run)
+                print(f"{run.run}: {run.state}: {run.why}", flush=True)  # noqa: T201
+    return 0
+
+
+def _ask(run: Run, queue: Queue) -> str:
+    """Puts the request down, then signals; returns what will happen."""
+    folder = RunFolder(run.run)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    who = {"time": now, "user": getpass.getuser(), "host": platform.node(), "asked_by": "launch/status.py stop"}
+    try:
+        write_whole(folder.stop_request, json.dumps(who) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot put the request to stop down in {run.run}: {error.strerror}") from error
+    holder = holder_of(folder)
+    job = job_of(folder, holder, queue)
+    if job and not job.runs:
+        _slurm("scancel", job.name)
+        return f"job {job.name}, which waited, is cancelled"
+    if job:
+        if job.name in folder.jobs():
+            with contextlib.suppress(UserError):  # for SLURM itself, and batch scripts that know of no request
+                _slurm("scontrol", "update", f"JobId={job.name}", "Requeue=0")
+        _slurm(
+            "scancel",
+            "--signal=USR2",
+            job.name if job.name in folder.jobs() else f"{job.name}.{holder.step}" if holder else job.name,
+        )
+        return f"job {job.name} is told to save and to end"
+    if holder and holder.surely_alive():
+        os.kill(holder.pid, signal.SIGTERM)
+        return f"{holder} is told to save and to end"
+    return f"asked to stop; {holder or 'its rank 0'} looks for that at its next report"
+
+
+def _slurm(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"`{' '.join(command)}` did not answer: {error}; the request to stop is put down") from error
+    if done.returncode:
+        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip()}; the request to stop is put down")
