@@ -16,7 +16,7 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
-from crate_dist.checkpoint.mirror.copying import Mirror
+from crate_dist.checkpoint.mirror.background import Mirror
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch

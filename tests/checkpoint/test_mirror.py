@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from crate_dist.checkpoint.format import (
     read_manifest,
     write_manifest,
 )
-from crate_dist.checkpoint.mirror.copying import Mirror
+from crate_dist.checkpoint.mirror.background import Mirror
 from crate_dist.checkpoint.mirror.joining import look, noted
 from crate_dist.checkpoint.mirror.record import RECORD, MirrorError, MirrorRecord, RunMirror
 from crate_dist.config import Recipe, RecipeError, load_recipe
@@ -54,7 +53,8 @@ def server(tmp_path: Path) -> Iterator[FolderServer]:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crate_dist.checkpoint.mirror.joining.LOOKING", QUICK)
+    for module in ("joining", "record"):
+        monkeypatch.setattr(f"crate_dist.checkpoint.mirror.{module}.LOOKING", QUICK)
 
 
 @pytest.fixture
@@ -292,6 +292,19 @@ def test_without_its_mirror_a_run_that_has_checkpoints_goes_on_and_one_without_d
     assert "MIRRORING FAILED" in caplog.text
 
 
+def test_a_mirror_that_can_only_be_read_is_gone_on_from(server: FolderServer, recipe: Recipe, tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", recipe)
+    save(run, 5)
+    with At(f"{server.url}/mirrors", run, recipe):
+        pass
+    lost(run)
+    server.put_faults["*"] = ["403", "forever"]
+    again = folder(tmp_path / "run", recipe)
+    with At(f"{server.url}/mirrors", again, recipe) as mirror:
+        assert checkpoint_names(again.checkpoints) == [step_name(5)]
+        assert mirror.failures
+
+
 def test_another_run_of_the_same_name_is_refused_until_it_is_started_over(
     server: FolderServer, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -347,12 +360,12 @@ def test_a_second_start_elsewhere_is_refused_while_the_first_lives_and_takes_ove
         until(lambda: mirror.step == 5)
         with pytest.raises(MirrorError, match=r"is in use by .*one/run on .*another folder"):
             At(place, second, recipe).mirror.begin()
-        stuck = threading.Event()
-        mirror._tenure = dataclasses.replace(ALONE, check=stuck.wait)  # type: ignore[arg-type]
+        assert mirror._copier
+        mirror._copier._mutex.acquire()  # as one that is stopped, or cut off
         with At(place, second, recipe) as other:
             assert "is taken over from" in caplog.text
             assert checkpoint_names(second.checkpoints) == [step_name(5)]
-            stuck.set()  # the first comes back, and notices
+            mirror._copier._mutex.release()  # the first comes back, and notices
             until(lambda: "is written by another start" in mirror.problem)
             save(second, 10)
             other.published()

@@ -44,9 +44,3 @@ def test_a_run_whose_folder_was_lost_ends_bit_for_bit_the_same_and_is_one_curve(
         trial.check()
         assert trial.run.checkpoints.is_dir()
         assert mirrored_steps(served)[-1] == 25
-
-        shutil.rmtree(trial.run.path)  # complete, and still to be had
-        server.put_faults["*"] = ["507", "forever"]
-        said = trial.finish(*mirror)
-        assert "MIRRORING FAILED" in said
-        trial.check_weights()

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from crate_dist.checkpoint.format import MANIFEST
 from crate_dist.data.index import ShardError
 from crate_dist.data.remote.fetch import Damaged, NotThere, RetryPolicy
-from crate_dist.data.remote.store import Store
+from crate_dist.data.remote.store import LOOKING, Store
 from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
 
@@ -198,7 +198,7 @@ class RunMirror:
 
     def write(self, record: MirrorRecord) -> None:
         """Writes the record. Raises ShardError."""
-        self.store.put(RECORD, json.dumps(asdict(record), indent=1).encode())
+        self.store.put(RECORD, json.dumps(asdict(record), indent=1).encode(), policy=LOOKING)
 
     def keep_aside(self, record: MirrorRecord) -> None:
         """Keeps the record of a run that was started over; its files stay as well. Raises ShardError."""
@@ -220,8 +220,13 @@ def manifest_of(saved: Mirrored) -> Copied:
 
 def _json(chunks: Iterable[bytes]) -> Any:
     """Reads JSON. Raises Damaged for what is none: a server may show a file that is being written."""
+    text = bytearray()
+    for chunk in chunks:
+        text += chunk
+        if len(text) > _MOST_BYTES:
+            raise Damaged(f"{RECORD} is longer than any record")
     try:
-        return json.loads(b"".join(chunks)[:_MOST_BYTES])
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{RECORD} is no JSON: {error}") from None
 
