@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
 from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
@@ -326,13 +326,18 @@ def _submit(
 
 
 def _check_environment_goes_along(recipe: Recipe) -> None:
-    """Raises RecipeError when data whose location recipe.toml does not keep would be out of the job's sight."""
+    """Raises RecipeError when a location that recipe.toml does not keep would be out of the job's sight."""
     exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
-    if is_private(recipe.data.find_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
-        raise RecipeError(
-            f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
-            f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"
-        )
+    mirror = recipe.checkpoint.find_mirror()
+    for name, what, place in (
+        (DATA_VARIABLE, "data", recipe.data.find_root()),
+        (MIRROR_VARIABLE, "mirror", mirror or ""),
+    ):
+        if place and is_private(place) and not {"ALL", name} & set(exported):
+            raise RecipeError(
+                f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {name} from the job, in which the location of "
+                f"the {what} travels: unset SBATCH_EXPORT, or put {name} among its names"
+            )
 
 
 if __name__ == "__main__":

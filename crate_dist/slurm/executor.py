@@ -97,7 +97,8 @@ def make_executor(
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        places = [recipe.data.find_root(), *weights, *(run_dir.parent for run_dir in run_dirs)]
+        folders = *weights, *(run_dir.parent for run_dir in run_dirs)
+        places = [recipe.data.find_root(), recipe.checkpoint.find_mirror(), *folders]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
             raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
