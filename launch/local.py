@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         site = site_from(arguments)
-        recipe = recipe_from(arguments, site)
+        recipe, notify = recipe_from(arguments, site), arguments.notify or site.notify
         run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
         ranks = _ranks(arguments.ranks)
         snapshot, code = Snapshot.take(), RunFolder(run_dir).code
@@ -49,21 +49,21 @@ def main(argv: list[str] | None = None) -> int:
             prune(code, {*found.folder.record.snapshots(), snapshot.digest})
             print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
             print(f"{'':<14}python launch/status.py {shlex.quote(str(run_dir))}", flush=True)
-            with watched(arguments.notify, run_dir, arguments.stuck_after):
+            with watched(notify, run_dir, arguments.stuck_after):
                 run_ranks(command, ranks, found.folder, lock.environment())
     except (UserError, OSError) as error:
         if isinstance(error, RankFailed) and error.exit_status == STOPPED:
             print("stopped, as it was asked to; the same command goes on from the newest checkpoint", file=sys.stderr)
             return STOPPED
         print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, RankFailed) and arguments.notify:
-            print(tell(arguments.notify, run_dir, "failed", str(error)), file=sys.stderr)
+        if isinstance(error, RankFailed) and notify:
+            print(tell(notify, run_dir, "failed", str(error)), file=sys.stderr)
         return error.exit_status if isinstance(error, RankFailed) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    if arguments.notify:
-        print(tell(arguments.notify, run_dir, "done"), file=sys.stderr)
+    if notify:
+        print(tell(notify, run_dir, "done"), file=sys.stderr)
     return 0
 
 

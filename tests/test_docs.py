@@ -54,6 +54,10 @@ ELSEWHERE = {
         "the host is nobody's",
         "tests/data/test_cache.py",
     ),
+    "python launch/status.py logs runs/crate_base --rank 3 --follow": (
+        "it does not end",
+        "tests/watching/test_stopping.py",
+    ),
     "srun python -m crate_dist.train --arch crate_tiny --data DIR": ("needs SLURM", "tests/cluster/test_launch.py"),
     "torchrun --nproc-per-node 2 -m crate_dist.train --arch crate_tiny --data DIR": (
         "it would train",

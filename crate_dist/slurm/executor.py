@@ -123,7 +123,7 @@ def make_executor(
         "setup": [
             *hidden,
             *cluster.setup,
-            *_settings(recipe, folder, run_dirs, options),
+            *_settings(recipe, folder, run_dirs, code, options),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
@@ -146,7 +146,7 @@ def make_executor(
     return executor
 
 
-def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], options: JobOptions) -> list[str]:
+def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], code: Path, options: JobOptions) -> list[str]:
     """Returns the shell lines that batch.sh expects before it."""
     cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
@@ -164,6 +164,7 @@ def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], options: J
         "notify": options.notify,
         "stuck_after": options.stuck_after_min,
         "python": sys.executable,
+        "start_py": code / START,
     }
     lines = [f"crate_{name}={shlex.quote(str(value))}" for name, value in values.items()]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 import subprocess
 import time
@@ -107,6 +108,16 @@ def my_jobs(patiently: bool = True) -> list[QueuedJob]:
             return [QueuedJob(*line.split("|", maxsplit=7)) for line in done.stdout.splitlines()]
         said = done.stderr.strip()
     raise NoAnswer(said)
+
+
+def largest_array() -> int | None:
+    """Asks how many tasks an array may have; None where SLURM does not say."""
+    try:
+        said = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def is_here() -> bool:

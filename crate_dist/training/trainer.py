@@ -94,7 +94,7 @@ class Trainer:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
-        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        self.last_step = recipe.train.last_step(self.train_index.num_samples)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step

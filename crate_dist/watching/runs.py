@@ -108,7 +108,7 @@ class Queue:
         try:
             jobs = my_jobs(patiently=False)
         except NoAnswer as error:
-            return cls({}, f"SLURM does not answer: {error}")
+            return cls({}, f"SLURM does not answer: {' '.join(str(error).split())}")
         return cls({key: job for job in jobs for key in (job.number, job.name)})
 
     def newest_of(self, names: Sequence[str]) -> QueuedJob | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from crate_dist.errors import UserError
 from crate_dist.files import write_whole
+from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
 from crate_dist.watching.runs import Queue, Run, holder_of, job_of, look
 
@@ -36,9 +37,9 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
     for path in paths:
         run = look(path, queue, disk=False)
         if run.is_over:
-            print(f"{path}: nothing to stop: it is {run.state}; {run.why}")  # noqa: T201
+            show(f"{path}: nothing to stop: it is {run.state}; {run.why}")
             continue
-        print(f"{path}: {_ask(run, queue)}", flush=True)  # noqa: T201
+        show(f"{path}: {_ask(run, queue)}")
         asked.append(path)
     while wait and asked:
         time.sleep(_POLL_S)
@@ -46,7 +47,7 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
         for run in [look(path, queue, disk=False) for path in asked]:
             if run.is_over:
                 asked.remove(run.run)
-                print(f"{run.run}: {run.state}: {run.why}", flush=True)  # noqa: T201
+                show(f"{run.run}: {run.state}: {run.why}")
     return 0
 
 
