@@ -80,6 +80,11 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     return world
 
 
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """Returns the name of this node, without its domain."""
+    return env.get("SLURMD_NODENAME", socket.gethostname()).partition(".")[0]
+
+
 def is_first_start(env: Mapping[str, str] = os.environ) -> bool:
     """Tells that nobody has started these ranks before: SLURM after a requeue, its batch script, or torchrun."""
     first = {"SLURM_RESTART_COUNT": "0", "CRATE_START": "1", "TORCHELASTIC_RESTART_COUNT": "0"}

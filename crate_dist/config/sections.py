@@ -219,6 +219,11 @@ class TrainSection(Section):
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
     )
 
+    def last_step(self, samples: int) -> int:
+        """Returns the step at which a run over so many training images is complete: the schedule's, or max_steps."""
+        steps = -(-self.epochs * samples // self.global_batch)
+        return min(steps, self.max_steps or steps)
+
 
 class CheckpointSection(Section):
     """The times of saves, and the checkpoints that are kept."""

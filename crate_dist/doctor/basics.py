@@ -23,11 +23,6 @@ MEMORY_PER_RANK = 12e9
 """Bytes of the node's memory for each rank: torch with CUDA 4 GB, a loader worker 0.5 GB, pinned batches 1 to 2 GB."""
 
 
-def node_name() -> str:
-    """Returns the name of this node, without its domain."""
-    return os.environ.get("SLURMD_NODENAME", socket.gethostname()).partition(".")[0]
-
-
 def shared_memory(ranks: int, enough: float = 1.0) -> Finding:
     """Looks at the room in /dev/shm; containers have 64 MB by default. enough: share of what is needed that passes"""
     need = enough * SHM_PER_RANK * ranks if ranks > 1 else 0.0

@@ -28,7 +28,7 @@ from crate_dist.doctor.nvidia import driver_version
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.files import AppendedFile, whole_lines
 from crate_dist.launching.ranks import rank_environment
-from crate_dist.world import World, detect_world, free_port
+from crate_dist.world import World, detect_world, free_port, node_name
 
 _MEGABYTES = (2, 8, 32, 160)
 _LINK_MB = 64
@@ -108,7 +108,7 @@ def _nodes(world: World, device: torch.device, small: bool) -> Iterator[Finding]
         if not small:
             looked += [basics.shared_memory(world.local_world_size), basics.memory(world.local_world_size)]
             looked += [basics.c_compiler(needed=True)]
-    gathered = gather_objects((basics.node_name(), looked))
+    gathered = gather_objects((node_name(), looked))
     nodes = [name for name, found in gathered if found]
     amiss = [(node, finding) for node, found in gathered for finding in found if finding.passed is False]
     for node, finding in amiss:
@@ -137,7 +137,7 @@ def _all_reduce(world: World, device: torch.device, small: bool) -> Iterator[Fin
 def _links(world: World, device: torch.device, small: bool) -> Iterator[Finding]:
     """Sends from each rank to the next, one pair after the other, and names the slowest."""
     tensor = torch.zeros((_IN_SMALL[-1] if small else _LINK_MB) * 2**20, dtype=torch.uint8, device=device)
-    names = gather_objects(basics.node_name())
+    names = gather_objects(node_name())
     taken = 0.0
     last = world.world_size - (world.world_size == 2)  # of two ranks there is one pair
     for rank in range(last):

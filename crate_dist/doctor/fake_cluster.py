@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -231,17 +232,22 @@ class CpuStream(_Waiting):
 
 
 class CpuEvent(_Waiting):
+    at_s = 0.0
+
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def record(self, stream: CpuStream | None = None) -> None:
-        pass
+        self.at_s = time.perf_counter()
 
     def wait(self, stream: CpuStream | None = None) -> None:
         pass
 
     def query(self) -> bool:
         return True
+
+    def elapsed_time(self, end: CpuEvent) -> float:
+        return 1e3 * (end.at_s - self.at_s)
 
     def synchronize(self) -> None:
         self._waited("event")

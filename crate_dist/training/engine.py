@@ -128,6 +128,7 @@ class Engine:
             self._engine.train()
         losses: list[torch.Tensor] = []
         for _ in range(self.accumulation):
+            self._zero.own_time.begin()
             loss = self.loss(next(batches), self._engine)
             self._engine.backward(loss)
             self._zero.heed(loss)
@@ -135,6 +136,10 @@ class Engine:
             losses.append(loss.detach())
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)
+
+    def own_s(self) -> float:
+        """Returns the seconds that this rank was by itself since the last call; see OwnTime. After `check`."""
+        return self._zero.own_time.take()
 
     def check(self) -> None:
         """Raises NotFinite when a step until now was not taken, and WeightsNotFinite. Waits for the last; a collective.

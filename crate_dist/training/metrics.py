@@ -22,6 +22,7 @@ from tqdm import tqdm
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
+from crate_dist.distributed import gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
@@ -29,8 +30,9 @@ from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
+from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
-from crate_dist.world import World
+from crate_dist.world import World, node_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Monitor:
         self.bad = BadSamples(folder, recipe, world, tenure)
         self._images = self._reports = 0
         self._warned = False
+        self._stragglers = Stragglers(gather_objects(node_name()))
         self._reset()
         self._reported, self._bad_reported = step, 0.0
         self._curves: Curves | None = None
@@ -86,20 +89,22 @@ class Monitor:
         """Takes up what this rank has waited for the device to finish the steps that it was given."""
         self._busy_s += seconds
 
-    def report(self, step: int) -> None:
+    def report(self, step: int, own_s: float) -> None:
         """Reduces what was collected since the last report and writes it. A collective, and a synchronisation.
+
+        own_s: that this rank was by itself; see stragglers.py
 
         Raises TooManyBadSamples on all ranks when one of them had too many.
         """
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
-        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced])
+        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s])
         mine = mine.double().to(self._device)
         mine[0] = mean_loss
         every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
         dist.all_gather(every, mine)
-        losses, images, busy, wait, bad = torch.stack(every).cpu().T
+        losses, images, busy, wait, bad, own = torch.stack(every).cpu().T
         loss = float(losses.mean())
         per_rank = (images / busy).tolist()
         values = {
@@ -114,6 +119,7 @@ class Monitor:
         self._warn_of_waiting(values["speed/data_wait_fraction"])
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
         self._say(step, values)
+        self._name_stragglers(step, own.tolist(), wait.tolist(), float(busy.max()))
         if self._ledger:
             self._ledger.note(
                 "steps", after=self._reported, step=step, busy_s=float(busy.max()), wait_s=float(wait.max())
@@ -243,6 +249,16 @@ class Monitor:
             facts,
             tqdm.format_interval(left_s),
         )
+
+    def _name_stragglers(self, step: int, own_s: list[float], wait_s: list[float], busy_s: float) -> None:
+        lag = self._stragglers.note(step - self._reported, own_s, wait_s, busy_s)
+        if not self._curves or lag is None or self._world.world_size == 1:
+            return
+        self._curves.scalar("stragglers/slowest_rank", lag.rank, step)
+        self._curves.scalar("stragglers/slowest_rank_lag", lag.lost, step)
+        if lag.text:
+            self._curves.text("stragglers", lag.text, step)
+            logger.warning("%s", lag.text)
 
     def _warn_of_waiting(self, fraction: float) -> None:
         """Warns once per start: the first intervals have the loader's start in them and do not count."""

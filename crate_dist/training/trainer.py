@@ -94,7 +94,7 @@ class Trainer:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
-        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        self.last_step = recipe.train.last_step(self.train_index.num_samples)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
@@ -148,7 +148,7 @@ class Trainer:
             if self.reporting_is_due() or self.live.is_due(self.progress.step):
                 self.check()
             if self.reporting_is_due():
-                self.monitor.report(self.progress.step)
+                self.monitor.report(self.progress.step, self.engine.own_s())
                 self.heed_request()
             # What is left here is made by the next start, from the checkpoint of this step.
             if not self.measure() or not self.evaluate():
@@ -206,7 +206,7 @@ class Trainer:
         logger.info("told to stop: saving step %d", self.progress.step)
         if self.saved_at != self.progress.step:
             self.check()
-            self.monitor.report(self.progress.step)
+            self.monitor.report(self.progress.step, self.engine.own_s())
             self.save()
         self.finish_saving()
         self.monitor.close()

@@ -26,6 +26,7 @@ from crate_dist.config import Recipe
 from crate_dist.distributed import device_type
 from crate_dist.training import compiling
 from crate_dist.training.buckets import Bucket, cut
+from crate_dist.training.stragglers import OwnTime
 
 os.environ["DS_ACCELERATOR"] = device_type()  # which DeepSpeed reads when it is imported, and else looks for others
 
@@ -74,6 +75,7 @@ class Zero2(DeepSpeedZeroOptimizer):
     not_finite: 0-d fp32, on the device; 1 from the first step on whose gradient or loss is not finite. From then on no
         step changes anything, so that the host may learn of it later and still find the weights of that step.
     grad_norm: 0-d fp32, of the gradient of the last step, over all ranks, before clipping
+    own_time: of micro-batches, up to their first reduction
     """
 
     def create_gradient_handling_hooks(self) -> None:
@@ -93,6 +95,9 @@ class Zero2(DeepSpeedZeroOptimizer):
                 hook = partial(self._arrived, bucket)
                 self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         self._sums_are_old = True
+        accelerator = get_accelerator()
+        timed = None if accelerator.is_synchronized_device() else partial(accelerator.Event, enable_timing=True)
+        self.own_time = OwnTime(timed)
         self._begin()
 
     def _buckets_of(self, group: int) -> Iterator[Bucket]:
@@ -148,6 +153,7 @@ class Zero2(DeepSpeedZeroOptimizer):
           and came before this forward pass. Reductions run one after the other.
         - `step` has its stream wait for all reductions before it reads the sums.
         """
+        self.own_time.ready()
         here = get_accelerator().current_stream()
         pairs = zip(bucket.views, bucket.parameters, strict=True)
         ready = [(view, p.grad) for view, p in pairs if p.grad is not None]

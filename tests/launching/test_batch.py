@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"crate_stop_request={STOP_REQUEST} crate_notify= crate_stuck_after=30 crate_python={sys.executable}",
+        f"crate_start_py={REPOSITORY}/crate_dist/start.py",
         f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
@@ -139,3 +141,105 @@ def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_pa
     )
     (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + f"crate-dist fault: {fault}\n")
     assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault/$crate_broken"') == f"{fault}/"
+
+
+def test_a_node_that_says_it_is_unfit_is_named_and_not_its_neighbour(tmp_path: Path) -> None:
+    (logs := tmp_path / "logs" / "7").mkdir(parents=True)
+    why = "clock, to that of the file system: 86400 s (expected: within 60 s)"
+    unfit = f"crate-dist unfit: rank 1 on node n2: {why}\n"
+    (logs / "7_0_log.out").write_text(START.format(rank=0, node="n1") + "crate-dist lost: rank 0 on node n1: …\n")
+    (logs / "7_1_log.out").write_text(START.format(rank=1, node="n2") + unfit)
+    said = batch(tmp_path, 'crate_look_at_logs; echo "broken: $crate_broken"')
+    assert said.splitlines() == [f"crate-dist: node n2 is unfit: rank 1 on node n2: {why}", "broken: n2"]
+
+
+RANGE = "crate_nodes_used=([2]=2 [3]=2 [4]=4) crate_ranks_per_node=8 crate_fewest_nodes=2"
+NODES = "scontrol() {{ printf '%s\\n' {nodes}; }}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("n1 n2", ["--nodes=2 --nodelist=n1,n2 --ntasks=16 --ntasks-per-node=8"]),
+        (
+            "n1 n2 n5",
+            [
+                "crate-dist: the global batch divides over 2 nodes, and not over 3; idle: n5",
+                "--nodes=2 --nodelist=n1,n2 --ntasks=16 --ntasks-per-node=8",
+            ],
+        ),
+        ("n1 n2 n3 n4", ["--nodes=4 --nodelist=n1,n2,n3,n4 --ntasks=32 --ntasks-per-node=8"]),
+    ],
+)
+def test_of_a_range_of_nodes_those_are_used_that_divide(nodes: str, expected: list[str], tmp_path: Path) -> None:
+    show = 'crate_choose_nodes; echo "${crate_here[@]}"'
+    assert batch(tmp_path, RANGE, NODES.format(nodes=nodes), show).splitlines() == expected
+
+
+def test_an_exact_number_of_nodes_is_left_to_srun_as_it_was(tmp_path: Path) -> None:
+    assert batch(tmp_path, "crate_nodes_used=([2]=2)", 'crate_choose_nodes; echo "${#crate_here[@]} $crate_used"') == (
+        "0 n1,n2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "there", "expected"),
+    [
+        ("n2", "n1 n2 n3", "leave n2, yes"),
+        ("n1,n2", "n1 n2 n3 n4", "all of them are like that, so it may be the program\nleave , no"),
+        ("n2", "n1 n2", "without n2 there are too few in this partition\nleave , no"),
+    ],
+)
+def test_nodes_are_left_only_where_others_are_left(broken: str, there: str, expected: str, tmp_path: Path) -> None:
+    said = batch(
+        tmp_path,
+        "crate_fewest_nodes=2 crate_nodes_used=([2]=2)",
+        "scontrol() { [ $2 = hostnames ] && echo $3 | tr , '\\n'; }",
+        f"sinfo() {{ printf '%s\\n' {there}; }}",
+        f"crate_choose_nodes; crate_broken={broken}; crate_find_others",
+        'echo "leave $crate_broken, $crate_may_leave_nodes"',
+        env={"SLURM_JOB_NODELIST": "n1,n2"},
+    )
+    assert said.endswith(expected)
+
+
+@pytest.mark.parametrize(("progress", "may"), [(None, "yes"), ("100 0\n", "yes"), ("100 1\n", "no")])
+def test_a_node_is_not_left_again_when_that_has_just_brought_nothing(
+    progress: str | None, may: str, tmp_path: Path
+) -> None:
+    if progress:
+        (tmp_path / "logs" / "7").mkdir(parents=True)
+        (tmp_path / "logs" / "7" / "progress").write_text(progress)
+    assert batch(tmp_path, "echo $crate_may_leave_nodes") == may
+
+
+def test_a_run_that_was_asked_to_stop_is_neither_started_nor_requeued(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / STOP_REQUEST).touch()
+    command = "command() { echo RAN; }"
+    assert "RAN" not in (said := batch(tmp_path, command, "srun; echo status $?"))
+    assert said.endswith(f"status {STOPPED}")
+    said = batch(tmp_path, f"crate_note_progress {STOPPED}; crate_is_worth_it {STOPPED} || echo over")
+    assert said.splitlines() == [
+        "crate-dist: stopped, as it was asked to; `launch/status.py resume` goes on with it",
+        "over",
+    ]
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/nonexistent"])
+def test_who_is_to_be_told_of_a_failure_is_told_even_without_this_python(python: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    settings = f"crate_python={python} crate_notify={shlex.quote(f'cat > {tmp_path}/note')}"
+    fault = 'rank 0: it said "no"\\n and \\ went'
+    said = batch(
+        tmp_path,
+        settings,
+        "exec 2>/dev/null",  # where a shell says that there is no such Python
+        f"crate_fault={shlex.quote(fault)}",
+        f"crate_note_progress {NEEDS_A_PERSON}; crate_is_worth_it {NEEDS_A_PERSON} || echo over",
+    )
+    assert said.startswith("crate-dist: FAILED: it needs a person: rank 0")
+    assert said.endswith("over")
+    note = json.loads((tmp_path / "note").read_text())
+    assert (note["event"], note["run"]) == ("failed", f"{tmp_path}/one")
+    assert note["fault"] == f"FAILED: it needs a person: {fault}"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def test_a_step_of_crate_b_waits_once_and_for_the_step_before(ranks: int) -> Non
         with counted() as found:
             engine.step(batches(1), 1e-4, 1)
     assert found.waits == {"event": 1}
+
+
+def test_how_long_a_rank_was_by_itself_is_known_without_waiting() -> None:
+    with fake_cluster(4):
+        engine = engine_on(recipe_for(4))
+        loss, began = engine.loss, time.perf_counter()
+
+        def slow(*given: Any) -> torch.Tensor:
+            time.sleep(0.05)
+            return loss(*given)
+
+        with patch.object(engine, "loss", slow), counted() as found:
+            engine.step(batches(0), 1e-4, 0)
+            own_s = engine.own_s()
+        assert ACCUMULATION * 0.05 <= own_s < time.perf_counter() - began
+        assert engine.own_s() == 0
+    assert not found.waits
 
 
 @pytest.mark.parametrize("settings", [{"train__precision": "fp32"}, ADAMW])
@@ -277,6 +295,10 @@ from crate_dist.doctor import fake_cluster as fake
 
 class SlowEvent(fake.CpuEvent):
     through = 0.0
+
+    def __init__(self, enable_timing=False, **given):
+        if enable_timing:
+            self.record = lambda: None
 
     def record(self, stream=None):
         SlowEvent.through = self.done = max(SlowEvent.through, time.monotonic()) + {STEP_S}
