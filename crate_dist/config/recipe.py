@@ -81,7 +81,7 @@ class Recipe(Section):
             notes.append(
                 f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
             )
-        if self.checkpoint.mirror is not None and is_private(self.checkpoint.mirror):
+        if self.checkpoint.mirror and is_private(self.checkpoint.mirror):
             del table["checkpoint"]["mirror"]
             shown = redacted(self.checkpoint.mirror)
             notes.append(f"# checkpoint.mirror is {shown}: ${MIRROR_VARIABLE}, or --set, gives it at each start.")

@@ -14,7 +14,7 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from crate_dist.config import Recipe, RecipeError
+from crate_dist.config import ClusterSection, Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
 from crate_dist.run.folder import STOP_REQUEST
@@ -97,7 +97,8 @@ def make_executor(
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        places = [recipe.data.find_root(), *weights, *(run_dir.parent for run_dir in run_dirs)]
+        folders = *weights, *(run_dir.parent for run_dir in run_dirs)
+        places = [recipe.data.find_root(), recipe.checkpoint.find_mirror(), *folders]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
             raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
@@ -114,6 +115,7 @@ def make_executor(
         "nodes": cluster.node_counts[-1],
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
+        **(_for_any_number_of_nodes(cluster) if len(cluster.node_counts) > 1 else {}),
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_delay_s,
         "partition": cluster.partition,
@@ -144,6 +146,15 @@ def make_executor(
     # submitit's own wckey would be refused where accounting knows no such key.
     executor.update_parameters(**given, wckey=None)
     return executor
+
+
+def _for_any_number_of_nodes(cluster: ClusterSection) -> dict[str, Any]:
+    """Returns what a job with a range of nodes asks for instead: the cores of each as those of one task.
+
+    Of the tasks of a node SLURM would count those of the fewest nodes, and give no more nodes than these fill. The
+    batch script tells srun the tasks.
+    """
+    return {"ntasks_per_node": None, "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_task}
 
 
 def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], code: Path, options: JobOptions) -> list[str]:
