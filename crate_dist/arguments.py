@@ -42,6 +42,10 @@ class Parser(argparse.ArgumentParser):
             and text.strip("-")
         ]
         lines = [self._explain(number, text, known) for number, text in unknown]
+        message = re.sub(r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2: give one of them", message)
+        message = re.sub(
+            "(one of .* --arch .*) is required", r"\1 is required, for instance --arch crate_tiny", message
+        )
         message = re.sub(r"invalid float value: (.*)", r"\1: expected a number, for instance 0.5", message)
         if not lines:
             stray = message.removeprefix("unrecognized arguments: ")
@@ -64,7 +68,7 @@ class Parser(argparse.ArgumentParser):
             return f"{given}: no such option, {NOT_NEEDED[word]}"
         for ours in OPTIONS.get(word, ()):
             if ours in known:
-                return f"{given}: no such option; here it is {ours}"
+                return f"{given}: no such option; here it is {ours} {value}".rstrip()
         if keys := [key for key in meant_keys(word, self.settings) if key in self.settings]:
             ways = (f"--set {key}={value or 'VALUE'} ({self.settings[key]})" for key in keys)
             return f"{given}: no such option; {', or '.join(ways)}"

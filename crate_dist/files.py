@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
+FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
+"""Numbers of errors that more room would mend, and what they say."""
 _CANNOT_SYNC_FOLDERS = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)  # one that may not be listed; SMB, some FUSE
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 

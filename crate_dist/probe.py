@@ -64,7 +64,9 @@ def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
     """
     check_output(arguments.json)
     if arguments.train_split == arguments.split:
-        raise CannotMeasure(f"--train-split and --split are both {arguments.split!r}: every sample would find itself")
+        raise CannotMeasure(
+            f"--train-split and --split are both {arguments.split!r}: every sample would find itself; give two"
+        )
     trained = load_trained(arguments.model, arguments.heads)
     names = arguments.train_split, arguments.split
     train, val = (open_split(arguments.data, name, trained.data) for name in names)

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.check import split_folders, verify_split
+from crate_dist.prep.journal import read_conversion
+from crate_dist.prep.parts import progress
 from crate_dist.prep.program import counted, human_time, program_parser, run_program, tell
 
 EPILOG = """
@@ -24,6 +26,10 @@ example:
 def verify(folder: Path, decode: bool, workers: int) -> bool:
     """Checks one split and tells the outcome. Returns whether it is sound."""
     started = time.monotonic()
+    if read_conversion(folder) is not None and not (folder / INDEX_JSON).exists():
+        for line in progress(folder.parent)[0]:
+            tell(f"NOT FINISHED {folder}: {line}")
+        return False
     try:
         index = ShardIndex.load(folder)
     except ShardError as error:

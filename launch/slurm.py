@@ -2,6 +2,7 @@
 
     python launch/slurm.py --arch crate_large --nodes 4
     python launch/slurm.py --arch crate_base --partition gpu --time 2-00:00:00 --seeds 0 1 2
+    python launch/slurm.py --arch crate_base --grid optim.lr=1e-4,2e-4 --grid train.seed=0,1
     python launch/slurm.py --arch crate_tiny --dry-run
 
 What the recipe's [cluster] table says can be said here too, and wins. What is the same for all your jobs on a cluster
@@ -29,40 +30,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
 from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
+from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
+from crate_dist.launching.options import recipe_parser, site_from
 from crate_dist.launching.origins import DEFAULT, Settled, as_table, origin_of, settle
-from crate_dist.launching.preflight import Preflight, folder_of_weights, preflight
+from crate_dist.launching.preflight import Preflight, folder_of_weights
 from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
+from crate_dist.launching.sweep import look_at_all, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
-from crate_dist.slurm.executor import Executor, make_executor
-from crate_dist.slurm.nodes import said_of_nodes, world_sizes
+from crate_dist.slurm.executor import Executor, environment_for, make_executor
+from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
 from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
+from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
 from crate_dist.watching.finding import runs_root
 from crate_dist.watching.notify import add_options
-from crate_dist.world import VARIABLES
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks, submits, says how to watch; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = (parser := _parser()).parse_args(argv)
+    if not (arguments.arch or arguments.config or arguments.grid_file):
+        parser.error("one of the arguments --arch --config --grid-file is required")
     try:
         site = site_from(arguments)
-        jobs = _jobs(arguments, site)
-        recipes = [job.recipe for job in jobs]
-        run_dirs = _run_dirs(arguments, recipes, site)
+        grid = read_grid(arguments)
+        every = _jobs(arguments, grid, site)
+        recipes = [job.recipe for job in every]
+        runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
+        jobs = [job for job, run in zip(every, runs, strict=True) if not run.idle]
+        if not jobs:
+            show(f"{runs_table(grid, runs, {})}\nnothing is left to do")
+            return 0
+        recipes, run_dirs = [job.recipe for job in jobs], [run.run_dir for run in runs if not run.idle]
         weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
         home, snapshot = _home(run_dirs), Snapshot.take()
         code = home / "code" / snapshot.digest
         executor = make_executor(recipes[0], home / "slurm" / "%j", run_dirs, code, weights, jobs[0].options)
-        found, problems = _look(arguments, recipes, run_dirs)
+        if arguments.max_parallel:
+            executor.update_parameters(array_parallelism=arguments.max_parallel)
+        found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
         verdict = _ask(executor, len(jobs), arguments)
         waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
         if beyond := beyond_partition(recipes[0].cluster, jobs[0].settings):
@@ -72,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
         if arguments.dry_run:
-            _show_values(arguments, site, executor, jobs, run_dirs)
-            for job, run in zip(jobs, found, strict=False):
+            _show_values(arguments, grid, site, executor, jobs, run_dirs)
+            for job, run in zip(jobs[:1], found, strict=False):
                 show(f"\n{summary(job.recipe, run)}")
         if arguments.gpu_memory_gb:
             world_size, _ = world_sizes(recipes[0])
@@ -86,11 +99,16 @@ def main(argv: list[str] | None = None) -> int:
             show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
         if problems:
             raise RecipeError("\n\n".join(problems))
+        states = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
         if not arguments.dry_run and not arguments.test_only:
-            _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
+            states |= _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
+            if is_swept(arguments):
+                save_grid(run_dirs[0].parent, grid, every[0].recipe)
             if verdict.start or waits_for_now:
                 now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
                 show(f"{'starts':<14}{now}")
+        if grid:
+            show(runs_table(grid, runs, states))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -98,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = recipe_parser(__doc__)
+    parser = recipe_parser(__doc__, required=False)
     cluster = parser.add_argument_group(
         "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
     )
@@ -151,12 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
     )
     add_options(parser, mail=True)
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(0),
-        nargs="+",
-        metavar="N",
-        help="an array of runs that differ in the seed, a folder for each",
+    add_grid_options(parser).add_argument(
+        "--max-parallel", type=positive, metavar="N", help="runs of the array that may be under way at a time [256]"
     )
     parser.add_argument(
         "--gpu-memory-gb", type=float, metavar="GB", help="say what the micro-batch needs of such a card, and what fits"
@@ -180,18 +194,16 @@ def _job_id(text: str) -> str:
     return text
 
 
-def _jobs(arguments: argparse.Namespace, site: Site) -> list[Settled]:
-    """Settles what each seed's job asks for: the recipe's [cluster] table, then the site's values, then the flags."""
-    seeds: list[int | None] = arguments.seeds or [arguments.seed]
-    if arguments.seeds and arguments.seed is not None:
-        raise RecipeError("--seed and --seeds: give one of them")
-    if len(set(seeds)) < len(seeds):
-        raise RecipeError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice would be the same run twice")
-    jobs = []
-    for seed in seeds:
-        arguments.seed = seed
-        jobs.append(settle(recipe_from(arguments, site), arguments, site))
+def _jobs(arguments: argparse.Namespace, grid: Grid, site: Site) -> list[Settled]:
+    """Settles what each run's job asks for: the recipe's [cluster] table, then the site's values, then the flags."""
+    jobs = [settle(recipe, arguments, site) for recipe in recipes_of(arguments, grid, site)]
     _check_cluster(jobs[0].recipe.cluster)
+    of_a_range = [job.recipe for job in jobs if len(job.recipe.cluster.node_counts) > 1]
+    if any(nodes_used(recipe) != nodes_used(of_a_range[0]) for recipe in of_a_range[1:]):
+        raise RecipeError(
+            "the runs of this grid have global batches that divide over different numbers of nodes, and an array has "
+            "one shape: give --nodes one number, or start such runs one by one"
+        )
     return jobs
 
 
@@ -209,17 +221,6 @@ def _check_cluster(cluster: ClusterSection) -> None:
         )
 
 
-def _run_dirs(arguments: argparse.Namespace, recipes: Sequence[Recipe], site: Site) -> list[Path]:
-    given: Path | None = arguments.run_dir
-    if given is None:
-        run_dirs = [default_run_dir(recipe, site) for recipe in recipes]
-    elif arguments.seeds:
-        run_dirs = [given / f"seed{recipe.train.seed}" for recipe in recipes]
-    else:
-        run_dirs = [given]
-    return [run_dir.expanduser().absolute() for run_dir in run_dirs]
-
-
 def _home(run_dirs: Sequence[Path]) -> Path:
     """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
@@ -234,20 +235,6 @@ def _home(run_dirs: Sequence[Path]) -> Path:
     return folder
 
 
-def _look(
-    arguments: argparse.Namespace, recipes: Sequence[Recipe], run_dirs: Sequence[Path]
-) -> tuple[list[Preflight], list[str]]:
-    """Looks at data, batch and run folder of each run; returns those in order, and what is wrong with the others."""
-    found, problems = [], []
-    over, accepted = arguments.start_over, arguments.accept_changed_data
-    for recipe, run_dir in zip(recipes, run_dirs, strict=True):
-        try:
-            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, over, accepted))
-        except UserError as error:
-            problems.append(str(error))
-    return found, list(dict.fromkeys(problems))
-
-
 def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdict:
     """Asks SLURM what it would say. Raises RecipeError where its answer is needed and there is no sbatch."""
     if not arguments.dry_run and not shutil.which("sbatch"):
@@ -256,7 +243,7 @@ def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdic
             "launch/local.py trains on this machine, and --dry-run shows what would be submitted"
         )
     script = executor.script(jobs)
-    verdict = ask(script, _environment(script))
+    verdict = ask(script, environment_for(script))
     if arguments.test_only and verdict.answer == "unknown":
         raise RecipeError(verdict.said)
     return verdict
@@ -273,11 +260,17 @@ def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
 
 
 def _show_values(
-    arguments: argparse.Namespace, site: Site, executor: Executor, jobs: Sequence[Settled], run_dirs: Sequence[Path]
+    arguments: argparse.Namespace,
+    grid: Grid,
+    site: Site,
+    executor: Executor,
+    jobs: Sequence[Settled],
+    run_dirs: Sequence[Path],
 ) -> None:
     """Shows every value with its origin."""
     run_dir = str(run_dirs[0]), "--run-dir" if arguments.run_dir else site.origins.get("runs", DEFAULT)
-    values = {**origin_of(jobs[0].recipe, arguments, site), "run folder": run_dir, **jobs[0].settings}
+    swept = {key: (", ".join(map(str, values)), "the grid, below") for key, values in grid.items()}
+    values = {**origin_of(jobs[0].recipe, arguments, site), **swept, "run folder": run_dir, **jobs[0].settings}
     show(f"\n{'value':<14}and where it is from: recipe < site < flags; all else has its default, as below\n")
     show(as_table(values))
     for name in outvoted(executor.script(len(jobs)), os.environ):
@@ -286,9 +279,8 @@ def _show_values(
 
 def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
     show(executor.script(len(recipes)))
-    for recipe in recipes:
-        show(f"# {'-' * 20} recipe.toml{f', seed {recipe.train.seed}' if len(recipes) > 1 else ''} {'-' * 20}")
-        show(recipe.to_toml())
+    show(f"# {'-' * 20} recipe.toml{' of the first run' if len(recipes) > 1 else ''} {'-' * 20}")
+    show(recipes[0].to_toml())
 
 
 def _submit(
@@ -298,57 +290,54 @@ def _submit(
     snapshot: Snapshot,
     code: Path,
     start_over: bool,
-) -> None:
+) -> dict[Path, str]:
+    """Opens the run folders, submits, says how to watch; returns what there is to say of each run."""
     recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
+    if len(found) > 1 and (most := largest_array()) and len(found) > most:
+        raise RecipeError(
+            f"{len(found):,} runs are more than an array of this cluster may have: MaxArraySize is {most}"
+        )
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
             locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
         snapshot.write(code)
         if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
             prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
-        os.environ.update(environment := _environment(executor.script(len(jobs))))
-        for name in os.environ.keys() - environment:
-            del os.environ[name]
         sent = executor.send([TrainJob(run.folder.path, run.accepted_data) for run in found], jobs[0].settings)
         for job, run in zip(sent, found, strict=True):
             if len(sent) > 1:
                 run.folder.slurm.mkdir(exist_ok=True)
-                (run.folder.slurm / job.job_id).symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
-    for job, run in zip(sent, found, strict=True):
-        show(f"{'job':<14}{job.job_id}\n{run}")
+                (link := run.folder.slurm / job.job_id).unlink(missing_ok=True)  # a cluster that was set up anew
+                link.symlink_to(os.path.relpath(job.paths.folder, run.folder.slurm))
     job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
+    texts = [str(run).splitlines() for run in found]
+    in_common = [line for line in texts[0] if all(line in text for text in texts)]
+    show("\n".join([f"{'job':<14}{job_id}", *in_common]))
     array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
     runs = shlex.quote(str(folder if len(found) == 1 else array))
     show(f"{'to watch':<14}python launch/status.py {runs} --watch")
     show(f"{'':<14}squeue --job {job_id}")
-    for job in sent:
-        show(f"{'':<14}tail -F {shlex.quote(str(job.paths.stdout))}")
+    show(f"{'':<14}tail -F {shlex.quote(str(sent[0].paths.stdout))}")
     show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
     show(f"{'to stop':<14}python launch/status.py stop {runs}")
     show(f"{'to cancel':<14}scancel {job_id}")
+    return {run.folder.path: f"job {job.job_id}" for job, run in zip(sent, found, strict=True)}
 
 
 def _check_environment_goes_along(recipe: Recipe) -> None:
-    """Raises RecipeError when data whose location recipe.toml does not keep would be out of the job's sight."""
+    """Raises RecipeError when a location that recipe.toml does not keep would be out of the job's sight."""
     exported = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
-    if is_private(recipe.data.find_root()) and not {"ALL", DATA_VARIABLE} & set(exported):
-        raise RecipeError(
-            f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {DATA_VARIABLE} from the job, in which the location of "
-            f"the data travels: unset SBATCH_EXPORT, or put {DATA_VARIABLE} among its names"
-        )
-
-
-def _environment(script: str) -> dict[str, str]:
-    """Returns the environment in which sbatch takes a script as it is.
-
-    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
-    variables by which sbatch would do otherwise than the script says.
-    """
-    job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
-    out |= {*VARIABLES, *outvoted(script, os.environ)}
-    return {name: value for name, value in os.environ.items() if name not in out}
+    mirror = recipe.checkpoint.find_mirror()
+    for name, what, place in (
+        (DATA_VARIABLE, "data", recipe.data.find_root()),
+        (MIRROR_VARIABLE, "mirror", mirror or ""),
+    ):
+        if place and is_private(place) and not {"ALL", name} & set(exported):
+            raise RecipeError(
+                f"SBATCH_EXPORT={os.environ['SBATCH_EXPORT']} keeps {name} from the job, in which the location of "
+                f"the {what} travels: unset SBATCH_EXPORT, or put {name} among its names"
+            )
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.arguments import positive
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
+from crate_dist.arguments import Parser, positive, whole_number
 from crate_dist.errors import UserError
+from crate_dist.launching.showing import show
 from crate_dist.watching.finding import find_runs
-from crate_dist.watching.logs import follow, show
+from crate_dist.watching.logs import follow, show_logs
 from crate_dist.watching.resuming import resume
 from crate_dist.watching.runs import EXIT_STATUS, STUCK_AFTER_S, Queue, Run, look
 from crate_dist.watching.stopping import stop
@@ -39,12 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[list[str]], int]] = {"logs": _logs, "stop": _stop, "resume": _resume, "list": _list}
     try:
-        status = commands[words[0]](words[1:]) if words and words[0] in commands else _status(words)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever read, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return commands[words[0]](words[1:]) if words and words[0] in commands else _status(words)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
@@ -74,7 +69,7 @@ def _status(words: list[str]) -> int:
             text = in_full(runs[0]) if len(runs) == 1 else as_table(runs)
         if arguments.watch and sys.stdout.isatty() and not arguments.json:
             text = f"\033[H\033[2J{time.strftime('%H:%M:%S')}  every {arguments.watch} s, until Ctrl-C\n\n{text}"
-        print(text, flush=True)
+        show(text)
         if not arguments.watch or all(run.is_over for run in runs):
             return max(EXIT_STATUS[run.state] for run in runs)
         time.sleep(arguments.watch)
@@ -84,7 +79,7 @@ def _list(words: list[str]) -> int:
     parser = _parser(
         "Lists what runs there are, and what they are.", "list", "RUN", "some of them, or a folder of some"
     )
-    print(as_list(_look(parser.parse_args(words).runs, STUCK_AFTER_S, disk=True)))
+    show(as_list(_look(parser.parse_args(words).runs, STUCK_AFTER_S, disk=True)))
     return 0
 
 
@@ -97,12 +92,14 @@ def _logs(words: list[str]) -> int:
     parser = _parser(
         "Shows the sentence that matters in a run's logs, and their end.", "logs", "RUN", "folder, name or SLURM job"
     )
-    parser.add_argument("--rank", type=int, metavar="N", help="that rank's log [the batch script's and rank 0's]")
+    parser.add_argument(
+        "--rank", type=whole_number(0), metavar="N", help="that rank's log [the batch script's and rank 0's]"
+    )
     parser.add_argument("--lines", type=positive, default=30, metavar="N", help="lines of the end [%(default)s]")
     parser.add_argument("--follow", action="store_true", help="go on as the log grows, through restarts, until Ctrl-C")
     arguments = parser.parse_args(words)
     for path in _some(parser, arguments.runs):
-        show(path, Queue.asked(), arguments.rank, arguments.lines)
+        show_logs(path, Queue.asked(), arguments.rank, arguments.lines)
     if arguments.follow:
         paths = find_runs(arguments.runs)
         if len(paths) > 1:
@@ -113,7 +110,8 @@ def _logs(words: list[str]) -> int:
 
 def _stop(words: list[str]) -> int:
     parser = _parser(
-        "Tells a run to save and to end. Nothing starts it again before you do. A job that waits is cancelled.",
+        "Tells a run to save and to end. Nothing starts it again before you do. A job that waits is cancelled.\n"
+        "In contrast to scancel it takes the time that a save takes, and in contrast to a signal it is not requeued.",
         *("stop", "RUN", "folder, name or SLURM job; of an array, all its runs"),
     )
     parser.add_argument("--wait", action="store_true", help="until it is saved, and say at which step")
@@ -123,8 +121,9 @@ def _stop(words: list[str]) -> int:
 
 def _resume(words: list[str]) -> int:
     parser = _parser(
-        "Starts a run again, as it was started before: as a SLURM job, or on this machine. It goes on from its newest "
-        "checkpoint. All other options are launch/slurm.py's or launch/local.py's, and win over what it had.",
+        "Starts a run again, as it was started before: as a SLURM job, or on this machine. It goes on from its newest\n"
+        "checkpoint. All other options are launch/slurm.py's or launch/local.py's, and win over what it had:\n\n"
+        "    status.py resume runs/crate_base --nodes 2 --time 12:00:00",
         *("resume", "RUN", "folder, name or SLURM job; of an array, a job for each run"),
     )
     arguments, others = parser.parse_known_args(words)
@@ -132,9 +131,7 @@ def _resume(words: list[str]) -> int:
 
 
 def _parser(description: str | None, command: str, metavar: str, what: str) -> argparse.ArgumentParser:
-    program = f"{Path(sys.argv[0]).name} {command}".strip()
-    form = argparse.RawDescriptionHelpFormatter if not command else argparse.HelpFormatter
-    parser = argparse.ArgumentParser(program, description=description, formatter_class=form)
+    parser = Parser(prog=f"{Path(sys.argv[0]).name} {command}".strip(), description=description)
     parser.add_argument("runs", nargs="*", metavar=metavar, help=what)
     return parser
 

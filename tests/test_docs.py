@@ -54,6 +54,10 @@ ELSEWHERE = {
         "the host is nobody's",
         "tests/data/test_cache.py",
     ),
+    "python launch/status.py logs runs/crate_base --rank 3 --follow": (
+        "it does not end",
+        "tests/watching/test_stopping.py",
+    ),
     "srun python -m crate_dist.train --arch crate_tiny --data DIR": ("needs SLURM", "tests/cluster/test_launch.py"),
     "torchrun --nproc-per-node 2 -m crate_dist.train --arch crate_tiny --data DIR": (
         "it would train",
@@ -72,6 +76,10 @@ ELSEWHERE = {
         "needs the published archives",
         "tests/prep/test_pets.py",
     ),
+    "python data_prep/imagenet21k.py --source /data/winter21_whole --out /data/imagenet21k-shards --val-per-class 50": (
+        "needs the published archive",
+        "tests/prep/test_imagenet21k.py",
+    ),
     "python data_prep/index.py /data/shards --label json:label --classes synset_words.txt": (
         "needs shards of somebody else's",
         "tests/prep/test_check.py",
@@ -87,6 +95,7 @@ ELSEWHERE = {
 
 FITTING = {
     "launch/local.py": ["--dry-run", "--run-dir", "runs/new", "--set", "train.global_batch=32"],
+    "launch/prep.py": ["--dry-run"],
     "launch/slurm.py": ["--dry-run", "--run-dir", "runs/new", "--set", "train.global_batch=64"],
     "--init-from": ["--set", "model.arch=crate_demo"],
 }

@@ -81,13 +81,13 @@ class Recipe(Section):
             notes.append(
                 f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
             )
-        if self.checkpoint.mirror is not None and is_private(self.checkpoint.mirror):
+        if self.checkpoint.mirror and is_private(self.checkpoint.mirror):
             del table["checkpoint"]["mirror"]
             shown = redacted(self.checkpoint.mirror)
             notes.append(f"# checkpoint.mirror is {shown}: ${MIRROR_VARIABLE}, or --set, gives it at each start.")
         for key in _ONLY_FROM_THE_USER["cluster"]:
             if table["cluster"].pop(key, None):
-                notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")
+                notes.append(f"# cluster.{key} is not kept: --{key}, or a site file, gives it at each start.")
         return "".join(f"{note}\n" for note in notes) + tomli_w.dumps(table)
 
     def deciding_values(self) -> dict[str, Any]:
@@ -160,15 +160,16 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
         return path
     known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
-    there = f"there are: {', '.join(known)}"
     if path.suffix == ".toml":
-        raise RecipeError(f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {there}")
+        raise RecipeError(
+            f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {', '.join(known)}"
+        )
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; --config takes a recipe file, a run's is {path / 'recipe.toml'}")
     named = CONFIG_DIR / f"{source}.toml"
     if named.is_file():
         return named
-    raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; {there}")
+    raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
 
 
 def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:

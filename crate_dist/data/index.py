@@ -266,9 +266,9 @@ def _instead(root: Path) -> str:
     if (root.parent / INDEX_JSON).is_file():
         return f": {root.parent} is a split itself, and the folder above it is the one to give, {root.parent.parent}"
     if root.parent.is_file():
-        return f": {root.parent} is a file"
+        return f": {root.parent} is a file; give the folder that a conversion wrote"
     if not root.parent.exists():
-        return f", nor {root.parent}: data_prep/imagenet.py or data_prep/image_folder.py writes them"
+        return f": data_prep/imagenet.py or data_prep/image_folder.py writes one, and there is no {root.parent} either"
     there = ", ".join(sorted(path.parent.name for path in root.parent.glob(f"*/{INDEX_JSON}")))
     writers = "data_prep/imagenet.py or data_prep/image_folder.py writes one"
     return f"; there {'is' if there.count(',') == 0 else 'are'} {there}" if there else f": {writers}"

@@ -19,8 +19,11 @@ from crate_dist.locations import redacted
 
 logger = logging.getLogger(__name__)
 
+Splits = tuple[ShardIndex, ShardIndex | None]
+"""The training split, and the validation split."""
 
-def open_splits(recipe: Recipe) -> tuple[ShardIndex, ShardIndex | None]:
+
+def open_splits(recipe: Recipe) -> Splits:
     """Opens the indexes of the training and validation split, the latter None where the recipe has none.
 
     Raises

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from crate_dist.config import Recipe, RecipeError
+from crate_dist.files import FULL
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import RunLock
 from crate_dist.run.record import new_run_id
@@ -54,7 +55,12 @@ def opened(
             if by_a_person:
                 folder.stop_request.unlink(missing_ok=True)
         except OSError as error:
-            raise RecipeError(f"cannot lock the run folder {folder.path}: {error}") from error
+            remedy = (
+                "make room there, or let --run-dir name another" if error.errno in FULL else "--run-dir names another"
+            )
+            raise RecipeError(
+                f"cannot lock the run folder {folder.path}: {FULL.get(error.errno or 0, error.strerror)}; {remedy}"
+            ) from error
         yield lock
 
 

@@ -121,6 +121,7 @@ def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
     mirror = recipe.checkpoint.find_mirror()
     if mirror is not None and is_private(mirror):
         os.environ[MIRROR_VARIABLE] = str(mirror)
+    mirror = recipe.checkpoint.mirror if mirror is None else mirror  # "": none, whatever the environment says
     data = recipe.data.model_copy(update={"root": root})
     checkpoint = recipe.checkpoint.model_copy(update={"mirror": mirror})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()

@@ -77,6 +77,8 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
             values["gpus_per_node"], origins["gpus_per_node"] = count, origin
     if values["gpus_per_node"] and source == origins.get("tasks_per_node", "") != origins.get("gpus_per_node"):
         del values["tasks_per_node"], origins["tasks_per_node"]  # one per GPU, whatever the recipe's CPU ranks are
+    if line := next((line for line in (*site.setup, *values["setup"]) if line.lstrip().startswith("#SBATCH")), None):
+        raise RecipeError(f"sbatch would read the set-up line {line!r} as an option of its own; --sbatch gives those")
     if lines := list(site.setup_lines()):
         values["setup"] = (*lines, *values["setup"])
         origins["setup"] = " and ".join(dict.fromkeys([*_files_of_setup(site), *filter(None, [origins.get("setup")])]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.index import ShardError
-from crate_dist.data.splits import open_splits
+from crate_dist.data.splits import Splits, open_splits
 from crate_dist.errors import UserError
 from crate_dist.locations import redacted
 from crate_dist.run.checkpoints import checkpoint_names
@@ -59,11 +60,17 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, world_size: int, run_dir: Path, start_over: bool = False, accept_changed_data: bool = False
+    recipe: Recipe,
+    world_size: int,
+    run_dir: Path,
+    start_over: bool = False,
+    accept_changed_data: bool = False,
+    open_data: Callable[[Recipe], Splits] = open_splits,
 ) -> Preflight:
     """Checks data, batch and run folder for a run on `world_size` ranks, and writes nothing.
 
     start_over: what the folder holds will be set aside; accept_changed_data: other data than before are no problem
+    open_data: opens the splits; of many runs at once, those of the same data only once
 
     Raises RecipeError: with everything that is wrong, one paragraph each.
     """
@@ -75,7 +82,7 @@ def preflight(
     try:
         mirror = look_into_mirror(folder, recipe, start_over)
     except ShardError as error:
-        problems.append(f"the mirror does not answer: {error}")
+        problems.append(f"the mirror does not answer: {error}; --set checkpoint.mirror= starts without one")
     except (UserError, OSError) as error:
         problems.append(str(error))
     restored = mirror.manifest if mirror else None
@@ -84,8 +91,13 @@ def preflight(
     except RecipeError as error:
         problems.append(str(error))
     try:
-        train, val = open_splits(recipe)
-        if not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
+        train, val = open_data(recipe)
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot read the data, {error.filename}: {error.strerror}; --data names others")
+    try:
+        if train and not start_over and (manifest := restored or newest_manifest(folder.checkpoints)):
             data = DataIdentity.of(train, val)
             if refusal := other_head(run_dir, manifest, train.num_classes):
                 problems.append(refusal)
@@ -95,8 +107,8 @@ def preflight(
                     problems.append(changed_data_refusal(run_dir, changed))
     except UserError as error:
         problems.append(str(error))
-    except NotADirectoryError:
-        pass  # which is said below
+    except (NotADirectoryError, PermissionError):
+        pass  # said below
     except OSError as error:
         problems.append(f"cannot see whether {run_dir} holds a run: {error}")
     try:
@@ -105,6 +117,8 @@ def preflight(
         _check_writable(run_dir)
     except RecipeError as error:
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"cannot look into the run folder {run_dir}: {error.strerror}; --run-dir names another")
     try:
         if recipe.train.init_from and (
             start_over or not (folder.has_begun() or restored)

@@ -58,7 +58,10 @@ class CrateConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.dim % self.heads:
-            raise ValueError(f"width {self.dim} does not divide into {self.heads} heads")
+            fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
+            raise ValueError(
+                f"width {self.dim} does not divide into {self.heads} heads; it does into {', '.join(fitting)}"
+            )
         if self.pool not in ("cls", "mean"):
             raise ValueError(f'pool is "cls" or "mean", not {self.pool!r}')
 

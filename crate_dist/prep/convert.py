@@ -109,7 +109,7 @@ def _check_out(source: Source, options: Options) -> None:
     try:
         names = sorted(os.listdir(out)) if out.exists() else []
     except OSError as error:
-        raise ShardError(f"--out {out} cannot be used: {error.strerror}") from error
+        raise ShardError(f"--out {out} cannot be used: {error.strerror}; give a folder of its own") from error
     foreign = []
     for name in names:
         if name in source.splits or name.startswith(".") or name == "lost+found":

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from crate_dist.arguments import Parser, positive
 from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
+from crate_dist.files import FULL
 
 INTERRUPTED = 130
-_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
 def program_parser(description: str | None, epilog: str) -> Parser:
@@ -53,8 +53,12 @@ def explained(failure: str, remedy: str = "make room, then the same command cont
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
-            reason = f"{_FULL[error.errno]}; {remedy}"
+        if error.errno in FULL:
+            reason = f"{FULL[error.errno]}; {remedy}"
+        elif error.errno in (errno.EACCES, errno.EROFS) and failure.startswith("cannot write"):
+            reason += "; give --out a folder that you may write to"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason += "; give a folder that you may write to"
         raise ShardError(f"{failure}: {reason}") from error
 
 

@@ -26,6 +26,7 @@ MAX_CLASSES = 1_000_000
 """A larger label is taken for a mistake where no list of classes says otherwise."""
 MAX_IMAGE_BYTES = 2**31 - 1
 """The largest size that the index has room for."""
+_HEADERS = 4096
 _MAX_LABEL_BYTES = 16 * 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset splits names
@@ -94,7 +95,8 @@ def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
 
     Raises ShardError when it is compressed, damaged or cut off, or holds a name that leads out of it.
     """
-    with explained(f"cannot read {path}"), path.open("rb") as file:
+    # A parallel file system asks for a buffer of megabytes, and would read all images for their headers.
+    with explained(f"cannot read {path}"), path.open("rb", buffering=_HEADERS) as file:
         end = os.fstat(file.fileno()).st_size if size is None else start + size
         yield from _walk(file, path, start, end)
 

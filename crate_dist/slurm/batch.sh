@@ -4,7 +4,7 @@
 # crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
 # crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
 # crate_needs_a_person, crate_lost_the_run, crate_stop_request (the name of the file that asks a run to stop),
-# crate_notify (a command of the user's, or nothing), crate_stuck_after (minutes), crate_python, crate_ranks_per_node,
+# crate_notify (a command of the user's, or nothing), crate_stuck_after (minutes), crate_python, crate_start_py, crate_ranks_per_node,
 # and of the nodes that SLURM may give: crate_fewest_nodes, and crate_nodes_used, a table of how many train of how many.
 
 # SLURM_JOB_ID of one task of an array is the whole array's: a requeue of it would be one of all tasks.
@@ -109,7 +109,7 @@ crate_fail() {
 crate_tell() {
     [ -n "$crate_notify" ] || return 0
     CRATE_NOTIFY=$crate_notify timeout --kill-after=10 120 \
-        "$crate_python" -m crate_dist.watching.notify "$1" "$crate_run_dir" --fault "${2:-}" && return 0
+        "$crate_python" "$crate_start_py" -m crate_dist.watching.notify "$1" "$crate_run_dir" --fault "${2:-}" && return 0
     printf '{"event": "%s", "run": "%s", "fault": "%s"}\n' "$1" "$(crate_json "$crate_run_dir")" "$(crate_json "${2:-}")" |
         CRATE_EVENT=$1 CRATE_RUN=$crate_run_dir timeout --kill-after=10 60 /bin/sh -c "$crate_notify" ||
         echo "crate-dist: $1: the --notify command ended with $?"
@@ -122,7 +122,7 @@ crate_json() {
 # From beside, until this script ends.
 crate_watch_for_stalls() {
     [ -n "$crate_notify" ] || return 0
-    CRATE_NOTIFY=$crate_notify "$crate_python" -m crate_dist.watching.notify watch "$crate_run_dir" \
+    CRATE_NOTIFY=$crate_notify "$crate_python" "$crate_start_py" -m crate_dist.watching.notify watch "$crate_run_dir" \
         --stuck-after "$crate_stuck_after" &
     crate_watcher=$!
     trap 'kill "$crate_watcher" 2>/dev/null' EXIT

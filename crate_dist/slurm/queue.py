@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 import subprocess
 import time
@@ -13,7 +14,7 @@ from crate_dist.errors import UserError
 _PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
 _TIMEOUT_S = 60.0
 _IMPATIENT_S = 15.0
-_FIELDS = "%A|%i|%T|%M|%L|%S|%N|%r"
+_FIELDS = "%A|%i|%T|%M|%L|%S|%N|%r|%o"
 _REASONS = {
     "Priority": "jobs of higher priority are before it",
     "Resources": "it is next, and waits for nodes to become free",
@@ -63,6 +64,8 @@ class QueuedJob:
     nodes: str = ""
     reason: str = ""
     """Why it waits, in SLURM's word."""
+    script: str = ""
+    """The batch script that was submitted."""
 
     @property
     def runs(self) -> bool:
@@ -104,9 +107,19 @@ def my_jobs(patiently: bool = True) -> list[QueuedJob]:
             said = str(error)
             continue
         if done.returncode == 0:
-            return [QueuedJob(*line.split("|", maxsplit=7)) for line in done.stdout.splitlines()]
+            return [QueuedJob(*line.split("|", maxsplit=8)) for line in done.stdout.splitlines()]
         said = done.stderr.strip()
     raise NoAnswer(said)
+
+
+def largest_array() -> int | None:
+    """Asks how many tasks an array may have; None where SLURM does not say."""
+    try:
+        said = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def is_here() -> bool:

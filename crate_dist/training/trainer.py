@@ -16,7 +16,7 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
-from crate_dist.checkpoint.mirror.copying import Mirror
+from crate_dist.checkpoint.mirror.background import Mirror
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
@@ -94,7 +94,7 @@ class Trainer:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
         self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
-        self.last_step = min(self.schedule.total_steps, recipe.train.max_steps or self.schedule.total_steps)
+        self.last_step = recipe.train.last_step(self.train_index.num_samples)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
@@ -210,7 +210,7 @@ class Trainer:
             self.save()
         self.finish_saving()
         self.monitor.close()
-        self.finish_mirror(_MIRROR_S)
+        self.finish_mirror(_MIRROR_S if self.interrupt.received_at is not None else _GRACE_S / 2)
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
 

@@ -7,41 +7,54 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crate_dist.errors import UserError
+from crate_dist.launching.site import load_site
 from crate_dist.run.folder import RunFolder
 
 
 def runs_root() -> Path:
-    """Returns the folder in which runs are looked for that are not named by their path."""
-    return Path("runs")
+    """Returns the folder of runs that are not named by their path: the site's, or runs. Raises RecipeError."""
+    return load_site().runs or Path("runs")
 
 
 def find_runs(words: Sequence[str], root: Path | None = None) -> list[Path]:
     """Returns the run folders that words name: paths of runs or of folders with runs in them (an array), names below
     `root`, numbers of SLURM jobs. No words: all below `root`.
 
+    root: None: runs_root(), which is asked for where a word is no path
     Raises UserError: a word that names nothing.
     """
-    root = root or runs_root()
-    known = list(_runs_in(root))
-    if not words and not known:
-        raise UserError(f"no run in {root.absolute()}: name the folder of one, or begin one with launch/local.py")
-    found = dict.fromkeys([] if words else known)
-    for word in words:
-        runs = list(_runs_in(Path(word).expanduser())) or list(_runs_in(root / word))
-        runs = runs or [run for run in known if word in RunFolder(run).jobs()]
-        runs = runs or [run for run in known if any(_array(job) == word for job in RunFolder(run).jobs())]
+    found: dict[Path, None] = {}
+    known: list[Path] | None = None
+    for word in words or [""]:
+        runs = list(_runs_in(Path(word).expanduser())) if word else []
         if not runs:
-            names = ", ".join(str(run.relative_to(root)) for run in known[:5]) + (", …" if len(known) > 5 else "")
-            raise UserError(
-                f"{word}: no run folder, nor a folder with runs in it, nor one below {root}, nor a SLURM job of a run "
-                f"there" + (f"; runs there are {names}" if known else "")
-            )
+            root = root or runs_root()
+            known = list(_runs_in(root)) if known is None else known
+            runs = (list(_runs_in(root / word)) if word else known) or _of_job(word, known)
+        if not runs:
+            assert root
+            assert known is not None
+            raise UserError(_unknown(word, root, known))
         found |= dict.fromkeys(runs)
     return [run.absolute() for run in found]
 
 
-def _array(job: str) -> str:
-    return job.partition("_")[0]
+def _of_job(word: str, runs: Sequence[Path]) -> list[Path]:
+    """Returns the runs of a SLURM job; of an array's number, those of its tasks."""
+    jobs = {run: RunFolder(run).jobs() for run in runs}
+    return [run for run in runs if word in jobs[run]] or [
+        run for run in runs if any(job.partition("_")[0] == word for job in jobs[run])
+    ]
+
+
+def _unknown(word: str, root: Path, known: Sequence[Path]) -> str:
+    if not word:
+        return f"no run in {root.absolute()}: name the folder of one, or begin one with launch/local.py"
+    names = ", ".join(str(run.relative_to(root)) for run in known[:5]) + (", …" if len(known) > 5 else "")
+    return (
+        f"{word}: no run folder, nor a folder with runs in it, nor one below {root}, nor a SLURM job of a run there"
+        + (f"; runs there are {names}" if known else "")
+    )
 
 
 def _runs_in(folder: Path, depth: int = 2) -> Iterator[Path]:

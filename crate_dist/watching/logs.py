@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crate_dist.errors import UserError
 from crate_dist.files import lines_backwards
+from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
 from crate_dist.watching.history import batch_log, rank_logs
 from crate_dist.watching.runs import Queue, look
@@ -16,7 +17,7 @@ _POLL_S = 0.5
 _LOOK_S = 5.0  # for a log that took the place of this one, or a newer job's
 
 
-def show(path: Path, queue: Queue, rank: int | None, lines: int) -> None:
+def show_logs(path: Path, queue: Queue, rank: int | None, lines: int) -> None:
     """Prints what has become of a run, and the last lines of a log, of its newest start where that can be told.
 
     rank: whose log; None: the batch script's, which rank 0 writes too, or without SLURM rank 0's
@@ -24,18 +25,18 @@ def show(path: Path, queue: Queue, rank: int | None, lines: int) -> None:
     """
     log = _log(RunFolder(path), rank)
     run = look(path, queue, disk=False)
-    print(f"{run.run}: {run.state.upper()}: {run.fault or run.why or 'at work'}")  # noqa: T201
+    show(f"{run.run}: {run.state.upper()}: {run.fault or run.why or 'at work'}")
     if log is None:
         there = len(rank_logs(RunFolder(path)))
         what = f"no log of rank {rank}, but those of {there} ranks, from 0 on" if there and rank else "no log yet"
         raise UserError(f"{path} has {what}")
-    print(f"==> {log} <==")  # noqa: T201
+    show(f"==> {log} <==")
     end: list[str] = []
     for line in lines_backwards(log):
         end.append(line)
         if len(end) >= lines or line.startswith("crate-dist start "):
             break
-    print("\n".join(reversed(end)), flush=True)  # noqa: T201
+    show("\n".join(reversed(end)))
 
 
 def follow(path: Path, rank: int | None) -> None:
@@ -48,7 +49,7 @@ def follow(path: Path, rank: int | None) -> None:
         if time.monotonic() - looked > _LOOK_S or log is None:
             looked, newest = time.monotonic(), _log(folder, rank)
             if newest != log:
-                print(f"==> {newest} <==", flush=True)  # noqa: T201
+                show(f"==> {newest} <==")
                 log, at = newest, 0
         if log and log.exists():
             with log.open("rb") as file:  # anew each time: on NFS that is what shows how it has grown

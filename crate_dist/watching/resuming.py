@@ -25,7 +25,7 @@ def resume(paths: Sequence[Path], options: Sequence[str]) -> int:
     queue = Queue.asked()
     runs = [look(path, queue, disk=False) for path in paths]
     for run in runs:
-        if not run.is_over:
+        if run.job or run.where:  # what cannot be seen from here, the launcher looks for itself
             raise UserError(f"{run.run} is {run.state}{f' ({run.why})' if run.why else ''}: stop it before")
     for run in runs:
         if run.state == "done":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from crate_dist.errors import UserError
 from crate_dist.files import write_whole
+from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
 from crate_dist.watching.runs import Queue, Run, holder_of, job_of, look
 
@@ -36,9 +37,9 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
     for path in paths:
         run = look(path, queue, disk=False)
         if run.is_over:
-            print(f"{path}: nothing to stop: it is {run.state}; {run.why}")  # noqa: T201
+            show(f"{path}: nothing to stop: it is {run.state}; {run.why}")
             continue
-        print(f"{path}: {_ask(run, queue)}", flush=True)  # noqa: T201
+        show(f"{path}: {_ask(run, queue)}")
         asked.append(path)
     while wait and asked:
         time.sleep(_POLL_S)
@@ -46,7 +47,7 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
         for run in [look(path, queue, disk=False) for path in asked]:
             if run.is_over:
                 asked.remove(run.run)
-                print(f"{run.run}: {run.state}: {run.why}", flush=True)  # noqa: T201
+                show(f"{run.run}: {run.state}: {run.why}")
     return 0
 
 
@@ -74,10 +75,19 @@ def _ask(run: Run, queue: Queue) -> str:
             job.name if job.name in folder.jobs() else f"{job.name}.{holder.step}" if holder else job.name,
         )
         return f"job {job.name} is told to save and to end"
-    if holder and holder.surely_alive():
+    if holder and holder.surely_alive() and _is_ours(holder.pid):
         os.kill(holder.pid, signal.SIGTERM)
         return f"{holder} is told to save and to end"
     return f"asked to stop; {holder or 'its rank 0'} looks for that at its next report"
+
+
+def _is_ours(pid: int) -> bool:
+    """Tells whether a process is this program's: the lock of a folder from elsewhere can name any."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"crate_dist" in words or b"launch/local.py" in words
 
 
 def _slurm(*command: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -42,15 +43,16 @@ def in_full(run: Run) -> str:
         "but": "; ".join(run.problems),
     }
     title = f"{run.run}: {run.state.upper()}"
-    return "\n".join([title, *(f"  {name:<12}{text}" for name, text in lines.items() if text)])
+    return _printable("\n".join([title, *(f"  {name:<12}{text}" for name, text in lines.items() if text)]))
 
 
 def as_table(runs: Sequence[Run]) -> str:
     """Returns a line for each of several runs, and below it why those that somebody should look at are so."""
+    named = _named(runs)
     head = ("run", "state", "job", "step", "images/s", "loss", "top-1", "left", "restarts", "checkpoint")
     rows = [
         (
-            run.name,
+            name,
             run.state,
             run.job or _NONE,
             _share(run),
@@ -61,18 +63,21 @@ def as_table(runs: Sequence[Run]) -> str:
             str(run.restarts),
             f"{run.checkpoint_step:,}" if run.checkpoint_step is not None else _NONE,
         )
-        for run in runs
+        for name, run in named.items()
     ]
-    reasons = [f"{run.name}: {run.fault or run.why}" for run in runs if run.state in ("stuck", "failed", "waiting")]
-    return "\n".join([*_aligned([head, *rows]), *reasons])
+    reasons = [
+        f"{name}: {run.fault or run.why}" for name, run in named.items() if run.state in ("stuck", "failed", "waiting")
+    ]
+    return _printable("\n".join([*_aligned([head, *rows]), *reasons]))
 
 
 def as_list(runs: Sequence[Run]) -> str:
     """Returns a line for each run, of what it is rather than of how it does."""
+    named = _named(runs)
     head = ("run", "state", "arch", "begun", "epochs", "steps", "best top-1", "disk", "data", "folder")
     rows = [
         (
-            run.name,
+            name,
             run.state,
             run.arch,
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began_at)) if run.began_at else _NONE,
@@ -83,9 +88,15 @@ def as_list(runs: Sequence[Run]) -> str:
             run.data or _NONE,
             str(run.run),
         )
-        for run in runs
+        for name, run in named.items()
     ]
-    return "\n".join(_aligned([head, *rows]))
+    return _printable("\n".join(_aligned([head, *rows])))
+
+
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Names runs by what differs in their paths."""
+    root = os.path.commonpath([run.run.parent for run in runs])
+    return {os.path.relpath(run.run, root): run for run in runs}
 
 
 def duration(seconds: float) -> str:
@@ -141,6 +152,11 @@ def _number(value: float | None) -> str:
 
 def _ago(run: Run, at: float | None) -> str:
     return _NONE if at is None else f"{duration(run.looked_at - at)} ago"
+
+
+def _printable(text: str) -> str:
+    """Leaves out what would command the terminal: a folder and a log may be anybody's."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

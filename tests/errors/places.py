@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -24,21 +26,25 @@ class Places(Mapping[str, object]):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._held: list[int] = []
 
     def __getitem__(self, name: str) -> object:
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(name for name in vars(Places) if name[0] != "_")
+        return iter([name for name in vars(Places) if name[0] != "_"])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    stored = STORED
+    def close(self) -> None:
+        """Lets go of what other programs seem to hold."""
+        for number in self._held:
+            os.close(number)
+
     recipe = STORED / "recipe.toml"
     shards = STORED / "shards"
     weights = STORED / "model-best.pt"
-    clone = REPOSITORY
 
     @cached_property
     def nowhere(self) -> Path:
@@ -102,7 +108,9 @@ class Places(Mapping[str, object]):
     @cached_property
     def runs(self) -> Path:
         """A folder with two runs in it."""
-        return shutil.copytree(self.run, self.root / "runs" / "one") and self.root / "runs"
+        for name in ("first", "second"):
+            shutil.copytree(self.run, self.root / "runs" / name)
+        return self.root / "runs"
 
     @cached_property
     def one_class(self) -> Path:
@@ -124,6 +132,12 @@ class Places(Mapping[str, object]):
     def own_shards(self) -> Path:
         """Shards that may be changed."""
         return Path(shutil.copytree(self.shards, self.root / "shards"))
+
+    @cached_property
+    def secret_shards(self) -> Path:
+        """Shards that their owner alone may look into."""
+        (self.own_shards / "train").chmod(0)
+        return self.own_shards
 
     @cached_property
     def without_val(self) -> Path:
@@ -195,11 +209,24 @@ class Places(Mapping[str, object]):
         return self.tree
 
     @cached_property
-    def converted(self) -> Path:
-        """Shards made with seed 0."""
-        from crate_dist.prep.folders import image_folder  # noqa: F401  what the program imports, once
+    def at_work(self) -> Path:
+        """A folder that another conversion writes to."""
+        (self.root / "out" / "train").mkdir(parents=True)
+        self._held.append(os.open(self.root / "out" / "train", os.O_RDONLY))
+        fcntl.flock(self._held[-1], fcntl.LOCK_EX)
+        return self.root / "out"
 
-        return Path(shutil.copytree(self.shards / "train", self.root / "converted" / "train")).parent
+    @cached_property
+    def locked(self) -> Path:
+        """A folder that its owner alone may write to."""
+        (self.root / "locked").mkdir(mode=0o555)
+        return self.root / "locked"
+
+    @cached_property
+    def secret_run(self) -> Path:
+        """A run that its owner alone may look into."""
+        self.run.chmod(0)
+        return self.run
 
     @cached_property
     def imagenet_without_truth(self) -> Path:
@@ -211,7 +238,7 @@ class Places(Mapping[str, object]):
     def cut_cifar(self) -> Path:
         """A download that was cut short."""
         path = self.root / "cifar-10-python.tar.gz"
-        path.write_bytes(tar_of({"cifar-10-batches-py/batches.meta": b"x"}, "w:gz")[:-20])
+        path.write_bytes(tar_of({"cifar-10-batches-py/batches.meta": b"x"})[:1000])
         return path
 
     @cached_property
@@ -265,8 +292,10 @@ class Places(Mapping[str, object]):
     @cached_property
     def taken_port(self) -> int:
         """A port that another program listens on."""
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        return int(self._listener.getsockname()[1])
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+        self._held.append(listener.detach())
+        return port
 
     def _write(self, name: str, text: str) -> Path:
         (self.root / name).write_text(text)

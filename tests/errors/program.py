@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from crate_dist.prep.program import run_program
 from tests.ranks import REPOSITORY
 
 NOBODY = 65534
+_FEW_BYTES = 16
+_PACKAGES = ("crate_dist.models.weights", "crate_dist.doctor", "crate_dist.config")
 
 
 def call(program: str, arguments: Sequence[str]) -> int:
     """Returns the exit status of `program`: a path in the clone, or a module."""
-    main = _main(program)
+    main = load(program)
     before = sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = [program, *arguments]
     try:
@@ -39,7 +42,7 @@ def call(program: str, arguments: Sequence[str]) -> int:
 
 
 @cache
-def _main(program: str) -> Callable[..., Any]:
+def load(program: str) -> Callable[..., Any]:
     if not program.endswith(".py"):
         name = program if program in ("crate_dist.train", "crate_dist.evaluate", "crate_dist.probe") else None
         module = importlib.import_module(
@@ -56,8 +59,8 @@ def _main(program: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def as_nobody(root: Path) -> Iterator[None]:
-    """Takes the rights of root, where there are any, from what is done inside; `root` stays readable."""
+def as_nobody() -> Iterator[None]:
+    """Takes the rights of root, where there are any, from what is done inside."""
     if os.getuid():
         yield
         return
@@ -66,3 +69,21 @@ def as_nobody(root: Path) -> Iterator[None]:
         yield
     finally:
         os.setresuid(0, 0, 0)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Lets no file grow beyond a few bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FEW_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "as_usual": nullcontext,
+    "as_nobody": as_nobody,
+    "full_disk": full_disk,
+}

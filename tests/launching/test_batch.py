@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> 
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"crate_stop_request={STOP_REQUEST} crate_notify= crate_stuck_after=30 crate_python={sys.executable}",
+        f"crate_start_py={REPOSITORY}/crate_dist/start.py",
         f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
@@ -209,3 +211,35 @@ def test_a_node_is_not_left_again_when_that_has_just_brought_nothing(
         (tmp_path / "logs" / "7").mkdir(parents=True)
         (tmp_path / "logs" / "7" / "progress").write_text(progress)
     assert batch(tmp_path, "echo $crate_may_leave_nodes") == may
+
+
+def test_a_run_that_was_asked_to_stop_is_neither_started_nor_requeued(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / STOP_REQUEST).touch()
+    command = "command() { echo RAN; }"
+    assert "RAN" not in (said := batch(tmp_path, command, "srun; echo status $?"))
+    assert said.endswith(f"status {STOPPED}")
+    said = batch(tmp_path, f"crate_note_progress {STOPPED}; crate_is_worth_it {STOPPED} || echo over")
+    assert said.splitlines() == [
+        "crate-dist: stopped, as it was asked to; `launch/status.py resume` goes on with it",
+        "over",
+    ]
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/nonexistent"])
+def test_who_is_to_be_told_of_a_failure_is_told_even_without_this_python(python: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    settings = f"crate_python={python} crate_notify={shlex.quote(f'cat > {tmp_path}/note')}"
+    fault = 'rank 0: it said "no"\\n and \\ went'
+    said = batch(
+        tmp_path,
+        settings,
+        "exec 2>/dev/null",  # where a shell says that there is no such Python
+        f"crate_fault={shlex.quote(fault)}",
+        f"crate_note_progress {NEEDS_A_PERSON}; crate_is_worth_it {NEEDS_A_PERSON} || echo over",
+    )
+    assert said.startswith("crate-dist: FAILED: it needs a person: rank 0")
+    assert said.endswith("over")
+    note = json.loads((tmp_path / "note").read_text())
+    assert (note["event"], note["run"]) == ("failed", f"{tmp_path}/one")
+    assert note["fault"] == f"FAILED: it needs a person: {fault}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,10 +17,10 @@ from crate_dist.prep.folders import ListOptions, image_folder
 from crate_dist.prep.images import ImageOptions
 from crate_dist.prep.journal import ConversionIdentity, SplitFolder
 from crate_dist.prep.parts import progress
-from crate_dist.prep.shards import Part, ShardPlan
+from crate_dist.prep.shards import WHOLE, Part, ShardPlan
 from crate_dist.run.holder import Holder
 from crate_dist.run.lock import RunLock
-from tests.data_prep import class_tree, command, convert, fingerprint, picture, refuse, shards_only, write_tree
+from tests.data_prep import class_tree, command, convert, fingerprint, picture, refuse, run, shards_only, write_tree
 
 FOLDER = "image_folder.py"
 OPTIONS = ("--shard-samples", 4, "--val-fraction", 0.2, "--workers", 1)
@@ -77,6 +81,17 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
         ],
         False,
     )
+    unfinished = run("verify.py", out)
+    assert unfinished.returncode == 1
+    assert f"NOT FINISHED {out / 'train'}: part 2/3: 3 of 3 shards, finished" in unfinished.stdout
+    dead = out / ".parts/003-of-003"
+    dead.mkdir()
+    (dead / "00000001").write_text(Holder("x", host="n7", job="77", machine="another", began="1").to_text())
+    os.utime(dead, (0, 0))
+    assert re.fullmatch(
+        r"part 3/3: 0 of 2 shards, no sign of life for .* h .* min, was job 77 on n7", progress(out)[0][2]
+    )
+    shutil.rmtree(dead)  # else others would wait for a minute
     # What is left can be divided anew, or be left to one machine.
     convert(FOLDER, source, out, *OPTIONS, "--part", "2/2")
     kept = {path: path.stat().st_ino for path in out.glob("*/*.tar")}
@@ -143,10 +158,13 @@ def test_two_first_parts_of_different_conversions_do_not_mix(source: Path, tmp_p
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["conversion.json"]
 
 
-@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "a/b", "-1/2", "1/99999"])
-def test_a_part_that_cannot_be_is_said_with_what_would_do(source: Path, tmp_path: Path, text: str) -> None:
-    error = refuse(FOLDER, "--source", source, "--out", tmp_path / "out", f"--part={text}", status=2)
-    assert "expected 1/16 to 16/16" in error
+def test_a_part_that_cannot_be_is_said_with_what_would_do(source: Path, tmp_path: Path) -> None:
+    assert (Part.parse("1/1"), Part.parse("16/16")) == (WHOLE, Part(16, 16))
+    for text in ("0/3", "4/3", "3", "1/0", "a/b", "-1/2", "1/99999"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected 1/16 to 16/16"):
+            Part.parse(text)
+    error = refuse(FOLDER, "--source", source, "--out", tmp_path / "out", "--part", "4/3", status=2)
+    assert "'4/3': expected 1/16 to 16/16, for the first to the last of 16 parts" in error
 
 
 def test_a_part_with_no_shard_is_finished_at_once(tmp_path: Path) -> None:
