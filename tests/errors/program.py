@@ -82,4 +82,8 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[None]]] = {"as_usual": nullcontext, "as_nobody": as_nobody, "full_disk": full_disk}
+CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "as_usual": nullcontext,
+    "as_nobody": as_nobody,
+    "full_disk": full_disk,
+}
