@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's cod
 from crate_dist.arguments import positive
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.errors import UserError
+from crate_dist.launching.grid import add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
-from crate_dist.launching.preflight import preflight
+from crate_dist.launching.options import recipe_parser, site_from
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching.sweep import Planned, look_at_all, plan, runs_table, why_idle
 from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.snapshot import START, Snapshot, prune
@@ -29,46 +30,67 @@ from crate_dist.world import free_port
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, starts the ranks, waits for them; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    """Checks, starts the ranks, waits for them, of a grid one run after the other; returns the exit status."""
+    arguments = (parser := _parser()).parse_args(argv)
+    if not (arguments.arch or arguments.config or arguments.grid_file):
+        parser.error("one of the arguments --arch --config --grid-file is required")
     try:
-        site = site_from(arguments)
-        recipe, notify = recipe_from(arguments, site), arguments.notify or site.notify
-        run_dir = (arguments.run_dir or default_run_dir(recipe, site)).expanduser().absolute()
-        ranks = _ranks(arguments.ranks)
-        snapshot, code = Snapshot.take(), RunFolder(run_dir).code
-        command = _command(code / snapshot.digest, run_dir, arguments.accept_changed_data)
-        if arguments.dry_run:
-            _show(recipe, ranks, command)
-        found = preflight(recipe, ranks, run_dir, arguments.start_over, arguments.accept_changed_data)
-        print(found, flush=True)
-        if arguments.dry_run:
-            return 0
-        with opened(found.folder, recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
-            snapshot.write(code)
-            prune(code, {*found.folder.record.snapshots(), snapshot.digest})
-            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
-            print(f"{'':<14}python launch/status.py {shlex.quote(str(run_dir))}", flush=True)
-            with watched(notify, run_dir, arguments.stuck_after):
-                run_ranks(command, ranks, found.folder, lock.environment())
+        site, grid = site_from(arguments), read_grid(arguments)
+        arguments.notify = arguments.notify or site.notify
+        recipes, ranks, snapshot = recipes_of(arguments, grid, site), _ranks(arguments.ranks), Snapshot.take()
+        runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
+        due = [run for run in runs if not run.idle]
+        if arguments.dry_run and due:
+            _show(due[0].recipe, ranks, _command(snapshot, due[0].run_dir, arguments.accept_changed_data))
+        recipes, run_dirs = [run.recipe for run in due], [run.run_dir for run in due]
+        found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data, ranks)
+        if problems:
+            raise RecipeError("\n\n".join(problems))
+        if is_swept(arguments) and due and not arguments.dry_run:
+            save_grid(due[0].run_dir.parent, grid, runs[0].recipe)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    status = 0
+    for run, preflight in zip(due, found, strict=True):
+        print(preflight, flush=True)
+        if not arguments.dry_run and (status := _train(run, ranks, preflight.folder, snapshot, arguments)):
+            break
+    if grid:
+        print(runs_table(grid, runs, {run.run_dir: why_idle(run.recipe, RunFolder(run.run_dir)) for run in due}))
+    return status
+
+
+def _train(run: Planned, ranks: int, folder: RunFolder, snapshot: Snapshot, arguments: argparse.Namespace) -> int:
+    """Starts the ranks of one run and waits for them; returns the exit status."""
+    command = _command(snapshot, run.run_dir, arguments.accept_changed_data)
+    try:
+        with opened(folder, run.recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
+            snapshot.write(folder.code)
+            prune(folder.code, {*folder.record.snapshots(), snapshot.digest})
+            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(folder.path.parent))}")
+            print(f"{'':<14}python launch/status.py {shlex.quote(str(folder.path))}", flush=True)
+            with watched(arguments.notify, folder.path, arguments.stuck_after):
+                run_ranks(command, ranks, folder, lock.environment())
     except (UserError, OSError) as error:
         if isinstance(error, RankFailed) and error.exit_status == STOPPED:
             print("stopped, as it was asked to; the same command goes on from the newest checkpoint", file=sys.stderr)
             return STOPPED
         print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, RankFailed) and notify:
-            print(tell(notify, run_dir, "failed", str(error)), file=sys.stderr)
+        if isinstance(error, RankFailed) and arguments.notify:
+            print(tell(arguments.notify, folder.path, "failed", str(error)), file=sys.stderr)
         return error.exit_status if isinstance(error, RankFailed) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    if notify:
-        print(tell(notify, run_dir, "done"), file=sys.stderr)
+    if arguments.notify:
+        print(tell(arguments.notify, folder.path, "done"), file=sys.stderr)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = recipe_parser(__doc__)
+    parser = recipe_parser(__doc__, required=False)
+    add_grid_options(parser)
     parser.add_argument("--ranks", type=positive, metavar="N", help="processes [one per GPU; without a GPU, one]")
     add_options(parser, mail=False)
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and start nothing")
@@ -86,8 +108,9 @@ def _ranks(asked: int | None) -> int:
     return ranks
 
 
-def _command(code: Path, run_dir: Path, accept_changed_data: bool) -> list[str]:
-    command = [sys.executable, "-u", str(code / START), "-m", "crate_dist.train", "--run-dir", str(run_dir)]
+def _command(snapshot: Snapshot, run_dir: Path, accept_changed_data: bool) -> list[str]:
+    start = RunFolder(run_dir).code / snapshot.digest / START
+    command = [sys.executable, "-u", str(start), "-m", "crate_dist.train", "--run-dir", str(run_dir)]
     return command + (["--accept-changed-data"] if accept_changed_data else [])
 
 

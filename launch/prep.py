@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.arguments import positive
 from crate_dist.errors import UserError
+from crate_dist.launching.site import load_site
 from crate_dist.prep.job import PrepJob
 from crate_dist.prep.parts import progress
 from crate_dist.run.snapshot import CLONE
@@ -92,6 +93,7 @@ def _command(arguments: argparse.Namespace, out: Path, converters_own: Sequence[
 
 
 def _executor(arguments: argparse.Namespace, out: Path) -> Executor:
+    site = load_site()
     if misread := re.search(r"[%\\]", str(out)):
         raise UserError(f"SLURM and submitit would read the {misread[0]} in --out {out} as a pattern; give another")
     executor = Executor(out / ".slurm" / "%j", max_num_timeout=_REQUEUES, python=shlex.quote(sys.executable))
@@ -104,11 +106,10 @@ def _executor(arguments: argparse.Namespace, out: Path) -> Executor:
         "time": arguments.time_min,
         "signal_delay_s": _WARNED_S,
         "array_parallelism": arguments.at_once or arguments.parts,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "qos": arguments.qos,
+        **{key: getattr(arguments, key) or getattr(site, key) for key in ("partition", "account", "qos")},
+        "exclude": site.exclude,
         "constraint": arguments.constraint,
-        "setup": arguments.setup,
+        "setup": [*site.setup_lines(), *arguments.setup],
         "srun_args": [f"--cpus-per-task={arguments.cpus_per_task}"],  # which srun no longer takes over from sbatch
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},
@@ -138,10 +139,14 @@ def _parser() -> argparse.ArgumentParser:
         "--time", type=parse_minutes, default=720, metavar="LIMIT", dest="time_min", help="as 12:00:00 [12 hours]"
     )
     for name in ("partition", "account", "qos"):
-        cluster.add_argument(f"--{name}", metavar="NAME")
+        cluster.add_argument(f"--{name}", metavar="NAME", help="[the site file's, as launch/slurm.py has it]")
     cluster.add_argument("--constraint", metavar="FEATURES")
     cluster.add_argument(
-        "--setup", action="append", metavar="LINE", help="shell line before the job; can be given several times"
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line before the job; may come several times",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""A web server on this machine that serves a folder, and can be told to fail."""
+"""A web server on this machine that serves a folder, takes files for it as S3 does, and can be told to fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import urlsplit
 
 SILENCE_S = 1.0
@@ -16,11 +16,14 @@ SILENCE_S = 1.0
 
 
 class FolderServer(ThreadingHTTPServer):
-    """Serves the files of a folder.
+    """Serves the files of a folder, and takes new ones: by PUT, plain or signed by `aws`, and DELETE.
 
     faults: by file name, what to do instead with the requests to come, one after the other; the last one stays when
     it is followed by "forever"; "302 URL" leads elsewhere
-    gets: requests by file name; asked: the query and the header Authorization of each
+    put_faults: the same for files that come: a status, "drop", or "hang", which takes nothing and says nothing
+    room: bytes that it still has room for; then its status is 507
+    gets: requests by file name; puts, deletes: names of files that came and went, in their order
+    asked: the query and the header Authorization of each
     """
 
     daemon_threads = True
@@ -29,6 +32,11 @@ class FolderServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.faults: dict[str, list[str]] = defaultdict(list)
+        self.put_faults: dict[str, list[str]] = defaultdict(list)
+        self.room = 10**12
+        self.puts: list[str] = []
+        self.deletes: list[str] = []
+        self.released = Event()
         self.gets: Counter[str] = Counter()
         self.asked: set[tuple[str, str | None]] = set()
         self.whole: Counter[str] = Counter()
@@ -96,6 +104,72 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.whole[name] += 1
 
+    def do_HEAD(self) -> None:
+        """Says how long a file is."""
+        path = self._path()
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.send_header("Last-Modified", "Sat, 01 Jan 2000 00:00:00 GMT")
+        self.end_headers()
+
+    def do_PUT(self) -> None:
+        """Takes a file whole, or fails as told."""
+        path = self._path()
+        with self.server.lock:
+            faults = self.server.put_faults[path.name] or self.server.put_faults["*"]
+            fault = faults[0] if faults else ""
+            if faults and faults[1:] != ["forever"]:
+                faults.pop(0)
+        if fault == "hang":
+            self.server.released.wait(60)
+        if fault in ("drop", "hang"):
+            self.close_connection = True
+            return
+        data = self._body()
+        with self.server.lock:
+            if not fault and len(data) > self.server.room:
+                fault = "507"
+            if not fault:
+                self.server.room -= len(data)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name(f".{path.name}").write_bytes(data)
+                path.with_name(f".{path.name}").replace(path)
+                self.server.puts.append(str(path.relative_to(self.server.folder)))
+        self._answer(int(fault or 200))
+
+    def do_DELETE(self) -> None:
+        """Removes a file."""
+        path = self._path()
+        with self.server.lock:
+            if there := path.is_file():
+                path.unlink()
+                self.server.deletes.append(str(path.relative_to(self.server.folder)))
+        self._answer(204 if there else 404)
+
+    def _path(self) -> Path:
+        return self.server.folder / urlsplit(self.path).path.lstrip("/")
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.send_header("ETag", '"0"')
+        self.end_headers()
+
+    def _body(self) -> bytes:
+        """Reads what comes: as it is, or in the signed pieces that S3's clients send."""
+        if self.headers.get("Expect") == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        pieces = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass  # trailers
+        return b"".join(pieces)
+
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing."""
 
@@ -106,4 +180,5 @@ def serving(folder: Path) -> Iterator[FolderServer]:
     with FolderServer(folder) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield server
+        server.released.set()
         server.shutdown()

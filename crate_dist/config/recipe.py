@@ -81,13 +81,13 @@ class Recipe(Section):
             notes.append(
                 f"# data.root is {redacted(self.data.root)}: --data, or ${DATA_VARIABLE}, gives it at each start."
             )
-        if self.checkpoint.mirror is not None and is_private(self.checkpoint.mirror):
+        if self.checkpoint.mirror and is_private(self.checkpoint.mirror):
             del table["checkpoint"]["mirror"]
             shown = redacted(self.checkpoint.mirror)
             notes.append(f"# checkpoint.mirror is {shown}: ${MIRROR_VARIABLE}, or --set, gives it at each start.")
         for key in _ONLY_FROM_THE_USER["cluster"]:
             if table["cluster"].pop(key, None):
-                notes.append(f"# cluster.{key} is not kept: --{key} gives it at each start.")
+                notes.append(f"# cluster.{key} is not kept: --{key}, or a site file, gives it at each start.")
         return "".join(f"{note}\n" for note in notes) + tomli_w.dumps(table)
 
     def deciding_values(self) -> dict[str, Any]:

@@ -34,9 +34,9 @@ OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 
 
 def _mirror(value: Path | str | None) -> Path | str | None:
-    """Reads the place of a mirror; an empty text is none. Raises ValueError for what can only be read."""
-    place = location(value) if isinstance(value, str) and value else value or None
-    if place is not None and may_run_a_command(place):
+    """Reads the place of a mirror; an empty text stays one. Raises ValueError for what can only be read."""
+    place = location(value) if isinstance(value, str) and value else value
+    if place and may_run_a_command(place):
         raise ValueError(
             f"{redacted(place)} is no place that checkpoints can be copied to; s3://, gs://, https:// (with PUT) "
             "or a folder of another mount would be"
@@ -234,16 +234,16 @@ class CheckpointSection(Section):
     mirror: Annotated[Path | str | None, BeforeValidator(_mirror)] = Field(
         None,
         description=f"folder or URL to which published checkpoints are copied, below the run folder's name, and from "
-        f"which an empty run folder goes on; unset: ${MIRROR_VARIABLE}, else nowhere",
+        f'which an empty run folder goes on; unset: ${MIRROR_VARIABLE}; "": nowhere',
     )
 
     def find_mirror(self) -> Path | str | None:
         """Returns checkpoint.mirror, else the environment's; None: no mirror. Raises RecipeError."""
         try:
-            place = self.mirror or _mirror(os.environ.get(MIRROR_VARIABLE))
+            place = _mirror(os.environ.get(MIRROR_VARIABLE)) if self.mirror is None else self.mirror
         except ValueError as error:
             raise RecipeError(f"{MIRROR_VARIABLE}: {error}") from None
-        return place.expanduser().absolute() if isinstance(place, Path) else place
+        return place.expanduser().absolute() if isinstance(place, Path) else place or None
 
 
 class LogSection(Section):

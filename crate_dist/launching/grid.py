@@ -93,11 +93,11 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
             raise RecipeError(f"{given[key]} and {origin}: give one of them")
         given[key], grid[key] = origin, values
     if not (arguments.arch or arguments.config):
-        raise RecipeError("which recipe? --arch NAME or --config FILE says it, or a grid file by recipe = NAME")
+        raise RecipeError(f'{arguments.grid_file} names no recipe: --arch NAME does, or recipe = "NAME" in it')
     count = math.prod(map(len, grid.values()))
     if count > _MANY and not arguments.yes:
         shape = " x ".join(str(len(values)) for values in grid.values())
-        raise RecipeError(f"a grid of {shape} = {count:,} runs; --yes, if so many are meant")
+        raise RecipeError(f"the grid of {shape} values makes {count:,} runs; --yes, if so many are meant")
     return dict(sorted(grid.items()))
 
 
@@ -166,9 +166,10 @@ def is_swept(arguments: argparse.Namespace) -> bool:
 
 def save_grid(sweep: Path, grid: Grid, base: Recipe) -> None:
     """Writes the files by which --grid-file goes on with the sweep."""
+    sweep.mkdir(parents=True, exist_ok=True)
     write_whole(sweep / _BASE_FILE, base.to_toml())
     lines = [
-        f"# python launch/slurm.py --grid-file {sweep / GRID_FILE} goes on with all of its runs.",
+        "# --grid-file with this file goes on with all of the runs beside it.",
         f'recipe = "{_BASE_FILE}"',
         "",
         "[grid]",

@@ -49,13 +49,7 @@ def recipe_parser(
         help="go on with a run though its data have changed; run.json and the model card will say so",
     )
     group.add_argument("--seed", type=whole_number(0), help="of the order, the augmentation and the first weights")
-    group.add_argument(
-        "--site",
-        metavar="FILE",
-        type=Path,
-        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
-    )
-    group.add_argument("--no-site", action="store_true", help="read no site file")
+    add_site_options(group)
     group.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
@@ -92,6 +86,17 @@ class _HelpSettings(argparse.Action):
         parser.exit()
 
 
+def add_site_options(group: argparse._ActionsContainer) -> None:
+    """Adds --site and --no-site, for site_from."""
+    group.add_argument(
+        "--site",
+        metavar="FILE",
+        type=Path,
+        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
+    )
+    group.add_argument("--no-site", action="store_true", help="read no site file")
+
+
 def site_from(arguments: argparse.Namespace) -> Site:
     """Reads the user's site files, as the options of recipe_parser have it. Raises RecipeError."""
     return load_site(arguments.site, not arguments.no_site)
@@ -121,6 +126,7 @@ def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
     mirror = recipe.checkpoint.find_mirror()
     if mirror is not None and is_private(mirror):
         os.environ[MIRROR_VARIABLE] = str(mirror)
+    mirror = recipe.checkpoint.mirror if mirror is None else mirror  # "": none, whatever the environment says
     data = recipe.data.model_copy(update={"root": root})
     checkpoint = recipe.checkpoint.model_copy(update={"mirror": mirror})
     init_from = recipe.train.init_from and recipe.train.init_from.expanduser().absolute()

@@ -82,7 +82,7 @@ def preflight(
     try:
         mirror = look_into_mirror(folder, recipe, start_over)
     except ShardError as error:
-        problems.append(f"the mirror does not answer: {error}")
+        problems.append(f"the mirror does not answer: {error}; --set checkpoint.mirror= starts without one")
     except (UserError, OSError) as error:
         problems.append(str(error))
     restored = mirror.manifest if mirror else None

@@ -44,15 +44,38 @@ def plan(grid: Grid, recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_
         queue = my_jobs() if is_here() and any(RunFolder(run.run_dir).jobs() for run in runs) else []
     except NoAnswer as error:
         raise RecipeError(f"SLURM does not say which runs of the sweep are under way: {error}") from error
-    return [Planned(run.recipe, run.run_dir, _why_idle(run.recipe, RunFolder(run.run_dir), queue)) for run in runs]
+    return [Planned(run.recipe, run.run_dir, why_idle(run.recipe, RunFolder(run.run_dir), queue)) for run in runs]
+
+
+def why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob] = ()) -> str:
+    """Says why a run needs no start: it is complete, or one of the queue's jobs is its; "": it does need one.
+
+    Raises RecipeError: it is the complete run of another recipe.
+    """
+    jobs = folder.jobs()
+    for job in queue:
+        if {job.number, job.name} & {*jobs}:
+            return f"job {job.name} is {job.state.lower()}"
+    manifest = newest_manifest(folder.checkpoints)
+    data = manifest.data["train"] if manifest and manifest.data else None
+    if not manifest or not data or not folder.model("last").exists():
+        return ""
+    if manifest.progress.step < recipe.train.last_step(data["samples"]):
+        return ""
+    folder.check(recipe)
+    return f"complete at step {manifest.progress.step}"
 
 
 def look_at_all(
-    recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_over: bool = False, accept_changed_data: bool = False
+    recipes: Sequence[Recipe],
+    run_dirs: Sequence[Path],
+    start_over: bool = False,
+    accept_changed_data: bool = False,
+    ranks: int | None = None,
 ) -> tuple[list[Preflight], list[str]]:
     """Looks at each run as `preflight` does; returns those in order, and what is wrong, with which of the others.
 
-    The index of data that several runs share is read once.
+    The index of data that several runs share is read once. ranks: None: as many as the recipe's cluster has
     """
     found, problems, opened = [], dict[str, list[str]](), dict[object, Splits]()
 
@@ -65,7 +88,7 @@ def look_at_all(
     for recipe, run_dir in zip(recipes, run_dirs, strict=True):
         try:
             how = start_over, accept_changed_data, open_once
-            found.append(preflight(recipe, world_sizes(recipe)[1], run_dir, *how))
+            found.append(preflight(recipe, ranks or world_sizes(recipe)[1], run_dir, *how))
         except UserError as error:
             problems.setdefault(str(error), []).append(run_dir.name)
     if len(recipes) == 1:
@@ -127,21 +150,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-
-
-def _why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob]) -> str:
-    jobs = folder.jobs()
-    for job in queue:
-        if {job.number, job.name} & {*jobs}:
-            return f"job {job.name} is {job.state.lower()}"
-    manifest = newest_manifest(folder.checkpoints)
-    data = manifest.data["train"] if manifest and manifest.data else None
-    if not manifest or not data or not folder.model("last").exists():
-        return ""
-    if manifest.progress.step < recipe.train.last_step(data["samples"]):
-        return ""
-    folder.check(recipe)  # it may be the run of another recipe
-    return f"complete at step {manifest.progress.step}"
 
 
 def _lines(folder: RunFolder) -> Iterator[dict[str, float]]:

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from crate_dist.data.index import INDEX_JSON, ShardError
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.journal import CONVERSION_JSON, dashed, read_conversion, read_journal
-from crate_dist.prep.program import counted, tell
+from crate_dist.prep.program import counted, human_time, tell
 from crate_dist.prep.shards import WHOLE, Part, shard_names
 from crate_dist.run.lock import RunIsLocked, RunLock, holder_of
 
 _LOCKS = ".parts"
+_SILENT_S = 120
 _NAME = re.compile(r"([0-9]{3,4})-of-([0-9]{3,4})")
 
 
@@ -33,11 +36,10 @@ def held(out: Path, part: Part) -> Iterator[None]:
 
     Raises ShardError: one does already, or one works on a part of another division.
     """
+    others = [(path, f"part {other}") for path, other in _begun(out) if other.of != part.of]
+    with ThreadPoolExecutor(max(len(others), 1)) as pool:  # each that died on another machine takes a minute
+        list(pool.map(lambda other: _check_ended(*other), others))
     with ExitStack() as stack:
-        for path, other in _begun(out):
-            if other.of != part.of:
-                _take(stack, path, f"part {other}")  # refused while it is at work
-                stack.close()
         if part != WHOLE:
             path = out / _LOCKS / dashed(part)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +111,16 @@ def progress(out: Path) -> tuple[list[str], bool]:
 
 
 def _state(out: Path, part: Part, finished: bool) -> str:
-    holder = holder_of(out / _LOCKS / dashed(part))
+    path = out / _LOCKS / dashed(part)
+    holder = holder_of(path)
     if holder is None:
         return "finished" if finished else "not begun" if part != WHOLE else "not finished"
     if finished:
         return "finished"
-    return f"stopped, was {holder}" if holder.surely_gone() else str(holder)
+    if holder.surely_gone():
+        return f"stopped, was {holder}"
+    silent_s = time.time() - path.stat().st_mtime  # every sign of life is a file in there
+    return f"no sign of life for {human_time(silent_s)}, was {holder}" if silent_s > _SILENT_S else str(holder)
 
 
 def _begun(out: Path) -> list[tuple[Path, Part]]:
@@ -123,12 +129,18 @@ def _begun(out: Path) -> list[tuple[Path, Part]]:
     return [(path, Part(int(match[1]), int(match[2]))) for path, match in found if match]
 
 
-def _take(stack: ExitStack, path: Path, what: str) -> None:
+def _check_ended(path: Path, what: str) -> None:
+    """Raises ShardError while somebody works on a part."""
+    with ExitStack() as stack:
+        _take(stack, path, what, brief=True)
+
+
+def _take(stack: ExitStack, path: Path, what: str, brief: bool = False) -> None:
     """Takes a lock for as long as the stack lasts. Raises ShardError that says who holds it."""
     holder = holder_of(path)
     if holder and not holder.surely_gone() and not holder.surely_alive():
         tell(f"{what} was begun by {holder}; up to a minute, to see whether it lives")
     try:
-        stack.enter_context(RunLock(path))
+        stack.enter_context(RunLock(path, brief=brief))
     except RunIsLocked:
         raise ShardError(f"{what} is written by {holder_of(path)}; wait for it, or end it") from None

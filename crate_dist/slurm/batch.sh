@@ -240,7 +240,7 @@ crate_nodes() {
 crate_can_start_here() {
     local facts end left
     [ "$crate_start" -le "$crate_restarts_in_place" ] && ! crate_was_stopped "$1" || return 1
-    [ "$crate_stuck" -eq 0 ] || return 1
+    [ "$crate_stuck" -eq 0 ] || [ -n "$crate_broken" ] || return 1
     left=$(crate_nodes | crate_without "$(crate_together "$crate_left_out" "$crate_broken")" | grep -c .)
     [ -z "$crate_broken" ] || [ "$left" -ge "$crate_fewest_nodes" ] || return 1
     facts=$(scontrol --oneliner show job "$crate_job") && crate_is_running "$facts" || return 1

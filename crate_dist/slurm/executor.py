@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -13,14 +14,15 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from crate_dist.config import Recipe, RecipeError
+from crate_dist.config import ClusterSection, Recipe, RecipeError
 from crate_dist.run.exit_status import LOST_THE_RUN, NEEDS_A_PERSON, STOPPED
 from crate_dist.run.faults import DEVICE_FAULT
 from crate_dist.run.folder import STOP_REQUEST
 from crate_dist.run.snapshot import START
 from crate_dist.slurm.nodes import nodes_used
-from crate_dist.slurm.options import USUAL, JobOptions
+from crate_dist.slurm.options import USUAL, JobOptions, outvoted
 from crate_dist.slurm.verdict import Settings, refusal
+from crate_dist.world import VARIABLES
 
 BATCH = Path(__file__).with_name("batch.sh")
 """The part of the batch script that acts when the ranks end."""
@@ -38,7 +40,12 @@ class Executor(SlurmExecutor):
         """Submits the jobs, several as one array. Raises RecipeError when sbatch does not take them.
 
         settings: with their origins, for the error to name the one that sbatch complains of
+
+        This process keeps the environment that sbatch is given.
         """
+        os.environ.update(environment := environment_for(self.script(len(jobs))))
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
@@ -53,6 +60,18 @@ class Executor(SlurmExecutor):
         array = Executor(self.folder, self.max_num_timeout, python=self.python)
         array.parameters = {**self.parameters, "map_count": jobs}
         return array.script(1)
+
+
+def environment_for(script: str) -> dict[str, str]:
+    """Returns the environment in which sbatch takes a script as it is.
+
+    Left out are the ranks and, inside a job, the job that this process belongs to, which the new one would believe; and
+    variables by which sbatch would do otherwise than the script says.
+    """
+    job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    out = {name for name in os.environ if name.startswith(job) and name != "SLURM_CONF"}
+    out |= {*VARIABLES, *outvoted(script, os.environ)}
+    return {name: value for name, value in os.environ.items() if name not in out}
 
 
 def make_executor(
@@ -78,7 +97,8 @@ def make_executor(
     srun_args = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"]
     python = shlex.quote(sys.executable)
     if cluster.container:
-        places = [recipe.data.find_root(), *weights, *(run_dir.parent for run_dir in run_dirs)]
+        folders = *weights, *(run_dir.parent for run_dir in run_dirs)
+        places = [recipe.data.find_root(), recipe.checkpoint.find_mirror(), *folders]
         seen = dict.fromkeys(place for place in places if isinstance(place, Path))  # a URL needs no mount
         if odd := next((path for path in seen if re.search("[:,]", str(path))), None):
             raise RecipeError(f"a container cannot be shown {odd}: in --container-mounts, `:` and `,` part the paths")
@@ -95,6 +115,7 @@ def make_executor(
         "nodes": cluster.node_counts[-1],
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
+        **(_for_any_number_of_nodes(cluster) if len(cluster.node_counts) > 1 else {}),
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_delay_s,
         "partition": cluster.partition,
@@ -125,6 +146,15 @@ def make_executor(
     # submitit's own wckey would be refused where accounting knows no such key.
     executor.update_parameters(**given, wckey=None)
     return executor
+
+
+def _for_any_number_of_nodes(cluster: ClusterSection) -> dict[str, Any]:
+    """Returns what a job with a range of nodes asks for instead: the cores of each as those of one task.
+
+    Of the tasks of a node SLURM would count those of the fewest nodes, and give no more nodes than these fill. The
+    batch script tells srun the tasks.
+    """
+    return {"ntasks_per_node": None, "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_task}
 
 
 def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], code: Path, options: JobOptions) -> list[str]:

@@ -14,7 +14,7 @@ from crate_dist.errors import UserError
 _PAUSES_S = (0.0, 2.0, 6.0)  # before a scheduler that is busy is asked again
 _TIMEOUT_S = 60.0
 _IMPATIENT_S = 15.0
-_FIELDS = "%A|%i|%T|%M|%L|%S|%N|%r"
+_FIELDS = "%A|%i|%T|%M|%L|%S|%N|%r|%o"
 _REASONS = {
     "Priority": "jobs of higher priority are before it",
     "Resources": "it is next, and waits for nodes to become free",
@@ -64,6 +64,8 @@ class QueuedJob:
     nodes: str = ""
     reason: str = ""
     """Why it waits, in SLURM's word."""
+    script: str = ""
+    """The batch script that was submitted."""
 
     @property
     def runs(self) -> bool:
@@ -105,7 +107,7 @@ def my_jobs(patiently: bool = True) -> list[QueuedJob]:
             said = str(error)
             continue
         if done.returncode == 0:
-            return [QueuedJob(*line.split("|", maxsplit=7)) for line in done.stdout.splitlines()]
+            return [QueuedJob(*line.split("|", maxsplit=8)) for line in done.stdout.splitlines()]
         said = done.stderr.strip()
     raise NoAnswer(said)
 

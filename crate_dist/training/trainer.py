@@ -16,7 +16,7 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
-from crate_dist.checkpoint.mirror.copying import Mirror
+from crate_dist.checkpoint.mirror.background import Mirror
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
@@ -210,7 +210,7 @@ class Trainer:
             self.save()
         self.finish_saving()
         self.monitor.close()
-        self.finish_mirror(_MIRROR_S)
+        self.finish_mirror(_MIRROR_S if self.interrupt.received_at is not None else _GRACE_S / 2)
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
 

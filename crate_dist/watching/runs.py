@@ -111,17 +111,21 @@ class Queue:
             return cls({}, f"SLURM does not answer: {' '.join(str(error).split())}")
         return cls({key: job for job in jobs for key in (job.number, job.name)})
 
-    def newest_of(self, names: Sequence[str]) -> QueuedJob | None:
-        """Returns the newest of a run's jobs that is there."""
-        return next((self.jobs[name] for name in reversed(names) if name in self.jobs), None)
-
 
 def look(path: Path, queue: Queue, stuck_after_s: float = STUCK_AFTER_S, disk: bool = True) -> Run:
-    """Looks at one run.
+    """Looks at one run. One that cannot be read has failed, as far as can be told.
 
     disk: whether to add up what its files take, which can last seconds
     """
-    folder, problems = RunFolder(path), list[str]()
+    try:
+        return _look(RunFolder(path), queue, stuck_after_s, disk)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"it cannot be read: {type(error).__name__}: {error}"
+        return Run(path, path.name, "?", "?", "failed", why, looked_at=time.time())
+
+
+def _look(folder: RunFolder, queue: Queue, stuck_after_s: float, disk: bool) -> Run:
+    path, problems = folder.path, list[str]()
     recipe = _read(folder.recipe_file, tomllib.loads, problems)
     starts: list[dict[str, Any]] = _read(folder.record_file, json.loads, problems).get("starts", [])
     times = [datetime.datetime.fromisoformat(start["time"]).timestamp() for start in starts]
@@ -260,8 +264,12 @@ def holder_of(folder: RunFolder) -> Holder | None:
 
 def job_of(folder: RunFolder, holder: Holder | None, queue: Queue) -> QueuedJob | None:
     """Returns the job in the queue that works in a folder, or is to: the newest submitted for it, or the holder's."""
-    job = queue.newest_of(folder.jobs())
-    return job or (queue.jobs.get(holder.job) if holder else None)
+    for name in reversed(folder.jobs()):
+        job = queue.jobs.get(name)
+        # Not that of the folder which this one is a copy of.
+        if job and (not job.script or Path(job.script).parent.resolve() == (folder.slurm / name).resolve().parent):
+            return job
+    return queue.jobs.get(holder.job) if holder else None
 
 
 def _written_at(path: Path) -> float | None:

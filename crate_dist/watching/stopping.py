@@ -75,10 +75,19 @@ def _ask(run: Run, queue: Queue) -> str:
             job.name if job.name in folder.jobs() else f"{job.name}.{holder.step}" if holder else job.name,
         )
         return f"job {job.name} is told to save and to end"
-    if holder and holder.surely_alive():
+    if holder and holder.surely_alive() and _is_ours(holder.pid):
         os.kill(holder.pid, signal.SIGTERM)
         return f"{holder} is told to save and to end"
     return f"asked to stop; {holder or 'its rank 0'} looks for that at its next report"
+
+
+def _is_ours(pid: int) -> bool:
+    """Tells whether a process is this program's: the lock of a folder from elsewhere can name any."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"crate_dist" in words or b"launch/local.py" in words
 
 
 def _slurm(*command: str) -> None:

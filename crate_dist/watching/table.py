@@ -43,7 +43,7 @@ def in_full(run: Run) -> str:
         "but": "; ".join(run.problems),
     }
     title = f"{run.run}: {run.state.upper()}"
-    return "\n".join([title, *(f"  {name:<12}{text}" for name, text in lines.items() if text)])
+    return _printable("\n".join([title, *(f"  {name:<12}{text}" for name, text in lines.items() if text)]))
 
 
 def as_table(runs: Sequence[Run]) -> str:
@@ -68,7 +68,7 @@ def as_table(runs: Sequence[Run]) -> str:
     reasons = [
         f"{name}: {run.fault or run.why}" for name, run in named.items() if run.state in ("stuck", "failed", "waiting")
     ]
-    return "\n".join([*_aligned([head, *rows]), *reasons])
+    return _printable("\n".join([*_aligned([head, *rows]), *reasons]))
 
 
 def as_list(runs: Sequence[Run]) -> str:
@@ -90,7 +90,7 @@ def as_list(runs: Sequence[Run]) -> str:
         )
         for name, run in named.items()
     ]
-    return "\n".join(_aligned([head, *rows]))
+    return _printable("\n".join(_aligned([head, *rows])))
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
@@ -152,6 +152,11 @@ def _number(value: float | None) -> str:
 
 def _ago(run: Run, at: float | None) -> str:
     return _NONE if at is None else f"{duration(run.looked_at - at)} ago"
+
+
+def _printable(text: str) -> str:
+    """Leaves out what would command the terminal: a folder and a log may be anybody's."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

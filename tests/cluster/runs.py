@@ -83,7 +83,9 @@ def check_finished(run_dir: Path, ranks: int, launcher: str, last_step: int, sta
 
 def rank_process(job_id: str, rank: int) -> int:
     """The process id, as this machine sees it, of a job's rank; the processes of its loader are not meant."""
-    of_rank = {"SLURM_JOB_ID": job_id, "SLURM_PROCID": str(rank)}  # as of the batch script, which is in no step
+    array, _, task = job_id.partition("_")
+    of_job = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": task} if task else {"SLURM_JOB_ID": job_id}
+    of_rank = {**of_job, "SLURM_PROCID": str(rank)}  # as of the batch script, which is in no step
     family = {pid for step in range(8) for pid in places.processes_with({**of_rank, "SLURM_STEP_ID": str(step)})}
     heads = [pid for pid in family if places.parent(pid) not in family]
     assert len(heads) == 1, f"rank {rank} of job {job_id}: {family}"

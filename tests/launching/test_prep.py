@@ -13,16 +13,15 @@ from tests.data_prep import class_tree
 from tests.ranks import REPOSITORY
 
 
-def prep(*arguments: str | Path, path: str = "/nonexistent") -> subprocess.CompletedProcess[str]:
-    """Runs it with nothing to be found on its path, and no torch to be imported."""
+def prep(*arguments: str | Path, path: str = "/nonexistent", site: str | Path = "") -> subprocess.CompletedProcess[str]:
+    """Runs it with nothing to be found on its path unless `path` says otherwise, and no torch to be imported."""
     program = str(REPOSITORY / "launch" / "prep.py")
     code = (
         f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {[program, *map(str, arguments)]!r}; "
         f"runpy.run_path({program!r}, run_name='__main__')"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
-    )
+    environment = {**os.environ, "PATH": path, "CRATE_SITE": str(site)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +40,14 @@ def test_a_dry_run_looks_at_the_source_and_shows_the_array_and_writes_nothing(gi
     wanted = {"--array=0-2%2", "--partition=cpu", "--cpus-per-task=12", "--time=120", "--requeue", "--signal=USR2@120"}
     assert wanted <= {line.removeprefix("#SBATCH ") for line in done.stdout.splitlines()}
     assert not Path(given[5]).exists()
+
+
+def test_the_site_file_says_what_every_job_gets_and_options_win(given: list[str | Path], tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('partition = "gpu"\naccount = "vision"\nexclude = "n3"\nenvironment.https_proxy = "http://proxy"\n')
+    lines = prep(*given, "--partition", "cpu", "--setup", "ulimit -n 9", "--dry-run", site=site).stdout.splitlines()
+    assert {"#SBATCH --partition=cpu", "#SBATCH --account=vision", "#SBATCH --exclude=n3"} <= set(lines)
+    assert lines.index("export https_proxy=http://proxy") < lines.index("ulimit -n 9")
 
 
 def test_what_is_wrong_is_said_before_anything_is_submitted(given: list[str | Path], tmp_path: Path) -> None:

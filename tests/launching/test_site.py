@@ -32,6 +32,9 @@ _spec.loader.exec_module(PROGRAM)
 STORED = REPOSITORY / "tests" / "stored_run" / "run"
 
 
+Arguments = list[str | Path]
+
+
 class Said(NamedTuple):
     """How a program ended, and what it said."""
 
@@ -171,7 +174,7 @@ def test_a_site_wins_over_the_recipe_and_a_flag_over_the_site(cast_shards: Path,
     text = (REPOSITORY / "configs" / "crate_tiny.toml").read_text()
     recipe.write_text(f'{text}\npartition = "old"\nqos = "low"\ntime_min = 60\ngpus_per_node = 4\n')
     site = written(tmp_path, "partition = 'gpu'\naccount = 'a'\ntime = '2:00:00'\nmodules = ['cuda/12']\nmem_gb = 5\n")
-    flags = ["--site", site, "--account", "b", "--set", "cluster.mem_gb=7", "--setup", "echo hello"]
+    flags: Arguments = ["--site", site, "--account", "b", "--set", "cluster.mem_gb=7", "--setup", "echo hello"]
     shown = slurm("--config", recipe, *flags, data=cast_shards).stdout
     assert {"partition=gpu", "account=b", "qos=low", "time=120", "mem=7GB", "gpus-per-node=4"} <= asked(shown)
     assert origin(shown, "partition") == ("gpu", str(site))
@@ -223,7 +226,7 @@ def test_a_recipe_for_the_cpu_stays_one(cast_shards: Path, tmp_path: Path) -> No
 
 def test_lists_add_up_and_other_options_replace(cast_shards: Path, tmp_path: Path) -> None:
     site = written(tmp_path, "exclude = ['n1', 'n[3-5]']\nsbatch.nice = 3\nsbatch.reservation = 'x'\n")
-    flags = ["--exclude", "n9", "--sbatch", "exclude=n8", "--nice", "7", "--after", "17", "--after", "18_2"]
+    flags: Arguments = ["--exclude", "n9", "--sbatch", "exclude=n8", "--nice", "7", "--after", "17", "--after", "18_2"]
     shown = slurm("--arch", "crate_tiny", "--site", site, *flags, "--sbatch", "exclusive", data=cast_shards).stdout
     assert {
         *("exclude='n1,n[3-5],n8,n9'", "nice=7", "reservation=x", "exclusive"),
@@ -243,7 +246,10 @@ def test_lists_add_up_and_other_options_replace(cast_shards: Path, tmp_path: Pat
         (["--sbatch", "comment=a\\"], "sbatch would misread the backslash"),
         (["--sbatch", "comment="], "no value behind the ="),
         (["--nice", "3", "--sbatch", "nice=4"], "--sbatch nice=4 and --nice: give one of them"),
-        (["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"], "--gpus-per-node 2 and gres=gpu:4: give one of them"),
+        (
+            ["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"],
+            "--gpus-per-node 2 and --sbatch gres=gpu:4: give one of them",
+        ),
         (["--setup", "#SBATCH --uid=0"], "sbatch would read the set-up line"),
         (["--after", "17;rm"], "'17;rm': expected the id of a job, as 17, or 17_3 for a task of an array"),
     ],
@@ -271,9 +277,9 @@ def test_values_reach_the_ranks_as_they_are(tmp_path: Path) -> None:
 
 def test_data_and_runs_of_the_site_are_those_that_nothing_else_names(cast_shards: Path, tmp_path: Path) -> None:
     site = written(tmp_path, f"data = '{cast_shards}'\nruns = '{tmp_path}/runs'\n")
-    batch = ["--set", "train.global_batch=64", "--dry-run", "--site", site]
-    for program, gpu in (("slurm.py", []), ("local.py", ["--ranks", "1"])):
-        command = [sys.executable, REPOSITORY / "launch" / program, "--arch", "crate_tiny", *batch, *gpu]
+    batch: Arguments = ["--set", "train.global_batch=64", "--dry-run", "--site", site]
+    for program, gpu in (("slurm.py", "--gpus-per-node"), ("local.py", "--ranks")):
+        command: Arguments = [sys.executable, REPOSITORY / "launch" / program, "--arch", "crate_tiny", *batch, gpu, "1"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
         assert f"{tmp_path}/runs/crate_tiny (new)" in done.stdout, done.stderr
         assert f"{cast_shards}: 200 images" in done.stdout

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -81,6 +84,14 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
     unfinished = run("verify.py", out)
     assert unfinished.returncode == 1
     assert f"NOT FINISHED {out / 'train'}: part 2/3: 3 of 3 shards, finished" in unfinished.stdout
+    dead = out / ".parts/003-of-003"
+    dead.mkdir()
+    (dead / "00000001").write_text(Holder("x", host="n7", job="77", machine="another", began="1").to_text())
+    os.utime(dead, (0, 0))
+    assert re.fullmatch(
+        r"part 3/3: 0 of 2 shards, no sign of life for .* h .* min, was job 77 on n7", progress(out)[0][2]
+    )
+    shutil.rmtree(dead)  # else others would wait for a minute
     # What is left can be divided anew, or be left to one machine.
     convert(FOLDER, source, out, *OPTIONS, "--part", "2/2")
     kept = {path: path.stat().st_ino for path in out.glob("*/*.tar")}

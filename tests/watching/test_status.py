@@ -118,6 +118,22 @@ def test_the_queue_is_asked_for_the_jobs_of_the_folder(
     assert status("4242", cwd=tmp_path).stdout.startswith(f"{run}: ")  # found by its job, too
 
 
+def test_a_copy_of_a_run_folder_has_not_the_job_of_the_original(run: Path, tmp_path: Path) -> None:
+    (run / "slurm" / "4242").mkdir(parents=True)
+    copy = shutil.copytree(run, run.parent / "two")
+    squeue = f"echo '4242|4242|RUNNING|1:00|59:00|N/A|n0|None|{run}/slurm/.submission_file_1.sh'"
+    assert told(run, tmp_path, squeue)[0]["job"] == "4242"
+    os.utime(copy / LOCK, (0, 0))
+    assert told(copy, tmp_path, squeue)[0]["job"] is None
+
+
+def test_what_a_log_says_does_not_command_the_terminal(run: Path, tmp_path: Path) -> None:
+    (run / "logs").mkdir()
+    RunFolder(run).log_file(0).write_text("2026-01-01 10:00:00 W \033]0;owned\007\x9b2J\n")
+    shown = status(run, cwd=tmp_path, squeue="exit 0").stdout
+    assert "?]0;owned??2J" in shown
+
+
 def test_where_slurm_cannot_be_asked_the_log_says_whether_the_job_waits(run: Path, tmp_path: Path) -> None:
     (job := run / "slurm" / "4242").mkdir(parents=True)
     log = job / "4242_0_log.out"

@@ -17,7 +17,7 @@ import json
 import platform
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +25,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crate_dist.checkpoint.format import MANIFEST
-from crate_dist.data.remote.fetch import NotThere, RetryPolicy
-from crate_dist.data.remote.store import Store
+from crate_dist.data.index import ShardError
+from crate_dist.data.remote.fetch import Damaged, NotThere, RetryPolicy
+from crate_dist.data.remote.store import LOOKING, Store
 from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
 
@@ -175,11 +176,14 @@ class RunMirror:
         Raises ShardError: it cannot be reached. MirrorError: the record is not one of this program's.
         """
         try:
-            text = self.store.get(RECORD, lambda chunks: b"".join(chunks)[:_MOST_BYTES], policy)
+            said = self.store.get(RECORD, _json, policy)
         except NotThere:
             return None
+        except ShardError as error:
+            if isinstance(error.__cause__, Damaged):
+                raise MirrorError(f"{self} has no record that can be read: {error.__cause__}") from None
+            raise
         try:
-            said = json.loads(text)
             if said["version"] != VERSION:
                 raise MirrorError(
                     f"{self} was written by a later version of crate-dist; give another checkpoint.mirror"
@@ -188,13 +192,13 @@ class RunMirror:
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             problem = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
         raise MirrorError(f"{self}/{RECORD} is no record of a mirror: {problem}; give another checkpoint.mirror")
 
     def write(self, record: MirrorRecord) -> None:
         """Writes the record. Raises ShardError."""
-        self.store.put(RECORD, json.dumps(asdict(record), indent=1).encode())
+        self.store.put(RECORD, json.dumps(asdict(record), indent=1).encode(), policy=LOOKING)
 
     def keep_aside(self, record: MirrorRecord) -> None:
         """Keeps the record of a run that was started over; its files stay as well. Raises ShardError."""
@@ -214,5 +218,18 @@ def manifest_of(saved: Mirrored) -> Copied:
         raise MirrorError(f"the mirror's {saved.name} has no {MANIFEST}") from None
 
 
+def _json(chunks: Iterable[bytes]) -> Any:
+    """Reads JSON. Raises Damaged for what is none: a server may show a file that is being written."""
+    text = bytearray()
+    for chunk in chunks:
+        text += chunk
+        if len(text) > _MOST_BYTES:
+            raise Damaged(f"{RECORD} is longer than any record")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{RECORD} is no JSON: {error}") from None
+
+
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -70,10 +70,10 @@ def restore(mirror: RunMirror, record: MirrorRecord, folder: RunFolder, tenure: 
         shutil.rmtree(there, ignore_errors=True)
     copied = sum(file.bytes for file in newest.files.values())
     logger.info(
-        "RESTORED step %d of this run from %s: %.3g GB in %.0f s",
+        "RESTORED step %d of this run from %s: %.3g MB in %.0f s",
         newest.step,
         mirror,
-        copied / 1e9,
+        copied / 1e6,
         time.monotonic() - began,
     )
     return newest.step

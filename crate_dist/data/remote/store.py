@@ -96,7 +96,9 @@ class Store:
 
         return persist(once, "fetch", str(path), how, self._pause)
 
-    def put(self, name: str, source: Path | bytes, size: int | None = None) -> tuple[int, str]:
+    def put(
+        self, name: str, source: Path | bytes, size: int | None = None, policy: RetryPolicy | None = None
+    ) -> tuple[int, str]:
         """Puts a file, whole or not at all, and returns its bytes and their SHA-256.
 
         size: of a file that grows, the bytes from its beginning that are wanted
@@ -118,7 +120,7 @@ class Store:
                 self._send(name, _hashed(self._until_stopped(_read(file, bytes_)), digest.update), bytes_)
                 return digest.hexdigest()
 
-            return bytes_, persist(once, "write", self._shown(name), self._policy, self._pause)
+            return bytes_, persist(once, "write", self._shown(name), policy or self._policy, self._pause)
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error. Raises ShardError."""
