@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,9 +53,12 @@ def server(tmp_path: Path) -> Iterator[FolderServer]:
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Waits for little, and at the end for the threads: a test after this one may fork."""
     for module in ("joining", "record"):
         monkeypatch.setattr(f"crate_dist.checkpoint.mirror.{module}.LOOKING", QUICK)
+    yield
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("mirror")])
 
 
 @pytest.fixture
@@ -69,24 +73,24 @@ def folder(path: Path, recipe: Recipe) -> RunFolder:
     return run
 
 
-def save(run: RunFolder, step: int, best: int = -1, ranks: int = 2, salt: str = "") -> Path:
-    """Publishes a checkpoint as a save does, and the curves up to it; the newest three and the best stay."""
-    path = run.checkpoints / step_name(step)
-    path.mkdir()
-    files = {}
-    for rank in range(ranks):
-        data = f"rank {rank} of step {step} {salt}".encode() * 1000
-        (path / rank_file(rank)).write_bytes(data)
-        files[rank_file(rank)] = StoredFile(len(data), hashlib.sha256(data).hexdigest())
-    progress = Progress(step=step, best_step=best)
-    groups = {"groups": [GroupLayout(["a"], [[8]])], "partitions": [8 // ranks], "kinds": ["fp32"]}
-    write_manifest(path, Manifest(world_size=ranks, progress=progress, files=files, **groups))  # type: ignore[arg-type]
-    note_published(run.checkpoints, step)
+def save(run: RunFolder, step: int, best: int = -1, ranks: int = 2) -> Path:
+    """Publishes a checkpoint as a save does: after the curves up to it, by a rename."""
     with run.metrics.open("a") as lines:
         lines.write(json.dumps({"step": step}) + "\n")
     with (run.path / EVENTS).open("ab") as events:
         events.write(b"event" * 100)
-    return path
+    beside, final, files = run.checkpoints / f".unfinished-{step}", run.checkpoints / step_name(step), {}
+    beside.mkdir()
+    for rank in range(ranks):
+        data = f"rank {rank} of step {step}".encode() * 1000
+        (beside / rank_file(rank)).write_bytes(data)
+        files[rank_file(rank)] = StoredFile(len(data), hashlib.sha256(data).hexdigest())
+    progress = Progress(step=step, best_step=best)
+    groups = {"groups": [GroupLayout(["a"], [[8]])], "partitions": [8 // ranks], "kinds": ["fp32"]}
+    write_manifest(beside, Manifest(world_size=ranks, progress=progress, files=files, **groups))  # type: ignore[arg-type]
+    beside.rename(final)
+    note_published(run.checkpoints, step)
+    return final
 
 
 class At:
