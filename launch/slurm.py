@@ -18,7 +18,6 @@ and goes on from the newest checkpoint of its run folder; so does the same comma
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shlex
@@ -29,10 +28,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
-from crate_dist.arguments import positive, whole_number
-from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, ClusterSection, Recipe, RecipeError, derive_batch
+from crate_dist.arguments import positive
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
+from crate_dist.launching.cluster import add_cluster_options, check_cluster
 from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
@@ -46,7 +46,7 @@ from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
-from crate_dist.slurm.options import Gpus, outvoted, parse_minutes, parse_nodes
+from crate_dist.slurm.options import outvoted
 from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
 from crate_dist.watching.finding import runs_root
@@ -117,57 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__, required=False)
-    cluster = parser.add_argument_group(
-        "cluster", "each replaces the value of the site file, and that the one of the recipe's [cluster] table"
-    )
-    cluster.add_argument(
-        "--nodes", type=parse_nodes, metavar="N[-M]", help="or a range: as many as SLURM has; those train that divide"
-    )
-    cluster.add_argument(
-        "--gpus-per-node", type=Gpus.parse, metavar="N", help="or with their type, as a100:8; 0: train on the CPU"
-    )
-    cluster.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks [one per GPU]")
-    cluster.add_argument("--cpus-per-task", type=positive, metavar="N", help="cores of each rank, its loader's too")
-    cluster.add_argument("--mem-gb", type=positive, metavar="GB", help="memory per node [all of it]")
-    cluster.add_argument(
-        "--time", type=parse_minutes, metavar="LIMIT", dest="time_min", help="minutes, or as 12:00:00 or 2-00:00:00"
-    )
-    cluster.add_argument("--partition", metavar="NAME", help="`sinfo -s` lists them")
-    cluster.add_argument("--account", metavar="NAME", help="what pays for the job")
-    cluster.add_argument("--qos", metavar="NAME", help="quality of service")
-    cluster.add_argument("--constraint", metavar="FEATURES", help="features that the nodes must have, as 'h100&ib'")
-    cluster.add_argument(
-        "--exclude", action="append", default=[], metavar="NODES", help="nodes not to run on, as 'n[3-5],n9'"
-    )
-    cluster.add_argument(
-        "--setup",
-        action="append",
-        metavar="LINE",
-        help="shell line before the job, behind the site file's; can be given several times",
-    )
-    cluster.add_argument(
-        "--container",
-        metavar="IMAGE",
-        help="image for srun --container-image (pyxis), with python3 and this project's dependencies in it",
-    )
-    options = parser.add_argument_group("other options of sbatch")
-    options.add_argument(
-        "--after",
-        action="append",
-        default=[],
-        type=_job_id,
-        metavar="JOB",
-        help="start when that job has ended, well or not",
-    )
-    options.add_argument("--comment", metavar="TEXT", help="for squeue and the accounting")
-    options.add_argument("--nice", type=whole_number(0), metavar="N", help="give way to other jobs by so much priority")
-    options.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION[=VALUE]",
-        help="any other one, as gres=gpu:8, reservation=course, dependency=afterok:17, exclusive; several times",
-    )
+    add_cluster_options(parser)
     add_options(parser, mail=True)
     add_grid_options(parser).add_argument(
         "--max-parallel", type=positive, metavar="N", help="runs of the array that may be under way at a time [256]"
@@ -188,16 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job_id(text: str) -> str:
-    if not re.fullmatch(r"\d+(_\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected the id of a job, as 17, or 17_3 for a task of an array")
-    return text
-
-
 def _jobs(arguments: argparse.Namespace, grid: Grid, site: Site) -> list[Settled]:
     """Settles what each run's job asks for: the recipe's [cluster] table, then the site's values, then the flags."""
     jobs = [settle(recipe, arguments, site) for recipe in recipes_of(arguments, grid, site)]
-    _check_cluster(jobs[0].recipe.cluster)
+    check_cluster(jobs[0].recipe.cluster)
     of_a_range = [job.recipe for job in jobs if len(job.recipe.cluster.node_counts) > 1]
     if any(nodes_used(recipe) != nodes_used(of_a_range[0]) for recipe in of_a_range[1:]):
         raise RecipeError(
@@ -205,20 +149,6 @@ def _jobs(arguments: argparse.Namespace, grid: Grid, site: Site) -> list[Settled
             "one shape: give --nodes one number, or start such runs one by one"
         )
     return jobs
-
-
-def _check_cluster(cluster: ClusterSection) -> None:
-    if 0 < cluster.gpus_per_node < cluster.ranks_per_node:
-        raise RecipeError(
-            f"{cluster.ranks_per_node} tasks per node on {cluster.gpus_per_node} GPUs, and each rank needs its own; "
-            f"--tasks-per-node {cluster.gpus_per_node} would do, or --gpus-per-node 0 to train on the CPU"
-        )
-    if cluster.signal_delay_s >= cluster.time_min * 60:
-        raise RecipeError(
-            f"a time limit of {cluster.time_min} minutes with a warning {cluster.signal_delay_s} s before it leaves no "
-            f"time to train; --time {math.ceil(cluster.signal_delay_s / 60) + 1} or more, "
-            "or --set cluster.signal_delay_s=SECONDS"
-        )
 
 
 def _home(run_dirs: Sequence[Path]) -> Path:

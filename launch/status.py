@@ -4,6 +4,7 @@
     python launch/status.py runs/crate_large         one of them; RUN may also be its name or its SLURM job
     python launch/status.py runs/sweep --watch       an array: a folder with run folders in it; anew every few seconds
     python launch/status.py list                     what runs there are
+    python launch/status.py results runs/sweep       runs beside each other, the best first: top-1, losses, settings
     python launch/status.py logs RUN [--rank N] [--follow]
     python launch/status.py stop RUN [--wait]        saves first, and is not started again until you say so
     python launch/status.py resume RUN [--nodes M]   by its own recipe, with the resources that it had, or others
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's cod
 from crate_dist.arguments import Parser, positive, whole_number
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
+from crate_dist.launching.sweep import results_table
 from crate_dist.watching.finding import find_runs
 from crate_dist.watching.logs import follow, show_logs
 from crate_dist.watching.resuming import resume
@@ -37,7 +39,13 @@ from crate_dist.watching.table import as_list, as_table, in_full
 def main(argv: list[str] | None = None) -> int:
     """Does what the command line says; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    commands: dict[str, Callable[[list[str]], int]] = {"logs": _logs, "stop": _stop, "resume": _resume, "list": _list}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "logs": _logs,
+        "stop": _stop,
+        "resume": _resume,
+        "list": _list,
+        "results": _results,
+    }
     try:
         return commands[words[0]](words[1:]) if words and words[0] in commands else _status(words)
     except KeyboardInterrupt:
@@ -80,6 +88,15 @@ def _list(words: list[str]) -> int:
         "Lists what runs there are, and what they are.", "list", "RUN", "some of them, or a folder of some"
     )
     show(as_list(_look(parser.parse_args(words).runs, STUCK_AFTER_S, disk=True)))
+    return 0
+
+
+def _results(words: list[str]) -> int:
+    parser = _parser(
+        "Compares runs, the best one first: top-1, losses, and the settings in which they differ.",
+        *("results", "RUN", "some of them, or a folder of some, as of a sweep"),
+    )
+    show(results_table(find_runs(parser.parse_args(words).runs)))
     return 0
 
 

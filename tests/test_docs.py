@@ -60,6 +60,8 @@ ELSEWHERE = {
         "it does not end",
         "tests/watching/test_stopping.py",
     ),
+    "python launch/slurm.py --arch crate_large --nodes 4 --data /data/imagenet-shards "
+    "--set checkpoint.mirror=s3://bucket/runs": ("the bucket is nobody's", "tests/checkpoint/test_mirror.py"),
     "srun python -m crate_dist.train --arch crate_tiny --data DIR": ("needs SLURM", "tests/cluster/test_launch.py"),
     "torchrun --nproc-per-node 2 -m crate_dist.train --arch crate_tiny --data DIR": (
         "it would train",

@@ -71,7 +71,8 @@ def look_before_start(run_dir: Path, world: World) -> None:
         try:
             for one in findings():
                 if one.passed is False:
-                    said = f"{one.name}: {one.value} {one.unit} (expected: {one.expected}); {one.note}"
+                    value = f"{one.value:,.1f} {one.unit}" if isinstance(one.value, float) else one.value
+                    said = f"{one.name}: {value} (expected: {one.expected}); {one.note}"
                     logger.warning("%s", said)
                     if of_the_node:
                         faults.append(said)

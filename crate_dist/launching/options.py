@@ -49,13 +49,7 @@ def recipe_parser(
         help="go on with a run though its data have changed; run.json and the model card will say so",
     )
     group.add_argument("--seed", type=whole_number(0), help="of the order, the augmentation and the first weights")
-    group.add_argument(
-        "--site",
-        metavar="FILE",
-        type=Path,
-        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
-    )
-    group.add_argument("--no-site", action="store_true", help="read no site file")
+    add_site_options(group)
     group.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
@@ -90,6 +84,17 @@ class _HelpSettings(argparse.Action):
             parser.error(f"--help-settings: {error.args[0]}")
         show(text)
         parser.exit()
+
+
+def add_site_options(group: argparse._ActionsContainer) -> None:
+    """Adds --site and --no-site, for site_from."""
+    group.add_argument(
+        "--site",
+        metavar="FILE",
+        type=Path,
+        help=f"site file [${SITE_VARIABLE}, else ~/.config/crate-dist/site.toml over site.toml in the clone]",
+    )
+    group.add_argument("--no-site", action="store_true", help="read no site file")
 
 
 def site_from(arguments: argparse.Namespace) -> Site:

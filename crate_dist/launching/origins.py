@@ -54,7 +54,7 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
     for key, (value, origin) in _site_values(site).items():
         if key not in by_set and not (for_cpu and key in _OF_GPU_TASKS):
             values[key], origins[key] = value, origin
-    form, asked = site.gpu_form, _options(arguments, site)
+    asked = _options(arguments, site)
     if mail := arguments.mail or site.mail:
         origin = "--mail" if arguments.mail else site.origins["mail"]
         asked = {"mail-user": (mail, origin), "mail-type": ("END,FAIL,REQUEUE", origin), **asked}
@@ -63,18 +63,11 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
         if value is not None:
             values[key] = value.number if isinstance(value, Gpus) else value
             origins[key] = _FLAG_OF.get(key, f"--{key.replace('_', '-')}")
-    if isinstance(flags["gpus_per_node"], Gpus) and (kind := flags["gpus_per_node"].kind):
-        form = f"gres=gpu:{kind}:{{n}}" if site.gres else flags["gpus_per_node"].form
-    if isinstance(gres := asked.get("gres", ("",))[0], str) and gres:
-        count, form_of_gres, others = parse_gres(gres)
-        form = form_of_gres or form
-        origin = asked.pop("gres")[1]
-        if others:
-            asked["gres"] = others, origin
-        if count is not None:
-            if flags["gpus_per_node"] is not None and count != values["gpus_per_node"]:
-                raise RecipeError(f"--gpus-per-node {values['gpus_per_node']} and gres={gres}: give one of them")
-            values["gpus_per_node"], origins["gpus_per_node"] = count, origin
+    form, gres = _gpu_form(flags["gpus_per_node"], asked, site)
+    if gres and gres[0] is not None:
+        if flags["gpus_per_node"] is not None and gres[0] != values["gpus_per_node"]:
+            raise RecipeError(f"--gpus-per-node {values['gpus_per_node']} and {gres[1]}: give one of them")
+        values["gpus_per_node"], origins["gpus_per_node"] = gres
     if values["gpus_per_node"] and source == origins.get("tasks_per_node", "") != origins.get("gpus_per_node"):
         del values["tasks_per_node"], origins["tasks_per_node"]  # one per GPU, whatever the recipe's CPU ranks are
     if line := next((line for line in (*site.setup, *values["setup"]) if line.lstrip().startswith("#SBATCH")), None):
@@ -166,6 +159,26 @@ def _options(arguments: argparse.Namespace, site: Site) -> dict[str, tuple[str |
             else (site.exclude, site.origins["exclude"])
         )
     return said
+
+
+def _gpu_form(
+    flag: Gpus | None, asked: dict[str, tuple[str | bool, str]], site: Site
+) -> tuple[str, tuple[int | None, str] | None]:
+    """Returns the option that asks for GPUs, and their number, where --sbatch gres=… says it, with its origin.
+
+    Leaves in `asked` what else that one asks for.
+    """
+    form = site.gpu_form
+    if flag and flag.kind:
+        form = f"gres=gpu:{flag.kind}:{{n}}" if site.gres else flag.form
+    gres, origin = asked.get("gres", ("", ""))
+    if not isinstance(gres, str) or not gres:
+        return form, None
+    number, form_of_gres, others = parse_gres(gres)
+    del asked["gres"]
+    if others:
+        asked["gres"] = others, origin
+    return form_of_gres or form, (number, origin)
 
 
 def _files_of_setup(site: Site) -> list[str]:

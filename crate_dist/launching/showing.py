@@ -28,8 +28,10 @@ def summary(recipe: Recipe, run: Preflight) -> str:
     free = shutil.disk_usage(there).free
     # One more is written before the oldest goes.
     short = "; TOO LITTLE, and saves will fail" if free < (kept + 1) * size else ""
+    of = "of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"
+    of = of if recipe.cluster.gpus_per_node else "of each rank for the step alone, by estimate"
     lines = [
-        ("memory", f"about {need / 1e9:.1f} GB of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"),
+        ("memory", f"about {need / 1e9:.1f} GB {of}"),
         (
             "checkpoints",
             f"{_size(size)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "

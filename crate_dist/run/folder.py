@@ -95,14 +95,14 @@ class RunFolder:
         if not self.recipe_file.is_file():
             foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN and p.name[0] != ".")
             if foreign:
-                runs = runs_in(self.path)
-                what = (
-                    f"is no run, but holds some ({runs})"
-                    if runs
-                    else f"holds something that is no run ({', '.join(foreign[:3])})"
-                )
+                if runs := runs_in(self.path):
+                    raise RecipeError(
+                        f"{self.path} is no run, but holds some ({runs}); give --run-dir one of them, or a new or empty "
+                        "folder"
+                    )
                 raise RecipeError(
-                    f"{self.path} {what}; give --run-dir {'one of them, or ' if runs else ''}a new or empty folder"
+                    f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
+                    "give --run-dir a new or empty folder"
                 )
             return
         changed = self._changed(recipe)

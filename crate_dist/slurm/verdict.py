@@ -48,7 +48,7 @@ _COMPLAINTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 """What sbatch may say, the settings that it may mean, and what would do. The first that fits is taken."""
 _NOT_NOW = r"node configuration is not available|partition not available|nodes? (is|are) busy|down, drained"
-_NO_ANSWER = r"configuration source|contact slurm|timed out|temporarily|socket|not respond"
+_NO_ANSWER = r"configuration source|contact slurm|timed out|temporarily|not respond"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _unknown(word: str, root: Path, known: Sequence[Path]) -> str:
     names = ", ".join(str(run.relative_to(root)) for run in known[:5]) + (", …" if len(known) > 5 else "")
     return (
         f"{word}: no run folder, nor a folder with runs in it, nor one below {root}, nor a SLURM job of a run there"
-        + (f"; runs there are {names}" if known else "")
+        + (f"; runs there are {names}" if known else "; give the folder that --run-dir named")
     )
 
 

@@ -13,7 +13,7 @@ from tests.ranks import Training
 
 pytestmark = pytest.mark.slurm
 
-LAST_STEP = 250
+LAST_STEP = 150
 WRONG_CLOCK = """
 import os, pathlib, time
 if os.environ.get("SLURMD_NODENAME") == "n1" and pathlib.Path({flag!r}).exists():
@@ -54,7 +54,7 @@ def test_a_run_takes_the_nodes_that_it_gets_and_leaves_one_that_fails_its_examin
     assert cluster.excluded(job_id) == {"n1"}
     log = done.log.read_text()
     assert "the global batch divides over 3 nodes, and not over 4; idle: n3" in log
-    assert "node n1 is unfit: rank 1 on node n1: clock, to that of the file system: -86400" in log
+    assert "node n1 is unfit: rank 1 on node n1: clock, to that of the file system: -86,400" in log
     assert "starting the ranks again on the same nodes without n1 (1 of at most 3 times)" in log
     assert "node n1 is excluded from now on (in all: n1)" in log
     assert [start["world_size"] for start in starts(run_dir)] == [2, 3, 3]

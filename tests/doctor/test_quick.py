@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from crate_dist import train
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import basics, start
-from crate_dist.doctor.nvidia import is_older, oldest_driver
+from crate_dist.doctor.nvidia import gpu_faults, is_older, oldest_driver
 from crate_dist.run.exit_status import NEEDS_A_PERSON
 from crate_dist.run.faults import may_pass
 from crate_dist.run.folder import RunFolder
@@ -150,6 +151,78 @@ def test_what_training_could_live_with_is_a_warning(
         patch.setattr(basics.shutil, "disk_usage", full)
         start.look_before_start(run, ALONE)
     assert "run folder: No space left on device" in caplog.text
+
+
+def test_a_fault_of_this_node_ends_a_start_only_where_it_may_be_left_for_another(
+    tmp_path: Path,
+    small_recipe: Path,
+    cast_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = opened(tmp_path, small_recipe, cast_shards)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 3600)
+    with caplog.at_level(logging.WARNING):
+        start.look_before_start(run, ALONE)
+    assert "clock, to that of the file system: -3,600." in caplog.text
+    monkeypatch.setenv("CRATE_MAY_LEAVE_NODES", "yes")
+    with pytest.raises(start.NodeIsAtFault, match=r"clock, to that of the file system: -3,600\."):
+        start.look_before_start(run, ALONE)
+
+
+def test_data_that_are_nowhere_are_no_fault_of_a_node_but_those_that_were_there_are(
+    tmp_path: Path, small_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tmp_path, small_recipe, tmp_path / "not mounted")
+    monkeypatch.setenv("CRATE_MAY_LEAVE_NODES", "yes")
+    start.look_before_start(run, ALONE)
+    with pytest.raises(start.NodeIsAtFault, match="not mounted here"):
+        start.look_before_start(run, replace(ALONE, world_size=2))  # of a node more, which may see them
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(start.NodeIsAtFault, match="is it mounted"):
+        start.look_before_start(run, ALONE)
+
+
+SMI = """#!/bin/sh
+echo "$@" >> {folder}/asked
+case "$1" in
+    --query-gpu=*) printf '00000000:1A:00.0, 0\\n00000000:3B:00.0, {ecc}\\n00000000:5C:00.0, [N/A]\\n' ;;
+    *) printf '00000000:1A:00.0, {pending}, {failure}\\n00000000:3B:00.0, No, No\\n' ;;
+esac
+"""
+XIDS = """#!/bin/sh
+echo "[{now}.123456] NVRM: Xid (PCI:0000:3b:00): 31, pid=7, MMU Fault: a program's own"
+echo "[{now}.123456] NVRM: Xid (PCI:0000:ff:00): 79, pid=7, GPU has fallen off the bus: another job's"
+echo "[{long_ago}.123456] NVRM: Xid (PCI:0000:3b:00): 79, pid=7, GPU has fallen off the bus: long ago"
+echo "[{now}.123456] NVRM: Xid (PCI:0000:3b:00): {xid}, pid=7, …"
+"""
+
+
+@pytest.mark.parametrize(
+    ("ecc", "pending", "failure", "xid", "expected"),
+    [
+        ("0", "0", "0", "13", []),
+        ("2", "0", "0", "13", ["GPU 00000000:3B:00.0: 2 errors in its memory that were not corrected"]),
+        ("0", "Yes", "0", "13", ["GPU 00000000:1A:00.0: broken memory waits for a reset to be replaced"]),
+        ("0", "0", "1", "13", ["GPU 00000000:1A:00.0: broken memory could not be replaced"]),
+        ("0", "0", "0", "79", ["NVRM: Xid (PCI:0000:3b:00): 79, pid=7, …"]),
+    ],
+)
+def test_gpus_are_at_fault_by_what_the_driver_says_of_them_and_of_late(
+    ecc: str, pending: str, failure: str, xid: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = int(time.monotonic())
+    said = SMI.format(folder=tmp_path, ecc=ecc, pending=pending, failure=failure)
+    for name, text in (("nvidia-smi", said), ("dmesg", XIDS.format(now=now, long_ago=now - 7200, xid=xid))):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    faults = gpu_faults()
+    assert len(faults) == len(expected)
+    assert all(wanted in fault for wanted, fault in zip(expected, faults, strict=True))
+    assert (tmp_path / "asked").read_text().count("--id=0,1,2") == 2
 
 
 def test_a_file_system_that_does_not_answer_holds_a_start_up_for_seconds_only(

@@ -283,6 +283,15 @@ class Places(Mapping[str, object]):
         return self._write("classes.txt", "cat\ndog\ncat\n")
 
     @cached_property
+    def refusing(self) -> Path:
+        """A folder with an sbatch that says what SLURM's says of a partition that there is not."""
+        program = self._write(
+            "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2\nexit 1\n"
+        )
+        program.chmod(0o755)
+        return self.root
+
+    @cached_property
     def dead_url(self) -> str:
         """An address at which nobody answers."""
         with socket.socket() as free:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from crate_dist.config import load_recipe
-from crate_dist.launching.grid import run_name
+from crate_dist.config import RecipeError, load_recipe
+from crate_dist.launching.grid import add_grid_options, read_grid, recipes_of, run_name
+from crate_dist.launching.options import recipe_parser
 from crate_dist.launching.sweep import results_table
 from crate_dist.run.folder import RunFolder, read_recipe
 from tests.launching.test_launchers import Arguments, launch, sbatch, tiny  # noqa: F401
@@ -26,13 +27,15 @@ def rows(said: str) -> list[list[str]]:
 
 @pytest.fixture
 def refusal(tiny: Arguments) -> Callable[..., str]:  # noqa: F811
-    """What a dry run of launch/slurm.py with these options is refused with."""
+    """What these options are refused with."""
 
     def said(*options: str | Path) -> str:
-        done = launch("slurm.py", *tiny, *options, "--dry-run")
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        return done.stderr
+        parser = recipe_parser(None, required=False)
+        add_grid_options(parser)
+        arguments = parser.parse_args([*map(str, tiny), *map(str, options)])
+        with pytest.raises(RecipeError) as caught:
+            recipes_of(arguments, read_grid(arguments))
+        return str(caught.value)
 
     return said
 
@@ -106,7 +109,6 @@ def test_a_value_stands_in_a_name_only_as_far_as_a_folder_can_be_called_so() -> 
             ["--grid", f"train.seed={','.join(map(str, range(50)))}", "--grid", "optim.lr=1,2,3"],
             "the grid of 50 x 3 values makes 150 runs; --yes, if so many are meant",
         ),
-        (["--grid", "data.val_split=val,none", "--seeds", "0", "1"], "val_split=none,seed=0 and 1 more: no folder"),
     ],
 )
 def test_a_grid_that_cannot_work_is_said_at_once(
@@ -164,6 +166,19 @@ def test_a_grid_file_of_ones_own_names_a_recipe(cast_shards: Path, tmp_path: Pat
     assert "/runs/crate_tiny-grid/" in done.stdout
     (tmp_path / "mine.toml").write_text("[grid]\noptim.lr = [1e-4, 2e-4]\n")
     assert 'names no recipe: --arch NAME does, or recipe = "NAME" in it' in launch("slurm.py", *given).stderr
+
+
+def test_nothing_is_submitted_unless_every_run_is_in_order(
+    sbatch: dict[str, str],  # noqa: F811
+    tiny: Arguments,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    grid = ["--grid", "data.val_split=val,none", "--seeds", "0", "1"]
+    done = launch("slurm.py", *tiny, *grid, env=sbatch, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: val_split=none,seed=0 and 1 more: no folder" in done.stderr
+    assert not (tmp_path / "bin" / "script").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_more_runs_than_an_array_may_have_are_refused(

@@ -101,6 +101,28 @@ def test_a_loader_worker_that_is_killed_is_a_reason_to_try_again(
     assert "crate-dist fault: rank 0 on node n7: LostWorker: DataLoader worker (pid" in said
 
 
+def test_a_rank_that_cuda_fails_asks_the_driver_whether_its_node_is_to_be_left(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncase $1 in --query-gpu=*) echo 00000000:3B:00.0, 4 ;; esac\n")
+    program.chmod(0o755)
+    before = f"""
+import os
+import crate_dist.train
+from crate_dist.doctor import start
+os.environ["PATH"] = "{tmp_path}:" + os.environ["PATH"]
+start.look_before_start = lambda *_: None
+def fail(*given, **named):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+crate_dist.train.train = fail
+"""
+    (only,) = start(tmp_path / "run", world_size=1, before=before)
+    said, errors = only.communicate(timeout=60)
+    assert only.returncode == TRY_AGAIN, errors
+    assert "crate-dist fault: rank 0 on node n7: RuntimeError: CUDA error: an illegal memory access" in said
+    assert "crate-dist unfit: rank 0 on node n7: GPU 00000000:3B:00.0: 4 errors in its memory that were not" in said
+
+
 def test_a_signal_before_the_training_has_begun_is_a_stop_and_no_fault(tmp_path: Path) -> None:
     early = """
 import builtins, os, signal

@@ -108,6 +108,25 @@ def test_flags_replace_the_cluster_table(tiny: Arguments) -> None:
     assert script.index("module load cuda") + 1 == script.index("export NCCL_DEBUG=INFO")
 
 
+def test_a_range_of_nodes_is_left_to_slurm_with_the_cores_of_a_node_as_one_tasks(tiny: Arguments) -> None:
+    arguments: Arguments = [*tiny, "--nodes", "2-4", "--gpus-per-node", "2", "--cpus-per-task", "5"]
+    script, recipe = dry_run(*arguments)
+    assert {"#SBATCH --nodes=2-4", "#SBATCH --cpus-per-task=10", "crate_nodes_used=([2]=2 [3]=2 [4]=4)"} <= set(script)
+    assert not [line for line in script if line.startswith("#SBATCH --ntasks")]
+    assert "--cpus-per-task=5" in script[-2]
+    assert 'nodes = "2-4"' in recipe
+
+
+def test_a_range_of_nodes_says_which_numbers_train_and_is_refused_where_none_does(tiny: Arguments) -> None:
+    arguments: Arguments = [*tiny, "--gpus-per-node", "8", "--dry-run"]
+    said = launch("slurm.py", *arguments, "--nodes", "2-5").stdout
+    assert "2 and 4 of 2-5 nodes; on 3, 1 would stand idle; on 5, 1 would stand idle" in said
+    done = launch("slurm.py", *arguments, "--nodes", "5-7")
+    assert done.returncode == 1
+    assert "divides over no number of 5-7 nodes; with 8 ranks on each, 1, 2, 4, 8 would" in done.stderr
+    assert "'4-2': expected a whole number from 1 on, or a range" in launch("slurm.py", *tiny, "--nodes", "4-2").stderr
+
+
 def test_without_gpus_none_are_requested_and_those_of_the_node_are_hidden(tiny: Arguments) -> None:
     arguments: Arguments = [*tiny, "--gpus-per-node", "0", "--tasks-per-node", "3"]
     script, _ = dry_run(*arguments)

@@ -246,7 +246,10 @@ def test_lists_add_up_and_other_options_replace(cast_shards: Path, tmp_path: Pat
         (["--sbatch", "comment=a\\"], "sbatch would misread the backslash"),
         (["--sbatch", "comment="], "no value behind the ="),
         (["--nice", "3", "--sbatch", "nice=4"], "--sbatch nice=4 and --nice: give one of them"),
-        (["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"], "--gpus-per-node 2 and gres=gpu:4: give one of them"),
+        (
+            ["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"],
+            "--gpus-per-node 2 and --sbatch gres=gpu:4: give one of them",
+        ),
         (["--setup", "#SBATCH --uid=0"], "sbatch would read the set-up line"),
         (["--after", "17;rm"], "'17;rm': expected the id of a job, as 17, or 17_3 for a task of an array"),
     ],
