@@ -54,8 +54,6 @@ ELSEWHERE = {
         "the host is nobody's",
         "tests/data/test_cache.py",
     ),
-    "python launch/slurm.py --arch crate_large --nodes 4 --data /data/imagenet-shards "
-    "--set checkpoint.mirror=s3://bucket/runs": ("the bucket is nobody's", "tests/checkpoint/test_mirror.py"),
     "python launch/status.py logs runs/crate_base --rank 3 --follow": (
         "it does not end",
         "tests/watching/test_stopping.py",

@@ -14,7 +14,7 @@ from crate_dist.config import DATA_VARIABLE, Recipe, RecipeError, build_recipe
 from crate_dist.config.keys import RENAMED, flatten
 from crate_dist.config.recipe import find_recipe
 from crate_dist.launching.site import Site
-from crate_dist.locations import redacted
+from crate_dist.locations import may_run_a_command, redacted
 from crate_dist.slurm.options import Gpus, JobOptions, parse_gres, parse_option
 from crate_dist.slurm.verdict import UNSET
 
@@ -195,6 +195,6 @@ def _text(value: Any) -> str:
         return UNSET
     if isinstance(value, tuple):
         return ("\n" if all(isinstance(item, str) for item in value) else ", ").join(map(str, value)) or UNSET
-    if isinstance(value, Path) or (isinstance(value, str) and "://" in value):
+    if isinstance(value, Path) or (isinstance(value, str) and ("://" in value or may_run_a_command(value))):
         return redacted(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

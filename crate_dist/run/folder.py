@@ -97,8 +97,8 @@ class RunFolder:
             if foreign:
                 if runs := runs_in(self.path):
                     raise RecipeError(
-                        f"{self.path} is no run, but holds some ({runs}); give --run-dir one of them, or a new or empty "
-                        "folder"
+                        f"{self.path} is no run, but holds some ({runs}); give --run-dir one of them, or a new or "
+                        "empty folder"
                     )
                 raise RecipeError(
                     f"{self.path} holds something that is no run ({', '.join(foreign[:3])}); "
