@@ -28,7 +28,7 @@ def test_a_run_whose_folder_was_lost_ends_bit_for_bit_the_same_and_is_one_curve(
     served = tmp_path / "served"
     served.mkdir()
     with serving(served) as server:
-        mirror = ("--set", f"checkpoint.mirror={server.url}")
+        mirror = ("--set", f"checkpoint.mirror={server.url}", "--set", "safety.lease_s=1")
         with trial.start(*mirror, "--set", "cluster.signal_delay_s=4") as ranks:
             wait_until(lambda: bool(mirrored_steps(served)), "a copy in the mirror")
             server.put_faults["*"] = ["hang", "forever"]
