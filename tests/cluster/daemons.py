@@ -200,8 +200,8 @@ class Daemons:
         data, socket = f"{folder}/state/mysql", f"{folder}/run/mysql.sock"
         self._run(
             # --rpm: without it, as root, packaged files under /usr change their owner
-            *("mariadb-install-db", "--no-defaults", "--rpm", f"--user={user}", f"--datadir={data}", f"--tmpdir={folder}"),
-            *("--auth-root-authentication-method=normal", "--skip-test-db"),
+            *("mariadb-install-db", "--no-defaults", "--rpm", f"--user={user}", f"--datadir={data}"),
+            *("--auth-root-authentication-method=normal", "--skip-test-db", f"--tmpdir={folder}"),
         )
         self._start(
             "mariadbd",
