@@ -130,6 +130,6 @@ def test_what_a_recipe_does_not_keep_is_said_when_a_run_is_resumed(
     folder.recipe_file.write_text(shown.partition("recipe.toml ")[2].partition("\n")[2])
     resumed = status("resume", folder.path, "--dry-run", "--nodes", "3")
     assert resumed.returncode == 0, resumed.stderr
-    assert "note: cluster.setup is not kept: --setup gives it at each start." in resumed.stderr
+    assert "note: cluster.setup is not kept: --setup, or a site file, gives it at each start." in resumed.stderr
     assert "#SBATCH --nodes=3" in resumed.stdout
     assert "note" not in status("resume", folder.path, "--dry-run", "--setup", "module load cuda").stderr
