@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,14 +49,17 @@ def look_before_start(run_dir: Path, world: World) -> None:
 
     Raises
     ------
-    NodeIsUnfit: the node has GPUs for this job, and torch cannot use them: it would train on the CPU
+    NodeIsUnfit: torch cannot use the GPUs that the node has, or has none though the job asked for them: it would train
+        on the CPU
     NodeIsAtFault: that, or less, where other nodes do not have it, as far as can be seen, and can be had
     """
     may_leave = os.environ.get("CRATE_MAY_LEAVE_NODES") == "yes"
     # What has worked elsewhere, or may do at this moment, is not of all nodes.
     compared = world.world_size > world.local_world_size or not is_first_start()
     problem = unusable_device()
-    if problem and not torch.version.cuda and not read_recipe(run_dir).cluster.gpus_per_node:
+    if not problem:
+        problem = missing_device(run_dir)
+    elif not torch.version.cuda and not read_recipe(run_dir).cluster.gpus_per_node:
         problem = ""  # it is to train on the CPU
     if problem:
         kind = NodeIsAtFault if may_leave and compared and torch.version.cuda else NodeIsUnfit
@@ -116,6 +120,22 @@ def unusable_device() -> str:
         f"there are GPUs ({files}), and torch {torch.__version__} with CUDA {cuda} cannot use them (driver "
         f"{driver or 'unknown'}, CUDA_VISIBLE_DEVICES={chosen}): does nvidia-smi work here? To train on the CPU, "
         "hide them with CUDA_VISIBLE_DEVICES="
+    )
+
+
+def missing_device(run_dir: Path) -> str:
+    """Says that a run whose job asked for GPUs has none here; "": it has, asked for none, or somebody hides them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or (chosen is not None and chosen.strip() in ("", "-1")):
+        return ""
+    if not (asked := read_recipe(run_dir).cluster.gpus_per_node):
+        return ""
+    node, cuda = os.environ.get("SLURMD_NODENAME", platform.node()), torch.version.cuda
+    return (
+        f"the job asked for {asked} GPU(s) of each node, and torch sees none on {node} (CUDA_VISIBLE_DEVICES="
+        f"{chosen or 'unset'}, torch {torch.__version__}, {f'built with CUDA {cuda}' if cuda else 'for the CPU alone'})"
+        ": it would train on the CPU. Does `nvidia-smi` list them there, in a job? A container needs to be given them, "
+        "and torch a build for CUDA; --gpus-per-node 0 trains on the CPU"
     )
 
 

@@ -118,6 +118,23 @@ def test_a_torch_for_cpus_ends_a_job_that_asked_for_gpus_and_no_other(
     start.look_before_start(opened(tmp_path / "none", small_recipe, cast_shards, "cluster.gpus_per_node=0"), ALONE)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU can be used")
+def test_a_job_that_asked_for_gpus_does_not_train_on_the_cpu_of_a_node_without(
+    tmp_path: Path, small_recipe: Path, cast_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    asked = opened(tmp_path, small_recipe, cast_shards, "cluster.gpus_per_node=2")
+    with pytest.raises(
+        start.NodeIsUnfit, match=r"asked for 2 GPU\(s\) of each node, and torch sees none on n7"
+    ) as caught:
+        start.look_before_start(asked, ALONE)
+    assert not may_pass(caught.value)
+    assert "--gpus-per-node 0 trains on the CPU" in str(caught.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a set-up line may say
+    start.look_before_start(asked, ALONE)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is used")
 def test_ranks_without_a_scheduler_warn_where_they_leave_gpus_idle(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
