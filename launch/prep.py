@@ -23,18 +23,24 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
 from crate_dist.arguments import positive
+from crate_dist.config import ClusterSection
+from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
-from crate_dist.launching.site import load_site
+from crate_dist.launching.site import Site, load_site
 from crate_dist.prep.job import PrepJob
 from crate_dist.prep.parts import progress
 from crate_dist.run.snapshot import CLONE
 from crate_dist.slurm.executor import Executor
 from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.queue import NoAnswer, QueuedJob, is_here, my_jobs
+from crate_dist.slurm.verdict import UNSET, beyond_partition, qos_beyond
 
 CONVERTERS = ("imagenet", "imagenet21k", "image_folder")
 """Programs of data_prep that take --part."""
 _WARNED_S = 120
 _REQUEUES = 1000
+_TIME_MIN = 720
+_JOBS = ".slurm"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         out = arguments.out.expanduser().absolute()
         if arguments.status:
-            lines, whole = progress(out)
-            print("\n".join(lines))
-            return 0 if whole else 1
+            return _status(out)
         if arguments.source is None or arguments.parts is None:
             parser.error("--source and --parts are needed, or --status")
         if any(word.split("=")[0] == "--part" for word in converters_own):
@@ -60,14 +64,24 @@ def main(argv: list[str] | None = None) -> int:
 def _start(arguments: argparse.Namespace, command: Sequence[str], out: Path) -> int:
     """Has the converter look at the source, and submits; returns the exit status."""
     jobs = [PrepJob([*command, "--part", f"{number}/{arguments.parts}"]) for number in range(1, arguments.parts + 1)]
-    executor = _executor(arguments, out)
+    site = load_site()
+    executor = _executor(arguments, out, site)
+    if beyond := _beyond_partition(arguments, site):
+        raise UserError(beyond)
     if not arguments.dry_run and not shutil.which("sbatch"):
         raise UserError(
             "no sbatch on this machine: run this on a login node of the cluster, or `module load slurm` there; "
             f"without SLURM, give each machine its part: {shlex.join(jobs[0].command)}"
         )
+    if not arguments.dry_run and (queued := _queued(out)):
+        array = queued[0].name.partition("_")[0]
+        raise UserError(
+            f"{len(queued)} job(s) of this conversion are in the queue, {queued[0].name} is {queued[0].state.lower()}: "
+            f"wait for them (--out {shlex.quote(str(out))} --status says how far they are), or `scancel {array}` first"
+        )
     # What is wrong is said here, where it costs a look at the source, and not by all jobs after hours in the queue.
-    looked = subprocess.run([*jobs[0].command, "--dry-run"])
+    looked = subprocess.run([*jobs[0].command, "--dry-run"], stdout=subprocess.PIPE, text=True)
+    print(looked.stdout if arguments.dry_run else looked.stdout.removesuffix("dry run: nothing was written\n"), end="")
     if looked.returncode:
         return looked.returncode
     if arguments.dry_run:
@@ -83,6 +97,53 @@ def _start(arguments: argparse.Namespace, command: Sequence[str], out: Path) -> 
     return 0
 
 
+def _status(out: Path) -> int:
+    """Says how far the parts are, and which jobs wait; returns 0 when all is done."""
+    try:
+        waiting = [job for job in _queued(out, patiently=False) if not job.runs]
+    except NoAnswer as error:
+        print(f"SLURM does not say which jobs wait: {error}", file=sys.stderr)
+        waiting = []
+    try:
+        lines, whole = progress(out)
+    except ShardError as error:
+        if not waiting:
+            raise
+        lines, whole = [str(error)], False
+    if waiting:
+        others = f", and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        lines.append(f"job {waiting[0].name} waits{others}: {waiting[0].why}")
+    print("\n".join(lines))
+    return 0 if whole else 1
+
+
+def _queued(out: Path, patiently: bool = True) -> list[QueuedJob]:
+    """Lists the jobs of a conversion that wait or run. Raises NoAnswer."""
+    sent = {path.name for path in (out / _JOBS).glob("*")}
+    return [job for job in my_jobs(patiently) if {job.number, job.name} & sent] if sent and is_here() else []
+
+
+def _beyond_partition(arguments: argparse.Namespace, site: Site) -> str:
+    """Says what the partition has too little of for these jobs; "": of nothing, or a qos may allow it."""
+    minutes, origin = _time(arguments, site)
+    asked = {key: getattr(arguments, key) or getattr(site, key) or UNSET for key in ("partition", "qos")}
+    settings = {key: (value, "") for key, value in asked.items()}
+    settings |= {"nodes": ("1", "--parts"), "time_min": (str(minutes), origin)}
+    beyond = beyond_partition(ClusterSection(nodes=1, time_min=minutes), settings)
+    if beyond and (note := qos_beyond(settings)):
+        print(f"note: {beyond}; {note}")
+        return ""
+    remedy = "the jobs would wait for ever; --time LIMIT asks for less, and a job that is ended goes on"
+    return f"{beyond}: {remedy}" if beyond else ""
+
+
+def _time(arguments: argparse.Namespace, site: Site) -> tuple[int, str]:
+    """Returns the time limit of each job in minutes, and where it is from."""
+    if arguments.time_min:
+        return arguments.time_min, "--time"
+    return (site.time, site.origins.get("time", "the site file")) if site.time else (_TIME_MIN, "default")
+
+
 def _command(arguments: argparse.Namespace, out: Path, converters_own: Sequence[str]) -> list[str]:
     program = str(CLONE / "data_prep" / f"{arguments.converter}.py")
     source = arguments.source.expanduser().absolute()
@@ -92,18 +153,17 @@ def _command(arguments: argparse.Namespace, out: Path, converters_own: Sequence[
     return command
 
 
-def _executor(arguments: argparse.Namespace, out: Path) -> Executor:
-    site = load_site()
+def _executor(arguments: argparse.Namespace, out: Path, site: Site) -> Executor:
     if misread := re.search(r"[%\\]", str(out)):
         raise UserError(f"SLURM and submitit would read the {misread[0]} in --out {out} as a pattern; give another")
-    executor = Executor(out / ".slurm" / "%j", max_num_timeout=_REQUEUES, python=shlex.quote(sys.executable))
+    executor = Executor(out / _JOBS / "%j", max_num_timeout=_REQUEUES, python=shlex.quote(sys.executable))
     wanted = {
         "job_name": f"prep-{out.name}",
         "nodes": 1,
         "ntasks_per_node": 1,
         "cpus_per_task": arguments.cpus_per_task,
         "mem": f"{arguments.mem_gb}GB" if arguments.mem_gb else None,
-        "time": arguments.time_min,
+        "time": _time(arguments, site)[0],
         "signal_delay_s": _WARNED_S,
         "array_parallelism": arguments.at_once or arguments.parts,
         **{key: getattr(arguments, key) or getattr(site, key) for key in ("partition", "account", "qos")},
@@ -136,7 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("--cpus-per-task", type=positive, default=16, metavar="N", help="and workers [16]")
     cluster.add_argument("--mem-gb", type=positive, metavar="GB", help="memory [the partition's default]")
     cluster.add_argument(
-        "--time", type=parse_minutes, default=720, metavar="LIMIT", dest="time_min", help="as 12:00:00 [12 hours]"
+        "--time",
+        type=parse_minutes,
+        metavar="LIMIT",
+        dest="time_min",
+        help="as 12:00:00 [the site file's, else 12 hours]",
     )
     for name in ("partition", "account", "qos"):
         cluster.add_argument(f"--{name}", metavar="NAME", help="[the site file's, as launch/slurm.py has it]")

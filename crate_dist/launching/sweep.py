@@ -52,12 +52,15 @@ def why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob] = ())
 
     Raises RecipeError: it is the complete run of another recipe, or a job's that trains another.
     """
-    jobs = folder.jobs()
+    jobs = folder.jobs() if queue else []
     for job in queue:
         if {job.number, job.name} & {*jobs}:
             folder.check(recipe, queued=job.name)
             return f"job {job.name} is {job.state.lower()}"
-    manifest = newest_manifest(folder.checkpoints)
+    try:
+        manifest = newest_manifest(folder.checkpoints)
+    except OSError:  # preflight says what is wrong there
+        return ""
     data = manifest.data["train"] if manifest and manifest.data else None
     if not manifest or not data or not folder.model("last").exists():
         return ""

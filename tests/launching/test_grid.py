@@ -74,7 +74,9 @@ def test_a_sweep_whose_jobs_wait_takes_no_runs_of_another_recipe(
 ) -> None:
     assert launch("slurm.py", *tiny, "--grid", "optim.lr=1e-3,3e-3", env=sbatch, cwd=tmp_path).returncode == 0
     squeue = tmp_path / "bin" / "squeue"
-    squeue.write_text("#!/bin/sh\necho '4242|4242_0|PENDING||||||'\necho '4243|4242_1|PENDING||||||'\n")
+    squeue.write_text(
+        "#!/bin/sh\necho '4242|4242_0|PENDING|||||Resources|'\necho '4243|4242_1|PENDING|||||Resources|'\n"
+    )
     squeue.chmod(0o755)
     base = tmp_path / "runs" / "crate_tiny-grid" / "base.toml"
     before = base.read_bytes()

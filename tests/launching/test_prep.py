@@ -72,3 +72,37 @@ def test_what_is_wrong_is_said_before_anything_is_submitted(given: list[str | Pa
     assert "error: sbatch refused the job" in refused.stderr
     pattern = prep(*given[:5], tmp_path / "50%", *given[6:], "--dry-run")
     assert "would read the % in --out" in pattern.stderr
+
+
+def test_jobs_that_would_wait_for_ever_or_a_second_time_are_refused_and_those_that_wait_are_said(
+    given: list[str | Path], tmp_path: Path
+) -> None:
+    programs = {
+        "sbatch": "echo Submitted batch job 4242",
+        "scontrol": "echo PartitionName=main Default=YES MaxTime=01:00:00 TotalNodes=4",
+        "squeue": "echo '4243|4242_1|PENDING|||||Resources|'; echo '4242|4242_2|PENDING|||||Resources|'",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path, out = f"{tmp_path}:/bin", tmp_path / "out"
+    words = [*given[:5], out, *given[6:]]
+    for option in (["--dry-run"], []):
+        beyond = prep(*words, *option, path=path)
+        assert beyond.returncode == 1
+        assert "partition main ends jobs after 01:00:00" in beyond.stderr
+    assert not out.exists()
+    (site := tmp_path / "site.toml").write_text('time = "30"\n')
+    sent = prep(*words, path=path, site=site)
+    assert sent.returncode == 0, sent.stderr
+    assert "24 images -> 1 shard" in sent.stdout
+    assert "dry run" not in sent.stdout
+    assert "#SBATCH --time=30" in prep(*words, "--dry-run", path=path, site=site).stdout
+    status = prep("--out", out, "--status", path=path)
+    assert status.returncode == 1
+    assert "no conversion was begun" in status.stdout
+    assert "job 4242_1 waits, and 1 more: it is next, and waits for nodes to become free" in status.stdout
+    again = prep(*words, path=path, site=site)
+    assert again.returncode == 1
+    assert "2 job(s) of this conversion are in the queue, 4242_1 is pending: wait for them" in again.stderr
+    assert "`scancel 4242` first" in again.stderr
