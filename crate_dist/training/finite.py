@@ -5,6 +5,7 @@ A step carries nothing for it: its micro-batches are made again from the order o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -21,14 +22,16 @@ from crate_dist.training.compiling import eagerly
 from crate_dist.training.engine import Engine, NotFinite
 from crate_dist.training.watchdog import Watchdog
 
-_NAMED = 64
+logger = logging.getLogger(__name__)
+
+_NAMED = 3
 _PATIENCE = 4.0  # times safety.hang_timeout_s: a micro-batch is decoded by one process, and computed without a compiler
 
 
 def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watchdog) -> NotFinite:
     """Says where the numbers of the step after `step` stopped being finite, and in which samples. A collective.
 
-    batches: of this rank from that step on. Each rank looks for the first in which it can be seen.
+    batches: of this rank from that step on. Each rank looks for the first in which it can be seen, and logs its samples
     """
     source, place, keys = batches.source, None, list[str]()
     first = step * source.share.accumulation
@@ -44,6 +47,7 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
                 reader = ShardReader(source.index)
                 named = (reader.describe(sample, "") for sample in source.samples(number).tolist())
                 keys = [f"{item.shard}:{item.key}" for item in named]
+                logger.info("samples in which step %d is not finite: %s", step + 1, ", ".join(keys))
                 break
     except (OSError, UserError) as error:  # the others wait for what this rank has found
         place = f"not known where, since its batch cannot be read again ({error})"
@@ -52,12 +56,15 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     every = gather_objects((place, keys))
     found = "; ".join(f"rank {rank}: {place}" for rank, (place, _) in enumerate(every) if place)
     keys = [key for _, keys in every for key in keys]
-    listed = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
+    listed = ", ".join(keys[:_NAMED]) + (
+        f" and {len(keys) - _NAMED} more, in the logs of the ranks" if len(keys) > _NAMED else ""
+    )
+    clip = "a smaller optim.grad_clip" if engine.recipe.optim.grad_clip else "optim.grad_clip=1, which is 0,"
     return NotFinite(
         f"step {step + 1}, not finite: "
         f"{found or 'the gradients or their norm, though the gradients of each rank are when computed again'}. "
         f"The step was not taken and the checkpoints are intact. "
-        f"A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.grad_clip may help."
+        f"A lower optim.lr, a longer optim.warmup_epochs or {clip} may help."
         + (f" Samples: {listed}" if listed else "")
     )
 

@@ -103,8 +103,11 @@ def test_all_layers_are_one_graph_and_nothing_is_compiled_again(cache: Path) -> 
     assert off < 0.05  # Lion turns a gradient that is zero up to rounding into a whole step
 
 
-def not_finite(world: World, device: torch.device, cache: Path, shards: Path) -> tuple[str, str, bool, list[str]]:
-    """What is said, also when rank 1 has lost its shards, whether the weights are as before, this rank's samples."""
+def not_finite(
+    world: World, device: torch.device, cache: Path, shards: Path
+) -> tuple[str, str, bool, list[str], list[str]]:
+    """What is said, also when rank 1 has lost its shards, whether the weights are as before, its samples, its log."""
+    from crate_dist.training import finite
     from crate_dist.training.engine import NotFinite
     from crate_dist.training.finite import post_mortem
 
@@ -122,6 +125,10 @@ def not_finite(world: World, device: torch.device, cache: Path, shards: Path) ->
     order = Order(index.shard_sizes, seed=3)
     transform = train_transform(AugmentSection(), ImageSection(), 32)
     watchdog = Watchdog(world, 60, cache / "unused")
+    logged: list[str] = []
+    finite.logger.setLevel(logging.INFO)
+    (handler := logging.Handler()).emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    finite.logger.addHandler(handler)
     said = str(post_mortem(engine, TrainLoader(index, order, share, transform, workers=0, step=1), 1, watchdog))
     if world.rank == 1:
         gone = shutil.copytree(shards, cache / "gone")
@@ -132,14 +139,17 @@ def not_finite(world: World, device: torch.device, cache: Path, shards: Path) ->
     half = str(post_mortem(engine, TrainLoader(there, order, share, transform, workers=0, step=1), 1, watchdog))
     untouched = all(torch.equal(a, b) for a, b in zip(before, engine.state()["fp32"], strict=True))
     reader, samples = ShardReader(index), order.samples(share.positions(order, 1)).tolist()
-    return said, half, untouched, [reader.describe(sample, "").key for sample in samples]
+    return said, half, untouched, [reader.describe(sample, "").key for sample in samples], logged
 
 
 def test_the_layer_where_it_stopped_being_finite_is_found_behind_a_compiled_one(cache: Path, cast_shards: Path) -> None:
-    for said, half, untouched, keys in spawn(not_finite, 2, cache, cast_shards / "train"):
+    for said, half, untouched, keys, logged in spawn(not_finite, 2, cache, cast_shards / "train"):
         assert "rank 0: the output of layers.1.ista" in said
         assert "rank 1: the output of layers.1.ista" in said
-        assert all(key in said for key in keys)
+        assert all(key in logged[0] for key in keys)
+        assert said.count(".tar:") == 3
+        assert said.endswith(f" and {GLOBAL_BATCH - 3} more, in the logs of the ranks")
+        assert "a smaller optim.grad_clip may help" in said
         assert "rank 0: the output of layers.1.ista" in half
         assert "rank 1: not known where, since its batch cannot be read again" in half
         assert untouched
