@@ -30,6 +30,7 @@ from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_valu
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
 from crate_dist.launching.site import NO_SITE, Site
+from crate_dist.locations import is_private, location, redacted
 from crate_dist.run.folder import RunFolder
 
 Grid = Mapping[str, Sequence[Any]]
@@ -89,6 +90,11 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
             raise RecipeError(f"{origin}: {key} cannot be in a grid: {shared}; start such runs one by one")
         if not isinstance(values, list) or not values:
             raise RecipeError(f"{origin}: {key} = {values!r} is no list of values; {key} = [VALUE, VALUE] would be")
+        if place := next((text for text in map(str, values) if is_private(location(text))), None):
+            raise RecipeError(
+                f"{origin}: {redacted(place)} cannot be in a grid, for that is written to files, and this has a secret "
+                "in it or is a command; start such runs one by one"
+            )
         if key in given:
             raise RecipeError(f"{given[key]} and {origin}: give one of them")
         given[key], grid[key] = origin, values

@@ -47,13 +47,13 @@ OWNED: Mapping[str, str] = {
 """Options of sbatch that the launcher gives, and what says their values."""
 
 _FREE = """
-    acctg-freq batch bb bbf begin cluster-constraint comment contiguous core-spec cores-per-socket cpu-freq cpus-
-    per-gpu deadline delay-boot dependency distribution exclude exclusive extra extra-node-info gpu-bind gpu-freq
-    gres gres-flags hint hold ignore-pbs kill-on-invalid-dep licenses mail-type mail-user mcs-label mem-bind mem-
-    per-cpu mem-per-gpu mincpus network nice no-kill nodefile nodelist ntasks-per-core ntasks-per-socket oom-kill-
-    step overcommit oversubscribe power prefer priority profile propagate reboot reservation resv-ports segment
-    sockets-per-node spread-job stepmgr switches thread-spec threads-per-core time-min tmp tres-bind tres-per-task
-    use-min-nodes wait-all-nodes wckey x11
+    acctg-freq batch bb bbf begin cluster-constraint comment contiguous core-spec cores-per-socket cpu-freq
+    cpus-per-gpu deadline delay-boot dependency distribution exclude exclusive extra extra-node-info gpu-bind
+    gpu-freq gres gres-flags hint hold ignore-pbs kill-on-invalid-dep licenses mail-type mail-user mcs-label
+    mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill nodefile nodelist ntasks-per-core
+    ntasks-per-socket oom-kill-step overcommit oversubscribe power prefer priority profile propagate reboot
+    reservation resv-ports segment sockets-per-node spread-job stepmgr switches thread-spec threads-per-core
+    time-min tmp tres-bind tres-per-task use-min-nodes wait-all-nodes wckey x11
 """
 """The other options, of SLURM from 19.05 to 25.05."""
 
@@ -68,6 +68,8 @@ _VARIABLES: Mapping[str, tuple[str, ...]] = {
 }
 """sbatch's variables for an option that are not called as it is, without SBATCH_."""
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+"""What would not stay on its line of the batch script."""
 _MEMORY = ("mem-per-cpu", "mem-per-gpu")
 GPU_FORM = "gpus-per-node={n}"
 """How the GPUs of a node are asked for, unless something says otherwise."""
@@ -161,7 +163,7 @@ def check_option(name: str, value: str | bool, origin: str) -> str | bool:
         )
     if isinstance(value, bool):
         return value
-    if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", value):
+    if CONTROL.search(value):
         raise RecipeError(f"{origin}: {value!r} has a control character in it, and would not stay on one line")
     if "\\" in value:
         raise RecipeError(f"{origin}: sbatch would misread the backslash in {value!r} in a batch script; leave it out")

@@ -216,14 +216,14 @@ class Trainer:
 
     def open_mirror(self) -> tuple[Mirror | None, bool]:
         """Brings back from the run's mirror what its folder does not have. Returns it, on rank 0, and whether there is
-        one. A collective. Raises MirrorError, ShardError: on every rank."""
+        one. A collective. Raises MirrorError, ShardError, OSError: on every rank."""
         mirror, problem, place = None, None, self.recipe.checkpoint.find_mirror()
         self.watchdog.beat("looking into the mirror", COMPILING)
         if self.world.is_main and place is not None:
-            mirror = Mirror(place, self.folder, self.recipe, self.tenure)
             try:
+                mirror = Mirror(place, self.folder, self.recipe, self.tenure)
                 mirror.begin()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 problem = judged(error)
         problem, mirrored = gather_objects((problem, mirror is not None))[0]
         if problem is not None:

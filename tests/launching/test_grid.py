@@ -127,6 +127,10 @@ def test_a_grid_that_cannot_work_is_said_at_once(
         ('[grid]\ncluster.setup = [["touch here"]]', "cluster.setup cannot be in a grid"),
         ('[grid]\ncluster.container = ["image"]', "cluster.container cannot be in a grid"),
         ('[grid]\ndata.root = ["pipe:touch here"]', "data.root cannot be in a grid"),
+        (
+            '[grid]\ncheckpoint.mirror = ["s3://b/1", "https://u:word@h1/a"]',
+            "https://…@h1/a cannot be in a grid, for that is written to files, and this has a secret in it",
+        ),
     ],
 )
 def test_a_grid_file_that_cannot_work_is_said_at_once(
