@@ -41,7 +41,7 @@ from crate_dist.launching.origins import DEFAULT, Settled, as_table, origin_of, 
 from crate_dist.launching.preflight import Preflight, folder_of_weights
 from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
-from crate_dist.launching.sweep import look_at_all, plan, runs_table
+from crate_dist.launching.sweep import look_at_all, nothing_to_do, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
         jobs = [job for job, run in zip(every, runs, strict=True) if not run.idle]
         if not jobs:
-            show(f"{runs_table(grid, runs, {})}\nnothing is left to do")
+            show(nothing_to_do(grid, runs))
             return 0
         recipes, run_dirs = [job.recipe for job in jobs], [run.run_dir for run in runs if not run.idle]
         weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
