@@ -59,12 +59,40 @@ _FREE = """
 
 _SHORT = {
     pair[0]: pair[2:]
-    for pair in """
-        A:account B:extra-node-info C:constraint D:chdir G:gpus H:hold J:job-name L:licenses M:clusters N:nodes
-        O:overcommit Q:quiet S:core-spec V:version W:wait a:array b:begin c:cpus-per-task d:dependency e:error
-        i:input k:no-kill m:distribution n:ntasks o:output p:partition q:qos s:oversubscribe t:time v:verbose
-        w:nodelist x:exclude
-    """.split()
+    for pair in [
+        "A:account",
+        "B:extra-node-info",
+        "C:constraint",
+        "D:chdir",
+        "G:gpus",
+        "H:hold",
+        "J:job-name",
+        "L:licenses",
+        "M:clusters",
+        "N:nodes",
+        "O:overcommit",
+        "Q:quiet",
+        "S:core-spec",
+        "V:version",
+        "W:wait",
+        "a:array",
+        "b:begin",
+        "c:cpus-per-task",
+        "d:dependency",
+        "e:error",
+        "i:input",
+        "k:no-kill",
+        "m:distribution",
+        "n:ntasks",
+        "o:output",
+        "p:partition",
+        "q:qos",
+        "s:oversubscribe",
+        "t:time",
+        "v:verbose",
+        "w:nodelist",
+        "x:exclude",
+    ]
 }
 """The options by the letter that stands for them."""
 
