@@ -21,7 +21,7 @@ from crate_dist.launching.grid import add_grid_options, is_swept, read_grid, rec
 from crate_dist.launching.opening import opened
 from crate_dist.launching.options import recipe_parser, site_from
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
-from crate_dist.launching.sweep import Planned, look_at_all, plan, runs_table, why_idle
+from crate_dist.launching.sweep import Planned, look_at_all, nothing_to_do, plan, runs_table, why_idle
 from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.snapshot import START, Snapshot, prune
@@ -40,13 +40,16 @@ def main(argv: list[str] | None = None) -> int:
         recipes, ranks, snapshot = recipes_of(arguments, grid, site), _ranks(arguments.ranks), Snapshot.take()
         runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
         due = [run for run in runs if not run.idle]
-        if arguments.dry_run and due:
+        if not due:
+            print(nothing_to_do(grid, runs))
+            return 0
+        if arguments.dry_run:
             _show(due[0].recipe, ranks, _command(snapshot, due[0].run_dir, arguments.accept_changed_data))
         recipes, run_dirs = [run.recipe for run in due], [run.run_dir for run in due]
         found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data, ranks)
         if problems:
             raise RecipeError("\n\n".join(problems))
-        if is_swept(arguments) and due and not arguments.dry_run:
+        if is_swept(arguments) and not arguments.dry_run:
             save_grid(due[0].run_dir.parent, grid, runs[0].recipe)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -87,7 +87,7 @@ def _command(arguments: argparse.Namespace, out: Path, converters_own: Sequence[
     program = str(CLONE / "data_prep" / f"{arguments.converter}.py")
     source = arguments.source.expanduser().absolute()
     command = [sys.executable, program, "--source", str(source), "--out", str(out), *converters_own]
-    if "--workers" not in converters_own:
+    if not any(word.split("=")[0] == "--workers" for word in converters_own):
         command += ["--workers", str(arguments.cpus_per_task)]
     return command
 

@@ -8,7 +8,7 @@
 What the recipe's [cluster] table says can be said here too, and wins. What is the same for all your jobs on a cluster
 (partition, account, modules, how GPUs are asked for) is said once, in a site file: `--site-template` prints one.
 
-    python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
+    mkdir -p ~/.config/crate-dist && python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
     python launch/slurm.py --arch crate_base --sbatch reservation=course --exclude 'n[3-5]' --test-only
 
 Run it on the login node, from a file system that the compute nodes share. A job that meets its time limit is requeued
@@ -32,7 +32,7 @@ from crate_dist.arguments import positive
 from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, derive_batch
 from crate_dist.errors import UserError
 from crate_dist.job import TrainJob
-from crate_dist.launching.cluster import add_cluster_options, check_cluster
+from crate_dist.launching.cluster import add_cluster_options, asked_again, check_cluster
 from crate_dist.launching.grid import Grid, add_grid_options, is_swept, read_grid, recipes_of, run_dirs_of, save_grid
 from crate_dist.launching.memory import advice
 from crate_dist.launching.opening import opened
@@ -41,15 +41,14 @@ from crate_dist.launching.origins import DEFAULT, Settled, as_table, origin_of, 
 from crate_dist.launching.preflight import Preflight, folder_of_weights
 from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
-from crate_dist.launching.sweep import look_at_all, plan, runs_table
+from crate_dist.launching.sweep import look_at_all, nothing_to_do, plan, runs_table
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
-from crate_dist.slurm.options import outvoted
+from crate_dist.slurm.options import CONTROL, given_here, outvoted
 from crate_dist.slurm.queue import largest_array
-from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, refusal
-from crate_dist.watching.finding import runs_root
+from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, qos_beyond, refusal
 from crate_dist.watching.notify import add_options
 
 
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
         jobs = [job for job, run in zip(every, runs, strict=True) if not run.idle]
         if not jobs:
-            show(f"{runs_table(grid, runs, {})}\nnothing is left to do")
+            show(nothing_to_do(grid, runs))
             return 0
         recipes, run_dirs = [job.recipe for job in jobs], [run.run_dir for run in runs if not run.idle]
         weights = [folder_of_weights(recipe.train.init_from) for recipe in recipes if recipe.train.init_from]
@@ -78,10 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
         verdict = _ask(executor, len(jobs), arguments)
         waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
-        if beyond := beyond_partition(recipes[0].cluster, jobs[0].settings):
-            problems.append(beyond)
+        beyond = beyond_partition(recipes[0].cluster, jobs[0].settings)
+        if beyond and not (note := qos_beyond(jobs[0].settings)):
+            problems.append(f"{beyond}: the job would wait for ever")
         elif verdict.answer in ("no", "not now") and not waits_for_now:
             problems.append(refusal(verdict.said, jobs[0].settings))
+        if beyond and note:
+            show(f"{'note':<14}{beyond}; {note}")
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
         if arguments.dry_run:
@@ -101,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError("\n\n".join(problems))
         states = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
         if not arguments.dry_run and not arguments.test_only:
-            states |= _submit(executor, jobs, found, snapshot, home / "code", arguments.start_over)
+            root = (site.runs or Path("runs")).absolute()
+            states |= _submit(executor, jobs, found, snapshot, home / "code", arguments, root)
             if is_swept(arguments):
                 save_grid(run_dirs[0].parent, grid, every[0].recipe)
             if verdict.start or waits_for_now:
@@ -117,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__, required=False)
+    parser.elsewhere = given_here
     add_cluster_options(parser)
     add_options(parser, mail=True)
     add_grid_options(parser).add_argument(
@@ -154,9 +158,11 @@ def _jobs(arguments: argparse.Namespace, grid: Grid, site: Site) -> list[Settled
 def _home(run_dirs: Sequence[Path]) -> Path:
     """Returns where submitit's files and the code lie: in the run folder, those of an array beside its run folders.
 
-    Raises RecipeError for a path that submitit would misread.
+    Raises RecipeError for a path that submitit would misread, or that would not stay on its line of the script.
     """
     folder = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
+    if any(CONTROL.search(str(run_dir)) for run_dir in run_dirs):
+        raise RecipeError(f"--run-dir: {str(run_dirs[0])!r} has a control character in it; give another one")
     misread = re.search(r"%[jtAa]|\\", str(folder))
     if misread:
         raise RecipeError(
@@ -219,9 +225,13 @@ def _submit(
     found: Sequence[Preflight],
     snapshot: Snapshot,
     code: Path,
-    start_over: bool,
+    arguments: argparse.Namespace,
+    root: Path,
 ) -> dict[Path, str]:
-    """Opens the run folders, submits, says how to watch; returns what there is to say of each run."""
+    """Opens the run folders, submits, says how to watch; returns what there is to say of each run.
+
+    root: the folder in which there are runs of other commands too
+    """
     recipes = [job.recipe for job in jobs]
     _check_environment_goes_along(recipes[0])
     if len(found) > 1 and (most := largest_array()) and len(found) > most:
@@ -230,7 +240,8 @@ def _submit(
         )
     with ExitStack() as locks:
         for recipe, run in zip(recipes, found, strict=True):
-            locks.enter_context(opened(run.folder, recipe, start_over, brief=True, lost=lambda why: None))
+            locks.enter_context(opened(run.folder, recipe, arguments.start_over, brief=True, lost=lambda why: None))
+            run.folder.record.note_asked(asked_again(arguments))
         snapshot.write(code)
         if len(found) == 1:  # another array's jobs may wait for what lies beside this one's runs
             prune(code, {*found[0].folder.record.snapshots(), snapshot.digest})
@@ -244,7 +255,7 @@ def _submit(
     texts = [str(run).splitlines() for run in found]
     in_common = [line for line in texts[0] if all(line in text for text in texts)]
     show("\n".join([f"{'job':<14}{job_id}", *in_common]))
-    array = job_id if folder.parent == runs_root().absolute() else folder.parent  # there are other runs beside it
+    array = job_id if folder.parent == root else folder.parent  # there are other runs beside it
     runs = shlex.quote(str(folder if len(found) == 1 else array))
     show(f"{'to watch':<14}python launch/status.py {runs} --watch")
     show(f"{'':<14}squeue --job {job_id}")

@@ -134,7 +134,9 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         if not equals:
             raise RecipeError(f"--set {text}: expected section.key=value, for instance --set train.epochs=90")
         assign(raw, key.strip(), parse_value(value.strip()), _KNOWN, origin=f"--set {key.strip()}")
-        origins[RENAMED.get(key.strip(), key.strip())] = f"--set {text}"
+        place = location(value.strip().strip("'\""))
+        shown = value if isinstance(place, Path) else redacted(place)  # an error is output as well
+        origins[RENAMED.get(key.strip(), key.strip())] = f"--set {key}={shown}"
     recipe = build_recipe(raw, str(path), origins)
     for (section, key), said in withheld.items():
         if key not in raw[section]:

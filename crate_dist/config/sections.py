@@ -34,12 +34,16 @@ OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 
 
 def _mirror(value: Path | str | None) -> Path | str | None:
-    """Reads the place of a mirror; an empty text stays one. Raises ValueError for what can only be read."""
+    """Reads the place of a mirror; an empty text stays one. Raises ValueError for what no file can be put below."""
     place = location(value) if isinstance(value, str) and value else value
     if place and may_run_a_command(place):
         raise ValueError(
             f"{redacted(place)} is no place that checkpoints can be copied to; s3://, gs://, https:// (with PUT) "
             "or a folder of another mount would be"
+        )
+    if isinstance(place, str) and re.search(r"[?#]", place) and "{}" not in place:
+        raise ValueError(
+            f"{redacted(place)} does not say where the names of files go: write {{}} there, as in https://host/runs/{{}}?…"
         )
     return place
 

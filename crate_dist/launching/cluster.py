@@ -5,10 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
+from collections.abc import Sequence
 
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import ClusterSection, RecipeError
-from crate_dist.slurm.options import Gpus, parse_minutes, parse_nodes
+from crate_dist.slurm.options import CONTROL, Gpus, parse_minutes, parse_nodes
+
+_RESOURCES = (
+    *("--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb", "--time", "--partition"),
+    *("--account", "--qos", "--constraint", "--exclude", "--nice", "--comment"),
+)
+_ALSO = {
+    "--sbatch": ("--gres", "--mem-per-cpu", "--mem-per-gpu", "--exclusive", "--reservation", "--licenses"),
+    "--set": ("--signal-delay-s", "--requeues", "--restarts-in-place"),
+}
+"""What asks for resources and no more: options, and what else --sbatch and --set may say of them."""
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +91,58 @@ def check_cluster(cluster: ClusterSection) -> None:
             f"time to train; --time {math.ceil(cluster.signal_delay_s / 60) + 1} or more, "
             "or --set cluster.signal_delay_s=SECONDS"
         )
+
+
+def asked_again(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns the options, each with its value, that a person gave to ask SLURM for something.
+
+    Left out are those of one start alone (--after); of shell lines, images and --notify there is no value.
+    """
+    found: list[tuple[str, str]] = []
+    for option in (*_RESOURCES, "--sbatch", "--mail", "--setup", "--container", "--notify"):
+        value = getattr(arguments, "time_min" if option == "--time" else option[2:].replace("-", "_"), None)
+        if isinstance(value, Gpus):
+            value = f"{value.kind}:{value.number}" if value.kind else value.number
+        if option in ("--setup", "--container", "--notify"):
+            value = "" if value else None
+        found += [(option, str(one)) for one in (value if isinstance(value, list) else [value]) if one is not None]
+    sets = [text for text in arguments.overrides if text.strip().startswith("cluster.")]
+    return found + [("--set", text) for text in sets if _name("--set", text) not in ("--setup", "--container")]
+
+
+def repeated(before: Sequence[tuple[str, str]], options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the options of a start before that are given again, and those that only a person may.
+
+    before: as asked_again has them, out of a run folder, which others may have written: of these, what asks for
+    resources and no more is given again
+    options: those given now, which win
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_cluster_options(parser)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--mail")
+    parser.add_argument("--notify")
+    now = {_name(*pair) for pair in asked_again(parser.parse_known_args(options)[0])}
+    now |= {"--gres", "--gpus-per-node"} if now & {"--gres", "--gpus-per-node"} else set()
+    again, missing = [], []
+    for option, value in before:
+        name = _name(option, value)
+        if name in now:
+            continue
+        if name in (*_RESOURCES, *_ALSO.get(option, ())):
+            again.append(f"{option}={value}")
+        else:
+            words = f"{option} {shlex.quote(value)}" if value else option
+            missing.append(CONTROL.sub("…", words))  # a terminal would obey them
+    return again, missing
+
+
+def _name(option: str, value: str) -> str:
+    """Names what an option says, however it is given: --nodes, of --set cluster.nodes=2 too."""
+    if option not in ("--set", "--sbatch"):
+        return option
+    key = value.partition("=")[0].strip().removeprefix("--").removeprefix("cluster.").replace("_", "-")
+    return "--time" if key == "time-min" else f"--{key}"
 
 
 def _job_id(text: str) -> str:

@@ -30,6 +30,7 @@ from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_valu
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
 from crate_dist.launching.site import NO_SITE, Site
+from crate_dist.locations import is_private, location, redacted
 from crate_dist.run.folder import RunFolder
 
 Grid = Mapping[str, Sequence[Any]]
@@ -65,9 +66,15 @@ def add_grid_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="the same as a [grid] table, optim.lr = [1e-4, 2e-4] and so on, with recipe = NAME or FILE before it, for "
         "want of --arch; a sweep leaves one in its folder",
     )
-    group.add_argument("--seeds", type=whole_number(0), nargs="+", metavar="N", help="as --grid train.seed=N,… does")
+    group.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="as --grid train.seed=N,… does")
     group.add_argument("--yes", action="store_true", help=f"also more than {_MANY} runs")
     return group
+
+
+def _seed(text: str) -> int:
+    if re.fullmatch(r"\d+(,\d+)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: seeds stand apart, as in --seeds {text.replace(',', ' ')}")
+    return whole_number(0)(text)
 
 
 def read_grid(arguments: argparse.Namespace) -> Grid:
@@ -89,6 +96,11 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
             raise RecipeError(f"{origin}: {key} cannot be in a grid: {shared}; start such runs one by one")
         if not isinstance(values, list) or not values:
             raise RecipeError(f"{origin}: {key} = {values!r} is no list of values; {key} = [VALUE, VALUE] would be")
+        if place := next((text for text in map(str, values) if is_private(location(text))), None):
+            raise RecipeError(
+                f"{origin}: {redacted(place)} cannot be in a grid, for that is written to files, and this has a secret "
+                "in it or is a command; start such runs one by one"
+            )
         if key in given:
             raise RecipeError(f"{given[key]} and {origin}: give one of them")
         given[key], grid[key] = origin, values

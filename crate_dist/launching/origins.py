@@ -15,7 +15,7 @@ from crate_dist.config.keys import RENAMED, flatten
 from crate_dist.config.recipe import find_recipe
 from crate_dist.launching.site import Site
 from crate_dist.locations import redacted
-from crate_dist.slurm.options import Gpus, JobOptions, parse_gres, parse_option
+from crate_dist.slurm.options import Gpus, JobOptions, check_option, parse_gres, parse_option
 from crate_dist.slurm.verdict import UNSET
 
 DEFAULT = "default"
@@ -55,9 +55,6 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
         if key not in by_set and not (for_cpu and key in _OF_GPU_TASKS):
             values[key], origins[key] = value, origin
     asked = _options(arguments, site)
-    if mail := arguments.mail or site.mail:
-        origin = "--mail" if arguments.mail else site.origins["mail"]
-        asked = {"mail-user": (mail, origin), "mail-type": ("END,FAIL,REQUEUE", origin), **asked}
     flags = {key: getattr(arguments, key, None) for key in values}
     for key, value in flags.items():
         if value is not None:
@@ -94,13 +91,14 @@ def origin_of(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> dict
     """Returns (value, origin) of all that somebody has said of a recipe outside [cluster], by flat key."""
     path = find_recipe(arguments.config or arguments.arch)
     in_file = {RENAMED.get(key, key) for key in flatten(tomllib.loads(path.read_text(encoding="utf-8")))}
-    by_set = {key: f"--set {key}" for text in arguments.overrides for key in [text.partition("=")[0].strip()]}
+    by_set = {text.partition("=")[0].strip() for text in arguments.overrides}
+    set_as = {RENAMED.get(key, key): f"--set {key}" for key in by_set}
     said = {}
     for key, value in flatten(recipe.model_dump()).items():
         flag, name = _FLAGS.get(key, ("", ""))
         if key.startswith("cluster."):
             continue
-        if origin := by_set.get(key) or (flag if name and getattr(arguments, name, None) is not None else ""):
+        if origin := set_as.get(key) or (flag if name and getattr(arguments, name, None) is not None else ""):
             said[key] = origin
         elif key in in_file:
             said[key] = str(path)
@@ -126,18 +124,22 @@ def _site_values(site: Site) -> dict[str, tuple[Any, str]]:
     found = {key: (getattr(site, key), site.origins[key]) for key in keys if getattr(site, key) is not None}
     if site.time is not None:
         found["time_min"] = site.time, site.origins["time"]
-    if site.gpus is not None:
-        found["gpus_per_node"] = site.gpus, site.origins["gpus_per_node" if site.gpus_per_node else "gres"]
+    if key := site.key_of_gpus:
+        found["gpus_per_node"] = site.gpus, site.origins[key]
     return found
 
 
 def _options(arguments: argparse.Namespace, site: Site) -> dict[str, tuple[str | bool, str]]:
     """Options of sbatch that the site and the flags give, with their origins. Raises RecipeError."""
-    said: dict[str, tuple[str | bool, str]] = {
-        name: (value, site.origins[f"sbatch.{name}"]) for name, value in site.sbatch.items()
-    }
+    said: dict[str, tuple[str | bool, str]] = {}
+    if mail := arguments.mail or site.mail:
+        origin = "--mail" if arguments.mail else site.origins["mail"]
+        said |= {"mail-user": (mail, origin), "mail-type": ("END,FAIL,REQUEUE", origin)}
+    said |= {name: (value, site.origins[f"sbatch.{name}"]) for name, value in site.sbatch.items()}
     flags = [(*parse_option(text, f"--sbatch {text}"), f"--sbatch {text}") for text in arguments.sbatch]
-    flags += [("exclude", nodes, "--exclude") for nodes in arguments.exclude]
+    flags += [("exclude", check_option("exclude", nodes, "--exclude"), "--exclude") for nodes in arguments.exclude]
+    if arguments.mail is not None:
+        flags.append(("mail-user", check_option("mail-user", arguments.mail, "--mail"), "--mail"))
     if arguments.after:
         flags.append(("dependency", f"afterany:{':'.join(arguments.after)}", "--after"))
     for name in ("comment", "nice"):
@@ -150,15 +152,12 @@ def _options(arguments: argparse.Namespace, site: Site) -> dict[str, tuple[str |
         elif name in seen:
             raise RecipeError(f"{seen[name][1]} and {origin}: give one of them")
         seen[name] = value, origin
-    said |= seen
-    if site.exclude:
-        more = seen.get("exclude")
-        said["exclude"] = (
-            (f"{site.exclude},{more[0]}", f"{site.origins['exclude']} and {more[1]}")
-            if more
-            else (site.exclude, site.origins["exclude"])
-        )
-    return said
+    of_site = (site.exclude, site.origins.get("exclude", "")) if site.exclude else None
+    lists = [said_by for said_by in (of_site, said.get("exclude"), seen.get("exclude")) if said_by]
+    if lists:
+        nodes, origins = zip(*lists, strict=True)
+        seen["exclude"] = ",".join(map(str, nodes)), " and ".join(dict.fromkeys(origins))
+    return said | seen
 
 
 def _gpu_form(

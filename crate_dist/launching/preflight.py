@@ -10,6 +10,7 @@ from pathlib import Path
 from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
 from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
 from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
+from crate_dist.checkpoint.mirror.record import DamagedRecord
 from crate_dist.config import Recipe, RecipeError, derive_batch
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.index import ShardError
@@ -81,6 +82,8 @@ def preflight(
     train = val = mirror = None
     try:
         mirror = look_into_mirror(folder, recipe, start_over)
+    except DamagedRecord as error:
+        problems.append(f"{error}; --set checkpoint.mirror= starts without one")
     except ShardError as error:
         problems.append(f"the mirror does not answer: {error}; --set checkpoint.mirror= starts without one")
     except (UserError, OSError) as error:

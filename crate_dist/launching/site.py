@@ -185,15 +185,30 @@ class Site(Section):
         return given
 
     @property
+    def key_of_gpus(self) -> str | None:
+        """The key that says the number of GPUs: gres where that has one, unless a later file has gpus_per_node."""
+        if not self.gres or parse_gres(self.gres)[0] is None:
+            return "gpus_per_node" if self.gpus_per_node else None
+        if not self.gpus_per_node:
+            return "gres"
+        # A later file's keys stand behind.
+        apart = self._origins.get("gres") != self._origins.get("gpus_per_node")
+        said = [key for key in self._origins if key in ("gres", "gpus_per_node")]
+        return said[-1] if apart else "gres"
+
+    @property
     def gpus(self) -> int | None:
         """GPUs of each node, as gres or gpus_per_node say."""
-        in_gres = parse_gres(self.gres)[0] if self.gres else None
-        return in_gres or (self.gpus_per_node.number if self.gpus_per_node else None)
+        if self.key_of_gpus == "gpus_per_node" and self.gpus_per_node:
+            return self.gpus_per_node.number
+        return parse_gres(self.gres)[0] if self.gres else None
 
     @property
     def gpu_form(self) -> str:
         """The option that asks for GPUs, as JobOptions takes it."""
         if self.gres:
+            if self.key_of_gpus == "gpus_per_node" and self.gpus_per_node and self.gpus_per_node.kind:
+                return f"gres=gpu:{self.gpus_per_node.kind}:{{n}}"
             return parse_gres(self.gres)[1] or GPU_FORM
         return self.gpus_per_node.form if self.gpus_per_node else GPU_FORM
 
@@ -218,6 +233,7 @@ class Site(Section):
         origins: dict[str, str] = {}
         for path in files:
             for key, value in _trusted(path).items():
+                origins.pop(key, None)  # it comes behind those of the files before
                 if isinstance(value, dict):
                     said[key] = {**said.get(key, {}), **value}
                     origins |= {f"{key}.{name}": str(path) for name in value}

@@ -33,15 +33,15 @@ class Planned:
 
 
 def plan(grid: Grid, recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_over: bool = False) -> list[Planned]:
-    """Returns the runs of a command. Of a sweep, those that are complete or under way are left alone.
+    """Returns the runs of a command. Those that are complete are left alone, and of a sweep those under way.
 
-    Raises RecipeError: SLURM does not say which are under way.
+    Raises RecipeError: SLURM does not say which are under way, or one that is to be left alone has another recipe.
     """
     runs = [Planned(recipe, run_dir) for recipe, run_dir in zip(recipes, run_dirs, strict=True)]
-    if not grid or start_over:
+    if start_over:
         return runs
     try:
-        queue = my_jobs() if is_here() and any(RunFolder(run.run_dir).jobs() for run in runs) else []
+        queue = my_jobs() if grid and is_here() and any(RunFolder(run.run_dir).jobs() for run in runs) else []
     except NoAnswer as error:
         raise RecipeError(f"SLURM does not say which runs of the sweep are under way: {error}") from error
     return [Planned(run.recipe, run.run_dir, why_idle(run.recipe, RunFolder(run.run_dir), queue)) for run in runs]
@@ -50,11 +50,12 @@ def plan(grid: Grid, recipes: Sequence[Recipe], run_dirs: Sequence[Path], start_
 def why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob] = ()) -> str:
     """Says why a run needs no start: it is complete, or one of the queue's jobs is its; "": it does need one.
 
-    Raises RecipeError: it is the complete run of another recipe.
+    Raises RecipeError: it is the complete run of another recipe, or a job's that trains another.
     """
     jobs = folder.jobs()
     for job in queue:
         if {job.number, job.name} & {*jobs}:
+            folder.check(recipe, queued=job.name)
             return f"job {job.name} is {job.state.lower()}"
     manifest = newest_manifest(folder.checkpoints)
     data = manifest.data["train"] if manifest and manifest.data else None
@@ -64,6 +65,16 @@ def why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob] = ())
         return ""
     folder.check(recipe)
     return f"complete at step {manifest.progress.step}"
+
+
+def nothing_to_do(grid: Grid, runs: Sequence[Planned]) -> str:
+    """Says that no run of a command needs a start, and why."""
+    if grid:
+        return f"{runs_table(grid, runs, {})}\nnothing is left to do"
+    return (
+        f"{runs[0].run_dir}: {runs[0].idle}, and nothing is left to do; longer training is a new run: "
+        f"more train.epochs with another --run-dir, from these weights with --init-from {runs[0].run_dir}"
+    )
 
 
 def look_at_all(

@@ -257,7 +257,7 @@ def _members(tar: Path, archive: Path, folder: str) -> dict[str, Member]:
     try:
         for member in walk_tar(tar):
             name = member.name.removeprefix("./")
-            if not name.startswith(f"{folder}/"):
+            if member.problem or not name.startswith(f"{folder}/"):
                 continue
             name = name.removeprefix(f"{folder}/")
             if name in members:

@@ -159,6 +159,9 @@ def _write(jobs: Sequence[_Job], source: Source, options: Options) -> bool:
     Returns whether all is whole now; what is missing has been told.
     """
     with held(options.out, options.part):
+        for job in jobs:  # from now on all know which splits there are to be
+            with job.folder.taken(options.part):
+                pass
         if options.part == WHOLE:
             for job in jobs:
                 _write_split(job, source, options)

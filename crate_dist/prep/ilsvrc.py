@@ -108,7 +108,7 @@ class _Parts:
         tars: dict[str, Member] = {}
         if not classes and (root / TRAIN_TAR).is_file():
             train = root / TRAIN_TAR
-            tars = class_tars(train)
+            tars = class_tars(train, notes)
             classes = sorted(tars)
             if not classes:
                 raise ShardError(f"{train} holds no class archives like n01440764.tar")
@@ -141,7 +141,7 @@ class _Parts:
             return list_classes(self.root, self.train, self.train_classes, labels, options)
         archive = self.train
         places = {wnid: (archive, self.train_tars[wnid]) for wnid in self.train_classes}
-        listed = list_class_tars(self.root, places, labels)
+        listed = list_class_tars(self.root, places, labels, options)
         if empty := [wnid for wnid, part in zip(self.train_classes, listed, strict=True) if not len(part.samples)]:
             raise ShardError(f"{archive}: no image in {first_few(f'{wnid}.tar' for wnid in empty)}")
         return Split.joined(listed)
@@ -152,9 +152,8 @@ class _Parts:
             self._check_known(self.val_folders, labels)
             return list_classes(self.root, self.val, self.val_folders, labels, options)
         archive = self.val if self.val.is_file() else None
-        unreadable: list[str] = []
         if archive:
-            found, ignored = list_archive(archive)
+            found, ignored, unreadable = list_archive(archive, skip_bad=options.skip_bad)
         else:
             found, ignored, unreadable = list_images(self.root, self.val, options)
         by_wnid: dict[str, list[ImageRef]] = {}
@@ -233,23 +232,41 @@ class _Devkit:
         return cls(by_number, words)
 
 
-def class_tars(archive: Path) -> dict[str, Member]:
-    """Finds the tars of classes, called like n01440764.tar, in a tar."""
-    return {Path(m.name).stem: m for m in walk_tar(archive) if WNID.fullmatch(Path(m.name).stem)}
+def class_tars(archive: Path, notes: list[str]) -> dict[str, Member]:
+    """Finds the tars of classes, called like n01440764.tar, in a tar. notes: is told which members are none
+
+    Raises ShardError: a class that comes twice, or whose tar is a link or no file.
+    """
+    found: dict[str, Member] = {}
+    others = []
+    for member in walk_tar(archive):
+        path = Path(member.name)
+        if path.suffix != ".tar" or not WNID.fullmatch(path.stem):
+            others.append(member.name)
+        elif path.stem in found:
+            raise ShardError(f"{archive} holds {path.name} twice: {found[path.stem].name} and {member.name}")
+        elif member.problem:
+            raise ShardError(f"{archive}: {member.name} is {member.problem}; unpack the archive")
+        else:
+            found[path.stem] = member
+    if found and others:
+        notes.append(f"{archive}: no tars of classes, not read: {first_few(others)}")
+    return found
 
 
 def list_class_tars(
-    root: Path, places: Mapping[str, tuple[Path, Member | None]], labels: Mapping[str, int]
+    root: Path, places: Mapping[str, tuple[Path, Member | None]], labels: Mapping[str, int], options: ListOptions
 ) -> list[Split]:
     """Lists the images of each class by name. places: class -> its tar, or a tar that it lies in and where
 
-    Raises ShardError: a tar that is cut off, damaged or compressed.
+    Raises ShardError: as list_archive.
     """
 
     def one(wnid: str) -> Split:
         path, member = places[wnid]
-        found, ignored = list_archive(path, member.offset, member.size) if member else list_archive(path)
-        return Split(Samples.collect(root, found, labels[wnid], path), ignored)
+        start, size = (member.offset, member.size) if member else (0, None)
+        found, ignored, unreadable = list_archive(path, start, size, options.skip_bad)
+        return Split(Samples.collect(root, found, labels[wnid], path), ignored, unreadable)
 
     return list(threaded_map(one, list(places), "listing class tars", "class"))
 

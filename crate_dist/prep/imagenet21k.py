@@ -70,12 +70,16 @@ def imagenet21k(
 
 @dataclass(frozen=True)
 class _Classes:
-    """The places of the classes. tars: wnid -> a tar, and where the class lies in it if it holds others too"""
+    """The places of the classes. tars: wnid -> a tar, and where the class lies in it if it holds others too
+
+    not_read: lines about what stands there and is no class
+    """
 
     folder: Path
     edition: str | None
     tars: dict[str, tuple[Path, Member | None]]
     folders: Sequence[str]
+    not_read: Sequence[str] = ()
 
     @classmethod
     def find(cls, root: Path) -> _Classes:
@@ -87,9 +91,12 @@ class _Classes:
                 continue
             edition = folder.name if folder.name in EDITIONS else None
             tars = {path.stem: (path, None) for path in folder.glob("n*.tar") if WNID.fullmatch(path.stem)}
-            folders = [name for name in class_folders(folder) if WNID.fullmatch(name) and name not in tars]
+            named = [name for name in class_folders(folder) if WNID.fullmatch(name)]
+            folders = [name for name in named if name not in tars]
             if tars or folders:
-                return cls(folder, edition, {**tars}, folders)
+                both = first_few(name for name in named if name in tars)
+                notes = [f"{folder}: the tar is read, and not the folder that stands beside it: {both}"] if both else ()
+                return cls(folder, edition, {**tars}, folders, notes)
             if archive := next((path for name in EDITIONS if (path := folder / f"{name}.tar").is_file()), None):
                 return cls.of_archive(archive, folder)
         for name in EDITIONS:
@@ -102,10 +109,11 @@ class _Classes:
 
     @classmethod
     def of_archive(cls, archive: Path, folder: Path) -> _Classes:
-        tars = {wnid: (archive, member) for wnid, member in class_tars(archive).items()}
+        notes: list[str] = []
+        tars = {wnid: (archive, member) for wnid, member in class_tars(archive, notes).items()}
         if not tars:
             raise ShardError(f"{archive} holds no class archives like n00004475.tar")
-        return cls(folder, archive.stem if archive.stem in EDITIONS else None, {**tars}, ())
+        return cls(folder, archive.stem if archive.stem in EDITIONS else None, {**tars}, (), notes)
 
     @property
     def all(self) -> set[str]:
@@ -118,7 +126,7 @@ class _Classes:
         return f"ImageNet-21K{f' of {self.edition}' if self.edition else ''}, {' and '.join(kinds)}"
 
     def notes(self, ids: Sequence[str]) -> list[str]:
-        notes = []
+        notes = [*self.not_read]
         expected = [EDITIONS[self.edition]] if self.edition else list(EDITIONS.values())
         if len(self.all) not in expected:
             of = " or ".join(f"{number:,}" for number in expected)
@@ -136,7 +144,7 @@ class _Classes:
 
         tars = {wnid: place for wnid, place in self.tars.items() if wnid in labels}
         folders = [wnid for wnid in self.folders if wnid in labels]
-        listed = dict(zip(tars, list_class_tars(self.folder, tars, labels), strict=True))
+        listed = dict(zip(tars, list_class_tars(self.folder, tars, labels, options), strict=True))
         listed |= zip(folders, threaded_map(one, folders, "listing class folders", "class"), strict=True)
         filled = [listed[wnid] for wnid in labels if wnid in listed and len(listed[wnid].samples)]
         if not filled:
@@ -156,5 +164,5 @@ def _refuse_compressed(path: Path) -> None:
         unpack = f"tar -xzf {shlex.quote(str(path))} -C {shlex.quote(str(path.parent))}"
         raise ShardError(
             f"{path} is compressed, and images are read by offset; unpack it once, the class tars in it may stay as "
-            f"they are: `{unpack}`, then give --source {path.parent}"
+            f"they are: `{unpack}`, then give --source {shlex.quote(str(path.parent))}"
         )

@@ -115,8 +115,8 @@ class SplitFolder:
 
     def missing(self, part: Part = WHOLE) -> list[str]:
         """Names the shards of a part that no journal knows, or that do not stand with the size of then."""
-        finished = self.finished()
-        return [name for name in part.share(self.plan.names()) if not self._stands(finished.get(name))]
+        there = standing(self.path)
+        return [name for name in part.share(self.plan.names()) if name not in there]
 
     def finished_bytes(self) -> int:
         """Returns the bytes of the finished shards."""
@@ -171,13 +171,6 @@ class SplitFolder:
             write_whole(self.path / JOURNAL, "\n".join(lines))
         for path in parts:
             path.unlink(missing_ok=True)
-
-    def _stands(self, entry: JournalEntry | None) -> bool:
-        if entry is None or not entry.shard.samples:
-            return entry is not None
-        with suppress(OSError):
-            return (self.path / entry.shard.name).stat().st_size == entry.shard.bytes
-        return False
 
     def _lock(self, folder: int) -> None:
         """Keeps out other conversions on this machine; parts of one conversion do not keep out each other."""
@@ -249,6 +242,17 @@ def read_journal(folder: Path) -> dict[str, JournalEntry]:
         except (ValueError, KeyError, TypeError):  # a line that a crash cut short: its shard is made again
             continue
     return found
+
+
+def standing(folder: Path) -> set[str]:
+    """Names the shards that a journal knows and that stand with the size of then, or have no image and so no file."""
+    sizes = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                sizes[entry.name] = entry.stat().st_size
+    finished = {name: entry.shard for name, entry in read_journal(folder).items()}
+    return {name for name, shard in finished.items() if not shard.samples or sizes.get(name) == shard.bytes}
 
 
 def missing_shards(folder: Path) -> list[str]:

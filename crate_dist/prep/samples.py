@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import posixpath
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -146,15 +147,32 @@ class Samples:
         return self.names[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
 
 
-def list_archive(path: Path, start: int = 0, size: int | None = None) -> tuple[list[ImageRef], int]:
-    """Returns (images in a tar sorted by name, number of other files). Raises ShardError."""
-    found, others = [], 0
+def list_archive(
+    path: Path, start: int = 0, size: int | None = None, skip_bad: bool = False
+) -> tuple[list[ImageRef], int, list[str]]:
+    """Returns (images in a tar sorted by name, number of other files, names of unreadable images).
+
+    start, size: where the tar lies in the file. Raises ShardError: a tar that is cut off, damaged or compressed; a name
+    of an image that comes twice, or, unless `skip_bad`, that a symbolic link has, or whatever else is no file.
+    """
+    found: dict[str, ImageRef] = {}
+    others, unreadable = 0, []
     for member in walk_tar(path, start, size):
-        if is_image_name(member.name):
-            found.append(ImageRef(member.name, member.size, member.offset))
-        else:
+        name = posixpath.normpath(member.name)
+        if not is_image_name(name):
             others += 1
-    return sorted(found), others
+        elif name in found:
+            raise ShardError(f"{path}: {member.name} comes twice; unpack the archive, and look which of both is meant")
+        elif not member.problem:
+            found[name] = ImageRef(member.name, member.size, member.offset)
+        elif skip_bad:
+            unreadable.append(f"{member.name}: {member.problem}")
+        else:
+            raise ShardError(
+                f"{path}: {member.name} is called like an image and is {member.problem}; unpack the archive, which "
+                "follows links, or leave out and list such images with --skip-bad"
+            )
+    return sorted(found.values()), others, sorted(unreadable)
 
 
 def is_image_name(name: str) -> bool:

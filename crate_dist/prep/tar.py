@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -33,11 +34,15 @@ _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webd
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: offset of its first byte in the outermost file, size in bytes."""
+    """A file in a tar: offset of its first byte in the outermost file, size in bytes.
+
+    problem: what it is that cannot be read, as "a symbolic link to x"; nothing for a file
+    """
 
     name: str
     offset: int
     size: int
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,26 @@ class LabelRule:
 
 
 def walk_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Yields the regular files of a plain tar, in their order, or of a tar that lies at `start` in another one.
+    """Yields all but the folders of a plain tar, in their order, or of a tar that lies at `start` in another one.
 
-    Raises ShardError when it is compressed, damaged or cut off, or holds a name that leads out of it.
+    A hard link has the bytes of the earlier member that it names, as when unpacked. What is neither that nor a regular
+    file comes with its `problem`, so that nobody passes over it unawares. Raises ShardError when the tar is compressed,
+    damaged or cut off, or holds a name that leads out of it.
     """
+    files: dict[str, Member] = {}
     # A parallel file system asks for a buffer of megabytes, and would read all images for their headers.
     with explained(f"cannot read {path}"), path.open("rb", buffering=_HEADERS) as file:
         end = os.fstat(file.fileno()).st_size if size is None else start + size
-        yield from _walk(file, path, start, end)
+        for info in _walk(file, path, start, end):
+            if info.isdir():
+                continue
+            member = Member(info.name, info.offset_data, info.size)
+            if info.islnk() and (target := files.get(posixpath.normpath(info.linkname))):
+                member = target._replace(name=info.name)
+            elif not info.isreg():
+                member = Member(info.name, 0, 0, _kind(info))
+            files[posixpath.normpath(info.name)] = member
+            yield member
 
 
 def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | None = None) -> ShardScan:
@@ -115,7 +132,7 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
     with explained(f"cannot read {path}"), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        for key, files in _samples(_walk(file, path, 0, size), path):
+        for key, files in _samples(_regular(_walk(file, path, 0, size)), path):
             if key in seen:
                 raise ShardError(f"{path}: sample {key} comes twice")
             seen.add(key)
@@ -128,7 +145,7 @@ def scan_shard(path: Path, label: LabelRule | None = None, num_classes: int | No
     return ShardScan(Shard(path.name, len(rows), size, digest), np.array(rows, dtype=ROW))
 
 
-def _walk(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[Member]:
+def _walk(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[tarfile.TarInfo]:
     file.seek(start)
     head = file.read(tarfile.BLOCKSIZE)
     for magic, name in _COMPRESSED.items():
@@ -147,8 +164,7 @@ def _walk(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[Member]:
                 raise ShardError(f"{path}: the name {info.name!r} leads out of the archive")
             if info.issparse():
                 raise ShardError(f"{path}: {info.name} is a sparse file, which cannot be read by offset")
-            if info.isreg():
-                yield Member(info.name, info.offset_data, info.size)
+            yield info
     except ShardError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # all but the first by absurd sizes
@@ -159,6 +175,19 @@ def _walk(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[Member]:
     if block != bytes(tarfile.BLOCKSIZE):
         what = "damaged" if len(block) == tarfile.BLOCKSIZE else "cut off"
         raise ShardError(f"{path}: {what}: no tar header and no end of archive at byte {archive.offset}")
+
+
+def _regular(infos: Iterator[tarfile.TarInfo]) -> Iterator[Member]:
+    """Yields the members that webdataset reads, which passes over links."""
+    return (Member(info.name, info.offset_data, info.size) for info in infos if info.isreg())
+
+
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.issym():
+        return f"a symbolic link to {info.linkname}"
+    return (
+        f"a hard link to {info.linkname}, which is no file before it" if info.islnk() else "neither a file nor a link"
+    )
 
 
 def _samples(members: Iterator[Member], path: Path) -> Iterator[tuple[str, dict[str, Member]]]:

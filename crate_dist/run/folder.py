@@ -86,8 +86,11 @@ class RunFolder:
             return []
         return sorted(names, key=lambda name: [int(part) for part in name.split("_")])
 
-    def check(self, recipe: Recipe) -> None:
-        """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values."""
+    def check(self, recipe: Recipe, queued: str = "") -> None:
+        """Raises RecipeError unless the folder is new, empty, or of a run with the same deciding values.
+
+        queued: the job that is to train what stands there, though it may not have begun
+        """
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -106,12 +109,13 @@ class RunFolder:
                 )
             return
         changed = self._changed(recipe)
-        if changed and self.has_begun():
+        if changed and (queued or self.has_begun()):
             listing = "\n".join(f"  {line}" for line in changed)
             raise RecipeError(
                 f"{self.path} holds a run of another recipe:\n{listing}\n"
                 "to continue that run, give the same values; to start a new one, another --run-dir, or --start-over, "
                 "which sets that one aside"
+                + (f"; job {queued} works on it: `scancel {queued}` first" if queued else "")
             )
 
     def has_begun(self) -> bool:

@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,15 @@ class Record:
     def note_origin(self, origin: Mapping[str, Any]) -> None:
         """Puts down which weights the run began from."""
         self._write({**self._read(), "began_from": origin})
+
+    def note_asked(self, options: Sequence[tuple[str, str]]) -> None:
+        """Puts down the options, each with its value, by which the run's newest job was asked for."""
+        self._write({**self._read(), "asked": [*map(list, options)]})
+
+    def asked(self) -> list[tuple[str, str]]:
+        """Returns what note_asked has put down."""
+        found: list[list[str]] = self._read().get("asked", []) if self.path.exists() else []
+        return [(str(option), str(value)) for option, value in found]
 
     def run_id(self) -> str | None:
         """Returns the name by which the run's mirror knows it; None for a run that never had one."""

@@ -116,7 +116,26 @@ def beyond_partition(cluster: ClusterSection, settings: Settings) -> str:
             complaints.append(f"partition {name} ends jobs after {longest}, not {_said('time_min', settings)}")
         else:
             return ""
-    return "; ".join(complaints) and f"{'; '.join(complaints)}: the job would wait for ever"
+    return "; ".join(complaints)
+
+
+def qos_beyond(settings: Settings) -> str:
+    """Says which qos may let a job go beyond its partition, of the one asked for, else of all; empty: none."""
+    try:
+        done = subprocess.run(
+            ["sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name,flags"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    asked, found = settings["qos"][0], []
+    for line in done.stdout.splitlines():
+        name, _, flags = line.partition("|")
+        if asked in (name, UNSET) and re.search("PartitionMaxNodes|PartitionTimeLimit", flags):
+            found.append(name)
+    return f"the qos {' or '.join(found)} may allow that" if found else ""
 
 
 def refusal(said: str, settings: Settings) -> str:

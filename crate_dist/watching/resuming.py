@@ -10,6 +10,7 @@ from pathlib import Path
 
 import crate_dist
 from crate_dist.errors import UserError
+from crate_dist.launching.cluster import repeated
 from crate_dist.run.folder import RunFolder
 from crate_dist.watching.runs import Queue, look
 
@@ -31,16 +32,17 @@ def resume(paths: Sequence[Path], options: Sequence[str]) -> int:
         if run.state == "done":
             print(f"{run.run}: nothing to go on with: {run.why}")  # noqa: T201
             continue
-        command = [sys.executable, *launch_command(run.run), *options]
+        command = [sys.executable, *launch_command(run.run, options), *options]
         _say_what_is_missing(run.run, options)
         if status := subprocess.run(command).returncode:
             return status
     return 0
 
 
-def launch_command(path: Path) -> list[str]:
+def launch_command(path: Path, options: Sequence[str] = ()) -> list[str]:
     """Returns the program, and the options, that start a run again with the resources that it had.
 
+    options: those given now, which win
     Raises UserError: it was started by a plain srun, or its record is damaged.
     """
     folder = RunFolder(path)
@@ -49,6 +51,7 @@ def launch_command(path: Path) -> list[str]:
             json.loads(folder.record_file.read_text(encoding="utf-8"))["starts"] if folder.record_file.exists() else []
         )
         launcher, ranks = (starts[-1].get("launcher"), starts[-1].get("world_size", 1)) if starts else (None, 1)
+        asked = folder.record.asked()
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{folder.record_file} does not say how the run was started ({type(error).__name__}: {error}); go on with "
@@ -59,7 +62,10 @@ def launch_command(path: Path) -> list[str]:
         raise UserError(f"{path} was started by srun: the same command, given again, goes on with it")
     same = ["--config", str(folder.recipe_file), "--run-dir", str(path)]
     if jobs and (by_slurm or not starts):
-        return [str(LAUNCH / "slurm.py"), *same]
+        again, missing = repeated(asked, options)
+        if missing := [words for words in missing if not words.startswith(("--setup", "--container"))]:  # named below
+            print(f"note: it was started with {' '.join(missing)}: give that again, if it is meant", file=sys.stderr)  # noqa: T201
+        return [str(LAUNCH / "slurm.py"), *same, *again]
     return [str(LAUNCH / "local.py"), *same, "--ranks", str(ranks)]
 
 

@@ -8,6 +8,9 @@ import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -516,6 +519,269 @@ def test_the_programs_of_a_cloud_write_and_remove_without_a_shell(
     began = time.monotonic()
     with pytest.raises(ShardError, match="has not ended"):
         Store("s3://bucket", dataclasses.replace(QUICK, attempts=1, silence_s=0.3)).put("a", b"x" * 10)
+    (tmp_path / "large").write_bytes(b"x" * 2**21)
     with pytest.raises(ShardError, match="less than 1 MiB went in"):
-        Store("s3://bucket", dataclasses.replace(QUICK, attempts=1, silence_s=0.3)).put("a", b"x" * 2**21)
+        Store("s3://bucket", dataclasses.replace(QUICK, attempts=1, silence_s=0.3)).put("a", tmp_path / "large")
     assert time.monotonic() - began < 20
+
+
+def mirrored(server: FolderServer, run: RunFolder, recipe: Recipe, steps: tuple[int, ...], best: int = -1) -> str:
+    """Mirrors a run with these steps; returns the mirror's place."""
+    place = f"{server.url}/mirrors"
+    with At(place, run, recipe) as mirror:
+        for step in steps:
+            save(run, step, best)
+            mirror.published()
+            until(lambda step=step: mirror.step == step)  # type: ignore[misc]
+    return place
+
+
+def copy_of(server: FolderServer, run: RunFolder, file: str, step: int) -> Path:
+    """Returns where the mirror has a file of a run, as it was copied with a step."""
+    there = record(f"{server.url}/mirrors", run)
+    saved = next(saved for saved in there.checkpoints if saved.step == step)
+    return server.folder / "mirrors" / "run" / there.id / {**saved.run_files, **saved.checkpoint_files}[file].object
+
+
+def with_mirror(recipe: Recipe, place: Path | str) -> Recipe:
+    return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"mirror": place})})
+
+
+@pytest.mark.parametrize("left", [[], [10]])
+def test_a_folder_that_is_ahead_of_all_whole_copies_goes_on_as_it_is(
+    left: list[int], server: FolderServer, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder(tmp_path / "run", recipe)
+    place = mirrored(server, run, recipe, (10, 15))
+    for step in {10, 15} - {*left}:
+        copy_of(server, run, rank_file(0), step).unlink()
+    lost(run)
+    run = folder(tmp_path / "run", recipe)
+    run.record.note_run_id(record(place, run).id)
+    save(run, 12)
+    before = contents(run, ".").keys()
+    lines = run.metrics.read_text()
+    with At(place, run, recipe) as mirror:
+        assert "goes on from step 12 of its folder" in caplog.text
+        assert checkpoint_names(run.checkpoints) == [step_name(12)]
+        assert run.metrics.read_text() == lines
+        assert contents(run, ".").keys() - before <= {"mirror.json"}
+        until(lambda: mirror.step == 12)
+    assert record(place, run).step == 12, "the damaged one is no part of the run any more"
+
+
+@pytest.mark.parametrize("page", [b"", b"<html>maintenance</html>", b"[]", b'{"version": 1}'])
+def test_a_record_that_cannot_be_read_ends_neither_a_run_nor_its_mirroring(
+    page: bytes, server: FolderServer, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = folder(tmp_path / "run", recipe)
+    place = mirrored(server, run, recipe, (5,))
+    file = server.folder / "mirrors" / "run" / RECORD
+    good = file.read_bytes()
+    file.write_bytes(page)
+    found = look(run, with_mirror(recipe, place))
+    assert "goes on from step 5 of its folder" in str(found)
+    with At(place, run, recipe) as mirror:
+        assert mirror.failures
+        assert file.read_bytes() == page, "it may be a page that is shown for a while"
+        file.write_bytes(good)
+        until(lambda: not mirror.failures)
+        good = file.read_bytes()
+        file.write_bytes(page)
+        save(run, 10)
+        mirror.published()
+        until(lambda: mirror.failures)
+        file.write_bytes(good)
+        until(lambda: mirror.step == 10)
+    file.write_bytes(page)
+    empty = folder(tmp_path / "elsewhere" / "run", recipe)
+    with pytest.raises(MirrorError, match=r"--start-over sets it aside.*Nothing is started"):
+        At(place, empty, recipe).mirror.begin()
+    with opened(run, with_mirror(recipe, place), start_over=True):
+        save(run, 3)
+        with At(place, run, recipe) as mirror:
+            until(lambda: mirror.step == 3)
+    assert [path.read_bytes() for path in file.parent.glob("mirror-damaged-*.json")] == [page]
+
+
+@pytest.mark.parametrize("file", ["recipe.toml", "manifest.json"])
+def test_a_small_file_that_is_gone_is_passed_over_too(
+    file: str, server: FolderServer, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = folder(tmp_path / "run", recipe)
+    place = mirrored(server, run, recipe, (5, 10))
+    copy_of(server, run, file, 10).unlink()
+    lost(run)
+    step = 10 if file == "recipe.toml" else 5
+    found = look(run, with_mirror(recipe, place))
+    assert "GOES ON FROM STEP" in str(found)
+    run = folder(tmp_path / "run", recipe)
+    with At(place, run, recipe):
+        assert checkpoint_names(run.checkpoints) == [step_name(step)]
+
+
+def test_a_start_that_is_killed_between_two_renames_is_repeated(
+    server: FolderServer, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder(tmp_path / "run", recipe)
+    place = mirrored(server, run, recipe, (5, 10, 15), best=5)
+    lost(run)
+    run = folder(tmp_path / "run", recipe)
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.parent == run.checkpoints and checkpoint_names(run.checkpoints):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            At(place, run, recipe).mirror.begin()
+    with At(place, run, recipe):
+        assert checkpoint_names(run.checkpoints) == [step_name(5), step_name(15)]
+
+
+def test_a_store_that_takes_all_and_keeps_nothing_is_found_out(
+    server: FolderServer, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Store._send
+
+    def swallow(self: Store, name: str, chunks: Iterator[bytes], *more: object) -> None:
+        if name in swallowed:
+            list(chunks)
+        else:
+            send(self, name, chunks, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "_send", swallow)
+    run, swallowed = folder(tmp_path / "run", recipe), {RECORD}
+    with pytest.raises(MirrorError, match="it keeps nothing"):
+        At(f"{server.url}/mirrors", run, recipe).mirror.begin()
+    swallowed.clear()
+    with At(f"{server.url}/mirrors", run, recipe) as mirror:
+        save(run, 5)
+        mirror.published()
+        until(lambda: mirror.step == 5)
+        swallowed.add("manifest.json")
+        save(run, 10)
+        mirror.published()
+        until(lambda: mirror.failures)
+        assert mirror.step == 5
+
+
+def test_a_copied_run_folder_does_not_take_over_a_start_that_lives_and_a_linked_one_keeps_its_name(
+    server: FolderServer, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "scratch" / "job77").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "scratch" / "job77")
+    run = folder(tmp_path / "run", recipe)
+    save(run, 5)
+    with At(f"{server.url}/mirrors", run, recipe) as mirror:
+        until(lambda: mirror.step == 5)
+        shutil.copytree(run.path, tmp_path / "copy" / "run")
+        with pytest.raises(MirrorError, match="is in use by"):
+            At(f"{server.url}/mirrors", RunFolder(tmp_path / "copy" / "run"), recipe).mirror.begin()
+    assert os.listdir(server.folder / "mirrors") == ["run"]
+
+
+def test_a_mirror_says_when_the_weights_did_not_come(
+    server: FolderServer, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = folder(tmp_path / "run", recipe)
+    save(run, 5)
+    begun = At(f"{server.url}/mirrors", run, recipe)
+    with begun as mirror:
+        until(lambda: mirror.step == 5)
+        run.model("last").write_bytes(b"weights")
+        server.put_faults["model-last.pt"] = ["507", "forever"]
+        mirror.finish(Patience(20), exported=True)
+        assert "BUT NOT ALL THAT IS COPIED WITH IT" in caplog.text
+        assert "step 5 is in the mirror http" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["step", "manifest", "run.json", "file name"])
+def test_a_record_that_contradicts_itself_is_not_gone_on_from(
+    wrong: str, server: FolderServer, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = folder(tmp_path / "run", recipe)
+    place = mirrored(server, run, recipe, (5,))
+    file = server.folder / "mirrors" / "run" / RECORD
+    said = json.loads(file.read_text())
+    files = said["checkpoints"][0]["files"]
+    if wrong == "step":
+        said["checkpoints"][0]["step"] = 10**15
+    elif wrong == "manifest":
+        del files[f"checkpoints/{step_name(5)}/manifest.json"]
+    elif wrong == "file name":
+        files["tensorboard/events.out.tfevents." + "x" * 400] = files["metrics.jsonl"]
+    else:
+        copy_of(server, run, "run.json", 5).write_text("[]")
+        files["run.json"] |= {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}
+    file.write_text(json.dumps(said))
+    lost(run)
+    run = folder(tmp_path / "run", recipe)
+    with pytest.raises(MirrorError, match="is whole" if wrong == "run.json" else "is no record of a mirror"):
+        At(place, run, recipe).mirror.begin()
+    assert not checkpoint_names(run.checkpoints)
+    assert run.record.run_id() is None or wrong == "run.json"
+
+
+def test_a_mirror_in_the_wrong_place_is_refused_or_told(
+    recipe: Recipe, small_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder(tmp_path / "runs" / "run", recipe)
+    for place in (tmp_path / "runs", run.path):
+        with pytest.raises(MirrorError, match="the two would mix"):
+            RunMirror(place, run, QUICK)
+    with pytest.raises(RecipeError, match=r"https://host/c\?… does not say where the names of files go") as refused:
+        load_recipe(small_recipe, [f"checkpoint.mirror=https://host/c?sig={PASSWORD}"])
+    assert PASSWORD not in str(refused.value)
+    (tmp_path / "mount").mkdir()
+    assert "something is not mounted" in str(look(run, with_mirror(recipe, tmp_path / "mount")))
+    with At(tmp_path / "mount", run, recipe) as mirror:
+        assert "mount is an empty folder" in caplog.text
+        save(run, 5)
+        mirror.published()
+        until(lambda: mirror.step == 5)
+        (tmp_path / "mount").rename(tmp_path / "unmounted")
+        (tmp_path / "mount").mkdir()
+        save(run, 10)
+        mirror.published()
+        until(lambda: "not mounted" in mirror.problem)
+        assert not list((tmp_path / "mount").iterdir())
+        (tmp_path / "mount").rmdir()
+        (tmp_path / "unmounted").rename(tmp_path / "mount")
+        until(lambda: mirror.step == 10)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_record_is_stored_whole_or_not_at_all_when_its_writer_ends(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    child = tmp_path / "bin" / "child"
+    child.write_text(f"#!/bin/sh\ntouch {tmp_path}/began\nsleep 1\ncat > {tmp_path}/came\ntouch {tmp_path}/ended\n")
+    (tmp_path / "bin" / "aws").write_text(f"#!/bin/sh\n{child}\nexit $?\n")
+    for program in (tmp_path / "bin").iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    if end == "stopped":
+        store = Store("s3://bucket", QUICK)
+
+        def stop() -> None:
+            until((tmp_path / "began").exists)
+            store.stop()
+
+        threading.Thread(target=stop).start()
+        with pytest.raises(ShardError, match="was left"):
+            store.put(RECORD, b"x" * 200_000)
+        time.sleep(1.3)
+        assert not (tmp_path / "came").exists(), "the wrapper's child went on"
+        return
+    put = f'from crate_dist.data.remote.store import Store; Store("s3://bucket").put("{RECORD}", b"x" * 200_000)'
+    with subprocess.Popen([sys.executable, "-c", put]) as writer:
+        until((tmp_path / "began").exists)
+        writer.send_signal(signal.SIGKILL)
+    until((tmp_path / "ended").exists)
+    assert (tmp_path / "came").stat().st_size == 200_000

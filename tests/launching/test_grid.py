@@ -67,6 +67,30 @@ def test_a_grid_is_an_array_of_runs_called_by_their_values(
         assert f" {sweep / name}" in script.replace("'", " ").replace("(", " ")
 
 
+def test_a_sweep_whose_jobs_wait_takes_no_runs_of_another_recipe(
+    sbatch: dict[str, str],  # noqa: F811
+    tiny: Arguments,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    assert launch("slurm.py", *tiny, "--grid", "optim.lr=1e-3,3e-3", env=sbatch, cwd=tmp_path).returncode == 0
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\necho '4242|4242_0|PENDING||||||'\necho '4243|4242_1|PENDING||||||'\n")
+    squeue.chmod(0o755)
+    base = tmp_path / "runs" / "crate_tiny-grid" / "base.toml"
+    before = base.read_bytes()
+    more: Arguments = [*tiny, "--grid", "optim.lr=1e-3,3e-3,5e-3", "--dry-run"]
+    assert [row[-3:] for row in rows(launch("slurm.py", *more, env=sbatch, cwd=tmp_path).stdout)[:2]] == [
+        ["4242_0", "is", "pending"],
+        ["4242_1", "is", "pending"],
+    ]
+    mixed = launch("slurm.py", *more[:-1], "--set", "optim.warmup_epochs=1", env=sbatch, cwd=tmp_path)
+    assert mixed.returncode == 1
+    assert "optim.warmup_epochs: " in mixed.stderr
+    assert "job 4242_0 works on it: `scancel 4242_0` first" in mixed.stderr
+    assert base.read_bytes() == before
+    assert not (base.parent / "lr=0.005").exists()
+
+
 def test_the_order_and_the_spelling_of_a_grid_change_no_name(tiny: Arguments, tmp_path: Path) -> None:  # noqa: F811
     one = ["--grid", "optim.lr=1e-4,2e-4", "--grid", "data.flip=0,0.5"]
     other = ["--grid", "augment.flip=0.0,0.50", "--grid", "optim.lr=0.00010,0.0002"]
@@ -127,6 +151,10 @@ def test_a_grid_that_cannot_work_is_said_at_once(
         ('[grid]\ncluster.setup = [["touch here"]]', "cluster.setup cannot be in a grid"),
         ('[grid]\ncluster.container = ["image"]', "cluster.container cannot be in a grid"),
         ('[grid]\ndata.root = ["pipe:touch here"]', "data.root cannot be in a grid"),
+        (
+            '[grid]\ncheckpoint.mirror = ["s3://b/1", "https://u:word@h1/a"]',
+            "https://…@h1/a cannot be in a grid, for that is written to files, and this has a secret in it",
+        ),
     ],
 )
 def test_a_grid_file_that_cannot_work_is_said_at_once(
@@ -208,7 +236,10 @@ def test_on_one_machine_the_runs_of_a_grid_follow_each_other_and_are_compared(
         ("lr=0.001", "complete", "at", "step", "8"),
     ]
     again = launch("local.py", "--grid-file", sweep / "grid.toml", env=environment)
-    assert again.stdout.splitlines()[1:] == done.stdout.splitlines()[-2:]
+    assert again.stdout.splitlines()[1:] == [*done.stdout.splitlines()[-2:], "nothing is left to do"]
+    alone = launch("slurm.py", *given[:4], *given[10:], "--run-dir", sweep / "lr=0.001", "--set", "optim.lr=1e-3")
+    assert alone.returncode == 0, alone.stderr  # without an sbatch: nothing is asked of SLURM
+    assert "complete at step 8, and nothing is left to do; longer training is a new run" in alone.stdout
     head, *lines = results_table([sweep / "lr=1e-09", sweep / "lr=0.001"]).splitlines()
     assert head.split() == ["run", "best", "top-1", "train", "loss", "val", "loss", "step", "optim.lr"]
     assert [line.split()[0] for line in lines] == ["lr=0.001", "lr=1e-09"]  # the one that has learnt something first

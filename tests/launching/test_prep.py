@@ -40,6 +40,7 @@ def test_a_dry_run_looks_at_the_source_and_shows_the_array_and_writes_nothing(gi
     wanted = {"--array=0-2%2", "--partition=cpu", "--cpus-per-task=12", "--time=120", "--requeue", "--signal=USR2@120"}
     assert wanted <= {line.removeprefix("#SBATCH ") for line in done.stdout.splitlines()}
     assert not Path(given[5]).exists()
+    assert "--workers=2 --part 1/3" in prep(*given, "--workers=2", "--dry-run").stdout
 
 
 def test_the_site_file_says_what_every_job_gets_and_options_win(given: list[str | Path], tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ from typing import NamedTuple
 import pytest
 
 from crate_dist.config import RecipeError
+from crate_dist.errors import UserError
 from crate_dist.launching import site as module
 from crate_dist.launching.memory import checkpoint_bytes
 from crate_dist.launching.site import Site, load_site, template, user_file
-from crate_dist.run.folder import read_recipe
+from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.slurm.options import known_options, parse_option
-from crate_dist.slurm.verdict import refusal
+from crate_dist.slurm.verdict import qos_beyond, refusal
+from crate_dist.watching.resuming import launch_command
+from tests.launching.test_launchers import launch, sbatch, tiny  # noqa: F401
 from tests.ranks import REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("launch_slurm", REPOSITORY / "launch" / "slurm.py")
@@ -205,6 +208,7 @@ def test_a_site_wins_over_the_recipe_and_a_flag_over_the_site(cast_shards: Path,
         ("gres = 'gpu:{n}'", ["--sbatch", "gres=lustre:1"], {"gres=gpu:8,lustre:1"}),
         ("", ["--sbatch", "gres=gpu:a100:2,lustre:1"], {"gres=gpu:a100:2,lustre:1", "ntasks-per-node=2"}),
         ("", ["--sbatch", "mem-per-gpu=60G"], {"mem-per-gpu=60G", "gpus-per-node=8"}),
+        ("", ["--sbatch", "mem-per-cpu=1G"], {"mem-per-cpu=1G", "gpus-per-node=8"}),
     ],
 )
 def test_gpus_are_asked_for_as_the_site_wants(
@@ -224,13 +228,59 @@ def test_a_recipe_for_the_cpu_stays_one(cast_shards: Path, tmp_path: Path) -> No
 
 
 def test_lists_add_up_and_other_options_replace(cast_shards: Path, tmp_path: Path) -> None:
-    site = written(tmp_path, "exclude = ['n1', 'n[3-5]']\nsbatch.nice = 3\nsbatch.reservation = 'x'\n")
+    text = "exclude = ['n1', 'n[3-5]']\nsbatch.nice = 3\nsbatch.reservation = 'x'\nsbatch.exclude = 'n7'\n"
+    site = written(tmp_path, text)
     flags: Arguments = ["--exclude", "n9", "--sbatch", "exclude=n8", "--nice", "7", "--after", "17", "--after", "18_2"]
     shown = slurm("--arch", "crate_tiny", "--site", site, *flags, "--sbatch", "exclusive", data=cast_shards).stdout
     assert {
-        *("exclude='n1,n[3-5],n8,n9'", "nice=7", "reservation=x", "exclusive"),
+        *("exclude='n1,n[3-5],n7,n8,n9'", "nice=7", "reservation=x", "exclusive"),
         "dependency=afterany:17:18_2",
     } <= asked(shown)
+
+
+def test_a_mail_flag_wins_over_both_of_the_sites_words_for_it(cast_shards: Path, tmp_path: Path) -> None:
+    site = written(tmp_path, "mail = 'a'\nsbatch.mail-user = 'b'\nsbatch.mail-type = 'FAIL'\n")
+    shown = slurm("--arch", "crate_tiny", "--site", site, "--mail", "c", data=cast_shards).stdout
+    assert {"mail-user=c", "mail-type=FAIL"} <= asked(shown)
+    assert origin(shown, "mail-user") == ("c", "--mail")
+
+
+@pytest.mark.parametrize(
+    ("clone", "own", "expected", "file"),
+    [
+        ("gres = 'gpu:4'", "gpus_per_node = 2", "gres=gpu:2", 1),
+        ("gres = 'gpu:a100:4'", "gpus_per_node = 'h100:2'", "gres=gpu:h100:2", 1),
+        ("gpus_per_node = 2", "gres = 'gpu:4'", "gres=gpu:4", 1),
+        ("gpus_per_node = 2", "gres = 'gpu:{n}'", "gres=gpu:2", 0),
+    ],
+)
+def test_of_two_files_the_users_own_says_how_many_gpus(
+    clone: str, own: str, expected: str, file: int, places: tuple[Path, Path], cast_shards: Path
+) -> None:
+    files = written(places[0], clone), written(places[1], own)
+    shown = slurm("--arch", "crate_tiny", data=cast_shards).stdout
+    assert expected in asked(shown)
+    assert origin(shown, "gpus_per_node") == (re.findall(r"\d+$", expected)[0], str(files[file]))
+
+
+def test_a_value_that_is_set_by_its_old_name_is_from_the_command_line(cast_shards: Path) -> None:
+    shown = slurm("--arch", "crate_tiny", "--set", "data.lanes=8", data=cast_shards).stdout
+    assert origin(shown, "order.lanes") == ("8", "--set data.lanes")
+
+
+@pytest.mark.parametrize(
+    ("flags", "qos", "expected"),
+    [("DenyOnLimit", "long", ""), ("PartitionTimeLimit", "long", "the qos long may"), ("PartitionTimeLimit", "x", "")],
+)
+def test_a_qos_that_goes_beyond_partitions_is_known(
+    flags: str, qos: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "sacctmgr"
+    program.write_text(f"#!/bin/sh\necho 'normal|'\necho 'long|{flags}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert qos_beyond({"qos": (qos, "--qos")}).startswith(expected)
+    assert bool(qos_beyond({"qos": (qos, "--qos")})) == bool(expected)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +299,11 @@ def test_lists_add_up_and_other_options_replace(cast_shards: Path, tmp_path: Pat
             ["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"],
             "--gpus-per-node 2 and --sbatch gres=gpu:4: give one of them",
         ),
+        (["--exclude", ""], "--exclude: no value"),
+        (["--exclude", "n1\n#SBATCH --uid=0"], "--exclude: 'n1\\n#SBATCH --uid=0' has a control character in it"),
+        (["--mail", "me\nyou"], "--mail: 'me\\nyou' has a control character in it"),
+        (["--mail", "me", "--sbatch", "mail-user=you"], "--sbatch mail-user=you and --mail: give one of them"),
+        (["--run-dir", "/tmp/a\nb"], "--run-dir: '/tmp/a\\nb' has a control character in it"),
         (["--setup", "#SBATCH --uid=0"], "sbatch would read the set-up line"),
         (["--after", "17;rm"], "'17;rm': expected the id of a job, as 17, or 17_3 for a task of an array"),
     ],
@@ -284,6 +339,67 @@ def test_data_and_runs_of_the_site_are_those_that_nothing_else_names(cast_shards
         assert f"{cast_shards}: 200 images" in done.stdout
     shown = slurm("--arch", "crate_tiny", "--site", site, data=tmp_path)  # --data wins
     assert f"no folder {tmp_path}/train" in shown.stderr
+
+
+# What is submitted
+
+
+def test_a_job_is_queued_whatever_is_wrong_with_a_site_file_that_is_not_read(
+    sbatch: dict[str, str],  # noqa: F811
+    tiny: Arguments,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    broken = written(tmp_path / "config" / "crate-dist", "parttion = 1")
+    environment = {**sbatch, "XDG_CONFIG_HOME": str(tmp_path / "config"), module.SITE_VARIABLE: str(broken)}
+    done = launch("slurm.py", *tiny, "--no-site", env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4242" in done.stdout
+
+
+def test_a_run_is_resumed_with_the_resources_that_its_command_asked_for(
+    sbatch: dict[str, str],  # noqa: F811
+    tiny: Arguments,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--exclude", "n3", "--nice", "7", "--comment", "hello", "--sbatch", "mem-per-cpu=100M", "--time", "10"]
+    flags += ["--gpus-per-node", "a100:2", "--notify", "echo secret", "--mail", "me", "--sbatch", "reboot"]
+    flags += ["--set", "cluster.requeues=3"]
+    run = tmp_path / "run"
+    done = launch("slurm.py", *tiny, *flags, "--run-dir", run, env=sbatch)
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in RunFolder(run).record_file.read_text()
+    (RunFolder(run).slurm / "4242").mkdir(exist_ok=True)
+    command = launch_command(run, ["--nice", "2"])
+    assert capsys.readouterr().err == (
+        "note: it was started with --sbatch reboot --mail me --notify: give that again, if it is meant\n"
+    )
+    site = written(tmp_path, "time = 30\npartition = 'gpu'")
+    said = slurm(*command[1:], "--nice", "2", "--site", site, data=Path(tiny[3])).stdout
+    assert {
+        *("exclude=n3", "nice=2", "comment=hello", "mem-per-cpu=100M", "time=10", "gpus-per-node=a100:2"),
+        "partition=gpu",
+    } <= asked(said)
+    assert origin(said, "requeues") == ("3", "--set cluster.requeues")
+    again = launch_command(run, ["--sbatch", "gres=gpu:1", "--set", "cluster.time_min=20"])
+    assert not [word for word in again if word.startswith(("--gpus-per-node", "--time"))]
+
+
+def test_a_run_folder_says_no_command_by_the_options_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record.begin()
+    (folder.slurm / "12").mkdir(parents=True)
+    foreign = [("--setup", "id"), ("--container", "x"), ("--notify", "id"), ("--sbatch", "container-image=x")]
+    folder.record.note_asked([*foreign, ("--set", "cluster.setup=['id']"), ("--set", "data.root=pipe:id"), ("-x", "y")])
+    same = ["--config", str(folder.recipe_file), "--run-dir", str(folder.path)]
+    assert launch_command(folder.path)[1:] == same
+    folder.record.note_asked([("\x1b[2J", "\n")])
+    capsys.readouterr()
+    assert launch_command(folder.path)[1:] == same
+    assert "\x1b" not in capsys.readouterr().err
+    folder.record_file.write_text('{"starts": [], "asked": [1]}')
+    with pytest.raises(UserError, match="does not say how the run was started"):
+        launch_command(folder.path)
 
 
 # What a dry run shows

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from crate_dist.data.index import ShardIndex
+from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.prep.folders import ListOptions, Split
+from crate_dist.prep.imagenet21k import imagenet21k
 from tests.data_prep import convert, picture, read_by_index, refuse, tar_of, tars_of, write_tree
 
 PROGRAM = "imagenet21k.py"
@@ -102,8 +107,87 @@ def test_a_compressed_archive_is_refused_with_the_command_that_unpacks_it(
     said = re.search(r"`(tar .*)`, then give --source (.*)$", error, re.MULTILINE)
     assert said
     subprocess.run(said[1], shell=True, check=True)
-    convert(PROGRAM, Path(said[2]), tmp_path / "out", *OPTIONS, "--val-per-class", 2)
+    (unpacked_to,) = shlex.split(said[2])
+    convert(PROGRAM, Path(unpacked_to), tmp_path / "out", *OPTIONS, "--val-per-class", 2)
     assert tars_of(tmp_path / "out") == expected
+
+
+def tar_with_links(links: dict[str, tuple[bytes, str]], again: str = "") -> bytes:
+    """The first class, with links by name: (what tarfile calls their kind, where they lead), and one file again."""
+    out = io.BytesIO(tar_of(IMAGES[WNIDS[0]]))
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        for name, (kind, target) in links.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+        if again:
+            archive.addfile(tarfile.TarInfo(f"./{again}"))
+    return out.getvalue()
+
+
+def images_of(root: Path, skip_bad: bool = False) -> tuple[list[bytes], Split]:
+    """What a converter takes for training images, and the split that it lists."""
+    split = imagenet21k(root, ListOptions(skip_bad=skip_bad)).splits["train"]
+    return [split.samples.read(i) for i in range(len(split.samples))], split
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_hard_link_has_the_bytes_that_it_would_have_unpacked(tmp_path: Path, packed: bool) -> None:
+    first = f"{WNIDS[0]}_1.JPEG"
+    links = {"again.JPEG": (tarfile.LNKTYPE, f"./{first}"), "third.JPEG": (tarfile.LNKTYPE, "again.JPEG")}
+    data = {f"{WNIDS[0]}.tar": tar_with_links(links)}
+    source = write_tree(tmp_path / "in", {"fall11_whole.tar": tar_of(data)} if packed else data)
+    images, split = images_of(source)
+    assert (len(images), images.count(IMAGES[WNIDS[0]][first])) == (9, 3)
+    folder = tmp_path / "unpacked" / WNIDS[0]
+    folder.mkdir(parents=True)
+    subprocess.run(["tar", "-xf", "-", "-C", folder], input=data[f"{WNIDS[0]}.tar"], check=True)
+    assert images_of(folder.parent)[0] == images
+    assert split.ignored == 0
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ((tarfile.SYMTYPE, f"{WNIDS[0]}_1.JPEG"), f"a symbolic link to {WNIDS[0]}_1.JPEG"),
+        ((tarfile.LNKTYPE, "/etc/passwd"), "a hard link to /etc/passwd, which is no file before it"),
+        ((tarfile.FIFOTYPE, ""), "neither a file nor a link"),
+    ],
+)
+def test_what_is_called_like_an_image_and_is_no_file_is_refused_or_left_out_by_name(
+    tmp_path: Path, link: tuple[bytes, str], said: str
+) -> None:
+    data = tar_with_links({"x.JPEG": link, "readme": (tarfile.SYMTYPE, "nowhere")})
+    source = write_tree(tmp_path / "in", {f"{WNIDS[0]}.tar": data})
+    with pytest.raises(ShardError, match=rf"x\.JPEG is called like an image and is {said}; .* --skip-bad"):
+        images_of(source)
+    images, split = images_of(source, skip_bad=True)
+    assert (len(images), split.unreadable, split.ignored) == (7, [f"x.JPEG: {said}"], 1)
+
+
+def test_a_class_or_an_image_that_comes_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
+    tar = f"{WNIDS[0]}.tar"
+    twice = {tar: class_tars()[tar], f"b/{tar}": class_tars()[tar]}
+    with pytest.raises(ShardError, match=rf"holds {tar} twice: {tar} and b/{tar}"):
+        images_of(write_tree(tmp_path / "a", {"fall11_whole.tar": tar_of(twice)}))
+    image = f"{WNIDS[0]}_1.JPEG"
+    with pytest.raises(ShardError, match=rf"\./{image} comes twice"):
+        images_of(write_tree(tmp_path / "b", {tar: tar_with_links({}, again=image)}))
+
+
+def test_a_class_whose_tar_is_a_link_is_refused(tmp_path: Path) -> None:
+    linked = tar_with_links({f"{WNIDS[1]}.tar": (tarfile.SYMTYPE, "elsewhere")})
+    with pytest.raises(ShardError, match=rf"{WNIDS[1]}\.tar is a symbolic link to elsewhere"):
+        images_of(write_tree(tmp_path, {"fall11_whole.tar": linked}))
+
+
+def test_what_stands_beside_the_tars_of_classes_and_is_not_read_is_named(tmp_path: Path) -> None:
+    files = {f"{WNIDS[0]}.txt": b"notes", **class_tars()}
+    source = imagenet21k(write_tree(tmp_path / "in", {"fall11_whole.tar": tar_of(files)}), ListOptions())
+    assert any(note.endswith(f"no tars of classes, not read: {WNIDS[0]}.txt") for note in source.notes)
+    both = write_tree(winter(tmp_path / "both"), {f"winter21_whole/{WNIDS[1]}/x.JPEG": picture(5)})
+    named = f"the tar is read, and not the folder that stands beside it: {WNIDS[1]}"
+    assert any(note.endswith(named) for note in imagenet21k(both, ListOptions()).notes)
 
 
 def test_what_is_not_imagenet_21k_is_said_with_what_was_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.prep.folders import ListOptions, image_folder
 from crate_dist.prep.images import ImageOptions
 from crate_dist.prep.journal import ConversionIdentity, SplitFolder
-from crate_dist.prep.parts import progress
+from crate_dist.prep.parts import held, progress
 from crate_dist.prep.shards import WHOLE, Part, ShardPlan
 from crate_dist.run.holder import Holder
 from crate_dist.run.lock import RunLock
@@ -34,11 +35,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What one machine writes."""
+def one_machine(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conversion by one machine."""
     out = tmp_path_factory.mktemp("alone") / "out"
     assert "1 image with the same bytes" in convert(FOLDER, source, out, *OPTIONS).stdout
-    return shards_only(fingerprint(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(one_machine: Path) -> dict[str, str]:
+    """What one machine writes."""
+    return shards_only(fingerprint(one_machine))
+
+
+@pytest.fixture
+def finished(one_machine: Path, tmp_path: Path) -> Path:
+    """A conversion that is whole."""
+    return shutil.copytree(one_machine, tmp_path / "out")
 
 
 def part_of(source: Path, out: Path, part: str) -> list[str]:
@@ -71,6 +84,7 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
     assert "not whole yet: 6 shards of train, val missing, of parts 1, 3 of 3" in said
     assert "next:" not in said
     assert not list(out.glob("*/index.json"))
+    assert sorted(path.parent.name for path in out.glob("*/conversion.json")) == ["train", "val"]
     lines, whole = progress(out)
     assert (lines, whole) == (
         [
@@ -140,6 +154,66 @@ def test_a_part_that_is_at_work_is_refused_to_others(source: Path, tmp_path: Pat
         assert f"all parts are finished; the index is written by {Holder.of_this_process()}" in said
         assert "next:" not in said
     assert "is the last" in convert(FOLDER, source, out, *OPTIONS, "--part", "2/3").stdout
+
+
+def test_the_command_without_a_part_is_alone_where_files_cannot_be_locked(source: Path, tmp_path: Path) -> None:
+    """What it holds is the lock of part 1/1, which needs no flock."""
+    with RunLock(tmp_path / ".parts/001-of-001"):
+        error = refuse(FOLDER, "--source", source, "--out", tmp_path, *OPTIONS, "--part", "2/3")
+        assert f"another conversion is writing to {tmp_path}, {Holder.of_this_process()}; wait for it" in error
+    with held(tmp_path, WHOLE):
+        for part in (WHOLE, Part(2, 3)):
+            with pytest.raises(ShardError, match="another conversion is writing to"), held(tmp_path, part):
+                pass
+    with held(tmp_path, Part(2, 3)), pytest.raises(ShardError, match="part 2/3 is written by"), held(tmp_path, WHOLE):
+        pass
+
+
+def test_the_status_tells_that_nobody_writes_the_index_any_more(finished: Path) -> None:
+    for name in ("train", "val"):
+        (finished / name / "index.json").unlink()
+    remedy = "give the command of any part again, it writes the index"
+    assert progress(finished)[0][-1] == f"the index: {remedy}"
+    lock, me = finished / ".parts/index", Holder.of_this_process()
+    with RunLock(lock):
+        assert progress(finished)[0][-1] == f"the index: {me}"
+    assert progress(finished)[0][-1] == f"the index: stopped, was {me}; {remedy}"
+    elsewhere = Holder("x", host="n7", job="77", machine="another", began="1").to_text()
+    max(lock.glob("[0-9]*")).write_text(elsewhere)
+    assert progress(finished)[0][-1] == "the index: job 77 on n7"
+    os.utime(lock, (0, 0))
+    lines, whole = progress(finished)
+    assert re.fullmatch(rf"the index: no sign of life for .* min, was job 77 on n7; {remedy}", lines[-1])
+    assert not whole
+
+
+def test_the_status_is_whole_when_all_splits_are_and_all_their_shards_stand(finished: Path) -> None:
+    assert progress(finished) == ([f"{finished} is whole: train, val"], True)
+    index, shard = finished / "val/index.json", finished / "train/train-000002.tar"
+    said, data = index.read_bytes(), shard.read_bytes()
+    index.unlink()
+    assert not progress(finished)[1]
+    index.write_bytes(said)
+    remedy = "the index: shards that it names are missing or changed; give the same command again"
+    for left in (data[:-1], None):
+        shard.unlink()
+        if left:
+            shard.write_bytes(left)
+        assert progress(finished) == (["part 1/1: 8 of 9 shards, not finished", remedy], False)
+
+
+def test_the_status_is_that_of_the_division_that_was_last_at_work(finished: Path) -> None:
+    (finished / "val/index.json").unlink()
+    (finished / "train/train-000002.tar").unlink()
+    for parts in (16, 3):
+        with held(finished, Part(1, parts)):
+            pass
+    names = [line.partition(":")[0] for line in progress(finished)[0]]
+    assert names == ["part 1/3", "part 2/3", "part 3/3", "the index"]
+    with RunLock(finished / ".parts/003-of-016"):
+        later = time.time() + 60
+        os.utime(finished / ".parts/001-of-003", (later, later))
+        assert f"part 3/16: 0 of 1 shard, {Holder.of_this_process()}" in progress(finished)[0]
 
 
 def test_two_first_parts_of_different_conversions_do_not_mix(source: Path, tmp_path: Path) -> None:

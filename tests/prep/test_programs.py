@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_nothing_half_written(large: Pa
 def test_a_file_system_without_room_is_named(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=6", "tmpfs", out], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=10", "tmpfs", out], capture_output=True)
     if mounted.returncode:
         pytest.skip("mount is not allowed here")
     try:

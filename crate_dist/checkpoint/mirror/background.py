@@ -11,7 +11,7 @@ from pathlib import Path
 
 from crate_dist.checkpoint.format import CheckpointError
 from crate_dist.checkpoint.mirror.copying import Copier
-from crate_dist.checkpoint.mirror.joining import check_recipe, find, note, take
+from crate_dist.checkpoint.mirror.joining import NothingWhole, check_recipe, find, note, take
 from crate_dist.checkpoint.mirror.record import MirrorError, MirrorRecord, RunMirror, Writer
 from crate_dist.checkpoint.mirror.restoring import restore
 from crate_dist.config import Recipe
@@ -68,8 +68,8 @@ class Mirror:
 
         Raises
         ------
-        MirrorError: it holds another run, another recipe's, or no whole checkpoint; another start writes there; or it
-            does not work, and the run folder has no checkpoint to go on from
+        MirrorError: it holds another run, or another recipe's; another start writes there; or it does not work, or has
+            no whole checkpoint, and neither has the run folder one to go on from
         ShardError: it has a newer checkpoint than the run folder, which cannot be fetched
         """
         try:
@@ -94,8 +94,13 @@ class Mirror:
                 ) from error
             self._fail(error)
         if record and record.step > there:
-            check_recipe(self._mirror, record, self._recipe)
-            restore(self._mirror, record, self._folder, self._tenure)
+            try:
+                check_recipe(self._mirror, record, self._recipe, there)
+                restore(self._mirror, record, self._folder, self._tenure)
+            except NothingWhole as error:
+                if there < 0:
+                    raise
+                logger.warning("%s. The run goes on from step %d of its folder, which is copied anew", error, there)
 
     def published(self) -> None:
         """Has the newest checkpoint copied, and the best one, as soon as may be. Returns at once."""
@@ -117,7 +122,13 @@ class Mirror:
         in_time = not self._thread.is_alive()
         self.leave()
         if self.step >= newest:
-            logger.info("step %d is in the mirror %s", self.step, self._mirror)
+            if in_time and not self.problem:
+                logger.info("step %d is in the mirror %s", self.step, self._mirror)
+            else:
+                logger.error(
+                    "step %d is in the mirror %s, BUT NOT ALL THAT IS COPIED WITH IT, as the weights alone: %s",
+                    *(self.step, self._mirror, self.problem or "there was no more time for it"),
+                )
             return
         logger.error(
             "step %d IS NOT IN THE MIRROR %s, which has %s; the next start copies it. %s",

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from crate_dist.checkpoint.format import MANIFEST, CheckpointError, read_manifest
-from crate_dist.checkpoint.mirror.joining import check_writer
+from crate_dist.checkpoint.mirror.joining import check_writer, fetch_small
 from crate_dist.checkpoint.mirror.record import Copied, Mirrored, MirrorRecord, RunMirror
 from crate_dist.data.index import ShardError
 from crate_dist.data.remote.store import Stopped
-from crate_dist.run.checkpoints import checkpoint_names, step_name
+from crate_dist.run.checkpoints import checkpoint_names, newest_step, step_name
 from crate_dist.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class Copier:
         names = checkpoint_names(self._folder.checkpoints)
         if not names:
             return False
+        step = newest_step(self._folder.checkpoints)
+        if self.record.step > step:  # of a history that was not gone on from, since it is damaged
+            self._write(lambda record: record.up_to(step).sign())
         newest, best, news = names[-1], list[str](), False
         with contextlib.suppress(FileNotFoundError):
             best_step = read_manifest(self._folder.checkpoints / newest).progress.best_step
@@ -111,6 +114,8 @@ class Copier:
             file = place.rpartition("/")[2]
             if place.startswith("checkpoints/") and (copied.bytes, copied.sha256) != expected[file]:
                 raise CheckpointError(f"{source} does not have the digest in its manifest, and is not mirrored")
+        manifest_there = files[f"checkpoints/{name}/{MANIFEST}"]
+        fetch_small(self._mirror, self.record, manifest_there, MANIFEST, lambda _: None)  # before an older one may go
         progress = manifest.progress
         self._publish(Mirrored(name, progress.step, progress.best_step, files))
         return sum(size for _, size in to_send.values())

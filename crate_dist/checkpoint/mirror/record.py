@@ -4,6 +4,7 @@
     MIRROR/NAME/ID/step-00000500.1f0c/manifest.json      one file of a checkpoint, as in the run folder
     MIRROR/NAME/ID/step-00000500.1f0c/metrics.jsonl      a file of the run, as it was when that was copied
     MIRROR/NAME/mirror-ID.json                           the record of a run that --start-over has set aside
+    MIRROR/NAME/mirror-damaged-TIME.json                 the same of one that could not be read
 
 A file gets a name that no other writer gives, and is never written again: its folder has a piece of the writer's token
 in its name. A checkpoint is there when the record names it, and the record is written last. So nothing is ever listed,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import uuid
@@ -29,22 +31,28 @@ from crate_dist.data.index import ShardError
 from crate_dist.data.remote.fetch import Damaged, NotThere, RetryPolicy
 from crate_dist.data.remote.store import LOOKING, Store
 from crate_dist.errors import UserError
+from crate_dist.run.checkpoints import step_name
 from crate_dist.run.folder import RunFolder
 
 RECORD = "mirror.json"
 VERSION = 1
+_REMEDY = "bring back the one that was there, or --start-over sets it aside"
 _MOST_BYTES = 64 * 2**20
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
 _OBJECT = re.compile(rf"step-\d{{8,}}(\.\d+)?\.[0-9a-f]{{4,32}}/{_WORD}")
 _LOCAL = re.compile(
     r"checkpoints/step-\d{8,}(\.\d+)?/(manifest\.json|rank-\d{5}\.pt)|(metrics|ledger|bad_samples)\.jsonl|run\.json|"
-    r"recipe\.toml|model-(last|best)\.(pt|md)|tensorboard/events\.out\.tfevents\.[^/\0]+"
+    r"recipe\.toml|model-(last|best)\.(pt|md)|tensorboard/events\.out\.tfevents\.[^/\0]{1,200}"
 )
 """The files of a run folder that a record may name: nothing leads out of it, and none of them is run."""
 
 
 class MirrorError(UserError):
     """A mirror that cannot be used, or not by this run; the message says what would do."""
+
+
+class DamagedRecord(ShardError):
+    """A record that cannot be read: damaged, or not what the mirror holds, as a page that a server shows meanwhile."""
 
 
 def _matching(pattern: re.Pattern[str]) -> AfterValidator:
@@ -82,6 +90,13 @@ class Mirrored:
     step: _Count
     best_step: Annotated[int, Field(strict=True, ge=-1)]
     files: Mapping[_Local, Copied]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a step that is not its name's, and where there is no manifest."""
+        if self.name.partition(".")[0] != step_name(self.step):
+            raise ValueError(f"{self.name} is not of step {self.step}")
+        if MANIFEST not in self.checkpoint_files:
+            raise ValueError(f"{self.name} has no {MANIFEST}")
 
     @property
     def checkpoint_files(self) -> dict[str, Copied]:
@@ -149,6 +164,11 @@ class MirrorRecord:
         """Returns the same with a sign of life of its writer, and with changes of his."""
         return replace(self, writer=replace(self.writer, time=_now(), **changes))
 
+    def up_to(self, step: int) -> MirrorRecord:
+        """Returns the same without the checkpoints after a step, the files of which are to be removed."""
+        kept = replace(self, checkpoints=tuple(saved for saved in self.checkpoints if saved.step <= step))
+        return replace(kept, unfinished=(*self.unfinished, *sorted(self.objects() - kept.objects())))
+
     def objects(self) -> set[str]:
         """The names of all files that belong to a checkpoint."""
         return {file.object for saved in self.checkpoints for file in saved.files.values()}
@@ -160,11 +180,21 @@ _PLAIN = TypeAdapter(MirrorRecord)
 class RunMirror:
     """The mirror of one run: its record, and the store of its files.
 
-    place: of all runs' mirrors; folder: the run folder, by whose name the run is known there
+    place: of all runs' mirrors; folder: the run folder, by whose name the run is known there, as it was given
+
+    Raises MirrorError where that would be in the run folder, or around it.
     """
 
     def __init__(self, place: Path | str, folder: RunFolder, policy: RetryPolicy) -> None:
-        name = re.sub(r"[^A-Za-z0-9_.=+-]", "_", folder.path.resolve().name).lstrip(".=+-") or "run"
+        given = os.path.basename(os.path.abspath(folder.path))  # a link's own name: what it leads to may be a job's
+        name = re.sub(r"[^A-Za-z0-9_.=+-]", "_", given).lstrip(".=+-") or "run"
+        if isinstance(place, Path):
+            there, run = (place / name).resolve(), folder.path.resolve()
+            if there == run or there in run.parents or run in there.parents:
+                raise MirrorError(
+                    f"checkpoint.mirror={place} would copy the run to {there}, and the run folder is {run}: the two "
+                    "would mix. Give a folder of another mount"
+                )
         self.store = Store(place, policy).below(name)
 
     def __str__(self) -> str:
@@ -173,7 +203,8 @@ class RunMirror:
     def read(self, policy: RetryPolicy | None = None) -> MirrorRecord | None:
         """Reads the record; None: the place was reached, and there is none.
 
-        Raises ShardError: it cannot be reached. MirrorError: the record is not one of this program's.
+        Raises ShardError: it cannot be reached; DamagedRecord: it was, and the record is not one of this program's.
+        MirrorError: it is one of a later version's.
         """
         try:
             said = self.store.get(RECORD, _json, policy)
@@ -181,7 +212,7 @@ class RunMirror:
             return None
         except ShardError as error:
             if isinstance(error.__cause__, Damaged):
-                raise MirrorError(f"{self} has no record that can be read: {error.__cause__}") from None
+                raise DamagedRecord(f"{self} has no record that can be read: {error.__cause__}; {_REMEDY}") from None
             raise
         try:
             if said["version"] != VERSION:
@@ -194,7 +225,7 @@ class RunMirror:
             problem = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         except (KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
-        raise MirrorError(f"{self}/{RECORD} is no record of a mirror: {problem}; give another checkpoint.mirror")
+        raise DamagedRecord(f"{self}/{RECORD} is no record of a mirror: {problem}; {_REMEDY}")
 
     def write(self, record: MirrorRecord) -> None:
         """Writes the record. Raises ShardError."""
@@ -204,18 +235,16 @@ class RunMirror:
         """Keeps the record of a run that was started over; its files stay as well. Raises ShardError."""
         self.store.put(f"mirror-{record.id}.json", json.dumps(asdict(record), indent=1).encode())
 
+    def keep_damaged_aside(self) -> str:
+        """Keeps a record that cannot be read, byte for byte; returns its new name. Raises ShardError."""
+        name = f"mirror-damaged-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}.json"
+        self.store.put(name, self.store.get(RECORD, b"".join))
+        return name
+
     def files(self, run_id: str, object_name: str) -> tuple[Store, str]:
         """Returns the store of a file of a run, and its name in that."""
         folder, _, name = object_name.partition("/")
         return self.store.below(run_id).below(folder), name
-
-
-def manifest_of(saved: Mirrored) -> Copied:
-    """Returns where a checkpoint's manifest is. Raises MirrorError where it has none."""
-    try:
-        return saved.checkpoint_files[MANIFEST]
-    except KeyError:
-        raise MirrorError(f"the mirror's {saved.name} has no {MANIFEST}") from None
 
 
 def _json(chunks: Iterable[bytes]) -> Any:

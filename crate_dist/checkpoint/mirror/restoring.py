@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -11,12 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from crate_dist.checkpoint.mirror.record import Copied, Mirrored, MirrorError, MirrorRecord, RunMirror
+from crate_dist.checkpoint.format import CheckpointError, read_manifest
+from crate_dist.checkpoint.mirror.joining import NothingWhole, is_damage
+from crate_dist.checkpoint.mirror.record import Copied, Mirrored, MirrorRecord, RunMirror
 from crate_dist.data.index import ShardError
-from crate_dist.data.remote.fetch import Damaged, NotThere
 from crate_dist.data.remote.store import taking
 from crate_dist.files import sync_folder
-from crate_dist.run.checkpoints import note_published, unfinished_name
+from crate_dist.run.checkpoints import newest_step, note_published, unfinished_name
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 
@@ -29,24 +31,28 @@ _OUR_OWN = ("recipe.toml",)
 def restore(mirror: RunMirror, record: MirrorRecord, folder: RunFolder, tenure: Tenure) -> int:
     """Fetches the newest whole checkpoint, the best one and the run's files; returns the step.
 
-    A copy that is damaged is named and passed over for the one before. What was fetched gets its names at the end: the
-    files of the run, the newest checkpoint, then the best one, so that a start that is killed meanwhile is repeated.
+    A copy that is damaged is named and passed over for the one before, if that is newer than what the folder has. What
+    was fetched gets its names at the end: the files of the run, the best checkpoint, then the newest one, so that a
+    start that is killed meanwhile is repeated.
 
     Raises
     ------
-    MirrorError: no copy is whole
+    NothingWhole: no copy that is newer is whole
     ShardError: the mirror cannot be reached, which is no reason to go back to an older one
     OSError, LostTheRun: the run folder cannot be written, or is another's now
     """
     began = time.monotonic()
-    newest = None
-    for saved in reversed(record.checkpoints):
-        if fetched := _fetched(mirror, record, saved, {**saved.files}, folder, tenure):
+    here, newest = newest_step(folder.checkpoints), None
+    newer = [saved for saved in record.checkpoints if saved.step > here]
+    for saved in reversed(newer):
+        files = {place: file for place, file in saved.files.items() if place not in _OUR_OWN}
+        if fetched := _fetched(mirror, record, saved, files, folder, tenure):
             newest = saved
             break
     if newest is None:
-        raise MirrorError(
-            f"none of the {len(record.checkpoints)} checkpoints in {mirror} is whole; --start-over sets them aside"
+        than = f"newer than step {here} " if here >= 0 else ""
+        raise NothingWhole(
+            f"none of the {len(newer)} checkpoints {than}in {mirror} is whole; --start-over sets them aside"
         )
     assert fetched
     ready = [(fetched, newest)]
@@ -59,7 +65,7 @@ def restore(mirror: RunMirror, record: MirrorRecord, folder: RunFolder, tenure: 
         tenure.check()
         (folder.path / place).parent.mkdir(parents=True, exist_ok=True)
         os.replace(fetched / place, folder.path / place)
-    for there, saved in ready:
+    for there, saved in reversed(ready):
         tenure.check()
         final = folder.checkpoints / saved.name
         if not final.exists():
@@ -104,10 +110,21 @@ def _fetched(
                 store, name = mirror.files(record.id, file.object)
                 store.get(name, taking(path, file.bytes, file.sha256))
                 bar.update(file.bytes)
+        _check(beside, saved)
         return beside
-    except ShardError as error:
+    except (ShardError, CheckpointError, ValueError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if not isinstance(error, NotThere) and not isinstance(error.__cause__, Damaged):
+        if isinstance(error, ShardError) and not is_damage(error):
             raise
         logger.warning("damaged copy of %s in %s passed over: %s", saved.name, mirror, error)
         return None
+
+
+def _check(beside: Path, saved: Mirrored) -> None:
+    """Raises CheckpointError or ValueError for what arrived as it was sent, and which no run has written."""
+    if (step := read_manifest(beside / "checkpoints" / saved.name).progress.step) != saved.step:
+        raise ValueError(f"its manifest is of step {step}")
+    if (path := beside / "run.json").exists():
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(said, dict) or not isinstance(said.get("starts"), list):
+            raise ValueError("run.json is no record of a run")

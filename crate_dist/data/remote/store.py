@@ -1,7 +1,7 @@
 """Puts files into a folder or behind a URL, reads and removes them there: what fetch.py does, the other way too.
 
-http and https by PUT and DELETE; s3 and gs by `aws` and `gsutil`, without a shell, which read from a pipe. A folder is
-one of another mount, and has to be there: one that is not mounted must not look like an empty one.
+http and https by PUT and DELETE; s3 and gs by `aws` and `gsutil`, without a shell, which read from a pipe, or from a
+finished file what has to be whole though this process dies. A folder is one of another mount, and has to be there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import threading
@@ -69,6 +70,17 @@ class Store:
     def __str__(self) -> str:
         return redacted(self._place)
 
+    @property
+    def root(self) -> str:
+        """The place that this one is in, and that has to be there."""
+        return redacted(self._root)
+
+    def is_empty_folder(self) -> bool:
+        """Tells whether the root is a folder with nothing in it: a new one, or where something is not mounted."""
+        with suppress(OSError):
+            return isinstance(self._root, Path) and not any(self._root.iterdir())
+        return False
+
     def below(self, name: str) -> Store:
         """Returns the store of a folder in this one, which need not be there. Raises ShardError for an odd name."""
         root = self._root if isinstance(self._root, Path) else None
@@ -101,6 +113,8 @@ class Store:
     ) -> tuple[int, str]:
         """Puts a file, whole or not at all, and returns its bytes and their SHA-256.
 
+        source: what is given as bytes is whole there also when this process is killed meanwhile; of a file, a command
+        may then store the beginning
         size: of a file that grows, the bytes from its beginning that are wanted
 
         Raises ShardError; OSError: the source cannot be opened.
@@ -117,7 +131,8 @@ class Store:
             def once() -> str:
                 file.seek(0)
                 digest = hashlib.sha256()
-                self._send(name, _hashed(self._until_stopped(_read(file, bytes_)), digest.update), bytes_)
+                chunks = _hashed(self._until_stopped(_read(file, bytes_)), digest.update)
+                self._send(name, chunks, bytes_, isinstance(source, bytes))
                 return digest.hexdigest()
 
             return bytes_, persist(once, "write", self._shown(name), policy or self._policy, self._pause)
@@ -133,14 +148,14 @@ class Store:
                 return
             url = remote_file_url(self._place, name)
             if command := _command(url, remove=True):
-                self._run(command, url, iter(()))
+                self._run(command, url, iter(()), True)
             else:
                 answer(url, "DELETE", self._policy.silence_s).close()
 
         with suppress(NotThere):
             persist(once, "remove", self._shown(name), self._policy, self._pause)
 
-    def _send(self, name: str, chunks: Iterator[bytes], size: int) -> None:
+    def _send(self, name: str, chunks: Iterator[bytes], size: int, at_once: bool) -> None:
         if isinstance(self._place, Path):
             self._look_at_root()
             self._place.mkdir(parents=True, exist_ok=True)
@@ -150,27 +165,36 @@ class Store:
             return
         url = remote_file_url(self._place, name)
         if command := _command(url, size=size):
-            self._run(command, url, chunks)
+            self._run(command, url, chunks, at_once)
         else:
             answer(url, "PUT", self._policy.silence_s, chunks, size).close()
 
-    def _run(self, command: Sequence[str], url: str, chunks: Iterator[bytes]) -> None:
-        """Runs a command that reads the chunks; in a session of its own, so that no Ctrl-C ends it before us."""
+    def _run(self, command: Sequence[str], url: str, chunks: Iterator[bytes], at_once: bool) -> None:
+        """Runs a command that reads the chunks; in a session of its own, so that no Ctrl-C ends it before us.
+
+        at_once: they are all there before it begins. Behind a pipe, our death is to it the end of the file.
+        """
         silence_s = self._policy.silence_s
-        with tempfile.TemporaryFile() as complaints:
+        with tempfile.TemporaryFile() as complaints, tempfile.TemporaryFile() as whole:
+            if at_once:
+                whole.writelines(chunks)
+                whole.seek(0)
+            source = whole if at_once else subprocess.PIPE
             try:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=complaints, stderr=complaints, start_new_session=True
+                    command, stdin=source, stdout=complaints, stderr=complaints, start_new_session=True
                 )
             except OSError as error:
                 raise Refused(f"cannot run {command[0]}: {error.strerror}") from None
             try:
-                with suppress(BrokenPipeError):  # its status says why
-                    self._feed(process, chunks)
+                if not at_once:
+                    with suppress(BrokenPipeError):  # its status says why
+                        self._feed(process, chunks)
                 self._await(process, 2 * silence_s)
             finally:
-                process.kill()
-                process.wait()
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # `aws` may be a wrapper's child
+                    process.wait()
             complaints.seek(0)
             judge(process.returncode, complaints.read(_CHUNK), url)
 
