@@ -20,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     settings: Mapping[str, str] = {}
     """Meanings of the keys that --set takes, where the program has it."""
+    elsewhere: Callable[[str, str], str] = staticmethod(lambda option, value: "")
+    """Says how an option of another program, with its value, is given here; empty: it is none of its options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
@@ -49,8 +51,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"invalid float value: (.*)", r"\1: expected a number, for instance 0.5", message)
         if not lines:
             stray = message.removeprefix("unrecognized arguments: ")
-            example = "; a value stands with its option, as in --set train.epochs=90" if self.settings else ""
-            lines = [message if stray == message else f"{stray}: belongs to no option{example}"]
+            lines = [message if stray == message else f"{stray}: belongs to no option{self._example(stray.split())}"]
         self.exit(2, "".join(f"error: {line}\n" for line in lines) + f"{self.prog} --help lists all options\n")
 
     def _all(self) -> Iterator[argparse.ArgumentParser]:
@@ -59,12 +60,21 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 yield from action.choices.values()
 
+    def _example(self, stray: Sequence[str]) -> str:
+        before = list(self.given[: self.given.index(stray[0])]) if stray[0] in self.given else []
+        if before[-2:-1] == ["--grid"]:
+            return f"; values stand with their key, as in --grid {before[-1]}={','.join(stray)}"
+        return "; a value stands with its option, as in --set train.epochs=90" if self.settings else ""
+
     def _explain(self, number: int, text: str, known: set[str]) -> str:
         option, equals, value = text.partition("=")
         if not equals and number + 1 < len(self.given) and not self.given[number + 1].startswith("-"):
             value = self.given[number + 1]
-        given, word = f"{option} {value}".strip(), option.strip("-").lower().replace("-", "_")
-        if "--run-dir" in known and word in NOT_NEEDED:
+        given, word = f"{option} {value}".strip(), option.strip("-").replace("-", "_")
+        word = word.lower() if len(word) > 1 else word  # -N and -n are two
+        if said := self.elsewhere(option, value):
+            return f"{given}: no such option; {said}"
+        if "--run-dir" in known and word in NOT_NEEDED and f"{option}s" not in known:
             return f"{given}: no such option, {NOT_NEEDED[word]}"
         for ours in OPTIONS.get(word, ()):
             if ours in known:

@@ -33,8 +33,8 @@ from crate_dist.run.lock import HANDED_OVER, LostTheRun, Tenure
 from crate_dist.training.interrupt import Interrupt, ending_at_once
 from crate_dist.training.rank_log import log_to_file, start_logging
 from crate_dist.training.startup import Startup
-from crate_dist.training.trainer import COMPILING, Trainer, TrainResult
-from crate_dist.training.watchdog import Watchdog
+from crate_dist.training.trainer import Trainer, TrainResult
+from crate_dist.training.watchdog import COMPILING, Watchdog
 from crate_dist.world import World, detect_world, is_first_start
 
 logger = logging.getLogger(__name__)

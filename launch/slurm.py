@@ -8,7 +8,7 @@
 What the recipe's [cluster] table says can be said here too, and wins. What is the same for all your jobs on a cluster
 (partition, account, modules, how GPUs are asked for) is said once, in a site file: `--site-template` prints one.
 
-    python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
+    mkdir -p ~/.config/crate-dist && python launch/slurm.py --site-template > ~/.config/crate-dist/site.toml
     python launch/slurm.py --arch crate_base --sbatch reservation=course --exclude 'n[3-5]' --test-only
 
 Run it on the login node, from a file system that the compute nodes share. A job that meets its time limit is requeued
@@ -46,7 +46,7 @@ from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
-from crate_dist.slurm.options import CONTROL, outvoted
+from crate_dist.slurm.options import CONTROL, given_here, outvoted
 from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, qos_beyond, refusal
 from crate_dist.watching.notify import add_options
@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(__doc__, required=False)
+    parser.elsewhere = given_here
     add_cluster_options(parser)
     add_options(parser, mail=True)
     add_grid_options(parser).add_argument(

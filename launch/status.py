@@ -72,7 +72,7 @@ def _status(words: list[str]) -> int:
     while True:
         runs = _look(arguments.runs, 60 * arguments.stuck_after)
         if arguments.json:
-            text = "\n".join(json.dumps(run.to_json()) for run in runs)
+            text = "\n".join(json.dumps(run.to_json(), allow_nan=False) for run in runs)
         else:
             text = in_full(runs[0]) if len(runs) == 1 else as_table(runs)
         if arguments.watch and sys.stdout.isatty() and not arguments.json:

@@ -1,6 +1,6 @@
 """What other programs call the settings and options of this one: for hints alone, none of it is accepted.
 
-Words are in lower case, with `_` between their parts, and without the section.
+Words of more than a letter are in lower case, with `_` between their parts, and without the section.
 """
 
 from __future__ import annotations

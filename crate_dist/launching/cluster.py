@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from crate_dist.arguments import positive, whole_number
 from crate_dist.config import ClusterSection, RecipeError
-from crate_dist.slurm.options import Gpus, parse_minutes, parse_nodes
+from crate_dist.slurm.options import CONTROL, Gpus, parse_minutes, parse_nodes
 
 _RESOURCES = (
     *("--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb", "--time", "--partition"),
@@ -132,7 +132,8 @@ def repeated(before: Sequence[tuple[str, str]], options: Sequence[str]) -> tuple
         if name in (*_RESOURCES, *_ALSO.get(option, ())):
             again.append(f"{option}={value}")
         else:
-            missing.append(f"{option} {shlex.quote(value)}" if value else option)
+            words = f"{option} {shlex.quote(value)}" if value else option
+            missing.append(CONTROL.sub("…", words))  # a terminal would obey them
     return again, missing
 
 

@@ -66,9 +66,15 @@ def add_grid_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="the same as a [grid] table, optim.lr = [1e-4, 2e-4] and so on, with recipe = NAME or FILE before it, for "
         "want of --arch; a sweep leaves one in its folder",
     )
-    group.add_argument("--seeds", type=whole_number(0), nargs="+", metavar="N", help="as --grid train.seed=N,… does")
+    group.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="as --grid train.seed=N,… does")
     group.add_argument("--yes", action="store_true", help=f"also more than {_MANY} runs")
     return group
+
+
+def _seed(text: str) -> int:
+    if re.fullmatch(r"\d+(,\d+)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: seeds stand apart, as in --seeds {text.replace(',', ' ')}")
+    return whole_number(0)(text)
 
 
 def read_grid(arguments: argparse.Namespace) -> Grid:

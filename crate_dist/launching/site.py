@@ -220,7 +220,8 @@ class Site(Section):
             yield "module purge"
         if self.modules:
             load = shlex.join(["module", "load", *self.modules])
-            yield f"{load} || {{ echo {shlex.quote(f'crate-dist: {load} failed')}; exit 1; }}"
+            failed = shlex.quote(f"{load} failed")
+            yield f"{load} || {{ crate_fault={failed}; echo crate-dist: {failed}; exit 1; }}"
         for name, value in self.environment.items():
             yield f"export {name}={shlex.quote(value)}"
         yield from self.setup

@@ -41,7 +41,7 @@ class Record:
     def asked(self) -> list[tuple[str, str]]:
         """Returns what note_asked has put down."""
         found: list[list[str]] = self._read().get("asked", []) if self.path.exists() else []
-        return [(option, value) for option, value in found]
+        return [(str(option), str(value)) for option, value in found]
 
     def run_id(self) -> str | None:
         """Returns the name by which the run's mirror knows it; None for a run that never had one."""

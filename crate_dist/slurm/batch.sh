@@ -1,15 +1,14 @@
 # What a job's batch script does when its ranks end: start them again at once, put the job back into the queue, or stop.
 #
-# executor.py puts this before submitit's srun, which then is the function below, and before this the settings:
+# executor.py puts this before submitit's srun, which then is the function below; and before this the set-up lines, before
+# these tell.sh, and before that the settings:
 # crate_run_dirs (of each task of an array), crate_submissions (where the logs of all jobs lie, a folder for each),
 # crate_requeues, crate_restarts_in_place, crate_signal_delay_s, crate_device_fault, crate_stopped,
 # crate_needs_a_person, crate_lost_the_run, crate_stop_request (the name of the file that asks a run to stop),
 # crate_notify (a command of the user's, or nothing), crate_stuck_after (minutes), crate_python, crate_start_py, crate_ranks_per_node,
 # and of the nodes that SLURM may give: crate_fewest_nodes, and crate_nodes_used, a table of how many train of how many.
 
-# SLURM_JOB_ID of one task of an array is the whole array's: a requeue of it would be one of all tasks.
-crate_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
-crate_run_dir=${crate_run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
+case $(trap -p EXIT) in *crate_fail*) trap - EXIT ;; esac # no set-up line has ended the job
 crate_logs=$crate_submissions/$crate_job
 crate_restart=${SLURM_RESTART_COUNT:-0}
 crate_told_to_stop=no
@@ -23,13 +22,13 @@ trap 'crate_told_to_stop=yes' TERM
 srun() {
     set +eu # of a set-up line
     local status crate_start=0
-    if crate_is_asked_to_stop; then # before SLURM started this job, or started it again after the loss of a node
-        echo "crate-dist: not started, since it was asked to stop; \`launch/status.py resume\` goes on with it"
-        return "$crate_stopped"
-    fi
-    crate_watch_for_stalls
     while true; do
+        if crate_is_asked_to_stop; then # before SLURM started this job, or since the ranks ended
+            echo "crate-dist: not started, since it was asked to stop; \`launch/status.py resume\` goes on with it"
+            return "$crate_stopped"
+        fi
         crate_start=$((crate_start + 1))
+        [ "$crate_start" -gt 1 ] || crate_watch_for_stalls
         crate_choose_nodes
         # For the lock of the run folder: which of this script's sruns this is, and how many of them have ended.
         export CRATE_START=$crate_start CRATE_ENDED_STEPS=$SLURM_JOB_ID.$crate_restart.$((crate_start - 1))
@@ -79,10 +78,7 @@ crate_is_worth_it() {
     local where="at step $crate_furthest"
     [ "$crate_furthest" -ge 0 ] || where="before the first checkpoint"
     [ "$1" -ne "$crate_lost_the_run" ] || return 1
-    if crate_is_asked_to_stop; then
-        echo "crate-dist: stopped, as it was asked to; \`launch/status.py resume\` goes on with it"
-        return 1
-    fi
+    ! crate_stops || return 1
     if [ "$1" -eq "$crate_needs_a_person" ] || { [ "$1" -lt 64 ] && [ "$crate_is_first" = yes ]; }; then
         crate_fail "FAILED: it needs a person: ${crate_fault:-status $1}"
         return 1
@@ -99,24 +95,9 @@ crate_is_asked_to_stop() {
     [ -e "$crate_run_dir/$crate_stop_request" ]
 }
 
-# Says for good that it will not go on by itself, and tells the user.
-crate_fail() {
-    echo "crate-dist: $*"
-    crate_tell failed "$*"
-}
-
-# Nothing that the user's command does, or that this Python lacks, is of concern to the run.
-crate_tell() {
-    [ -n "$crate_notify" ] || return 0
-    CRATE_NOTIFY=$crate_notify timeout --kill-after=10 120 \
-        "$crate_python" "$crate_start_py" -m crate_dist.watching.notify "$1" "$crate_run_dir" --fault "${2:-}" && return 0
-    printf '{"event": "%s", "run": "%s", "fault": "%s"}\n' "$1" "$(crate_json "$crate_run_dir")" "$(crate_json "${2:-}")" |
-        CRATE_EVENT=$1 CRATE_RUN=$crate_run_dir timeout --kill-after=10 60 /bin/sh -c "$crate_notify" ||
-        echo "crate-dist: $1: the --notify command ended with $?"
-}
-
-crate_json() {
-    printf %s "$1" | tr -d '\000-\037' | sed 's/[\\"]/\\&/g'
+# Whether it was asked to stop, and says so.
+crate_stops() {
+    crate_is_asked_to_stop && echo "crate-dist: stopped, as it was asked to; \`launch/status.py resume\` goes on with it"
 }
 
 # From beside, until this script ends.
@@ -198,23 +179,66 @@ crate_look_at_logs() {
 # Whether others are there to take the place of crate_broken, which is emptied where not. Sets crate_all_broken, the
 # nodes that this job is not to run on, with those of before.
 crate_find_others() {
-    local before left all
+    local facts before required left all
     if [[ $crate_used == *,* ]] && [ "$crate_broken" = "$crate_used" ]; then
         echo "crate-dist: no node is excluded: all of them are like that, so it may be the program"
         crate_broken= crate_may_leave_nodes=no
         return
     fi
-    before=$(scontrol --oneliner show job "$crate_job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    [ "$before" = "(null)" ] && before=
+    facts=$(scontrol --oneliner show job "$crate_job")
+    before=$(crate_fact ExcNodeList) required=$(crate_fact ReqNodeList)
+    if [ -n "$required" ] && crate_list "$crate_broken" | grep -qxF "$(crate_list "$required")"; then
+        echo "crate-dist: node $crate_broken is not excluded: the job asks for $required"
+        crate_broken= crate_may_leave_nodes=no
+        return
+    fi
     all=$(crate_together "$before" "$crate_left_out" "$crate_broken")
-    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N \
-        --states=idle,allocated,mixed,completing | crate_without "$all" | grep -c .)
+    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format="%N %f %G" \
+        --states=idle,allocated,mixed,completing | crate_that_fit | crate_without "$all" | grep -c .)
     if [ "$left" -lt "$crate_fewest_nodes" ]; then
-        echo "crate-dist: node $crate_broken is not excluded: without $all there are too few in this partition"
+        echo "crate-dist: node $crate_broken is not excluded: without $all there are too few in this partition that fit the job"
         crate_broken= crate_may_leave_nodes=no
         return
     fi
     crate_all_broken=$all
+}
+
+# One of the job's facts, which scontrol has written in one line.
+crate_fact() {
+    echo "$facts" | sed -n "s/.* $1=\([^ ]*\).*/\1/p" | grep -vxF "(null)"
+}
+
+# Of lines of nodes, their features and their devices, the nodes that have what the job asks for, and are in its
+# reservation. Of features that are counted, or the same for all nodes, any one will do here.
+crate_that_fit() {
+    local reserved
+    reserved=$(scontrol --oneliner show reservation "${SLURM_JOB_RESERVATION:-none}" 2>/dev/null |
+        sed -n 's/.* Nodes=\([^ ]*\).*/\1/p')
+    features=$(crate_fact Features | sed 's/\*[0-9]*//g; s/[][()]//g') devices=$(crate_fact TresPerNode) awk '
+        BEGIN {
+            wanted = split(ENVIRON["features"], all, "&")
+            devices = split(ENVIRON["devices"], device, ",")
+        }
+        {
+            fits = 1
+            for (i = 1; i <= wanted; i++) {
+                any = 0
+                for (j = split(all[i], one, "|"); j; j--) any += index("," $2 ",", "," one[j] ",") > 0
+                fits = fits && any
+            }
+            for (i = 1; i <= devices; i++) {
+                name = device[i]
+                sub(/^gres[:\/]/, "", name)
+                sub(/[:=][0-9]+$/, "", name)
+                fits = fits && index("," $3, "," name ":")
+            }
+            if (fits) print $1
+        }' | if [ -n "${SLURM_JOB_RESERVATION:-}" ]; then grep -xF "$(crate_list "$reserved")"; else cat; fi
+}
+
+# Writes a list of nodes a node a line.
+crate_list() {
+    scontrol show hostnames "$1"
 }
 
 # Joins lists of nodes.
@@ -225,14 +249,14 @@ crate_together() {
 # Leaves out the lines that are among the nodes of a list.
 crate_without() {
     if [ -n "$1" ]; then
-        grep -vxF "$(scontrol show hostnames "$1")"
+        grep -vxF "$(crate_list "$1")"
     else
         cat
     fi
 }
 
 crate_nodes() {
-    scontrol show hostnames "$SLURM_JOB_NODELIST"
+    crate_list "$SLURM_JOB_NODELIST"
 }
 
 # Whether to start the ranks again in this allocation, because a queue can take hours. Not when that has just brought
@@ -277,6 +301,7 @@ crate_is_running() {
 crate_requeue() {
     local pause facts
     trap '' TERM # SLURM sends it to this script, and to what it is running, as soon as the job is requeued
+    ! crate_stops || return
     if [ "$crate_restart" -ge "$crate_requeues" ]; then
         facts=$(scontrol --oneliner show job "$crate_job") && ! crate_is_running "$facts" && return
         crate_fail "ended with status $1, and not requeued: it was $crate_restart times already, and" \
@@ -285,6 +310,7 @@ crate_requeue() {
     fi
     for pause in 0 2 6 18; do # a scheduler that is busy answers a little later
         sleep "$pause"
+        ! crate_stops || return # which has SLURM refuse the requeue
         facts=$(scontrol --oneliner show job "$crate_job") || continue
         crate_is_running "$facts" || return
         echo "crate-dist: ended with status $1: requeueing"
@@ -292,7 +318,7 @@ crate_requeue() {
         [ -z "$crate_left_out$crate_broken" ] || crate_exclude
         return
     done
-    crate_fail "FAILED: SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
+    crate_stops || crate_fail "FAILED: SLURM did not take the job back into its queue; the same command goes on from its newest checkpoint"
 }
 
 # SLURM takes a list of nodes for a job that is not running, and takes it for the whole list.

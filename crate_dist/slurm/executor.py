@@ -26,6 +26,8 @@ from crate_dist.world import VARIABLES
 
 BATCH = Path(__file__).with_name("batch.sh")
 """The part of the batch script that acts when the ranks end."""
+TELL = BATCH.with_name("tell.sh")
+"""The part before the set-up lines, which tells of those that fail."""
 
 
 class Executor(SlurmExecutor):
@@ -123,9 +125,10 @@ def make_executor(
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "setup": [
+            *_settings(recipe, folder, run_dirs, code, options),
+            TELL.read_text(encoding="utf-8").strip(),
             *hidden,
             *cluster.setup,
-            *_settings(recipe, folder, run_dirs, code, options),
             BATCH.read_text(encoding="utf-8").strip(),
         ],
         "srun_args": srun_args,
@@ -158,7 +161,7 @@ def _for_any_number_of_nodes(cluster: ClusterSection) -> dict[str, Any]:
 
 
 def _settings(recipe: Recipe, folder: Path, run_dirs: Sequence[Path], code: Path, options: JobOptions) -> list[str]:
-    """Returns the shell lines that batch.sh expects before it."""
+    """Returns the shell lines that tell.sh and batch.sh expect before them."""
     cluster, used = recipe.cluster, nodes_used(recipe)
     values: dict[str, object] = {
         "fewest_nodes": cluster.node_counts[0],

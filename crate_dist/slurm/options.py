@@ -29,7 +29,7 @@ OWNED: Mapping[str, str] = {
     **dict.fromkeys(("parsable", "quiet", "wait", "verbose", "help", "usage", "version"), _ITS_ANSWER),
     **dict.fromkeys(("export", "export-file", "get-user-env"), _ENVIRONMENT),
     "account": "--account NAME",
-    "array": "--seeds N …",
+    "array": "--seeds N …, or --grid",
     "clusters": "start it on a login node of that cluster",
     "constraint": "--constraint FEATURES",
     "container": "--container IMAGE",
@@ -56,6 +56,45 @@ _FREE = """
     time-min tmp tres-bind tres-per-task use-min-nodes wait-all-nodes wckey x11
 """
 """The other options, of SLURM from 19.05 to 25.05."""
+
+_SHORT = {
+    pair[0]: pair[2:]
+    for pair in [
+        "A:account",
+        "B:extra-node-info",
+        "C:constraint",
+        "D:chdir",
+        "G:gpus",
+        "H:hold",
+        "J:job-name",
+        "L:licenses",
+        "M:clusters",
+        "N:nodes",
+        "O:overcommit",
+        "Q:quiet",
+        "S:core-spec",
+        "V:version",
+        "W:wait",
+        "a:array",
+        "b:begin",
+        "c:cpus-per-task",
+        "d:dependency",
+        "e:error",
+        "i:input",
+        "k:no-kill",
+        "m:distribution",
+        "n:ntasks",
+        "o:output",
+        "p:partition",
+        "q:qos",
+        "s:oversubscribe",
+        "t:time",
+        "v:verbose",
+        "w:nodelist",
+        "x:exclude",
+    ]
+}
+"""The options by the letter that stands for them."""
 
 _VARIABLES: Mapping[str, tuple[str, ...]] = {
     "array": ("ARRAY_INX",),
@@ -170,6 +209,26 @@ def check_option(name: str, value: str | bool, origin: str) -> str | bool:
     if not value:
         raise RecipeError(f"{origin}: no value behind the =; {name}=VALUE, or {name} alone where it takes none")
     return value
+
+
+def given_here(option: str, value: str) -> str:
+    """Says how an option of sbatch, as `--gres` or `-N`, and its value are given here; empty: it is none of sbatch."""
+    if option[1:2] != "-" and option[1:2] in _SHORT:
+        name, value = _SHORT[option[1]], option[2:] or value
+    else:
+        name = option.removeprefix("--")
+    if name in ("comment", "exclude", "nice"):
+        return f"here it is --{name} {value}".rstrip()
+    if name in _FREE.split() and name != "batch":  # a batch is one of images here
+        return f"here it is --sbatch {name}{f'={value}' if value else ''}"
+    if name not in OWNED:
+        return ""
+    said = "--gpus-per-node N" if name == "gpus" else OWNED[name]
+    if name == "mem":
+        value = value.upper().removesuffix("B").removesuffix("G") if re.fullmatch(r"\d+GB?", value.upper()) else ""
+    if value and name != "ntasks" and re.fullmatch(r"--[a-z-]+ (name=)?[A-Z]+", said):
+        said = re.sub(r"[A-Z]+$", lambda placeholder: value, said)
+    return f"here it is {said}" if said.startswith("--") else said
 
 
 @cache

@@ -70,7 +70,7 @@ class QueuedJob:
     @property
     def runs(self) -> bool:
         """Tells whether its processes are there, or may be."""
-        return self.state in ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
+        return self.state in ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 
     @property
     def started_at(self) -> float | None:

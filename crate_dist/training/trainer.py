@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.finetune import begin_from
 from crate_dist.checkpoint.format import Progress
-from crate_dist.checkpoint.mirror.background import Mirror
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
@@ -28,10 +26,8 @@ from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import Left, gather_objects
-from crate_dist.errors import UserError
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
-from crate_dist.run.faults import judged
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training import compiling
@@ -41,19 +37,14 @@ from crate_dist.training.finite import post_mortem
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
+from crate_dist.training.mirroring import Mirroring
 from crate_dist.training.optim import Schedule, learning_rate
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.startup import Startup
-from crate_dist.training.watchdog import Watchdog
+from crate_dist.training.watchdog import COMPILING, Watchdog
 from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
-
-_MIRROR_S = 600.0
-_GRACE_S = 30.0
-"""Between SIGTERM and SIGKILL: SLURM's KillWait, unless a cluster has another one."""
-COMPILING = 4.0
-"""Times safety.hang_timeout_s: the patience with compilers, and with libraries at their first call."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class Trainer:
         self.interrupt, self.watchdog, self.startup, self.tenure = interrupt, watchdog, startup, tenure
         interrupt.end_at_once()  # until something is made that is not in the checkpoint: a step, or an evaluation
         self.damaged: list[str] = []
-        self.mirror, self.mirrored = self.open_mirror()
+        self.mirroring = Mirroring(folder, recipe, world, interrupt, watchdog, tenure)
         found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
         self.train_index, self.val_index = open_splits(recipe)
@@ -118,8 +109,7 @@ class Trainer:
             logger.info("resumed from %s", found.path)
         startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
-        published = self.mirror.published if self.mirror else lambda: None
-        known = self.damaged, published
+        known = self.damaged, self.mirroring.published
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, *known)
         self.saved_at = self.progress.step
         steps = self.progress.step, self.last_step
@@ -132,8 +122,7 @@ class Trainer:
             return self.loop()
         except BaseException:
             self.saver.leave()
-            if self.mirror:
-                self.mirror.leave()
+            self.mirroring.leave()
             raise
 
     def loop(self) -> TrainResult:
@@ -195,7 +184,7 @@ class Trainer:
             )
         dist.barrier()
         self.monitor.close()
-        self.finish_mirror(_MIRROR_S, exported=True)
+        self.mirroring.finish(exported=True)
         best = self.progress
         accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
         logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
@@ -210,45 +199,9 @@ class Trainer:
             self.save()
         self.finish_saving()
         self.monitor.close()
-        self.finish_mirror(_MIRROR_S if self.interrupt.received_at is not None else _GRACE_S / 2)
+        self.mirroring.finish()
         logger.info("stopped at step %d of %d; the same command goes on from there", self.progress.step, self.last_step)
         return self.result(finished=False)
-
-    def open_mirror(self) -> tuple[Mirror | None, bool]:
-        """Brings back from the run's mirror what its folder does not have. Returns it, on rank 0, and whether there is
-        one. A collective. Raises MirrorError, ShardError, OSError: on every rank."""
-        mirror, problem, place = None, None, self.recipe.checkpoint.find_mirror()
-        self.watchdog.beat("looking into the mirror", COMPILING)
-        if self.world.is_main and place is not None:
-            try:
-                mirror = Mirror(place, self.folder, self.recipe, self.tenure)
-                mirror.begin()
-            except (UserError, OSError) as error:
-                problem = judged(error)
-        problem, mirrored = gather_objects((problem, mirror is not None))[0]
-        if problem is not None:
-            raise problem
-        return mirror, mirrored
-
-    def finish_mirror(self, longest_s: float, exported: bool = False) -> None:
-        """Waits, for a time, until the newest checkpoint is in the mirror. A collective: srun ends all ranks when the
-        first of them leaves with a status that is not 0."""
-        if not self.mirrored:
-            return
-        patience_s = min(longest_s, 0.5 * COMPILING * self.recipe.safety.hang_timeout_s)
-        self.watchdog.beat("waiting for the mirror", COMPILING)
-        if self.mirror:
-            until = time.monotonic() + patience_s
-            self.mirror.finish(lambda: time.monotonic() > min(until, self.leave_by()), exported)
-        dist.barrier()
-
-    def leave_by(self) -> float:
-        """Returns the time, by time.monotonic(), at which nothing is waited for any more: in the middle of the notice
-        that this rank had, so that the batch script has time as well; none while it was not told to stop."""
-        if self.interrupt.received_at is None:
-            return math.inf
-        notice_s = self.recipe.cluster.signal_delay_s if self.interrupt.by_slurm else _GRACE_S
-        return self.interrupt.received_at + notice_s / 2
 
     def result(self, finished: bool) -> TrainResult:
         """Returns the state of the run."""

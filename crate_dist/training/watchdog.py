@@ -23,6 +23,8 @@ from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 
+COMPILING = 4.0
+"""Times safety.hang_timeout_s: the patience with compilers, and with libraries at their first call."""
 _LOOK_EVERY_S = 1.0
 _ANSWER_S = 8.0
 _GIVEN_UP = "watchdog/given up"

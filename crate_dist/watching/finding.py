@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,10 +59,19 @@ def _unknown(word: str, root: Path, known: Sequence[Path]) -> str:
 
 
 def _runs_in(folder: Path, depth: int = 2) -> Iterator[Path]:
-    """Yields the run itself, or the runs below a folder, without those that --start-over has set aside."""
-    if RunFolder(folder).recipe_file.is_file():
+    """Yields the run itself, or the runs below a folder, without those that --start-over has set aside.
+
+    A folder that cannot be read is passed over, with a note.
+    """
+    try:
+        is_run = RunFolder(folder).recipe_file.is_file()
+        names = sorted(os.listdir(folder)) if depth and not is_run and folder.is_dir() else []
+    except PermissionError as error:
+        print(f"note: {error.filename} is passed over: it cannot be read", file=sys.stderr)  # noqa: T201
+        return
+    if is_run:
         yield folder
-    elif depth and folder.is_dir():
-        for name in sorted(os.listdir(folder)):
+    else:
+        for name in names:
             if ".before-" not in name and name[0] != ".":
                 yield from _runs_in(folder / name, depth - 1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crate_dist.files import lines_backwards
 from crate_dist.run.folder import RunFolder
@@ -25,6 +25,11 @@ _LOG_END = 1 << 20
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ([WEC]) (.*)")
 _FAULT = re.compile(r"crate-dist (?:fault|lost): (.*)")
 _VERDICT = re.compile(r"crate-dist: ((?:FAILED|GIVEN UP): .*|ended with status .*, and not requeued: .*)")
+
+_JOB_ENDED = re.compile(
+    r"crate-dist: (?:stopped|not started), |"
+    r"slurmstepd: error: \*\*\* JOB .* CANCELLED AT \S+ (?:DUE TO TIME LIMIT )?\*\*\*"
+)
 
 
 @dataclass(frozen=True)
@@ -146,14 +151,19 @@ def fault_of(folder: RunFolder, since: float) -> str:
     return max(errors, key=lambda said: said.at).text if errors else ""
 
 
-def waits_by_its_log(folder: RunFolder) -> bool:
-    """Tells whether the newest job was put back into the queue, or has not begun, as far as its log says."""
+def job_by_its_log(folder: RunFolder) -> Literal["waits", "runs", "over"]:
+    """Tells what has become of the newest job as far as its log says: whether it is in the queue, or has not ended."""
     log = batch_log(folder)
     if log is None:
-        return True
-    ends = ("requeueing", "crate-dist start ")
-    last = next((line for line in lines_backwards(log, _LOG_END) if any(end in line for end in ends)), "")
-    return last.endswith("requeueing")
+        return "waits" if folder.jobs() else "over"
+    for line in lines_backwards(log, _LOG_END):
+        if line.startswith("crate-dist: ended with status") and line.endswith("requeueing"):
+            return "waits"
+        if _VERDICT.match(line) or _JOB_ENDED.match(line):
+            return "over"
+        if line.startswith("crate-dist start "):
+            return "runs"
+    return "over"
 
 
 def last_event(folder: RunFolder) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser, mail: bool) -> None:
 def tell(command: str, path: Path, event: Event, fault: str = "") -> str:
     """Runs the command with the run's JSON on its standard input; returns what became of it, never raises.
 
-    A command that takes longer than TIMEOUT_S is ended, with all that it has started.
+    After TIMEOUT_S the command is ended, with all that it has started; what it put behind `&` has that long too.
     """
     try:
         run = look(path, Queue({}))
@@ -69,18 +69,36 @@ def tell(command: str, path: Path, event: Event, fault: str = "") -> str:
             env={**os.environ, "CRATE_EVENT": event, "CRATE_RUN": str(path)},
             start_new_session=True,
         )
+        until = time.monotonic() + TIMEOUT_S
         try:
             process.communicate(about.encode(), timeout=TIMEOUT_S)
+            while _has_members(process.pid) and time.monotonic() < until:
+                time.sleep(0.05)
             how = f"ended with {process.returncode}" if process.returncode else "succeeded"
         except subprocess.TimeoutExpired:
             how = f"took more than {TIMEOUT_S:.0f} s, and was ended"
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if _has_members(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
+                how = f"took more than {TIMEOUT_S:.0f} s, and was ended"
             process.wait()
     except Exception as error:  # whatever it is, the run is more important
         how = f"failed: {type(error).__name__}: {error}"
     return f"crate-dist: {event}: the --notify command {how}"
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _say(descriptor: int, text: str) -> None:
+    """Writes a line. A log on a disk that is full says nothing, at the end of this process neither."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{text}\n".encode())
 
 
 class Stalls:
@@ -114,7 +132,7 @@ def watch(command: str, path: Path, stuck_after_s: float, end: threading.Event, 
     stalls, pause_s = Stalls(path, stuck_after_s), min(_POLL_S, stuck_after_s / 4)
     while not end.wait(pause_s) and parent in (None, os.getppid()):
         if stalls.is_new():
-            print(tell(command, path, "stuck"), file=sys.stderr, flush=True)  # noqa: T201
+            _say(2, tell(command, path, "stuck"))
 
 
 @contextlib.contextmanager
@@ -148,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.event == "watch":
         watch(command, arguments.run, 60 * arguments.stuck_after, threading.Event(), os.getppid())
     else:
-        print(tell(command, arguments.run, arguments.event, arguments.fault), flush=True)  # noqa: T201
+        _say(1, tell(command, arguments.run, arguments.event, arguments.fault))
     return 0
 
 

@@ -43,20 +43,29 @@ def launch_command(path: Path, options: Sequence[str] = ()) -> list[str]:
     """Returns the program, and the options, that start a run again with the resources that it had.
 
     options: those given now, which win
-    Raises UserError: it was started by a plain srun.
+    Raises UserError: it was started by a plain srun, or its record is damaged.
     """
     folder = RunFolder(path)
-    starts = json.loads(folder.record_file.read_text(encoding="utf-8"))["starts"] if folder.record_file.exists() else []
-    jobs, by_slurm = folder.jobs(), starts and starts[-1].get("launcher") == "slurm"
+    try:
+        starts = (
+            json.loads(folder.record_file.read_text(encoding="utf-8"))["starts"] if folder.record_file.exists() else []
+        )
+        launcher, ranks = (starts[-1].get("launcher"), starts[-1].get("world_size", 1)) if starts else (None, 1)
+        asked = folder.record.asked()
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{folder.record_file} does not say how the run was started ({type(error).__name__}: {error}); go on with "
+            f"it by the command that did, or `launch/slurm.py --config {folder.recipe_file} --run-dir {path}`"
+        ) from error
+    jobs, by_slurm = folder.jobs(), launcher == "slurm"
     if by_slurm and not jobs:
         raise UserError(f"{path} was started by srun: the same command, given again, goes on with it")
     same = ["--config", str(folder.recipe_file), "--run-dir", str(path)]
     if jobs and (by_slurm or not starts):
-        again, missing = repeated(folder.record.asked(), options)
+        again, missing = repeated(asked, options)
         if missing := [words for words in missing if not words.startswith(("--setup", "--container"))]:  # named below
             print(f"note: it was started with {' '.join(missing)}: give that again, if it is meant", file=sys.stderr)  # noqa: T201
         return [str(LAUNCH / "slurm.py"), *same, *again]
-    ranks = starts[-1].get("world_size", 1) if starts else 1
     return [str(LAUNCH / "local.py"), *same, "--ranks", str(ranks)]
 
 

@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +85,9 @@ class Run:
     problems: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields by name, as JSON has them."""
-        return {**asdict(self), "run": str(self.run)}
+        """Returns the fields by name, as JSON has them: numbers that are none, as a loss may be, are None."""
+        numbers = {key: None for key, value in asdict(self).items() if isinstance(value, float) and not isfinite(value)}
+        return {**asdict(self), **numbers, "run": str(self.run)}
 
     @property
     def is_over(self) -> bool:
@@ -207,23 +209,37 @@ def _state(
     )
     if complete and not holder and (not job or job.state == "COMPLETING"):
         return "done", f"all {run.last_step:,} steps are made; weights in {folder.model('last').name}"
-    if holder or (job and job.runs):
+    if job and job.state == "SUSPENDED":
+        return "running", "SLURM has suspended its job"
+    by_log = history.job_by_its_log(folder) if queue.problem and _is_by_slurm(run, folder) else "over"
+    if holder or (job and job.runs) or by_log == "runs":
+        log = history.batch_log(folder)
         signs = (run.started_at, run.progress_at, _written_at(folder.recipe_file), job.started_at if job else None)
-        idle_s = run.looked_at - max(sign or 0.0 for sign in signs)
+        idle_s = run.looked_at - max(sign or 0.0 for sign in (*signs, _written_at(log) if log else None))
+        unseen = "" if holder or job else f"; its log says no end, and {queue.problem}"
         if idle_s > stuck_after_s:
-            return "stuck", f"no step, evaluation or save for {idle_s / 60:.0f} minutes"
+            return "stuck", f"no step, evaluation or save for {idle_s / 60:.0f} minutes{unseen}"
         if run.stop_requested:
-            return "running", "it was asked to stop, and saves first"
+            return "running", f"it was asked to stop, and saves first{unseen}"
+        if unseen:
+            return "running", f"its ranks start or have just ended{unseen}"
         return "running", "" if (run.progress_at or 0) >= (run.started_at or 0) and run.step else "it is starting"
     if job:
         return "waiting", job.why
     if run.stop_requested:
         return "stopped", "it was asked to stop" + _saved(run)
-    if queue.problem and folder.jobs() and history.waits_by_its_log(folder):
+    if by_log == "waits":
         return "waiting", f"in SLURM's queue, as far as its log says; {queue.problem}"
     if history.last_event(folder).get("event") == "end":
         return "stopped", "it was told to stop by a signal" + _saved(run)
     return "failed", "it ended without saying why: it, or its machine, was stopped from outside"
+
+
+def _is_by_slurm(run: Run, folder: RunFolder) -> bool:
+    """Tells whether a job of its own has worked in a folder last: not a launcher on some machine since."""
+    log = history.batch_log(folder)
+    since = log and run.started_at and (_written_at(log) or 0.0) < run.started_at
+    return bool(folder.jobs()) and not (since and run.launcher != "slurm")
 
 
 def _saved(run: Run) -> str:

@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,25 +23,34 @@ from crate_dist.errors import UserError
 from crate_dist.files import write_whole
 from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
-from crate_dist.watching.runs import Queue, Run, holder_of, job_of, look
+from crate_dist.watching.runs import Queue, holder_of, job_of, look
 
 _POLL_S = 1.0
 
 
 def stop(paths: Sequence[Path], wait: bool) -> int:
-    """Stops runs, and says of each what was done. Returns the exit status.
+    """Stops runs, and says of each what was done. Returns the exit status: 1 when one could not be told.
+
+    All are asked before the first is signalled, and each whose signal is refused still finds the request.
 
     wait: until all are saved
-    Raises UserError: SLURM refuses, or the folder of a run cannot be written.
     """
-    queue, asked = Queue.asked(), list[Path]()
+    queue, asked, status = Queue.asked(), list[Path](), 0
     for path in paths:
         run = look(path, queue, disk=False)
-        if run.is_over:
+        if run.state in ("done", "stopped") or run.fault:
             show(f"{path}: nothing to stop: it is {run.state}; {run.why}")
             continue
-        show(f"{path}: {_ask(run, queue)}")
-        asked.append(path)
+        try:
+            _ask(run.run)
+            asked.append(run.run)
+        except UserError as error:
+            status = _complain(path, error)
+    for path in asked:
+        try:
+            show(f"{path}: {_tell(path, Queue.asked())}")  # one that waited may have begun, and one that ran have ended
+        except UserError as error:
+            status = _complain(path, error)
     while wait and asked:
         time.sleep(_POLL_S)
         queue = Queue.asked()
@@ -48,23 +58,36 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
             if run.is_over:
                 asked.remove(run.run)
                 show(f"{run.run}: {run.state}: {run.why}")
-    return 0
+    return status
 
 
-def _ask(run: Run, queue: Queue) -> str:
-    """Puts the request down, then signals; returns what will happen."""
-    folder = RunFolder(run.run)
+def _complain(path: Path, error: UserError) -> int:
+    print(f"error: {path}: {error}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _ask(path: Path) -> None:
+    """Puts the request down. Raises UserError when the folder cannot be written."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     who = {"time": now, "user": getpass.getuser(), "host": platform.node(), "asked_by": "launch/status.py stop"}
     try:
-        write_whole(folder.stop_request, json.dumps(who) + "\n")
+        write_whole(RunFolder(path).stop_request, json.dumps(who) + "\n")
     except OSError as error:
-        raise UserError(f"cannot put the request to stop down in {run.run}: {error.strerror}") from error
+        raise UserError(f"cannot put the request to stop down: {error.strerror}") from error
+
+
+def _tell(path: Path, queue: Queue) -> str:
+    """Signals whoever works there; returns what will happen. Raises UserError when SLURM refuses."""
+    folder = RunFolder(path)
     holder = holder_of(folder)
     job = job_of(folder, holder, queue)
     if job and not job.runs:
         _slurm("scancel", job.name)
         return f"job {job.name}, which waited, is cancelled"
+    if job and job.state == "SUSPENDED":
+        return f"job {job.name} is suspended: once it is resumed it saves and ends"
+    if job and job.state == "COMPLETING":
+        return f"job {job.name} is ending"
     if job:
         if job.name in folder.jobs():
             with contextlib.suppress(UserError):  # for SLURM itself, and batch scripts that know of no request
@@ -78,7 +101,7 @@ def _ask(run: Run, queue: Queue) -> str:
     if holder and holder.surely_alive() and _is_ours(holder.pid):
         os.kill(holder.pid, signal.SIGTERM)
         return f"{holder} is told to save and to end"
-    return f"asked to stop; {holder or 'its rank 0'} looks for that at its next report"
+    return f"asked to stop; {holder or 'its rank 0, should there be one,'} looks for that at its next report"
 
 
 def _is_ours(pid: int) -> bool:

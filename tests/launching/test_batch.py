@@ -20,14 +20,19 @@ START = "crate-dist start 2.1: rank {rank} on node {node}\n"
 BEFORE = "crate-dist start 1.1: rank {rank} on node {node}\n"
 
 
-def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None) -> str:
-    """Returns what `commands` print after slurm/batch.sh has been read, as in a job that was requeued twice."""
+def batch(tmp_path: Path, *commands: str, env: dict[str, str] | None = None, setup: str = "") -> str:
+    """Returns what `commands` print after slurm/batch.sh has been read, as in a job that was requeued twice.
+
+    setup: lines of the user's
+    """
     lines = [
         f"crate_device_fault={shlex.quote(DEVICE_FAULT)} crate_stopped={STOPPED}",
         f"crate_needs_a_person={NEEDS_A_PERSON} crate_lost_the_run={LOST_THE_RUN}",
         f"crate_submissions={tmp_path}/logs crate_run_dirs=({tmp_path}/one {tmp_path}/two)",
         f"crate_stop_request={STOP_REQUEST} crate_notify= crate_stuck_after=30 crate_python={sys.executable}",
         f"crate_start_py={REPOSITORY}/crate_dist/start.py",
+        f"source {REPOSITORY}/crate_dist/slurm/tell.sh",
+        setup,
         f"source {REPOSITORY}/crate_dist/slurm/batch.sh",
         "crate_start=1",
         "scontrol() { printf 'n1\\nn2\\n'; }",  # the nodes of the job
@@ -187,7 +192,7 @@ def test_an_exact_number_of_nodes_is_left_to_srun_as_it_was(tmp_path: Path) -> N
     [
         ("n2", "n1 n2 n3", "leave n2, yes"),
         ("n1,n2", "n1 n2 n3 n4", "all of them are like that, so it may be the program\nleave , no"),
-        ("n2", "n1 n2", "without n2 there are too few in this partition\nleave , no"),
+        ("n2", "n1 n2", "without n2 there are too few in this partition that fit the job\nleave , no"),
     ],
 )
 def test_nodes_are_left_only_where_others_are_left(broken: str, there: str, expected: str, tmp_path: Path) -> None:
@@ -243,3 +248,82 @@ def test_who_is_to_be_told_of_a_failure_is_told_even_without_this_python(python:
     note = json.loads((tmp_path / "note").read_text())
     assert (note["event"], note["run"]) == ("failed", f"{tmp_path}/one")
     assert note["fault"] == f"FAILED: it needs a person: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "expected"),
+    [
+        ("Features=fast", "n1 fast (null)\nn2 fast (null)\nn3 slow (null)", "too few in this partition that fit"),
+        ("Features=fast", "n1 fast (null)\nn2 fast (null)\nn3 new,fast (null)", "leave n2"),
+        ("Features=[a|b]&c*2", "n1 a,c (null)\nn2 a,c (null)\nn3 b,c (null)", "leave n2"),
+        ("Features=[a|b]&c*2", "n1 a,c (null)\nn2 a,c (null)\nn3 b (null)", "too few in this partition that fit"),
+        ("TresPerNode=gres:gpu:a:4", "n1 x gpu:a:4\nn2 x gpu:a:4\nn3 x gpu:b:4", "too few in this partition that fit"),
+        ("TresPerNode=gres:gpu:4", "n1 x gpu:a:4\nn2 x gpu:a:4\nn3 x gpu:b:4(S:0-1)", "leave n2"),
+        ("ReqNodeList=n2", "n1 x x\nn2 x x\nn3 x x", "is not excluded: the job asks for n2"),
+        ("Reservation=r", "n1 x x\nn2 x x\nn3 x x", "too few in this partition that fit"),
+    ],
+)
+def test_a_node_is_excluded_only_where_others_fit_the_job(
+    asked: str, there: str, expected: str, tmp_path: Path
+) -> None:
+    said = batch(
+        tmp_path,
+        "crate_fewest_nodes=2 crate_nodes_used=([2]=2)",
+        f"""scontrol() {{
+            case "$*" in
+                *hostnames*) echo $3 | tr , '\\n' ;;
+                *reservation*) echo 'ReservationName=r Nodes=n1,n2 NodeCnt=2' ;;
+                *) echo 'JobId=7 {asked} ExcNodeList=(null) End=0' ;;
+            esac
+        }}""",
+        f"sinfo() {{ printf '%s\\n' {shlex.quote(there)}; }}",
+        "crate_choose_nodes; crate_broken=n2; crate_find_others",
+        'echo "leave $crate_broken"',
+        env={"SLURM_JOB_NODELIST": "n1,n2", **({"SLURM_JOB_RESERVATION": "r"} if "Reservation" in asked else {})},
+    )
+    assert expected in said
+
+
+@pytest.mark.parametrize("when", ["restart", "requeue", "refusal"])
+def test_a_run_that_is_asked_to_stop_while_its_ranks_start_again_has_not_failed(when: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    ask = f"touch {tmp_path}/one/{STOP_REQUEST}"
+    before = {"restart": ask, "requeue": f"{ask}; false", "refusal": "false"}[when]
+    said = batch(
+        tmp_path,
+        f"crate_notify={shlex.quote(f'touch {tmp_path}/told')} crate_restarts_in_place=3 crate_requeues=5",
+        "crate_watch_for_stalls() { :; }; sleep() { :; }",
+        f"crate_can_start_here() {{ {before}; }}",
+        f"command() {{ echo RAN; return {TRY_AGAIN}; }}",
+        f"""scontrol() {{
+            case "$1" in
+                requeue) {ask}; return 1 ;; # the request had SLURM refuse it
+                --oneliner) echo 'JobState=RUNNING Restarts=2 ' ;;
+            esac
+        }}""",
+        "srun; echo status $?",
+    )
+    assert said.count("RAN") == 1
+    assert "asked to" in said
+    assert ("requeueing" in said) == (when == "refusal")
+    assert "FAILED" not in said
+    assert not (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize(
+    ("setup", "why"),
+    [("crate_fault='module load x failed'; exit 1", "status 1: module load x failed"), ("set -e; false", "status 1")],
+)
+def test_a_set_up_line_that_ends_the_job_is_told(setup: str, why: str, tmp_path: Path) -> None:
+    notify = f"crate_notify={shlex.quote(f'cat >> {tmp_path}/note')}"
+    (tmp_path / "one").mkdir()
+    said = batch(tmp_path, "echo not here", setup=f"{notify}\n{setup}")
+    assert said.startswith(f"crate-dist: FAILED: a set-up line ended the job with {why}\n")
+    assert "not here" not in said
+    assert json.loads((tmp_path / "note").read_text())["fault"].endswith(why)
+
+
+def test_a_job_that_is_cancelled_in_its_set_up_or_gets_through_it_has_not_failed(tmp_path: Path) -> None:
+    assert batch(tmp_path, setup="kill -TERM $$") == ""
+    assert batch(tmp_path, "exit 3", setup="true") == ""
+    assert batch(tmp_path, setup="trap 'echo cleaned' EXIT") == "cleaned"

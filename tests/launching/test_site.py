@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from crate_dist.config import RecipeError
+from crate_dist.errors import UserError
 from crate_dist.launching import site as module
 from crate_dist.launching.memory import checkpoint_bytes
 from crate_dist.launching.site import Site, load_site, template, user_file
@@ -187,9 +188,8 @@ def test_a_site_wins_over_the_recipe_and_a_flag_over_the_site(cast_shards: Path,
     assert origin(shown, "train.global_batch") == ("64", "--set train.global_batch")
     assert origin(shown, "data.root") == (str(cast_shards), "--data")
     script = shown.splitlines()
-    assert script.index("module load cuda/12 || { echo 'crate-dist: module load cuda/12 failed'; exit 1; }") + 1 == (
-        script.index("echo hello", script.index("#!/bin/bash"))
-    )
+    load = next(line for line in script if line.startswith("module load cuda/12 || {"))
+    assert script.index(load) + 1 == script.index("echo hello", script.index("#!/bin/bash"))
     without = slurm("--config", recipe, *flags, "--no-site", data=cast_shards).stdout
     assert {"partition=old", "time=60"} <= asked(without)
 
@@ -385,7 +385,7 @@ def test_a_run_is_resumed_with_the_resources_that_its_command_asked_for(
     assert not [word for word in again if word.startswith(("--gpus-per-node", "--time"))]
 
 
-def test_a_run_folder_says_no_command_by_the_options_it_has(tmp_path: Path) -> None:
+def test_a_run_folder_says_no_command_by_the_options_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     folder.record.begin()
     (folder.slurm / "12").mkdir(parents=True)
@@ -393,6 +393,13 @@ def test_a_run_folder_says_no_command_by_the_options_it_has(tmp_path: Path) -> N
     folder.record.note_asked([*foreign, ("--set", "cluster.setup=['id']"), ("--set", "data.root=pipe:id"), ("-x", "y")])
     same = ["--config", str(folder.recipe_file), "--run-dir", str(folder.path)]
     assert launch_command(folder.path)[1:] == same
+    folder.record.note_asked([("\x1b[2J", "\n")])
+    capsys.readouterr()
+    assert launch_command(folder.path)[1:] == same
+    assert "\x1b" not in capsys.readouterr().err
+    folder.record_file.write_text('{"starts": [], "asked": [1]}')
+    with pytest.raises(UserError, match="does not say how the run was started"):
+        launch_command(folder.path)
 
 
 # What a dry run shows

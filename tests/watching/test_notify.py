@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -39,6 +42,7 @@ def test_the_command_gets_what_status_says_and_why_it_failed(tmp_path: Path) -> 
         ("exit 3", RUN, "ended with 3"),
         ("no-such-command", RUN, "ended with 127"),
         ("sleep 60 & sleep 60", RUN, "took more than 0 s, and was ended"),
+        ("sleep 60 &", RUN, "took more than 0 s, and was ended"),
         ("exec <&-; true", RUN, "succeeded"),  # it does not want to know
         ("cat", Path("/nonexistent"), "succeeded"),
     ],
@@ -78,3 +82,19 @@ def test_a_bare_command_says_what_is_missing(
     with pytest.raises(SystemExit):
         notify.main(["done", str(RUN)])
     assert "CRATE_NOTIFY is not set" in capsys.readouterr().err
+
+
+def test_what_a_command_puts_behind_has_its_minute(tmp_path: Path) -> None:
+    assert tell(f"(sleep 0.3; touch {tmp_path}/done) &", RUN, "done").endswith("succeeded")
+    assert (tmp_path / "done").exists()
+
+
+def test_a_command_has_run_once_even_where_the_log_takes_no_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "crate_dist.watching.notify", "done", RUN],
+            env={**os.environ, notify.VARIABLE: f"echo once >> {tmp_path}/note"},
+            stdout=full,
+        )
+    assert done.returncode == 0  # else the batch script runs it again
+    assert (tmp_path / "note").read_text() == "once\n"

@@ -16,6 +16,7 @@ import pytest
 from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
 from crate_dist.watching.finding import find_runs
+from crate_dist.watching.runs import Queue, look
 from tests.ranks import REPOSITORY
 from tests.test_stored_run import STORED
 
@@ -102,6 +103,7 @@ def test_states_and_their_exit_statuses(run: Path, tmp_path: Path) -> None:
         ),
         ("4242|4242|RUNNING|1:00|59:00|{now}|n[0-3]|None", "running", "it is starting"),
         ("4242|4242|COMPLETING|1:00|59:00|{now}|n[0-3]|None", "running", "it is starting"),
+        ("4242|4242|SUSPENDED|1:00|59:00|{now}|n[0-3]|None", "running", "has suspended its job"),
         ("17|17|PENDING|0:00|1:00|N/A||Priority", "failed", "without saying why"),
     ],
 )
@@ -145,6 +147,94 @@ def test_where_slurm_cannot_be_asked_the_log_says_whether_the_job_waits(run: Pat
     log.write_text("crate-dist start 0.1: on n0\ncrate-dist: FAILED: it needs a person: rank 1 on node n0: no data\n")
     said, code = told(run, tmp_path, "")
     assert (said["fault"], code) == ("FAILED: it needs a person: rank 1 on node n0: no data", 21)
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        ("", "running"),
+        (
+            "crate-dist start 0.1: rank 0 on node n0\nslurmstepd: error: *** STEP 1.0 ON n0 CANCELLED AT 1 ***\n",
+            "running",
+        ),
+        ("slurmstepd: error: *** JOB 4242 ON n0 CANCELLED AT 2026-01-01T10:00:00 DUE TO PREEMPTION ***\n", "running"),
+        ("slurmstepd: error: *** JOB 4242 ON n0 CANCELLED AT 2026-01-01T10:00:00 ***\n", "failed"),
+        ("crate-dist: GIVEN UP: three starts in a row\n", "failed"),
+        ("crate-dist: not started, since it was asked to stop; …\n", "failed"),
+    ],
+)
+def test_a_job_whose_log_says_no_end_has_not_failed_where_slurm_does_not_answer(
+    end: str, state: str, run: Path, tmp_path: Path
+) -> None:
+    """As between the start of the ranks and the lock of rank 0."""
+    (job := run / "slurm" / "4242").mkdir(parents=True)
+    (job / "4242_0_log.out").write_text(f"crate-dist start 0.1: on n0\n{end}")
+    queue = Queue({}, "SLURM does not answer")
+    assert (said := look(run, queue)).state == state
+    if state == "running":
+        assert "SLURM does not answer" in said.why
+        assert look(run, queue, stuck_after_s=0).state == "stuck"
+        RunFolder(run).stop_request.touch()
+        assert look(run, queue).state == "running"
+
+
+@pytest.mark.parametrize("jobs", [True, False])
+def test_a_run_is_asked_to_stop_where_nobody_can_tell_that_it_has_ended(jobs: bool, run: Path, tmp_path: Path) -> None:
+    if jobs:
+        (job := run / "slurm" / "4242").mkdir(parents=True)
+        (job / "4242_0_log.out").write_text("crate-dist start 0.1: on n0\n")
+    assert "asked to stop" in status("stop", run, cwd=tmp_path, squeue="exit 1").stdout
+    assert RunFolder(run).stop_request.exists()
+
+
+def test_a_sweep_is_asked_to_stop_even_where_slurm_refuses_one_of_its_runs(run: Path, tmp_path: Path) -> None:
+    runs = [Path(shutil.copytree(run, run.parent / "sweep" / name)) for name in "abc"]
+    for number, path in enumerate(runs):
+        (path / "slurm" / f"7_{number}").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/scancelled\ncase $* in *7_0) echo ended >&2; exit 1;; esac\n")
+    scancel.chmod(0o755)
+    states = ["RUNNING", "SUSPENDED", "PENDING"]
+    queue = "; ".join(f"echo '{9 + n}|7_{n}|{state}|1:00|59:00|N/A|n0|None'" for n, state in enumerate(states))
+    done = status("stop", run.parent / "sweep", cwd=tmp_path, squeue=queue)
+    assert done.returncode == 1
+    assert "7_0` failed: ended; the request to stop is put down" in done.stderr
+    assert "job 7_1 is suspended: once it is resumed it saves and ends" in done.stdout
+    assert "job 7_2, which waited, is cancelled" in done.stdout
+    assert (tmp_path / "scancelled").read_text() == "--signal=USR2 7_0\n7_2\n"
+    assert all(RunFolder(path).stop_request.exists() for path in runs)
+
+
+def test_a_number_that_is_none_is_null_in_json(run: Path, tmp_path: Path) -> None:
+    with RunFolder(run).metrics.open("a") as metrics:
+        metrics.write('{"step": 11, "train/loss": NaN, "train/epoch": 5.5, "speed/images_per_s": Infinity}\n')
+    done = status(run, "--json", cwd=tmp_path, squeue="exit 0").stdout
+    said = json.loads(done, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (said["step"], said["loss"], said["images_per_s"]) == (11, None, None)
+
+
+def test_a_damaged_record_is_no_traceback(run: Path, tmp_path: Path) -> None:
+    RunFolder(run).record_file.write_text("{half")
+    done = status("resume", run, "--dry-run", cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "run.json does not say how the run was started" in done.stderr
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (closed := run.parent / "closed").mkdir()
+    listed = os.listdir
+
+    def listdir(path: str | Path) -> list[str]:  # as for who is not root
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert find_runs([], run.parent) == [run]
+    assert f"note: {closed} is passed over" in capsys.readouterr().err
 
 
 def test_runs_are_found_by_path_name_array_and_job(run: Path, tmp_path: Path) -> None:

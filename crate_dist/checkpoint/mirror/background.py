@@ -68,8 +68,8 @@ class Mirror:
 
         Raises
         ------
-        MirrorError: it holds another run, another recipe's, or no whole checkpoint; another start writes there; or it
-            does not work, and the run folder has no checkpoint to go on from
+        MirrorError: it holds another run, or another recipe's; another start writes there; or it does not work, or has
+            no whole checkpoint, and neither has the run folder one to go on from
         ShardError: it has a newer checkpoint than the run folder, which cannot be fetched
         """
         try:
