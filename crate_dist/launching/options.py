@@ -15,9 +15,7 @@ from crate_dist.launching.site import NO_SITE, SITE_VARIABLE, Site, load_site
 from crate_dist.locations import is_private, location
 
 
-def recipe_parser(
-    description: str | None, program: str | None = None, required: bool = True
-) -> argparse.ArgumentParser:
+def recipe_parser(description: str | None, program: str | None = None, required: bool = True) -> Parser:
     """Returns a parser of the options that name a run and its recipe: --arch/--config, --data, --run-dir, --set, …
 
     required: one of --arch and --config must be given
