@@ -45,7 +45,7 @@ from crate_dist.launching.sweep import look_at_all, nothing_to_do, plan, runs_ta
 from crate_dist.locations import is_private
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
-from crate_dist.slurm.nodes import nodes_used, said_of_nodes, world_sizes
+from crate_dist.slurm.nodes import dividing_nodes, nodes_used, said_of_nodes, world_sizes
 from crate_dist.slurm.options import CONTROL, given_here, outvoted
 from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, qos_beyond, refusal
@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         if beyond and not (note := qos_beyond(jobs[0].settings)):
             problems.append(f"{beyond}: the job would wait for ever")
         elif verdict.answer in ("no", "not now") and not waits_for_now:
-            problems.append(refusal(verdict.said, jobs[0].settings))
+            problems.append(refusal(verdict.said, jobs[0].settings, environment_for(executor.script(len(jobs)))))
+        problems = "\n\n".join(problems).split("\n\n") if problems else []
+        if nodes := dividing_nodes(recipes[0]):
+            problems = [f"{said}; {nodes}" if "does not divide over" in said else said for said in problems]
         if beyond and note:
             show(f"{'note':<14}{beyond}; {note}")
         if arguments.dry_run or arguments.test_only:
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(recipes[0].cluster.node_counts) > 1:
             show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
         if problems:
-            raise RecipeError("\n\n".join(problems))
+            raise RecipeError("\n\nerror: ".join(problems))
         states = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
         if not arguments.dry_run and not arguments.test_only:
             root = (site.runs or Path("runs")).absolute()
@@ -187,7 +190,8 @@ def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdic
 
 def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
     if problems:
-        said = f"NO: it would not start; {len(problems)} thing(s) are wrong, and named as error"
+        said = f"NO: it would not start; {len(problems)} thing(s) are wrong, named here and at the end"
+        said = "\n".join([said, *(f"  {line}" for problem in problems for line in problem.splitlines())])
     elif verdict.answer == "yes":
         said = f"yes: SLURM would take it{f', and start it at {verdict.start}' if verdict.start else ''}"
     else:

@@ -17,10 +17,11 @@ It works for every way to start a run, from any machine that sees the run's fold
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
@@ -28,12 +29,20 @@ from crate_dist.arguments import Parser, positive, whole_number
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import results_table
-from crate_dist.watching.finding import find_runs
+from crate_dist.watching.finding import find_runs, runs_root
 from crate_dist.watching.logs import follow, show_logs
 from crate_dist.watching.resuming import resume
 from crate_dist.watching.runs import EXIT_STATUS, STUCK_AFTER_S, Queue, Run, look
 from crate_dist.watching.stopping import stop
 from crate_dist.watching.table import as_list, as_table, in_full
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("kill", "cancel", "scancel", "end", "abort"), "stop"),
+    **dict.fromkeys(("tail", "cat", "output"), "logs"),
+    **dict.fromkeys(("start", "restart", "continue", "requeue"), "resume"),
+    **dict.fromkeys(("ls", "show"), "list"),
+}
+"""What other programs call the commands."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,12 +56,22 @@ def main(argv: list[str] | None = None) -> int:
         "results": _results,
     }
     try:
+        _check_is_command(words, commands)
         return commands[words[0]](words[1:]) if words and words[0] in commands else _status(words)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _check_is_command(words: Sequence[str], commands: Collection[str]) -> None:
+    """Raises UserError: what stands before the runs is like a command, and neither one nor a run."""
+    if len(words) < 2 or words[0].startswith("-") or words[0] in commands or Path(words[0]).exists():
+        return
+    near = _OTHER_NAMES.get(words[0]) or next(iter(difflib.get_close_matches(words[0], commands, n=1)), "")
+    if near and not (runs_root() / words[0]).exists():
+        raise UserError(f"{words[0]}: no such command, and no such run; did you mean `status.py {near}`?")
 
 
 def _status(words: list[str]) -> int:

@@ -64,7 +64,7 @@ def add_grid_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         type=Path,
         metavar="FILE",
         help="the same as a [grid] table, optim.lr = [1e-4, 2e-4] and so on, with recipe = NAME or FILE before it, for "
-        "want of --arch; a sweep leaves one in its folder",
+        "want of --arch; a sweep leaves one in its folder, which may be named for it",
     )
     group.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="as --grid train.seed=N,… does")
     group.add_argument("--yes", action="store_true", help=f"also more than {_MANY} runs")
@@ -211,6 +211,7 @@ def _of_file(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
     if not arguments.grid_file:
         return
     path = arguments.grid_file.expanduser().absolute()
+    path = path / GRID_FILE if path.is_dir() else path
     recipe, grid = _read(path)
     if recipe and not (arguments.arch or arguments.config):
         arguments.config, arguments.arch = (path.parent / recipe, None) if recipe.endswith(".toml") else (None, recipe)
@@ -224,6 +225,10 @@ def _read(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Returns the recipe and the table of a grid file."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read the grid file {path}: {error.strerror}; --grid-file takes a file, or the folder of a sweep"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
     recipe, grid = raw.pop("recipe", None), raw.pop("grid", None)

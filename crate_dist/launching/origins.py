@@ -80,6 +80,9 @@ def settle(recipe: Recipe, arguments: argparse.Namespace, site: Site) -> Settled
     options = JobOptions(form, {name: value for name, (value, _) in asked.items()}, notify, arguments.stuck_after)
     settings = {key: (_text(value), origins.get(key, DEFAULT)) for key, value in settled.cluster.model_dump().items()}
     settings["tasks_per_node"] = str(settled.cluster.ranks_per_node), origins.get("tasks_per_node", "one per GPU")
+    if settings["gpus_per_node"][0] != "0":  # with their type, where one is asked for
+        gpus = form.partition("=")[2].removeprefix("gpu:").replace("{n}", settings["gpus_per_node"][0])
+        settings["gpus_per_node"] = gpus, settings["gpus_per_node"][1]
     settings |= {name: (_text(value), origin) for name, (value, origin) in asked.items()}
     for key in ("partition", "account", "qos", "constraint"):
         if settings[key][0] == UNSET and (value := os.environ.get(f"SBATCH_{key.upper()}")):

@@ -92,7 +92,8 @@ def preflight(
     try:
         micro_batch, accumulation = derive_batch(recipe.train.global_batch, world_size, recipe.train.micro_batch)
     except RecipeError as error:
-        problems.append(str(error))
+        goes_on = restored or (not start_over and os.access(run_dir, os.X_OK) and folder.has_begun())
+        problems.append(str(error).partition("; these ranks take")[0] if goes_on else str(error))
     try:
         train, val = open_data(recipe)
     except UserError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import grp
+import json
 import os
 import pwd
 import re
@@ -242,7 +243,9 @@ class Site(Section):
         try:
             site = cls.model_validate(said)
         except ValidationError as error:
-            names = "; ".join(_complaint(item["type"], item["loc"], item["msg"]) for item in error.errors())
+            names = "; ".join(
+                _complaint(item["type"], item["loc"], item["msg"], item["input"]) for item in error.errors()
+            )
             raise RecipeError(f"{' and '.join(map(str, files))}: {names}") from error
         site._origins.update(origins)
         return site
@@ -331,8 +334,10 @@ def _is_own_group(number: int) -> bool:
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
-def _complaint(kind: str, loc: tuple[int | str, ...], message: str) -> str:
+def _complaint(kind: str, loc: tuple[int | str, ...], message: str, given: object) -> str:
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, list(Site.model_fields))}"
+    if kind == "tuple_type" and isinstance(given, str):
+        return f"{key}: expected a list: {key} = [{json.dumps(given)}]"
     return f"{key}: {message.removeprefix('Value error, ')}"

@@ -99,6 +99,7 @@ class _Parts:
     def find(cls, root: Path) -> _Parts:
         if not root.is_dir():
             raise ShardError(f"no folder {root}; --source takes the folder that holds ImageNet")
+        class_folders(root)  # says so where it cannot be read
         bases = [root / sub for sub in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
         base = next((b for b in bases if (b / "train").is_dir() or (b / "val").is_dir()), root)
         notes: list[str] = []

@@ -51,7 +51,7 @@ class Executor(SlurmExecutor):
         try:
             return self.submit_array(jobs)
         except FailedJobError as error:
-            raise RecipeError(refusal(str(error), settings)) from error
+            raise RecipeError(refusal(str(error), settings, os.environ)) from error
         except FailedSubmissionError as error:
             raise RecipeError(f"sbatch took the job, but not as expected; look at squeue: {error}") from error
 

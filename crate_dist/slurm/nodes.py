@@ -21,6 +21,16 @@ def nodes_used(recipe: Recipe) -> dict[int, int]:
     return {n: max(fit for fit in fitting if fit <= n) for n in given}
 
 
+def dividing_nodes(recipe: Recipe) -> str:
+    """Says which numbers of nodes near the one asked for divide the global batch; empty: that one does, or none."""
+    given, ranks, batch = recipe.cluster.node_counts, recipe.cluster.ranks_per_node, recipe.train.global_batch
+    fitting = [n for n in range(1, batch // ranks + 1) if batch % (n * ranks) == 0]
+    if len(given) > 1 or given[0] in fitting or not fitting:
+        return ""
+    *first, last = map(str, sorted(sorted(fitting, key=lambda n: abs(n - given[0]))[:3]))
+    return f"--nodes {', '.join(first)} or {last} would do" if first else f"--nodes {last} would do"
+
+
 def world_sizes(recipe: Recipe) -> tuple[int, int]:
     """Returns the fewest and the most ranks that the run may have."""
     used = nodes_used(recipe).values()

@@ -57,43 +57,13 @@ _FREE = """
 """
 """The other options, of SLURM from 19.05 to 25.05."""
 
-_SHORT = {
-    pair[0]: pair[2:]
-    for pair in [
-        "A:account",
-        "B:extra-node-info",
-        "C:constraint",
-        "D:chdir",
-        "G:gpus",
-        "H:hold",
-        "J:job-name",
-        "L:licenses",
-        "M:clusters",
-        "N:nodes",
-        "O:overcommit",
-        "Q:quiet",
-        "S:core-spec",
-        "V:version",
-        "W:wait",
-        "a:array",
-        "b:begin",
-        "c:cpus-per-task",
-        "d:dependency",
-        "e:error",
-        "i:input",
-        "k:no-kill",
-        "m:distribution",
-        "n:ntasks",
-        "o:output",
-        "p:partition",
-        "q:qos",
-        "s:oversubscribe",
-        "t:time",
-        "v:verbose",
-        "w:nodelist",
-        "x:exclude",
-    ]
-}
+_LETTERS = """
+        A:account B:extra-node-info C:constraint D:chdir G:gpus H:hold J:job-name L:licenses M:clusters N:nodes
+        O:overcommit Q:quiet S:core-spec V:version W:wait a:array b:begin c:cpus-per-task d:dependency e:error
+        i:input k:no-kill m:distribution n:ntasks o:output p:partition q:qos s:oversubscribe t:time v:verbose
+        w:nodelist x:exclude
+"""
+_SHORT = {letter: name for letter, _, name in (pair.partition(":") for pair in _LETTERS.split())}
 """The options by the letter that stands for them."""
 
 _VARIABLES: Mapping[str, tuple[str, ...]] = {
@@ -261,6 +231,12 @@ def parse_minutes(text: str) -> int:
     if days is None and parts[2] is None:  # minutes[:seconds]; all others begin with hours
         return math.ceil(first + second / 60)
     return int(days or 0) * 1440 + first * 60 + math.ceil(second + third / 60)
+
+
+def as_limit(minutes: int) -> str:
+    """Writes minutes as SLURM does a time limit: 12:00:00, 2-00:00:00."""
+    days, rest = divmod(minutes, 1440)
+    return f"{days}-{rest // 60:02}:{rest % 60:02}:00" if days else f"{rest // 60:02}:{rest % 60:02}:00"
 
 
 def parse_nodes(text: str) -> int | str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from crate_dist.config import ClusterSection
-from crate_dist.slurm.options import parse_minutes
+from crate_dist.slurm.options import as_limit, parse_minutes
 
 Settings = Mapping[str, tuple[str, str]]
 """Settings of a job: (value, where it came from) by name, as `partition`, or an option of sbatch, as `reservation`."""
@@ -19,7 +21,7 @@ UNSET = "unset"
 """The value of a setting that nobody has set."""
 
 _SINFO = "`sinfo --summarize` lists the partitions, their time limits and nodes"
-_GRES = "`sinfo --format='%P %D %G'` lists what the nodes of each partition have"
+_GRES = "`sinfo --format='%P %D %c %m %G'` lists the nodes of each partition: their number, cores, MB of memory, GPUs"
 _MINE = "`sacctmgr show associations user=$USER format=account,partition,qos` lists what is yours"
 _SHAPE = ("nodes", "gpus_per_node", "gres", "tasks_per_node", "cpus_per_task", "mem_gb", "constraint", "exclude")
 _COMPLAINTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -111,9 +113,12 @@ def beyond_partition(cluster: ClusterSection, settings: Settings) -> str:
         largest = min(int(n) for n in (facts.get("MaxNodes", ""), facts.get("TotalNodes", "")) if n.isdigit())
         longest = facts.get("MaxTime", "UNLIMITED")
         if cluster.node_counts[0] > largest:
-            complaints.append(f"partition {name} gives a job {largest} nodes at most, not {_said('nodes', settings)}")
+            asked = f"{_said('nodes', settings)} (--nodes {largest} would do)"
+            complaints.append(f"partition {name} gives a job {largest} nodes at most, not {asked}")
         elif longest[0].isdigit() and cluster.time_min > parse_minutes(longest):
-            complaints.append(f"partition {name} ends jobs after {longest}, not {_said('time_min', settings)}")
+            on = ", as the job is requeued until the run is complete" if cluster.requeues else ""
+            asked = f"{as_limit(cluster.time_min)}, from {settings['time_min'][1]} (--time {longest} would do{on})"
+            complaints.append(f"partition {name} ends jobs after {longest}, not {asked}")
         else:
             return ""
     return "; ".join(complaints)
@@ -138,11 +143,19 @@ def qos_beyond(settings: Settings) -> str:
     return f"the qos {' or '.join(found)} may allow that" if found else ""
 
 
-def refusal(said: str, settings: Settings) -> str:
-    """Says what sbatch said, which setting it means, where that came from, and what would do."""
+def refusal(said: str, settings: Settings, environment: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Says what sbatch said, which setting it means, where that came from, and what would do.
+
+    environment: sbatch's own, whose variables may ask for something that no setting says
+    """
     meant, remedy = _meant(said, settings)
+    if not meant and (asked := [f"${name}={environment[name]}" for name in environment if name.startswith("SBATCH_")]):
+        remedy = f"sbatch also obeys your environment: {', '.join(asked)}; unset what is not meant"
     lines = [f"sbatch refused the job: {as_sentence(said)}; nothing is queued"]
     lines += [f"  {name} = {_said(name, settings)}" for name in meant if settings.get(name, (UNSET,))[0] != UNSET]
+    per_node = [settings.get(name, (UNSET,))[0] for name in ("tasks_per_node", "cpus_per_task")]
+    if meant is _SHAPE and all(number.isdecimal() for number in per_node):
+        lines.append(f"  in all {math.prod(map(int, per_node))} cores on each node")
     if unset := [name for name in meant if settings.get(name, ("", ""))[0] == UNSET and len(meant) < len(_SHAPE)]:
         lines.append(f"  {' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set")
     return "\n".join([*lines, f"  {remedy}"] if remedy else lines)

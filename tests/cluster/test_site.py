@@ -90,11 +90,22 @@ def test_a_refusal_names_the_setting_and_where_it_came_from(
         ("", ["--constraint", "h100"], "Invalid feature specification", "constraint = h100, from --constraint"),
         ("sbatch.reservation = 'x'", [], "reservation is invalid", f"reservation = x, from {site}"),
         ('gres = "gpu:8"', [], "Requested node configuration is not available", f"gpus_per_node = 8, from {site}"),
-        ("", ["--gpus-per-node", "a100:2"], "configuration is not available", "gpus_per_node = 2, from --gpus-per-"),
+        (
+            "",
+            ["--gpus-per-node", "a100:2"],
+            "configuration is not available",
+            "gpus_per_node = a100:2, from --gpus-per-",
+            "%c %m %G",
+            "cores on each node",
+        ),
         ('gres = "gpu:{n}"', ["--exclude", "n9"], "Invalid node name", "exclude = n9, from --exclude"),
         ("", ["--sbatch", "mail-type=x"], "Invalid --mail-type", "mail-type = x, from --sbatch mail-type=x"),
-        ("", ["--nodes", "9"], "partition main gives a job 4 nodes at most, not 9, from --nodes: the job would wait"),
-        ("time = '2:00:00'", [], f"partition main ends jobs after 01:00:00, not 120, from {site}"),
+        (
+            "",
+            ["--nodes", "9"],
+            "4 nodes at most, not 9, from --nodes (--nodes 4 would do): the job would wait",
+        ),
+        ("time = '2:00:00'", [], f"jobs after 01:00:00, not 02:00:00, from {site} (--time 01:00:00 would"),
     ):
         site.write_text(says)
         done = launch(cluster, arguments, "--site", site, *flags)

@@ -209,6 +209,12 @@ class Places(Mapping[str, object]):
         return self.tree
 
     @cached_property
+    def secret_tree(self) -> Path:
+        """Images in class folders that their owner alone may look into."""
+        self.tree.chmod(0)
+        return self.tree
+
+    @cached_property
     def at_work(self) -> Path:
         """A folder that another conversion writes to."""
         (self.root / "out" / "train").mkdir(parents=True)
@@ -276,6 +282,12 @@ class Places(Mapping[str, object]):
     def with_setup(self) -> Path:
         """A recipe of somebody else, which says what is to be run."""
         return self._write("theirs.toml", self.recipe.read_text() + '\n[cluster]\nsetup = ["curl evil"]\n')
+
+    @cached_property
+    def word_for_list(self) -> Path:
+        """A site file that has a word where a list is expected."""
+        (self.root / "own").mkdir(mode=0o755)
+        return self._write("own/site.toml", 'modules = "cuda/12.4"\n')
 
     @cached_property
     def classes_twice(self) -> Path:

@@ -260,7 +260,7 @@ def test_of_two_files_the_users_own_says_how_many_gpus(
     files = written(places[0], clone), written(places[1], own)
     shown = slurm("--arch", "crate_tiny", data=cast_shards).stdout
     assert expected in asked(shown)
-    assert origin(shown, "gpus_per_node") == (re.findall(r"\d+$", expected)[0], str(files[file]))
+    assert origin(shown, "gpus_per_node") == (re.sub(".*?(gpu:|node=)", "", expected), str(files[file]))
 
 
 def test_a_value_that_is_set_by_its_old_name_is_from_the_command_line(cast_shards: Path) -> None:
@@ -420,7 +420,7 @@ def test_a_dry_run_says_the_verdict_first_and_survives_a_reader_that_leaves(cast
     assert done.stdout.startswith("verdict       ")
     done = subprocess.run(["bash", "-c", command.replace("=64", "=65")], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout == "verdict       NO: it would not start; 1 thing(s) are wrong, and named as error\n"
+    assert done.stdout == "verdict       NO: it would not start; 1 thing(s) are wrong, named here and at the end\n"
     assert done.stderr.startswith("error: a global batch of 65")
 
 
