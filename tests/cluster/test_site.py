@@ -103,9 +103,13 @@ def test_a_refusal_names_the_setting_and_where_it_came_from(
         (
             "",
             ["--nodes", "9"],
-            "4 nodes at most, not 9, from --nodes (--nodes 4 would do): the job would wait",
+            "partition main gives a job 4 nodes at most, not 9, from --nodes (--nodes 4 would do): the job would wait",
         ),
-        ("time = '2:00:00'", [], f"jobs after 01:00:00, not 02:00:00, from {site} (--time 01:00:00 would"),
+        (
+            "time = '2:00:00'",
+            [],
+            f"partition main ends jobs after 01:00:00, not 02:00:00, from {site} (--time 01:00:00 would",
+        ),
     ):
         site.write_text(says)
         done = launch(cluster, arguments, "--site", site, *flags)
