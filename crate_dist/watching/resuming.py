@@ -27,7 +27,10 @@ def resume(paths: Sequence[Path], options: Sequence[str]) -> int:
     runs = [look(path, queue, disk=False) for path in paths]
     for run in runs:
         if run.job or run.where:  # what cannot be seen from here, the launcher looks for itself
-            raise UserError(f"{run.run} is {run.state}{f' ({run.why})' if run.why else ''}: stop it before")
+            raise UserError(
+                f"{run.run} is {run.state}{f' ({run.why})' if run.why else ''}: stop it before, by "
+                f"`launch/status.py stop {run.run} --wait`"
+            )
     for run in runs:
         if run.state == "done":
             print(f"{run.run}: nothing to go on with: {run.why}")  # noqa: T201
