@@ -24,10 +24,10 @@ demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 
 	$(PY) launch/demo.py
 
 test: setup  ## every test; those that need SLURM skip where it is not installed
-	@# The cluster's wait for SLURM most of their time: they run beside all others, and are shown behind them.
-	@log=$$(mktemp); $(PY) -m pytest tests/cluster >"$$log" 2>&1 & cluster=$$!; trap "kill $$cluster" INT TERM; \
-	$(PY) -m pytest --ignore tests/cluster; status=$$?; \
-	wait $$cluster || status=1; cat "$$log"; exit $$status
+	@# The cluster's wait for SLURM most of their time: they and those of training run beside all others, shown behind them.
+	@log=$$(mktemp); $(PY) -m pytest tests/cluster tests/training >"$$log" 2>&1 & others=$$!; trap "kill $$others" INT TERM; \
+	$(PY) -m pytest --ignore tests/cluster --ignore tests/training; status=$$?; \
+	wait $$others || status=1; cat "$$log"; exit $$status
 
 chaos: setup  ## kill, stop, starve and damage real runs, and start 2,000 loaders under load (half an hour)
 	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))

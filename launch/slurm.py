@@ -77,16 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         found, problems = look_at_all(recipes, run_dirs, arguments.start_over, arguments.accept_changed_data)
         verdict = _ask(executor, len(jobs), arguments)
         waits_for_now = verdict.answer == "not now" and not arguments.dry_run and not arguments.test_only
-        beyond = beyond_partition(recipes[0].cluster, jobs[0].settings)
-        if beyond and not (note := qos_beyond(jobs[0].settings)):
-            problems.append(f"{beyond}: the job would wait for ever")
-        elif verdict.answer in ("no", "not now") and not waits_for_now:
-            problems.append(refusal(verdict.said, jobs[0].settings, environment_for(executor.script(len(jobs)))))
-        problems = "\n\n".join(problems).split("\n\n") if problems else []
-        if nodes := dividing_nodes(recipes[0]):
-            problems = [f"{said}; {nodes}" if "does not divide over" in said else said for said in problems]
-        if beyond and note:
-            show(f"{'note':<14}{beyond}; {note}")
+        more, note = _said_by_slurm(executor, jobs, verdict, waits_for_now)
+        problems = _paragraphs([*problems, *more], recipes[0])
+        if note:
+            show(f"{'note':<14}{note}")
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
         if arguments.dry_run:
@@ -186,6 +180,28 @@ def _ask(executor: Executor, jobs: int, arguments: argparse.Namespace) -> Verdic
     if arguments.test_only and verdict.answer == "unknown":
         raise RecipeError(verdict.said)
     return verdict
+
+
+def _said_by_slurm(
+    executor: Executor, jobs: Sequence[Settled], verdict: Verdict, waits_for_now: bool
+) -> tuple[list[str], str]:
+    """Returns what is wrong with the job by SLURM's answer and its partitions' limits, and a note; "": none."""
+    settings = jobs[0].settings
+    beyond = beyond_partition(jobs[0].recipe.cluster, settings)
+    may_be_more = qos_beyond(settings) if beyond else ""
+    note = f"{beyond}; {may_be_more}" if may_be_more else ""
+    if beyond and not note:
+        return [f"{beyond}: the job would wait for ever"], ""
+    if verdict.answer == "no" or (verdict.answer == "not now" and not waits_for_now):
+        return [refusal(verdict.said, settings, environment_for(executor.script(len(jobs))))], note
+    return [], note
+
+
+def _paragraphs(problems: Sequence[str], recipe: Recipe) -> list[str]:
+    """Returns problems one by one, that of the batch with the numbers of nodes that would do."""
+    said = [paragraph for problem in problems for paragraph in problem.split("\n\n")]
+    nodes = dividing_nodes(recipe)
+    return [f"{text}; {nodes}" if nodes and "does not divide over" in text else text for text in said]
 
 
 def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPUs before torch looks for them: the tests promise what ranks do on the CPU, on any machine.
 
-    And this user's site files, which would have jobs ask for other things.
+    And this user's site files, which would have jobs ask for other things. A Ctrl-C is heeded, as in a terminal.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in the background, and so of all that it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["CRATE_SITE"] = ""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

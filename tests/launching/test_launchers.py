@@ -137,8 +137,9 @@ def test_without_gpus_none_are_requested_and_those_of_the_node_are_hidden(tiny: 
     assert "export CUDA_VISIBLE_DEVICES=" not in script
 
 
-def test_ranks_follow_the_gpus_that_a_flag_asks_for(cast_shards: Path) -> None:
-    script, _ = dry_run("--arch", "demo", "--data", cast_shards, "--gpus-per-node", "4")  # 2 CPU ranks in the recipe
+def test_ranks_follow_the_gpus_that_a_flag_asks_for(cast_shards: Path, tmp_path: Path) -> None:
+    arguments: Arguments = ["--arch", "demo", "--data", cast_shards, "--run-dir", tmp_path / "run"]
+    script, _ = dry_run(*arguments, "--gpus-per-node", "4")  # 2 CPU ranks in the recipe
     assert "#SBATCH --ntasks-per-node=4" in script
 
 

@@ -222,7 +222,7 @@ def test_gpus_are_asked_for_as_the_site_wants(
 
 def test_a_recipe_for_the_cpu_stays_one(cast_shards: Path, tmp_path: Path) -> None:
     site = written(tmp_path, "gres = 'gpu:4'\ncpus_per_task = 12")
-    shown = slurm("--arch", "demo", "--site", site, data=cast_shards).stdout
+    shown = slurm("--arch", "demo", "--site", site, "--run-dir", tmp_path / "run", data=cast_shards).stdout
     assert {"ntasks-per-node=2", "cpus-per-task=1"} <= asked(shown)
     assert not [option for option in asked(shown) if option.startswith("g")]
 
