@@ -134,13 +134,13 @@ def _logs(words: list[str]) -> int:
     parser.add_argument("--lines", type=positive, default=30, metavar="N", help="lines of the end [%(default)s]")
     parser.add_argument("--follow", action="store_true", help="go on as the log grows, through restarts, until Ctrl-C")
     arguments = parser.parse_args(words)
-    for path in _some(parser, arguments.runs):
-        show_logs(path, Queue.asked(), arguments.rank, arguments.lines)
-    if arguments.follow:
-        paths = find_runs(arguments.runs)
-        if len(paths) > 1:
-            parser.error(f"--follow follows one run, and these are {len(paths)}")
-        follow(paths[0], arguments.rank)
+    paths = _some(parser, arguments.runs)
+    if arguments.follow and len(paths) > 1:
+        parser.error(f"--follow follows one run, and these are {len(paths)}")
+    for path in paths:
+        shown = show_logs(path, Queue.asked(), arguments.rank, arguments.lines)
+        if arguments.follow:
+            follow(path, arguments.rank, shown)
     return 0
 
 

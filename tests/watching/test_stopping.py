@@ -85,7 +85,7 @@ def test_a_log_is_followed_through_a_new_file(tmp_path: Path) -> None:
     folder.logs.mkdir(parents=True)
     folder.recipe_file.write_text('name = "run"\n')
     log = folder.log_file(1)
-    log.write_text("first\n")
+    log.write_text("first\nhal")
     command: list[str | Path] = [
         sys.executable,
         "-u",
@@ -101,8 +101,8 @@ def test_a_log_is_followed_through_a_new_file(tmp_path: Path) -> None:
         try:
             assert [process.stdout.readline() for _ in range(3)][1:] == [f"==> {log} <==\n", "first\n"]
             with log.open("a") as file:
-                file.write("second\n")
-            assert process.stdout.readline() == "second\n"
+                file.write("f\nsecond\n")
+            assert [process.stdout.readline() for _ in range(2)] == ["half\n", "second\n"]
             log.write_text("new\n")
             assert process.stdout.readline() == "new\n"
         finally:
