@@ -45,17 +45,6 @@ _SHOWN = 4
 _CELL_PIXELS = 72
 _DEAD = 0.1
 _COSTLY = 0.01
-_TITLES = {
-    "coding_rate": "coding rate",
-    "coding_rate_change": "change of the coding rate by MSSA",
-    "zeros": "share of zeros after ISTA",
-    "dead_tokens": "share of dead tokens",
-    "dead_features": "share of dead features",
-    "coherence": "coherence of the dictionary",
-    "gradient_norm": "gradient norm",
-}
-CHARTS = {"white box, layer by layer": {title: rf"whitebox/{name}/layer-\d+" for name, title in _TITLES.items()}}
-"""One chart of all layers for each measure."""
 
 
 class Live:
@@ -108,7 +97,7 @@ class Live:
             else:
                 seconds = time.perf_counter() - began
                 interrupt.hold()
-                monitor.white_box(step, layers, pictures, CHARTS, seconds)
+                monitor.white_box(step, layers, pictures, seconds)
                 self._say_when_costly(began, seconds)
         return not gather_objects(left)[0]
 

@@ -1,4 +1,4 @@
-"""Writes what a run measures to TensorBoard, metrics.jsonl and a progress bar.
+"""Collects what a run measures, and gives it to its trackers, metrics.jsonl, the ledger and the console.
 
 Curves continue across restarts. Steps behind the checkpoint that a run resumes from are purged, since they are made
 again, and each restart leaves a mark.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
@@ -27,16 +24,17 @@ from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whol
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training.bad_samples import BadSamples
+from crate_dist.training.console import Console
+from crate_dist.training.dashboard import CHARTS
 from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
+from crate_dist.training.trackers import Trackers
 from crate_dist.world import World, node_name
 
 logger = logging.getLogger(__name__)
-
-_MUCH_WAITING = 0.1
 
 
 class Monitor:
@@ -54,24 +52,17 @@ class Monitor:
         tenure: Tenure,
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
-        self._device, self._last_step, self._tenure = device, last_step, tenure
+        self._device, self._tenure = device, tenure
         self.bad = BadSamples(folder, recipe, world, tenure)
-        self._images = self._reports = 0
-        self._warned = False
+        self._images = 0
         self._stragglers = Stragglers(gather_objects(node_name()))
         self._reset()
         self._reported, self._bad_reported = step, 0.0
-        self._curves: Curves | None = None
+        self._trackers = Trackers([])
         self._ledger: Ledger | None = None
         if world.is_main:
             self._open_files(step)
-        self._bar = tqdm(
-            total=last_step,
-            initial=step,
-            unit="step",
-            disable=not (world.is_main and sys.stderr.isatty()),
-            dynamic_ncols=True,
-        )
+        self._console = Console(recipe, world, schedule, step, last_step)
 
     def add(
         self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, images: int, wait_s: float, step_s: float
@@ -83,7 +74,7 @@ class Monitor:
         self._interval_images += images
         self._wait_s += wait_s
         self._busy_s += step_s
-        self._bar.update()
+        self._console.step()
 
     def waited_for_device(self, seconds: float) -> None:
         """Takes up what this rank has waited for the device to finish the steps that it was given."""
@@ -116,9 +107,8 @@ class Monitor:
             "speed/data_wait_fraction": float((wait / busy).max()),
             "data/bad_samples": float(bad.sum()),
         }
-        self._warn_of_waiting(values["speed/data_wait_fraction"])
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
-        self._say(step, values)
+        self._console.report(step, values)
         self._name_stragglers(step, own.tolist(), wait.tolist(), float(busy.max()))
         if self._ledger:
             self._ledger.note(
@@ -138,28 +128,22 @@ class Monitor:
             self._write(step, values)
         if self._ledger:
             self._ledger.note("evaluation", step=step, seconds=seconds)
-        if self._world.is_main:
-            text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
-            text += f"; {unreadable} samples could not be read and do not count" if unreadable else ""
-            logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
+        self._console.evaluation(step, values, unreadable)
 
     def white_box(
         self,
         step: int,
         layers: Mapping[str, Sequence[float]],
         pictures: Mapping[str, Pixels],
-        charts: Mapping[str, Mapping[str, str]],
         seconds: float,
     ) -> None:
         """Writes one measurement of every layer. layers: name -> values, the first layer first; see live.py."""
-        if not self._curves or not self._ledger:
+        if not self._ledger:
             return
         for name, values in layers.items():
-            for layer, value in enumerate(values, start=1):
-                self._curves.scalar(f"{name}/layer-{layer:02d}", value, step)
+            self._trackers.layers(name, values, step)
         for name, pixels in pictures.items():
-            self._curves.picture(name, pixels, step)
-        self._curves.charts(charts, step)
+            self._trackers.picture(name, pixels, step)
         self._append_line(step, layers)
         self._ledger.note("whitebox", step=step, seconds=seconds)
 
@@ -175,28 +159,27 @@ class Monitor:
         """Writes how long a save took, and where the time has gone so far; warns of one that takes too long."""
         if saved is None:
             return
-        self._warn_of_saving(saved.total_s)
-        if not self._curves or not self._ledger:
+        self._console.saved(saved)
+        if not self._ledger:
             return
         self._ledger.note("save", step=saved.step, stall_s=saved.stall_s, total_s=saved.total_s)
         values = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
-        for name, value in {**values, **self._ledger.totals.scalars()}.items():
-            self._curves.scalar(name, value, saved.step)
+        self._trackers.scalars({**values, **self._ledger.totals.scalars()}, saved.step)
 
     def flush(self) -> None:
         """Brings everything to disk, so that a checkpoint never knows more than the curves do."""
-        if self._curves:
-            self._curves.sync()
+        self._trackers.sync()
+        if self._ledger:
             self._lines.sync()
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
-        self._bar.close()
-        if self._curves and self._ledger:
+        self._console.close()
+        if self._ledger:
             self._ledger.note("end")
             logger.info("%s", self._ledger.totals)
             self.flush()
-            self._curves.close()
+            self._trackers.close()
             self._lines.close()
 
     def _open_files(self, step: int) -> None:
@@ -208,83 +191,36 @@ class Monitor:
         _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
-        self._curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
+        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
+        curves.charts(CHARTS, step)
+        self._trackers = Trackers([curves])
         if not restarts:
-            self._curves.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
+            self._trackers.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
         else:
-            self._curves.scalar("run/restarts", restarts, step + 1)
+            self._trackers.scalars({"run/restarts": restarts}, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
             if changed := self._folder.record.changed_code():
                 text += f", with other code than before: {changed}"
-            self._curves.text("run/restarted", text, step + 1)
+            self._trackers.text("run/restarted", text, step + 1)
             logger.info(text)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
-        if not self._curves:
-            return
-        for name, value in {**values, **(curves_only or {})}.items():
-            self._curves.scalar(name, value, step)
-        self._append_line(step, values)
+        if self._ledger:
+            self._trackers.scalars({**values, **(curves_only or {})}, step)
+            self._append_line(step, values)
 
     def _append_line(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, **values, "time": round(time.time(), 3)}
         self._lines.append((json.dumps(line) + "\n").encode())
 
-    def _say(self, step: int, values: dict[str, float]) -> None:
-        if not self._world.is_main:
-            return
-        facts = (
-            f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.3g}  norm {values['train/grad_norm']:.3g}  "
-            f"{values['speed/images_per_s']:,.0f} images/s  data wait {values['speed/data_wait_fraction']:.0%}"
-        )
-        self._bar.set_postfix_str(facts)
-        left_images = (self._last_step - step) * self._recipe.train.global_batch
-        left_s = left_images / max(values["speed/images_per_s"], 1e-9)
-        logger.info(
-            "step %d/%d  epoch %.2f/%d  %s  %s left",
-            step,
-            self._last_step,
-            values["train/epoch"],
-            self._schedule.epochs,
-            facts,
-            tqdm.format_interval(left_s),
-        )
-
     def _name_stragglers(self, step: int, own_s: list[float], wait_s: list[float], busy_s: float) -> None:
         lag = self._stragglers.note(step - self._reported, own_s, wait_s, busy_s)
-        if not self._curves or lag is None or self._world.world_size == 1:
+        if not self._world.is_main or lag is None or self._world.world_size == 1:
             return
-        self._curves.scalar("stragglers/slowest_rank", lag.rank, step)
-        self._curves.scalar("stragglers/slowest_rank_lag", lag.lost, step)
+        self._trackers.scalars({"stragglers/slowest_rank": lag.rank, "stragglers/slowest_rank_lag": lag.lost}, step)
         if lag.text:
-            self._curves.text("stragglers", lag.text, step)
+            self._trackers.text("stragglers", lag.text, step)
             logger.warning("%s", lag.text)
-
-    def _warn_of_waiting(self, fraction: float) -> None:
-        """Warns once per start: the first intervals have the loader's start in them and do not count."""
-        self._reports += 1
-        if fraction > _MUCH_WAITING and self._reports > 2 and not self._warned and self._world.is_main:
-            self._warned = True
-            logger.warning(
-                "%.0f %% of the time is spent waiting for data. More data.workers help while there are idle cores "
-                "(%d here for %d x %d workers); beyond that, shards re-encoded with --short-side",
-                100 * fraction,
-                len(os.sched_getaffinity(0)),
-                self._world.local_world_size,
-                self._recipe.data.workers,
-            )
-
-    def _warn_of_saving(self, seconds: float) -> None:
-        """Says in time when the scheduler's notice is too short for a save."""
-        notice_s = self._recipe.cluster.signal_delay_s
-        if seconds > notice_s / 2 and self._world.launcher == "slurm":
-            logger.warning(
-                "a save takes %.0f s, and the job is told only %d s before its end; "
-                "give it --set cluster.signal_delay_s=%d or more",
-                seconds,
-                notice_s,
-                int(4 * seconds),
-            )
 
     def _reset(self) -> None:
         self._losses: list[torch.Tensor] = []

@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
@@ -42,9 +42,14 @@ class Curves:
         """Appends what torch.utils.tensorboard.summary makes: scalars, images, histograms."""
         self._append(Event(step=step, summary=values))
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Appends one point of a curve."""
-        self.add(summary.scalar(name, value), step)
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Appends one point of each of these curves."""
+        for name, value in values.items():
+            self.add(summary.scalar(name, value), step)
+
+    def layers(self, name: str, values: Sequence[float], step: int) -> None:
+        """Appends one value of every layer, the first layer first."""
+        self.scalars({f"{name}/layer-{layer:02d}": value for layer, value in enumerate(values, start=1)}, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Appends a text in Markdown."""

@@ -142,7 +142,7 @@ def _draw(folder: Path) -> None:
     folder.mkdir()
     curves = Curves(folder, purge_step=None)
     for step in range(10**9):
-        curves.scalar("curve", float(step), step)
+        curves.scalars({"curve": float(step)}, step)
         time.sleep(0.001)
 
 

@@ -23,7 +23,7 @@ def shown(folder: Path) -> list[tuple[int, float]]:
 def write(folder: Path, steps: range, value: float, purge_step: int | None = None) -> None:
     curves = Curves(folder, purge_step)
     for step in steps:
-        curves.scalar("loss", value, step)
+        curves.scalars({"loss": value}, step)
     curves.sync()
     curves.close()
 
