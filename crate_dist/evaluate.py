@@ -116,14 +116,17 @@ def _work(arguments: argparse.Namespace, prepared: _Prepared, world: World, devi
     if arguments.max_bad_fraction is None:
         arguments.max_bad_fraction = trained.data.max_bad_fraction
     outcomes: list[Outcome | CorruptedOutcome] = []
+    told = ""
     for one in sets:
         if one.corruptions:
             outcomes.append(_evaluate_corrupted(model, one, one.corruptions, arguments.max_bad_fraction, say))
         else:
             outcome = _evaluate(model, one, arguments.max_bad_fraction, None if outcomes else real)
-            for line in outcome.lines(model.name, world.world_size) + ([] if outcomes else _more(arguments, outcome)):
+            lines = outcome.lines(model.name, world.world_size, told)
+            for line in lines if outcomes else [*lines, *_more(arguments, outcome)]:
                 say(line)
             outcomes.append(outcome)
+        told = one.matching.describe()
         _write(arguments, model, outcomes, None)  # what takes hours may end before its time
     for line in summary(outcomes) if len(outcomes) > 1 else ():
         say(line)
@@ -160,7 +163,10 @@ def _evaluate_corrupted(
     """Evaluates on every severity of every corruption, and says what each does. A collective."""
     results: dict[str, dict[int, Evaluation]] = {}
     corrupted = Corrupted(results, corruptions.whole and asked.index.num_classes == CLASSES)
-    say(f"{model.name} on {corruptions.root}:\n{HEADING}")
+    say(f"{model.name} on {corruptions.root}:")
+    if words := asked.matching.describe():
+        say(words)
+    say(HEADING)
     began, done = time.perf_counter(), 0
     for name, severities in corruptions.folders.items():
         results[name] = {}
@@ -173,7 +179,7 @@ def _evaluate_corrupted(
             _check(result, index, max_bad_fraction)
             results[name][severity] = result
         say(corrupted.row(name))
-    for line in (*corrupted.last_rows(), *filter(None, [asked.matching.describe()])):
+    for line in corrupted.last_rows():
         say(line)
     return CorruptedOutcome(asked, corrupted, time.perf_counter() - began)
 

@@ -43,8 +43,8 @@ class Outcome:
         """Returns the most frequent confusions, or all."""
         return self.by_class.confusions(self.of.matching.classes, self.of.matching.names, most)
 
-    def lines(self, model: str, ranks: int) -> list[str]:
-        """Returns what is to be said of it as soon as it is known."""
+    def lines(self, model: str, ranks: int, told: str) -> list[str]:
+        """Returns what is to be said of it as soon as it is known. told: how classes are matched, if that was said"""
         result = self.result
         lines = [
             f"{model} on {self.of.index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
@@ -55,7 +55,7 @@ class Outcome:
             total, named = result.samples + result.unreadable, [f"{item.key} of {item.shard}" for item in result.bad]
             which = ", ".join(named[:_NAMED]) + (", …" if len(named) > _NAMED else "")
             lines.append(f"{result.unreadable:,} of {total:,} samples could not be read and do not count: {which}")
-        if words := self.of.matching.describe():
+        if (words := self.of.matching.describe()) and words != told:
             lines.append(words)
         lines.append(self.calibration.describe())
         if self.real:

@@ -83,8 +83,8 @@ def _first(corruptions: Corruptions) -> ImageFolder:
 
 def _name(index: Indexed, place: Path | str | None, split: str) -> str:
     """Returns a short name for the table: of the folder that was given, and what was looked for in it."""
-    if not isinstance(index, ImageFolder) and index.remote is not None:
-        return split
     root = index.root.absolute()
-    above = place.absolute().parent if isinstance(place, Path) and (place / split) != index.root else root.parents[1]
-    return str(root.relative_to(above) if root.is_relative_to(above) else root.name)
+    if isinstance(index, ImageFolder):
+        assert isinstance(place, Path)
+        return str(root.relative_to(place.absolute().parent))
+    return split if index.remote else str(root.relative_to(root.parents[1]))
