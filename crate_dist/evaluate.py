@@ -39,7 +39,7 @@ from crate_dist.evaluation.on_ranks import (
     check_output,
     run_on_ranks,
 )
-from crate_dist.evaluation.real import CLASSES, RealCounts, RealLabels
+from crate_dist.evaluation.real import RealCounts, RealLabels
 from crate_dist.evaluation.report import (
     CorruptedOutcome,
     Outcome,
@@ -162,7 +162,7 @@ def _evaluate_corrupted(
 ) -> CorruptedOutcome:
     """Evaluates on every severity of every corruption, and says what each does. A collective."""
     results: dict[str, dict[int, Evaluation]] = {}
-    corrupted = Corrupted(results, corruptions.whole and asked.index.num_classes == CLASSES)
+    corrupted = Corrupted(results)
     say(f"{model.name} on {corruptions.root}:")
     if words := asked.matching.describe():
         say(words)

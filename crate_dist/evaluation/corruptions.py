@@ -17,6 +17,7 @@ from crate_dist.data.index import ShardError
 from crate_dist.evaluation.accuracy import Evaluation
 
 SEVERITIES = range(1, 6)
+IMAGES = 50_000
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,
@@ -63,28 +64,27 @@ class Corruptions:
         folders = {name: _severities(found[name]) for name in ALEXNET_ERRORS if name in found}
         return cls(root, folders) if folders else None
 
-    @property
-    def whole(self) -> bool:
-        """True where all of them are there."""
-        return len(self.folders) == len(ALEXNET_ERRORS) and all(
-            len(severities) == len(SEVERITIES) for severities in self.folders.values()
-        )
-
     def __len__(self) -> int:
         return sum(map(len, self.folders.values()))
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """What a model does on ImageNet-C. results: corruption -> severity -> accuracy; comparable: to published mCE"""
+    """What a model does on ImageNet-C. results: corruption -> severity -> accuracy; may grow"""
 
     results: Mapping[str, Mapping[int, Evaluation]]
-    comparable: bool
 
     def error(self, corruption: str) -> float:
         """Returns the mean top-1 error of the severities, in per cent."""
         severities = self.results[corruption].values()
         return sum(100 - result.top1 for result in severities) / len(severities)
+
+    def corruption_error(self, corruption: str) -> float | None:
+        """Returns the error relative to AlexNet's, in per cent; None where not all images are there."""
+        images = [result.samples + result.unreadable for result in self.results[corruption].values()]
+        if images != [IMAGES] * len(SEVERITIES):
+            return None
+        return 100 * self.error(corruption) / ALEXNET_ERRORS[corruption]
 
     @property
     def samples(self) -> int:
@@ -98,10 +98,9 @@ class Corrupted:
 
     @property
     def mce(self) -> float | None:
-        """The mean corruption error in per cent: AlexNet has 100. None where it would not compare to others'."""
-        if not self.comparable:
-            return None
-        return sum(100 * self.error(name) / ALEXNET_ERRORS[name] for name in self.results) / len(self.results)
+        """The mean corruption error in per cent: AlexNet has 100. None where it would not compare to that of others."""
+        errors = [error for name in self.results if (error := self.corruption_error(name)) is not None]
+        return sum(errors) / len(errors) if len(errors) == len(ALEXNET_ERRORS) else None
 
     def record(self) -> dict[str, Any]:
         """Returns everything, as in JSON."""
@@ -109,7 +108,7 @@ class Corrupted:
             name: {
                 "error": self.error(name),
                 "by_severity": {severity: 100 - one.top1 for severity, one in severities.items()},
-                "corruption_error": 100 * self.error(name) / ALEXNET_ERRORS[name] if self.comparable else None,
+                "corruption_error": self.corruption_error(name),
             }
             for name, severities in self.results.items()
         }
@@ -117,17 +116,19 @@ class Corrupted:
 
     def row(self, corruption: str) -> str:
         """Returns the line of a corruption in the table of errors."""
-        severities, error = self.results[corruption], self.error(corruption)
+        severities = self.results[corruption]
         each = (f"{100 - severities[n].top1:7.2f}" if n in severities else f"{'-':>7}" for n in SEVERITIES)
-        relative = 100 * error / ALEXNET_ERRORS[corruption] if self.comparable else None
-        return f"{corruption:20}{''.join(each)}{error:8.2f}{_number(relative)}"
+        relative = _number(self.corruption_error(corruption))
+        return f"{corruption:20}{''.join(each)}{self.error(corruption):8.2f}{relative}"
 
     def last_rows(self) -> list[str]:
         """Returns the line of the mean, and what it means."""
-        if self.comparable:
+        if self.mce is not None:
             meaning = "CE: the error relative to AlexNet's, in %; the mean of these is the mCE"
         else:
-            meaning = f"no mCE: that takes all {len(ALEXNET_ERRORS)} corruptions, in 5 severities, of all 1,000 classes"
+            meaning = (
+                f"no mCE: that takes all {len(ALEXNET_ERRORS)} corruptions, in 5 severities, of all {IMAGES:,} images"
+            )
         return [f"{'mean':55}{self.mean_error:8.2f}{_number(self.mce)}", meaning]
 
 

@@ -199,8 +199,8 @@ def test_what_is_no_data_set_or_no_real_labels_is_named(
     )
 
 
-def evaluation(error: float) -> Evaluation:
-    return Evaluation(100 - error, 100.0, 1.0, 50_000, 0, ())
+def evaluation(error: float, images: int = 50_000) -> Evaluation:
+    return Evaluation(100 - error, 100.0, 1.0, images, 0, ())
 
 
 def test_the_mce_of_alexnet_is_100_and_of_half_its_errors_50_and_of_a_part_there_is_none() -> None:
@@ -209,13 +209,18 @@ def test_the_mce_of_alexnet_is_100_and_of_half_its_errors_50_and_of_a_part_there
             name: {severity: evaluation(factor * error) for severity in SEVERITIES}
             for name, error in ALEXNET_ERRORS.items()
         }
-        assert Corrupted(results, True).mce == pytest.approx(100 * factor)
-        assert Corrupted(results, False).mce is None
-    # Five severities weigh alike in a corruption, and corruptions alike in the mean, whatever AlexNet makes of them.
-    results = {"fog": {1: evaluation(10), 2: evaluation(30)}, "snow": {3: evaluation(86.6816)}}
-    expected = (100 * 20 / ALEXNET_ERRORS["fog"] + 100) / 2
-    assert Corrupted(results, True).mce == pytest.approx(expected)
-    assert Corrupted(results, True).mean_error == pytest.approx((20 + 86.6816) / 2)
+        assert Corrupted(results).mce == pytest.approx(100 * factor)
+        of_severities = (10, 30, 50, 20, 40)
+        fog = {severity: evaluation(error) for severity, error in zip(SEVERITIES, of_severities, strict=True)}
+        whole = Corrupted(results | {"fog": fog})
+        assert whole.corruption_error("fog") == pytest.approx(100 * 30 / ALEXNET_ERRORS["fog"])
+        assert whole.mce == pytest.approx((14 * 100 * factor + 100 * 30 / ALEXNET_ERRORS["fog"]) / 15)
+        del fog[3]
+        part = Corrupted(results | {"fog": fog})
+        assert part.mce is part.corruption_error("fog") is None
+        assert part.error("fog") == 25
+        few = Corrupted(results | {"fog": dict.fromkeys(SEVERITIES, evaluation(30, 49_999))})
+        assert few.mce is few.corruption_error("fog") is None
 
 
 def test_imagenet_c_is_found_whole_in_one_folder_or_in_one_for_each_kind(tmp_path: Path) -> None:
@@ -227,11 +232,12 @@ def test_imagenet_c_is_found_whole_in_one_folder_or_in_one_for_each_kind(tmp_pat
     for layout in ("flat", "packed"):
         found = Corruptions.find(tmp_path / layout)
         assert found is not None
-        assert found.whole
         assert list(found.folders) == list(ALEXNET_ERRORS)
         assert len(found) == 75
     (tmp_path / "flat/fog/5").rmdir()
-    assert not getattr(Corruptions.find(tmp_path / "flat"), "whole", True)
+    part = Corruptions.find(tmp_path / "flat")
+    assert part is not None
+    assert list(part.folders["fog"]) == [1, 2, 3, 4]
     assert Corruptions.find(tmp_path / "flat/fog") is None
     for severity in range(1, 5):
         (tmp_path / f"flat/fog/{severity}").rmdir()
