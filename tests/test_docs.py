@@ -43,6 +43,13 @@ ELSEWHERE = {
         "tests/doctor/test_doctor.py",
     ),
     "srun python -m crate_dist.doctor --full --only between": ("needs SLURM", "tests/cluster/test_doctor.py"),
+    "python -m crate_dist.evaluate runs/crate_base --throughput --batch 256": (
+        "it compiles for a minute",
+        "tests/evaluation/test_sets.py",
+    ),
+    "python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards --real real.json"
+    " --also /data/imagenetv2 /data/imagenet-a /data/imagenet-r /data/imagenet-sketch /data/imagenet-c"
+    " --json all.json": ("needs ImageNet and its variants", "tests/evaluation/test_sets.py"),
     "make test": ("it is what runs this", "Makefile"),
     "make lint": ("it looks at code, not at pages", "Makefile"),
     "python -m pytest tests/test_floors.py": ("a test", "tests/test_floors.py"),
