@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from crate_dist.config import ImageSection
-from crate_dist.figures import main
+from crate_dist.figures.__main__ import main
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import from_reference
