@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A pair of axes with its curves. notes: what legends say more, by the kind of mark: "band", "thin"."""
+    """A pair of axes with its curves. band_label, each_label: what its legend calls bands and thin curves."""
 
     x_label: str
     y_label: str
@@ -63,7 +63,8 @@ def charts(sheet: Sheet, panels: Sequence[Panel], title: str = "", shared_legend
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines)) if shared_legend else []
     columns = max(1, min(len(labels), int(sheet.width_in * 13 / (6 + max(map(len, labels), default=1)))))
     height = _PANEL_HEIGHT_IN * down * min(1.0, sheet.width_in / 6.3 * 1.3)
-    height += _LEGEND_LINE_IN * -(-len(labels) // columns) + (_TITLE_IN if title else 0)
+    rows = -(-len(labels) // columns) if shared_legend else down * max(len(panel.lines) for panel in panels)
+    height += _LEGEND_LINE_IN * rows + (_TITLE_IN if title else 0)
     figure = Figure(figsize=(sheet.width_in if across > 1 else sheet.width_in * 0.6, height), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -76,7 +77,7 @@ def charts(sheet: Sheet, panels: Sequence[Panel], title: str = "", shared_legend
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
         _set_ticks(axes, panel)
         if not shared_legend:
-            axes.legend(handlelength=1.6)
+            _add_legend(axes, panel)
     if title:
         figure.suptitle(title, fontsize=9)
     if shared_legend:
@@ -86,15 +87,10 @@ def charts(sheet: Sheet, panels: Sequence[Panel], title: str = "", shared_legend
 
 def _draw(axes: Axes, line: Line, style: int, panel: Panel) -> Any:
     colour, dashes = COLOURS[style % len(COLOURS)], _DASHES[style // len(COLOURS) % len(_DASHES)]
-    last = line is panel.lines[-1]
     if line.spread is not None:
-        below, above = line.y - line.spread, line.y + line.spread
-        label = panel.band_label if last else None
-        axes.fill_between(line.x, below, above, color=colour, alpha=0.2, linewidth=0, label=label)
+        axes.fill_between(line.x, line.y - line.spread, line.y + line.spread, color=colour, alpha=0.2, linewidth=0)
     for x, y in line.each:
         axes.plot(x, y, color=colour, linewidth=0.5, alpha=0.7)
-    if line.each and last:
-        axes.plot([], [], color="0.4", linewidth=0.5, label=panel.each_label)
     known = np.isfinite(line.y)
     marker = "o" if known.sum() <= _MARKED else None
     (drawn,) = axes.plot(
@@ -110,6 +106,17 @@ def _draw(axes: Axes, line: Line, style: int, panel: Panel) -> Any:
     if not known.any():
         axes.text(0.5, 0.5, "not finite", ha="center", va="center", transform=axes.transAxes)
     return drawn
+
+
+def _add_legend(axes: Axes, panel: Panel) -> None:
+    """Says below a panel what its curves, bands and thin lines are."""
+    for line in panel.lines[-1:]:
+        if line.spread is not None:
+            axes.fill_between([], [], color="0.6", alpha=0.4, linewidth=0, label=panel.band_label)
+        if line.each:
+            axes.plot([], [], color="0.4", linewidth=0.5, label=panel.each_label)
+    columns = 1 if len(panel.lines) > 1 else 2
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns, handlelength=2.2)
 
 
 def _set_ticks(axes: Axes, panel: Panel) -> None:

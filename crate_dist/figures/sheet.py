@@ -45,7 +45,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,  # publishers refuse matplotlib's own choice, type 3
     "svg.hashsalt": "crate-dist",
 }
-_WITHOUT_TIME: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+_WITHOUT_TIME: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Sheet:
         for kind in self.formats:
             path = self.out / f"{name}.{kind}"
             with rc_context(STYLE), written_whole(path) as file:
-                FigureCanvasAgg(figure).print_figure(file, format=kind, dpi=self.dpi, metadata=_WITHOUT_TIME[kind])
+                FigureCanvasAgg(figure).print_figure(file, format=kind, dpi=self.dpi, metadata=_WITHOUT_TIME.get(kind))
             written.append(path)
         return written
 
