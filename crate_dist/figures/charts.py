@@ -22,6 +22,7 @@ COLOURS = ("#1f5a99", "#c8501e", "#2f8f6b", "#6a4c93", "#c28f0e", "#b03060", "#3
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _MARKED = 30
 _PANEL_HEIGHT_IN, _LEGEND_LINE_IN, _TITLE_IN = 2.15, 0.19, 0.22
+_ONE_COLUMN_IN = 4.5
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,20 @@ class Panel:
 
 @rc_context(STYLE)
 def charts(sheet: Sheet, panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Figure:
-    """Draws panels in rows of two. shared_legend: one below them for all, of the lines of the first, not one in each.
+    """Draws panels in rows of two, or below each other in a narrow column.
 
-    A line of a shared legend has one style in all panels.
+    shared_legend: one below all of them, of the lines of all, not one below each
+    A line that has one in common has one style in all panels.
     """
-    across = min(len(panels), 2)
+    across = min(len(panels), 2) if sheet.width_in > _ONE_COLUMN_IN else 1
     down = -(-len(panels) // across)
+    width = sheet.width_in if across > 1 or sheet.width_in <= _ONE_COLUMN_IN else 0.6 * sheet.width_in
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines)) if shared_legend else []
-    columns = max(1, min(len(labels), int(sheet.width_in * 13 / (6 + max(map(len, labels), default=1)))))
-    height = _PANEL_HEIGHT_IN * down * min(1.0, sheet.width_in / 6.3 * 1.3)
+    columns = max(1, min(len(labels), int(width * 13 / (6 + max(map(len, labels), default=1)))))
+    height = _PANEL_HEIGHT_IN * down
     rows = -(-len(labels) // columns) if shared_legend else down * max(len(panel.lines) for panel in panels)
     height += _LEGEND_LINE_IN * rows + (_TITLE_IN if title else 0)
-    figure = Figure(figsize=(sheet.width_in if across > 1 else sheet.width_in * 0.6, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()

@@ -42,6 +42,7 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "image.composite_image": False,
     "pdf.fonttype": 42,  # publishers refuse matplotlib's own choice, type 3
     "svg.hashsalt": "crate-dist",
 }

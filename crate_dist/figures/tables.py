@@ -117,8 +117,7 @@ class _Layout:
         foot = 0.02 + (_LINE_IN if self.key else 0.0)
         total = head + sum(heights) + (len(cells) - 1) * _GAP_IN + len(cells) * below + foot
         across = left + len(self.columns) * (self.width + _GAP_IN) - _GAP_IN + right
-        figure = Figure(figsize=(across, total))
-        page = _Page(figure, across, total)
+        page = _Page.of_size(across, total)
         if self.title:
             page.text(across / 2, total - 0.04, self.title, min(9.0, 150 * across / len(self.title)), va="top")
         y = total - head
@@ -130,7 +129,7 @@ class _Layout:
                 if number == 0:
                     text, size = _label(self.columns[column], self.width)
                     page.text(middle, total - top - 0.05, text, size, va="top")
-                _show(page.axes(middle - width / 2, y, width, heights[number]), cell)
+                page.picture(middle - width / 2, y, width, heights[number], cell)
                 if notes:
                     page.text(middle, y - 0.03, notes[number][column], 7, va="top")
             if rows:
@@ -148,25 +147,39 @@ class _Layout:
         if self.key:
             marks = [Patch(facecolor=_hex(colour), label=text) for colour, text in self.key]
             size = min(8.0, 115 * across / sum(len(text) + 5 for _, text in self.key))
-            figure.legend(
+            page.figure.legend(
                 handles=marks, loc="lower center", ncols=len(marks), fontsize=size, handlelength=1, borderpad=0
             )
-        return figure
+        return page.figure
 
 
 @dataclass(frozen=True)
 class _Page:
-    """A figure, and its size in inches."""
+    """A figure, and axes over all of it whose unit is an inch: one pair for every cell takes seconds to make."""
 
     figure: Figure
-    across: float
-    down: float
+    axes: Axes
+
+    @classmethod
+    def of_size(cls, across: float, down: float) -> _Page:
+        figure = Figure(figsize=(across, down))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across), ylim=(0, down))
+        axes.set_axis_off()
+        return cls(figure, axes)
 
     def text(self, x: float, y: float, text: str, size: float, ha: str = "center", **options: Any) -> None:
-        self.figure.text(x / self.across, y / self.down, text, ha=ha, fontsize=size, **options)
+        self.axes.text(x, y, text, ha=ha, fontsize=size, **options)
 
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        return self.figure.add_axes((x / self.across, y / self.down, width / self.across, height / self.down))
+    def picture(self, x: float, y: float, width: float, height: float, cell: Cell) -> None:
+        self.axes.imshow(cell.pixels, aspect="auto", extent=(x, x + width, y, y + height))
+        for number, mask in enumerate(cell.edges):
+            lines = np.array([x, y + height]) + edges(mask) * [width, -height]
+            colour = _hex(OBJECTS[number % len(OBJECTS)])
+            self.axes.add_collection(LineCollection(list(lines), colors=colour, linewidths=0.9, capstyle="projecting"))
+
+    def inset(self, x: float, y: float, width: float, height: float) -> Axes:
+        across, down = self.figure.get_size_inches()
+        return self.figure.add_axes((x / across, y / down, width / across, height / down))
 
 
 def edges(mask: Mask) -> Float:
@@ -184,15 +197,6 @@ def edges(mask: Mask) -> Float:
     return lines
 
 
-def _show(axes: Axes, cell: Cell) -> None:
-    axes.imshow(cell.pixels, aspect="auto", extent=(0, 1, 1, 0))
-    axes.set_axis_off()
-    for number, mask in enumerate(cell.edges):
-        colour = _hex(OBJECTS[number % len(OBJECTS)])
-        lines = LineCollection(list(edges(mask)), colors=colour, linewidths=0.9, capstyle="projecting", clip_on=False)
-        axes.add_collection(lines, autolim=False)
-
-
 def _hex(colour: Colour) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
@@ -207,7 +211,7 @@ def _label(text: str, room_in: float) -> tuple[str, float]:
 
 def _scale(page: _Page, label: str, low: float, high: float) -> None:
     length = min(1.8, high - low - 0.1)
-    axes = page.axes(page.across - _BAR_IN + 0.1, (low + high - length) / 2, 0.09, length)
+    axes = page.inset(page.figure.get_figwidth() - _BAR_IN + 0.1, (low + high - length) / 2, 0.09, length)
     ticks = [0, 0.5, 1] if length > 0.4 else [0, 1]
     bar = page.figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT_MAP), cax=axes, ticks=ticks)
     axes.tick_params(labelsize=7 if length > 0.4 else 5, length=2)
