@@ -151,7 +151,7 @@ def extents(page: Figure) -> list[tuple[float, float, float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "ratio", "expected"), [(24, 17, 1.0, 1), (12, 7, 1.5, 1), (64, 4, 0.67, 3), (3, 2, 8.0, 3)]
+    ("rows", "columns", "ratio", "expected"), [(24, 17, 1.0, 1), (12, 7, 1.5, 1), (64, 4, 0.67, 4), (3, 2, 8.0, 3)]
 )
 def test_a_figure_fits_a_page_and_goes_on_on_the_next(rows: int, columns: int, ratio: float, expected: int) -> None:
     pages = table(*[ratio] * rows, columns=columns)

@@ -158,13 +158,13 @@ def test_a_colour_means_the_same_in_all_pictures_and_does_not_turn_with_those_be
         one[box][..., 2:5] += 0.3 * np.stack([3 * x, 2 * y, x * y], axis=-1)
         features.append(one)
     together = picture_components(features)
-    colours = np.concatenate([one.colours[one.foreground] for one in together])
+    colours = np.concatenate([found.colours[found.foreground] for found in together])
     assert colours.min(axis=0).tolist() == [0, 0, 0]
     assert colours.max(axis=0).tolist() == [1, 1, 1]
     for kept in ([0, 1], [0, 2], [1, 2]):
-        for n, one in zip(kept, picture_components([features[n] for n in kept]), strict=True):
-            assert np.array_equal(one.foreground, together[n].foreground)
-            assert np.abs(one.colours - together[n].colours).mean() < 0.1
+        for n, alone in zip(kept, picture_components([features[n] for n in kept]), strict=True):
+            assert np.array_equal(alone.foreground, together[n].foreground)
+            assert np.abs(alone.colours - together[n].colours).mean() < 0.1
 
 
 def test_holes_in_the_foreground_are_filled() -> None:
