@@ -78,7 +78,8 @@ def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, sheet:
     title = sheet.heading("Attention of the class token, mean over the heads, by layer")
     written += sheet.save_pages(picture_table(sheet, by_layer, columns, bar=bar, title=title), "attention-layers")
     for picture, each in rows:
-        title = sheet.heading(f"Attention of the class token on {picture.name.partition("-")[2]}")
+        _, _, name = picture.name.partition("-")
+        title = sheet.heading(f"Attention of the class token on {name}")
         written += sheet.save_pages(attention_grid(sheet, picture.original, each, title), f"attention-{picture.name}")
     return [*written, sheet.save_numbers({p.name: m for p, m in rows}, "attention")]
 
