@@ -187,7 +187,7 @@ def _program(path: str, *arguments: str, cwd: Path, code: Path = REPOSITORY) -> 
 
 
 def _module(name: str, *arguments: str) -> None:
-    module = importlib.import_module("crate_dist.models.weights.__main__" if name.endswith(".weights") else name)
+    module = importlib.import_module(f"{name}.__main__" if name.endswith((".weights", ".figures")) else name)
     assert not module.main(list(arguments))
 
 
