@@ -180,7 +180,7 @@ def draw_masks(
     columns = ["input", "attention", f"{100 * mass:.0f} % of the attention", "normalised cut"]
     columns += ["truth"] if truths else []
     most = max(len(numbers[f"{picture.name}/cut"]) for picture in pictures)
-    key = [(OBJECTS[n], f"{_ORDINALS[n]} object") for n in range(min(most, len(OBJECTS)))]
+    key = [(OBJECTS[n], f"{_ORDINALS[n]} object") for n in range(min(most, len(OBJECTS)) if most > 1 else 0)]
     title = sheet.heading(f"Foreground without labels, layer {layer + 1}")
     pages = picture_table(sheet, cells, columns, notes=notes, bar="attention / max", key=key, title=title)
     written = [*sheet.save_pages(pages, "mask"), sheet.save_numbers(numbers, "mask")]
