@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     source = option("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
     count = option("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
     resize = option("--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]")
-    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here")
+    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here, as .png, .pdf or .svg")
     for step, parents in {
         prepare: [recipe, source],
         equal: [recipe, reference, count, measuring.JSON],

@@ -172,7 +172,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ["train.max_steps=2", "data.workers=0", "log.whitebox_every_steps=0", "train.global_batch=16"]
     sets = [argument for value in small for argument in ("--set", value)]
     train_to_the_end(["--arch", "demo", "--data", folder / "data/imagenet-shards", "--run-dir", run, *sets], 1)
-    (folder / "runs/pictures").symlink_to("crate_base")
+    for alias in ("runs/pictures", "runs/crate_small"):
+        (folder / alias).symlink_to("crate_base")
     shutil.copy(run / "model-best.pt", folder)
     shutil.copy(REPOSITORY / "tests/golden/crate_reference_checkpoint.pth.tar", folder / "checkpoint.pth.tar")
     mask = io.BytesIO()
@@ -194,7 +195,7 @@ def _program(path: str, *arguments: str, cwd: Path, code: Path = REPOSITORY) -> 
 
 
 def _module(name: str, *arguments: str) -> None:
-    module = importlib.import_module("crate_dist.models.weights.__main__" if name.endswith(".weights") else name)
+    module = importlib.import_module(f"{name}.__main__" if name.endswith((".weights", ".figures")) else name)
     assert not module.main(list(arguments))
 
 

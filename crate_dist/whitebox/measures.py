@@ -12,7 +12,7 @@ Shapes: L layers, b images, n tokens (the class token first), d features, h head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,7 +117,7 @@ class Profile:
 
 
 @torch.no_grad()
-def profile(model: CRATE, batches: Sequence[Tensor]) -> Profile:
+def profile(model: CRATE, batches: Iterable[Tensor]) -> Profile:
     """Measures every layer on batches of images (b, 3, height, width) of one size, in the model's dtype and place.
 
     Layer by layer, so that no more than one layer's tokens are held. Draws no random number, changes no weight.
