@@ -79,8 +79,10 @@ class Model(CRATE):
         """
         images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
         likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
-        names = self.class_names or tuple(map(str, range(self.config.num_classes)))
-        return [(names[label], share) for share, label in zip(*map(Tensor.tolist, likeliest), strict=True)]
+        names = dict(enumerate(self.class_names or ()))  # of fewer, perhaps: a head may have room for more
+        return [
+            (names.get(label, str(label)), share) for share, label in zip(*map(Tensor.tolist, likeliest), strict=True)
+        ]
 
 
 def load(

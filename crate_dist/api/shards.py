@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _open(place: str | Path) -> ShardIndex:
     given = location(place)
     if isinstance(given, str):
         root, slash, split = given.rstrip("/").rpartition("/")
-        if not slash or "{}" in given:
+        if not slash or re.search(r"[{}?#]", given):
             raise ShardError(f"Shards takes the URL of a split, such as https://host/shards/train, not {given!r}")
         return open_split(root, split, DataSection())
     folder = given.expanduser().absolute()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +14,17 @@ import pytest
 
 import crate_dist
 from crate_dist.config import RecipeError, load_recipe
+
+
+NAMES = ("red", "green", "blue", "grey")
+
+
+def named(shards: Path, copy: Path) -> Path:
+    """A copy of shards whose classes have names for people."""
+    shutil.copytree(shards, copy)
+    for index in copy.glob("*/index.json"):
+        index.write_text(json.dumps({**json.loads(index.read_text()), "class_names": NAMES}))
+    return copy
 
 
 @pytest.mark.spawn
@@ -31,9 +44,9 @@ def test_an_interrupt_saves_before_it_ends_the_training(
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        crate_dist.fit(recipe, cast_shards, run_dir=run)
+        crate_dist.fit(recipe, named(cast_shards, tmp_path / "shards"), run_dir=run)
     model = crate_dist.load(run)
-    assert model.classes == model.class_names == ("0", "1", "2", "3")
+    assert (model.classes, model.class_names) == (("0", "1", "2", "3"), NAMES)
     assert model.name.startswith(f"{run}/checkpoints/step-")
 
 

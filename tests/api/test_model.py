@@ -184,7 +184,7 @@ TAKES = r"load takes a run folder.*a checkpoint in one.*a file of weights"
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("runs/nothing", f"nothing at runs/nothing; {TAKES}"),
+        ("nowhere/nothing", f"nothing at nowhere/nothing; {TAKES}"),
         (STORED / "runn", rf"the runs in \S+stored_run are run; {TAKES}"),
         ("crate_tiny", rf'crate_dist.create\("crate_tiny", classes=…\).*{TAKES}'),
         (
