@@ -15,7 +15,6 @@ import pytest
 import crate_dist
 from crate_dist.config import RecipeError, load_recipe
 
-
 NAMES = ("red", "green", "blue", "grey")
 
 
