@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import nbclient
+import matplotlib
 import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 from pydantic import BaseModel
 
@@ -255,13 +256,20 @@ def test_python_on_the_pages_runs(world: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("notebook", sorted((REPOSITORY / "docs").glob("*.ipynb")), ids=lambda path: path.name)
 def test_a_notebook_runs_and_shows_what_it_made(notebook: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells are plain Python, and run here: a kernel would import everything once more."""
     (world / "docs").mkdir(exist_ok=True)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    content = nbformat.read(notebook, as_version=4)
-    shown = [cell for cell in content.cells if cell.cell_type == "code" and cell.outputs]
-    assert len(shown) > 5, f"{notebook.name} is committed with what it made"
-    assert not re.search(r"/home/|/work/|/tmp/|error", json.dumps([cell.outputs for cell in shown]).lower())
-    nbclient.NotebookClient(content, timeout=120, resources={"metadata": {"path": str(world / "docs")}}).execute()
+    monkeypatch.chdir(world / "docs")
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [cell.outputs for cell in cells if cell.outputs]
+    assert len(outputs) > 5, f"{notebook.name} is committed with what it made"
+    assert not re.search(r"/home/|/root/|/tmp/|traceback", json.dumps(outputs).lower())
+    names: dict[str, object] = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        for cell in cells:
+            exec(compile(cell.source, notebook.name, "exec"), names)
+            if figures := plt.get_fignums():
+                plt.figure(figures[-1]).canvas.draw()
+                plt.close("all")
 
 
 def test_what_is_not_run_here_is_on_a_page_and_run_elsewhere() -> None:
