@@ -102,7 +102,7 @@ class TrainBatches:
             self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode))
+        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode))
 
 
 class EvalBatches:
@@ -133,7 +133,7 @@ class EvalBatches:
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
+        return _Filled(slot, *assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
 
 
 class TrainLoader(Iterator[Batch]):
@@ -218,7 +218,7 @@ class Normalize:
         return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
 
 
-def _assemble(
+def assemble(
     reader: ShardReader | FolderReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
 ) -> tuple[Int64, list[BadSample], list[int]]:
     """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.

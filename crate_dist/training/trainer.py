@@ -340,7 +340,8 @@ class Trainer:
         self.monitor.flush()
         state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
-        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, **data))
+        names = list(self.train_index.class_names)
+        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, class_names=names, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:

@@ -51,15 +51,6 @@ def dead_token_share(features: Tensor) -> Tensor:
     return (features == 0).all(dim=2).double().mean(dim=1)
 
 
-def class_attention(projections: Tensor) -> Tensor:
-    """Returns the class token's attention to the patches, softmax(w_0 wᵀ / √p): (b, h, n, p) -> fp32 (b, h, n - 1).
-
-    The first row of Intermediates.attention without its first entry: what a map lacks to 1 the class token pays itself.
-    """
-    w = projections.float()
-    return (w[..., :1, :] @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)[..., 0, 1:]
-
-
 def coherence(dictionary: Tensor) -> Tensor:
     """Returns μ(D), the largest |cosine| of two distinct columns of a dictionary (d, atoms), 0-d, between 0 and 1.
 
@@ -136,11 +127,10 @@ def profile(model: CRATE, batches: Iterable[Tensor]) -> Profile:
 
 @torch.no_grad()
 def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
-    """Returns class_attention of all layers by patch: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
-    rows, cols = (side // model.config.patch_size for side in images.shape[2:])
+    """Returns where the class token looks, all layers: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
     with _evaluating(model):
-        maps = torch.stack([class_attention(w) for w in model.forward_intermediates(images).projections])
-    return maps.unflatten(-1, (rows, cols))
+        inside = model.forward_intermediates(images)
+    return torch.stack([inside.class_attention(layer) for layer in range(model.config.depth)])
 
 
 @torch.no_grad()
