@@ -144,8 +144,8 @@ class WandbRun:
 def sent(path: Path) -> Iterator[tuple[str, int]]:
     """Reads from a file of wandb's the name and the step of every value in it.
 
-    What a crash has cut off is removed, and a file of nothing but its head: `wandb sync` would stop there, and pass over
-    the starts that followed.
+    What a crash has cut off is removed, and a file of nothing but its head: `wandb sync` would stop there, and pass
+    over the starts that followed.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 

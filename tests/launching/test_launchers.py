@@ -347,7 +347,8 @@ def test_all_that_is_wrong_is_said_together(tmp_path: Path) -> None:
 def test_wandb_that_is_asked_for_and_not_installed_is_said_with_what_would_do(
     cast_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe("crate_tiny", ["log.trackers=tensorboard,wandb"], data__root=str(cast_shards))
+    chosen = ["log.trackers=tensorboard,wandb", "train.global_batch=64"]
+    recipe = load_recipe("crate_tiny", chosen, data__root=str(cast_shards))
     assert "\nwandb         gets what the run measures" in str(preflight(recipe, 1, tmp_path / "run"))
     monkeypatch.setattr("crate_dist.launching.preflight.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install -e '.\[wandb\]' .* --set log.trackers=tensorboard$"):
