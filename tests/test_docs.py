@@ -41,6 +41,11 @@ ELSEWHERE = {
     "source .venv/bin/activate": ("it changes the shell that it is typed in", "Makefile"),
     "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
     "make setup": ("it installs", "Makefile"),
+    "pip install -e '.[wandb]'": ("it installs", "Makefile"),
+    "python launch/local.py --arch crate_tiny --data DIR --set log.trackers=tensorboard,wandb": (
+        "the service is somebody else's",
+        "tests/training/test_wandb.py",
+    ),
     "make demo": ("it trains for a minute", "launch/demo.py"),
     "python -m crate_dist.doctor": ("it measures", "tests/doctor/test_doctor.py"),
     "python -m crate_dist.doctor --full --budget 540 --json doctor.json": (
