@@ -191,7 +191,7 @@ def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dic
     """Draws the profile, and the class token's attention. maps: attention (L, b, h, rows, cols)"""
     tokens = 1 + maps.shape[-2] * maps.shape[-1]
     times = tokens * maps
-    what = f"attention of the class token, step {step:,}; 1 ×: as if all {tokens} tokens got the same"
+    what = f"attention of the class token, step {step:,}; 1 x: as if all {tokens} tokens got the same"
     layers = [f"layer {layer}" for layer in range(1, len(maps) + 1)]
     heads = [f"head {head}" for head in range(1, maps.shape[2] + 1)]
     return {

@@ -7,6 +7,7 @@ torch-tb-profiler. A traced step takes longer than others: its speed is no measu
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,15 +51,14 @@ class StepTrace:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Surrounds the taking of step `number`. What it raises ends the trace, of which then nothing is written."""
-        if number == self._begin and self._first <= self._last:
+        if self._profiler:
+            self._profiler.step()
+        elif number == self._begin and self._first <= self._last:
             self._profiler = self._started()
         yield
-        if self._profiler:
-            self._step = number
-            if number == self._last:
-                self.end()
-            else:
-                self._profiler.step()
+        self._step = number
+        if number == self._last:
+            self.end()
 
     def end(self) -> None:
         """Writes what was traced so far, also when the steps end before the window does."""
@@ -85,6 +85,7 @@ class StepTrace:
         def action(step: int) -> ProfilerAction:
             return ProfilerAction.WARMUP if step < self._first != self._begin else ProfilerAction.RECORD
 
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints that it begins and ends, on every rank
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         profiler = profile(activities=activities, schedule=action)
         profiler.step_num = self._begin  # by which it names the steps

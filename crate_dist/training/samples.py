@@ -32,13 +32,13 @@ def mistakes_picture(mistakes: Sequence[Mistake], index: ShardIndex) -> dict[str
         Captioned(
             one.pixels,
             (
-                f"{one.p_predicted:.0%} {_named(index, one.predicted)}",
-                f"is {_named(index, one.label)}, {one.p_label:.1%}",
+                f"{one.p_predicted:.0%}  {_named(index, one.predicted)}",
+                f"{one.p_label:.1%}  labelled {_named(index, one.label)}",
             ),
         )
         for one in mistakes
     ]
-    title = "surest wrong predictions of rank 0's validation images: what it takes them for, and what they are"
+    title = "the surest of the wrong predictions on rank 0's validation images, with their probabilities"
     return {MISTAKES: captioned(shown, title)} if shown else {}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Captioned:
     lines: tuple[str, ...]
 
 
-def captioned(pictures: Sequence[Captioned], title: str, columns: int = 6, side: int = 144) -> Pixels:
+def captioned(pictures: Sequence[Captioned], title: str, columns: int = 6, side: int = 128) -> Pixels:
     """Puts square pictures side by side, each of `side` pixels, with its lines below, cut where they are longer."""
     lines = max(len(picture.lines) for picture in pictures)
     rows, columns = math.ceil(len(pictures) / columns), min(columns, len(pictures))
@@ -60,7 +61,7 @@ def attention(images: Iterable[Pixels], maps: Float, headings: Sequence[str], ti
     height, right = top + count * across + 2 * _LINE + _GAP, _GAP + (len(maps) + 1) * across
     width = max(right + _BAR + 44, round(_font().getlength(title)) + 2 * _GAP)
     sheet, draw = _blank(width, height, title)
-    below = top + count * across
+    below = top + count * across + 2
     for row, image in enumerate(images):
         sheet.paste(_resized(image, side), (_GAP, top + row * across))
     for line, (text, colour) in enumerate((("most", HEAT[-4]), ("least", HEAT[3]))):
@@ -79,7 +80,7 @@ def attention(images: Iterable[Pixels], maps: Float, headings: Sequence[str], ti
     bar = Image.fromarray(scale).resize((_BAR, count * across - 2), Image.Resampling.NEAREST)
     sheet.paste(bar, (right + 2, top))
     draw.text((right + _BAR + 6, top), "most", "black", _font())
-    draw.text((right + _BAR + 6, below - 3), "least", "black", _font(), anchor="lb")
+    draw.text((right + _BAR + 6, below - 5), "least", "black", _font(), anchor="lb")
     return np.asarray(sheet)
 
 
@@ -97,7 +98,8 @@ def _resized(pixels: Pixels, side: int) -> Image.Image:
 
 
 def _cut(text: str, width: int) -> str:
-    """Returns the text, or as much of it as fits into `width` pixels, with an ellipsis."""
+    """Returns the text, or as much of it as fits into `width` pixels, with an ellipsis; the font has no accents."""
+    text = "".join(part for part in unicodedata.normalize("NFKD", text) if not unicodedata.combining(part))
     while _font().getlength(text) > width:
         text = text.removesuffix("…")[:-1].rstrip(" ,") + "…"
     return text
@@ -105,8 +107,8 @@ def _cut(text: str, width: int) -> str:
 
 def _told(low: float, high: float) -> tuple[str, str]:
     """Writes the most and the least with as many digits as tell them apart."""
-    digits = min(max(1 - math.floor(math.log10(high - low)), 0), 5) if high > low else 2
-    return f"{high:.{digits}f} ×", f"{low:.{digits}f} ×"
+    digits = min(max(1 - math.floor(math.log10(high - low)), 2), 5) if high > low else 2
+    return f"{high:.{digits}f} x", f"{low:.{digits}f} x"
 
 
 @functools.cache
