@@ -7,6 +7,7 @@ checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
 wandb/               what Weights & Biases has of the run, or is to get; see training/wandb_run.py
+profile/             traces of log.profile_steps, one per rank; see training/profiler.py
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
@@ -53,6 +54,7 @@ class RunFolder:
         self.published = published_file(self.checkpoints)
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
+        self.profile = path / "profile"
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"
