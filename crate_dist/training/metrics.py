@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,17 +23,19 @@ from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
 from crate_dist.distributed import gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
+from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
+from crate_dist.training import dashboard
 from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.console import Console
-from crate_dist.training.dashboard import CHARTS
 from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
 from crate_dist.training.trackers import Trackers
+from crate_dist.whitebox.over_time import layers_over_time
 from crate_dist.world import World, node_name
 
 logger = logging.getLogger(__name__)
@@ -145,7 +149,20 @@ class Monitor:
         for name, pixels in pictures.items():
             self._trackers.picture(name, pixels, step)
         self._append_line(step, layers)
+        self._trackers.picture("whitebox/layers_over_time", self._layers_over_time(layers), step)
         self._ledger.note("whitebox", step=step, seconds=seconds)
+
+    def _layers_over_time(self, names: Iterable[str]) -> Pixels:
+        """Draws what all starts have measured, by their lines, which were taken away with the steps that are redone."""
+        texts = [text for text in whole_lines(self._folder.metrics) if '"whitebox/' in text]
+        lines = [line for text in texts if (line := _line(text)) is not None and line.keys() >= {*names}]
+        return layers_over_time(
+            [line["step"] for line in lines],
+            {
+                dashboard.MEASURES.get(name, name): np.array([line[name] for line in lines], dtype=float)
+                for name in names
+            },
+        )
 
     def knows(self, step: int, name: str) -> bool:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
@@ -191,18 +208,28 @@ class Monitor:
         _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
-        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
-        curves.charts(CHARTS, step)
+        tag = tags_of(self._folder)
+        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, tag)
+        curves.charts(dashboard.charts(tag), step)
+        place = self._folder.path.resolve()
+        curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
         self._trackers = Trackers([curves])
+        self._tell(step, restarts)
+
+    def _tell(self, step: int, restarts: int) -> None:
+        """Gives the trackers what the run is, and how often it was started."""
+        record = self._folder.record
         if not restarts:
-            self._trackers.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
+            device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.processor()
+            self._trackers.text("recipe", dashboard.recipe_text(self._recipe), 0)
+            self._trackers.text("environment", dashboard.environment_text(record.code(), device=device), 0)
         else:
             self._trackers.scalars({"run/restarts": restarts}, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
-            if changed := self._folder.record.changed_code():
+            if changed := record.changed_code():
                 text += f", with other code than before: {changed}"
-            self._trackers.text("run/restarted", text, step + 1)
             logger.info(text)
+        self._trackers.text("starts", dashboard.starts_text(record.starts()), step + 1)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
         if self._ledger:
