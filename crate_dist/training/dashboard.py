@@ -42,7 +42,7 @@ def environment_text(code: Mapping[str, Any], **facts: object) -> str:
     """Returns what a run began with as a table in Markdown: its code as run.json has it, and more facts."""
     commit = str(code.get("commit") or "none: no git checkout") + (" and changes" if code.get("changed") else "")
     known = {"commit": commit, **facts, "python": code.get("python"), **code.get("packages", {})}
-    return _table(("", ""), ((name, _code(value)) for name, value in known.items() if value is not None))
+    return _table(("what", "which"), ((name, _code(value)) for name, value in known.items() if value is not None))
 
 
 def starts_text(starts: Sequence[Mapping[str, Any]], reasons: Sequence[str] = ()) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -220,7 +219,7 @@ class Monitor:
         """Gives the trackers what the run is, and how often it was started."""
         record = self._folder.record
         if not restarts:
-            device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.processor()
+            device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
             self._trackers.text("recipe", dashboard.recipe_text(self._recipe), 0)
             self._trackers.text("environment", dashboard.environment_text(record.code(), device=device), 0)
         else:

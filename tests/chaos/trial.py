@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_dist.checkpoint.loading import list_checkpoints
+from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks
@@ -172,7 +173,7 @@ class Trial:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what is to be seen here: restarts
         events = EventAccumulator(str(self.run.tensorboard), size_guidance={"scalars": 0})
         events.Reload()
-        return [(event.step, event.value) for event in events.Scalars(tag)]
+        return [(event.step, event.value) for event in events.Scalars(tags_of(self.run)(tag))]
 
     def samples(self) -> dict[tuple[int, int], list[str]]:
         """Reads each rank's samples of each step (counted from 0). A step that was made twice had the same samples."""
