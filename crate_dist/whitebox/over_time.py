@@ -71,6 +71,7 @@ def _panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, steps
     for step, anchor in ((first, "mt"), (last, "rt")):
         draw.text((at(step, low)[0], y0 + 5 * _FINE), f"{step:,.0f}", _BLACK, font, anchor=anchor)
     draw.text(((x0 + x1) / 2, y0 + 18 * _FINE), "step", _BLACK, font, anchor="mt")
+    draw.line((x0, y1, x0, y0, x1, y0), _BLACK, _FINE)
     for layer in range(values.shape[1]):
         colour, run = colour_of(layer, values.shape[1]), list[tuple[float, float]]()
         for step, value in zip(steps, values[:, layer], strict=True):
@@ -80,7 +81,6 @@ def _panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, steps
             _line(draw, run, colour)
             run = []
         _line(draw, run, colour)
-    draw.line((x0, y1, x0, y0, x1, y0), _BLACK, _FINE)
 
 
 def _line(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: Colour) -> None:
