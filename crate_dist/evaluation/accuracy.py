@@ -21,6 +21,7 @@ from crate_dist.data.loader import Batch
 from crate_dist.data.order import Int64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import Left, gather_objects
+from crate_dist.evaluation.mistakes import Mistakes
 
 _LABEL_BITS = 32
 
@@ -170,12 +171,14 @@ def evaluate(
     device: torch.device,
     tally: ClassCounts | None = None,
     leave: Callable[[], bool] = lambda: False,
+    mistakes: Mistakes | None = None,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
 
     predict: uint8 images (n, height, width, 3) -> logits (n, classes)
     tally: takes up what was predicted of every class, where somebody wants to know
     leave: asked before every batch, whether to make no more of them
+    mistakes: takes up this rank's images that were predicted wrong, where somebody wants to see them
 
     A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
     counted in its own.
@@ -187,11 +190,12 @@ def evaluate(
         if leave():
             counts[2] = 1
             break
-        logits, labels = predict(batch.images).float(), batch.labels
+        images, labels = batch.images, batch.labels
+        logits = predict(images).float()
         if batch.replaced:
             bad.update(batch.bad)
             read = [row for row in range(len(labels)) if row not in batch.replaced]
-            logits, labels = logits[read], labels[read]
+            images, logits, labels = images[read], logits[read], labels[read]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -200,6 +204,8 @@ def evaluate(
         counts[1] += len(batch.replaced)
         if tally is not None:
             tally.add(labels, ranked)
+        if mistakes is not None:
+            mistakes.add(images, labels, logits)
     totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()

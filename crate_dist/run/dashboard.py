@@ -32,7 +32,7 @@ _OVERVIEW = {
 _GROUPS = {
     "train": "2 training",
     "val": "2 training/val",
-    "samples": "2 training",
+    "samples": "2 training/images",
     "speed": "3 speed",
     "images_per_s": "3 speed/images_per_s",
     "stragglers": "3 speed",

@@ -6,6 +6,7 @@ run.json             the code's version, each start of the run, the weights that
 checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 events.out.tf…       TensorBoard's files, one for each start; an older run's are in tensorboard/, where it goes on
+profile/             traces of log.profile_steps, one per rank; see training/profiler.py
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
@@ -53,6 +54,7 @@ class RunFolder:
         self.record = Record(self.record_file)
         self.checkpoints = path / "checkpoints"
         self.published = published_file(self.checkpoints)
+        self.profile = path / "profile"
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"

@@ -54,12 +54,13 @@ class Console:
         left_images = (self._last_step - step) * self._recipe.train.global_batch
         left_s = left_images / max(values["speed/images_per_s"], 1e-9)
         logger.info(
-            "step %d/%d  epoch %.2f/%d  %s  %s left",
+            "step %d/%d  epoch %.2f/%d  %s  %s  %s left",
             step,
             self._last_step,
             values["train/epoch"],
             self._schedule.epochs,
             facts,
+            _use_of_devices(values),
             tqdm.format_interval(left_s),
         )
 
@@ -100,3 +101,10 @@ class Console:
                 self._world.local_world_size,
                 self._recipe.data.workers,
             )
+
+
+def _use_of_devices(values: Mapping[str, float]) -> str:
+    """Says MFU, where it is known, and the peak memory of the fullest GPU, or of the largest process."""
+    mfu, host_gb = values.get("speed/mfu"), values["memory/host_peak_gb"]
+    used = f"peak memory {values.get('memory/device_reserved_gb', host_gb):.1f} GB"
+    return used if mfu is None else f"MFU {mfu:.1%}  {used}"

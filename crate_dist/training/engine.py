@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 
 from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
 from crate_dist.checkpoint.loading import Checkpoint, RankState
@@ -129,10 +130,14 @@ class Engine:
         losses: list[torch.Tensor] = []
         for _ in range(self.accumulation):
             self._zero.own_time.begin()
-            loss = self.loss(next(batches), self._engine)
-            self._engine.backward(loss)
+            batch = next(batches)
+            with record_function("forward"):
+                loss = self.loss(batch, self._engine)
+            with record_function("backward"):
+                self._engine.backward(loss)
             self._zero.heed(loss)
-            self._engine.step()
+            with record_function("optimizer"):
+                self._engine.step()
             losses.append(loss.detach())
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)

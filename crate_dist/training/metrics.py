@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
 from crate_dist.training.trackers import Trackers
+from crate_dist.training.utilisation import Utilisation, peak_memory_gb
 from crate_dist.whitebox.over_time import layers_over_time
 from crate_dist.world import World, node_name
 
@@ -53,9 +55,10 @@ class Monitor:
         step: int,
         last_step: int,
         tenure: Tenure,
+        utilisation: Utilisation,
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
-        self._device, self._tenure = device, tenure
+        self._device, self._tenure, self._utilisation = device, tenure, utilisation
         self.bad = BadSamples(folder, recipe, world, tenure)
         self._images = 0
         self._stragglers = Stragglers(gather_objects(node_name()))
@@ -93,21 +96,24 @@ class Monitor:
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
-        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s])
-        mine = mine.double().to(self._device)
+        peaks = peak_memory_gb(self._device)
+        numbers = 0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s, *peaks.values()
+        mine = torch.tensor(numbers, dtype=torch.float64).to(self._device)
         mine[0] = mean_loss
         every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
         dist.all_gather(every, mine)
-        losses, images, busy, wait, bad, own = torch.stack(every).cpu().T
-        loss = float(losses.mean())
+        losses, images, busy, wait, bad, own, *most = torch.stack(every).cpu().T
+        images_per_s = float(images.sum() / busy.max())
         per_rank = (images / busy).tolist()
         values = {
-            "train/loss": loss,
+            "train/loss": float(losses.mean()),
             "train/lr": self._lr,
             "train/grad_norm": float(self._grad_norm),
             "train/epoch": step / self._schedule.steps_per_epoch,
-            "speed/images_per_s": float(images.sum() / busy.max()),
+            "speed/images_per_s": images_per_s,
             "speed/data_wait_fraction": float((wait / busy).max()),
+            **self._utilisation.scalars(images_per_s),
+            **{name: float(peak.max()) for name, peak in zip(peaks, most, strict=True)},
             "data/bad_samples": float(bad.sum()),
         }
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
@@ -123,12 +129,25 @@ class Monitor:
             self.bad.report(self._images)
         self._reset()
 
-    def evaluation(self, step: int, values: dict[str, float], seconds: float, unreadable: int = 0) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Pixels]) -> None:
+        """Gives pictures, uint8 (height, width, 3), to the trackers."""
+        for name, pixels in pictures.items():
+            self._trackers.picture(name, pixels, step)
+
+    def evaluation(
+        self,
+        step: int,
+        values: dict[str, float],
+        seconds: float,
+        unreadable: int = 0,
+        pictures: Mapping[str, Pixels] = MappingProxyType({}),
+    ) -> None:
         """Writes the outcome of an evaluation: names such as "val/top1", unless a start that was killed before its save
         has written the same. unreadable: samples that do not count."""
         values = values | ({"data/bad_val_samples": float(unreadable)} if unreadable else {})
         if self._world.is_main and not any(line.items() >= values.items() for line in self._lines_of(step)):
             self._write(step, values)
+            self.pictures(step, pictures)
         if self._ledger:
             self._ledger.note("evaluation", step=step, seconds=seconds)
         self._console.evaluation(step, values, unreadable)
@@ -145,8 +164,7 @@ class Monitor:
             return
         for name, values in layers.items():
             self._trackers.layers(name, values, step)
-        for name, pixels in pictures.items():
-            self._trackers.picture(name, pixels, step)
+        self.pictures(step, pictures)
         self._append_line(step, layers)
         self._trackers.picture("whitebox/layers_over_time", self._layers_over_time(layers), step)
         self._ledger.note("whitebox", step=step, seconds=seconds)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +23,7 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
+from crate_dist.models.flops import forward_flops
 from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.live import Live, first_images
@@ -50,7 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[st
     measured = [*arguments, "--set", "log.whitebox_every_steps=3", "--set", "log.whitebox_images=5"]
     steps = ("--set", "train.max_steps=8")
     train_to_the_end([*arguments, *steps, "--set", "log.whitebox_every_steps=0", "--run-dir", folder / "off"], 2)
-    train_to_the_end([*measured, *steps, "--run-dir", folder / "on"], 2)
+    traced = ("--set", "log.profile_steps=[3,4]")
+    train_to_the_end([*measured, *steps, *traced, "--run-dir", folder / "on"], 2)
     shutil.copytree(folder / "on", folder / "killed")
     shutil.rmtree(RunFolder(folder / "killed").checkpoints / "step-00000008")
     train_to_the_end([*measured, *steps, "--run-dir", folder / "killed"], 2)
@@ -118,12 +122,15 @@ def test_a_resumed_run_measures_what_it_would_have_measured(runs: dict[str, Path
 @pytest.mark.spawn
 def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]) -> None:
     found = events(runs["on"])
-    tags = ["attention_of_the_last_layers_heads", "attention_of_the_layers", "layers_over_time", "profile"]
-    assert sorted(found.Tags()["images"]) == [f"6 white box/{tag}" for tag in tags]
-    for tag, columns in ((tags[0], 5), (tags[1], 5)):  # the picture, and four heads or four layers
-        pictures = found.Images(f"6 white box/{tag}")
-        assert [picture.step for picture in pictures] == [1, 3, 6]
-        assert (pictures[0].width, pictures[0].height) == (columns * 74 - 2, 4 * 74 - 2)
+    steps = {tag: [picture.step for picture in found.Images(tag)] for tag in found.Tags()["images"]}
+    assert steps == {
+        "2 training/images/training": [1],
+        "2 training/images/mistakes": [8],
+        "6 white box/profile": [1, 3, 6],
+        "6 white box/layers_over_time": [1, 3, 6],
+        "6 white box/attention_of_the_layers": [1, 3, 6],
+        "6 white box/attention_of_the_last_layers_heads": [1, 3, 6],
+    }
     layout = layout_pb2.Layout()
     layout.ParseFromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     pairs, layers = layout.category
@@ -178,6 +185,31 @@ def test_the_ledger_knows_what_it_cost(runs: dict[str, Path]) -> None:
     assert [line["step"] for line in costs] == [1, 3, 6]
     assert all(line["seconds"] > 0 for line in costs)
     assert "white-box measures" in RunFolder(runs["on"]).log_file(0).read_text()
+
+
+@pytest.mark.spawn
+def test_every_line_tells_what_the_devices_do_and_hold(runs: dict[str, Path]) -> None:
+    model = build_model(load_recipe(runs["on"] / "recipe.toml").model, 4, seed=0)
+    work = 3 * forward_flops(model.config, 6) / 6
+    for line in (line for line in lines(runs["on"]) if "train/loss" in line):
+        assert line["speed/tflop_s_per_rank"] == pytest.approx(line["speed/images_per_s"] * work / 2 / 1e12)
+        assert 0.1 < line["memory/host_peak_gb"] < 10
+        assert "speed/mfu" not in line  # of a CPU there is no peak to take a share of
+    assert "peak memory 0." in RunFolder(runs["on"]).log_file(0).read_text()
+
+
+@pytest.mark.spawn
+def test_each_rank_leaves_a_trace_of_the_steps_that_were_asked_for(runs: dict[str, Path]) -> None:
+    names = [f"rank-{rank:05d}.steps-3-4.pt.trace.json.gz" for rank in range(2)]
+    assert sorted(path.name for path in RunFolder(runs["on"]).profile.iterdir()) == names
+    assert not RunFolder(runs["off"]).profile.exists()
+    for rank, name in enumerate(names):
+        trace = json.loads(gzip.decompress((RunFolder(runs["on"]).profile / name).read_bytes()))
+        assert trace["distributedInfo"]["rank"] == rank
+        marks = Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation")
+        micro_batches = 2 * 2  # steps, of a global batch of 24 in pieces of 6 on two ranks
+        assert [marks[part] for part in ("data", "forward", "backward", "optimizer")] == 4 * [micro_batches]
+        assert {mark for mark in marks if mark.startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
 
 
 class Notes:
