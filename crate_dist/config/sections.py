@@ -20,6 +20,7 @@ ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "cra
 Compile = Literal["auto"] | bool
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
 
@@ -262,9 +263,18 @@ def _short(steps: tuple[int, int]) -> tuple[int, int]:
     return steps
 
 
-class LogSection(Section):
-    """The measurements, and the steps between them."""
+def _words(given: object) -> object:
+    """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
+    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+    return tuple(dict.fromkeys(words)) if isinstance(words, list | tuple) else words
 
+
+class LogSection(Section):
+    """The measurements, where they are shown, and the steps between them."""
+
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(_words)] = Field(
+        ("tensorboard",), description="what shows the curves; wandb: pip install 'crate-dist[wandb]' and `wandb login`"
+    )
     every_steps: Positive = Field(20, description="steps between lines of the log and points of the curves")
     eval_every_epochs: Positive = Field(1, description="epochs between evaluations of the whole validation split")
     whitebox_every_steps: int = Field(

@@ -102,6 +102,8 @@ def _kind(setting: Mapping[str, Any]) -> str:
         return " or ".join(dict.fromkeys(kinds))
     if choices := setting.get("enum") or ("const" in setting and [setting["const"]]):
         return " or ".join(map(_value, choices))
+    if setting["type"] == "array" and "enum" in setting.get("items", ()):
+        return "any of " + ", ".join(map(_value, setting["items"]["enum"]))
     if setting["type"] == "array":
         one = setting.get("items") or setting["prefixItems"][0]
         name = _TYPES[one["type"]]

@@ -7,6 +7,7 @@ checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 events.out.tf…       TensorBoard's files, one for each start; an older run's are in tensorboard/, where it goes on
 profile/             traces of log.profile_steps, one per rank; see training/profiler.py
+wandb/               what Weights & Biases has of the run, or is to get; see training/wandb_run.py
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
@@ -55,6 +56,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.published = published_file(self.checkpoints)
         self.profile = path / "profile"
+        self.wandb = path / "wandb"
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"
@@ -200,7 +202,7 @@ class RunFolder:
         aside = self.path / f"failed-start-{_stamp()}"
         aside.mkdir()
         curves = self.event_files() if self.tensorboard == self.path else [self.tensorboard]
-        for path in (self.record_file, *curves, self.metrics, self.ledger, self.recipe_file):
+        for path in (self.record_file, *curves, self.wandb, self.metrics, self.ledger, self.recipe_file):
             if path.exists():
                 check()
                 path.rename(aside / path.name)

@@ -34,8 +34,9 @@ from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
-from crate_dist.training.trackers import Trackers
+from crate_dist.training.trackers import Tracker, Trackers
 from crate_dist.training.utilisation import Utilisation, peak_memory_gb
+from crate_dist.training.wandb_run import WandbRun
 from crate_dist.whitebox.over_time import layers_over_time
 from crate_dist.world import World, node_name
 
@@ -225,13 +226,21 @@ class Monitor:
         _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
-        tag = tags_of(self._folder)
+        trackers: list[Tracker] = []
+        if "tensorboard" in self._recipe.log.trackers:
+            trackers.append(self._curves(step, purge_step))
+        if "wandb" in self._recipe.log.trackers:
+            lines = filter(None, map(_line, whole_lines(self._folder.metrics)))
+            trackers.append(WandbRun(self._folder, self._recipe, lines, self._tenure.check))
+        self._trackers = Trackers(trackers)
+        self._tell(step, restarts)
+
+    def _curves(self, step: int, purge_step: int | None) -> Curves:
+        tag, place = tags_of(self._folder), self._folder.path.resolve()
         curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, tag)
         curves.charts(dashboard.charts(tag), step)
-        place = self._folder.path.resolve()
         curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
-        self._trackers = Trackers([curves])
-        self._tell(step, restarts)
+        return curves
 
     def _tell(self, step: int, restarts: int) -> None:
         """Gives the trackers what the run is, and how often it was started."""
