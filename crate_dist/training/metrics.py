@@ -61,7 +61,7 @@ class Monitor:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
         self._device, self._tenure, self._utilisation = device, tenure, utilisation
         self.bad = BadSamples(folder, recipe, world, tenure)
-        self._images = 0
+        self._images, self._last_step = 0, last_step
         self._stragglers = Stragglers(gather_objects(node_name()))
         self._reset()
         self._reported, self._bad_reported = step, 0.0
@@ -72,10 +72,18 @@ class Monitor:
         self._console = Console(recipe, world, schedule, step, last_step)
 
     def add(
-        self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, images: int, wait_s: float, step_s: float
+        self,
+        loss: torch.Tensor,
+        hits: torch.Tensor,
+        grad_norm: torch.Tensor,
+        lr: float,
+        images: int,
+        wait_s: float,
+        step_s: float,
     ) -> None:
         """Takes up one step of this rank; wait_s of its step_s seconds were spent waiting for data."""
         self._losses.append(loss)
+        self._hits.append(hits)
         self._grad_norm, self._lr = grad_norm, lr
         self._images += images
         self._interval_images += images
@@ -98,21 +106,23 @@ class Monitor:
             return
         mean_loss = torch.stack(self._losses).double().mean()
         peaks = peak_memory_gb(self._device)
-        numbers = 0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s, *peaks.values()
+        numbers = 0.0, 0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s, *peaks.values()
         mine = torch.tensor(numbers, dtype=torch.float64).to(self._device)
-        mine[0] = mean_loss
+        mine[0], mine[1] = mean_loss, torch.stack(self._hits).sum()
         every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
         dist.all_gather(every, mine)
-        losses, images, busy, wait, bad, own, *most = torch.stack(every).cpu().T
+        losses, hits, images, busy, wait, bad, own, *most = torch.stack(every).cpu().T
         images_per_s = float(images.sum() / busy.max())
         per_rank = (images / busy).tolist()
         values = {
             "train/loss": float(losses.mean()),
+            "train/top1": 100 * float(hits.sum() / images.sum()),
             "train/lr": self._lr,
             "train/grad_norm": float(self._grad_norm),
             "train/epoch": step / self._schedule.steps_per_epoch,
             "speed/images_per_s": images_per_s,
             "speed/data_wait_fraction": float((wait / busy).max()),
+            "run/left_h": (self._last_step - step) * self._recipe.train.global_batch / max(images_per_s, 1e-9) / 3600,
             **self._utilisation.scalars(images_per_s),
             **{name: float(peak.max()) for name, peak in zip(peaks, most, strict=True)},
             "data/bad_samples": float(bad.sum()),
@@ -276,7 +286,7 @@ class Monitor:
             logger.warning("%s", lag.text)
 
     def _reset(self) -> None:
-        self._losses: list[torch.Tensor] = []
+        self._losses, self._hits = list[torch.Tensor](), list[torch.Tensor]()
         self._interval_images, self._wait_s, self._busy_s = 0, 0.0, 0.0
 
 

@@ -146,7 +146,9 @@ def test_the_overview_comes_first_and_nothing_stands_outside_the_groups(runs: di
     found = events(runs["killed"])
     tags = sorted(found.Tags()["scalars"] + found.Tags()["images"])
     assert [tag for tag in tags if tag[1] != " " or not tag[0].isdigit()] == []
-    assert tags[:3] == ["1 overview/Loss, train", "1 overview/Loss, val", "1 overview/Top-1, val"]
+    first = [f"1 overview/{name}" for name in ("Loss, train", "Loss, val", "Top-1, train", "Top-1, val")]
+    assert tags[:4] == first
+    assert all(0 <= event.value <= 100 for event in found.Scalars(first[2]))
     query = parse_qs(urlsplit(address(RunFolder(runs["killed"]))).query)
     assert query["smoothing"] == ["0"]
     pinned = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
