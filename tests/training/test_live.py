@@ -50,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[st
     recipe = folder / "small.toml"
     recipe.write_text(SMALL_RECIPE.replace("every_steps = 5", "every_steps = 4"))
     arguments: list[object] = ["--config", recipe, "--data", cast_shards, "--set", "model.dropout=0.1"]
+    arguments += ["--set", "optim.lr=3e-5"]  # that it still takes some for others at the end
     measured = [*arguments, "--set", "log.whitebox_every_steps=3", "--set", "log.whitebox_images=5"]
     steps = ("--set", "train.max_steps=8")
     train_to_the_end([*arguments, *steps, "--set", "log.whitebox_every_steps=0", "--run-dir", folder / "off"], 2)
