@@ -22,11 +22,11 @@ from crate_dist.data.decode import Pixels
 from crate_dist.distributed import gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.folder import RunFolder
+from crate_dist.run.ledger import Ledger
 from crate_dist.run.lock import Tenure
 from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.console import Console
 from crate_dist.training.dashboard import CHARTS
-from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
@@ -62,7 +62,7 @@ class Monitor:
         self._ledger: Ledger | None = None
         if world.is_main:
             self._open_files(step)
-        self._console = Console(recipe, world, schedule, step, last_step)
+        self._console = Console(recipe, world, schedule, step, last_step, self._newest_top1())
 
     def add(
         self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, images: int, wait_s: float, step_s: float
@@ -151,6 +151,10 @@ class Monitor:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
         return any(name in line for line in self._lines_of(step))
 
+    def _newest_top1(self) -> float | None:
+        lines = map(_line, reversed(whole_lines(self._folder.metrics) if self._world.is_main else []))
+        return next((line["val/top1"] for line in lines if line and "val/top1" in line), None)
+
     def _lines_of(self, step: int) -> list[dict[str, Any]]:
         lines = map(_line, whole_lines(self._folder.metrics))
         return [line for line in lines if line is not None and line["step"] == step]
@@ -177,7 +181,6 @@ class Monitor:
         self._console.close()
         if self._ledger:
             self._ledger.note("end")
-            logger.info("%s", self._ledger.totals)
             self.flush()
             self._trackers.close()
             self._lines.close()
