@@ -25,11 +25,12 @@ from crate_dist.distributed import gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
 from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
+from crate_dist.run.ledger import Ledger
 from crate_dist.run.lock import Tenure
+from crate_dist.run.rank_logs import restarts as known_restarts
 from crate_dist.training import dashboard
 from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.console import Console
-from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
@@ -69,7 +70,7 @@ class Monitor:
         self._ledger: Ledger | None = None
         if world.is_main:
             self._open_files(step)
-        self._console = Console(recipe, world, schedule, step, last_step)
+        self._console = Console(recipe, world, schedule, step, last_step, self._newest_top1())
 
     def add(
         self,
@@ -196,6 +197,10 @@ class Monitor:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
         return any(name in line for line in self._lines_of(step))
 
+    def _newest_top1(self) -> float | None:
+        lines = map(_line, reversed(whole_lines(self._folder.metrics) if self._world.is_main else []))
+        return next((line["val/top1"] for line in lines if line and "val/top1" in line), None)
+
     def _lines_of(self, step: int) -> list[dict[str, Any]]:
         lines = map(_line, whole_lines(self._folder.metrics))
         return [line for line in lines if line is not None and line["step"] == step]
@@ -222,7 +227,6 @@ class Monitor:
         self._console.close()
         if self._ledger:
             self._ledger.note("end")
-            logger.info("%s", self._ledger.totals)
             self.flush()
             self._trackers.close()
             self._lines.close()
@@ -265,7 +269,8 @@ class Monitor:
             if changed := record.changed_code():
                 text += f", with other code than before: {changed}"
             logger.info(text)
-        self._trackers.text("starts", dashboard.starts_text(record.starts()), step + 1)
+        reasons = [restart.why for restart in known_restarts(self._folder)]
+        self._trackers.text("starts", dashboard.starts_text(record.starts(), reasons), step + 1)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
         if self._ledger:

@@ -170,6 +170,7 @@ def test_the_texts_are_the_recipe_the_environment_and_every_start(runs: dict[str
     rows = [line.split(" | ") for line in texts["starts"].splitlines()[2:]]
     starts = folder.record.starts()
     assert [row[1:3] for row in rows] == [[str(start["step"]), start["time"]] for start in starts]
+    assert rows[1][-1] == "told to stop |"
 
 
 @pytest.mark.spawn
