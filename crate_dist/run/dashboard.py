@@ -43,7 +43,7 @@ _GROUPS = {
     "data": "8 data",
 }
 _LAYERS = "9 layer by layer"
-_PINNED = ("train/loss", "val/loss", "val/top1", "train/lr", "speed/images_per_s", "run/left_h")
+_PINNED = ("train/loss", "val/loss", "train/top1", "val/top1", "speed/images_per_s", "run/left_h")
 
 
 def tag(name: str) -> str:

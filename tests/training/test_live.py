@@ -165,7 +165,7 @@ def test_the_texts_are_the_recipe_the_environment_and_every_start(runs: dict[str
         name: found.Tensors(f"{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
         for name in ("recipe", "environment", "starts")
     }
-    assert "| `optim.lr` | `0.0" in texts["recipe"]
+    assert f"| `optim.lr` | `{load_recipe(folder.recipe_file).optim.lr}` |" in texts["recipe"]
     assert f"| torch | `{torch.__version__}` |" in texts["environment"]
     rows = [line.split(" | ") for line in texts["starts"].splitlines()[2:]]
     starts = folder.record.starts()
