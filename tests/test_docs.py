@@ -35,6 +35,10 @@ TEXT = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for 
 ELSEWHERE = {
     "source .venv/bin/activate": ("it changes the shell that it is typed in", "Makefile"),
     "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
+    "python -m tests.browser runs/demo docs/pictures/dashboard.png": (
+        "needs a browser, and writes where the page's picture is",
+        "tests/training/test_dashboard.py",
+    ),
     "make setup": ("it installs", "Makefile"),
     "make demo": ("it trains for a minute", "launch/demo.py"),
     "python -m crate_dist.doctor": ("it measures", "tests/doctor/test_doctor.py"),

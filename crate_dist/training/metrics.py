@@ -178,20 +178,20 @@ class Monitor:
             self._trackers.layers(name, values, step)
         self.pictures(step, pictures)
         self._append_line(step, layers)
-        self._trackers.picture("whitebox/layers_over_time", self._layers_over_time(layers), step)
+        self.pictures(step, self._over_time(layers))
         self._ledger.note("whitebox", step=step, seconds=seconds)
 
-    def _layers_over_time(self, names: Iterable[str]) -> Pixels:
+    def _over_time(self, names: Iterable[str]) -> dict[str, Pixels]:
         """Draws what all starts have measured, by their lines, which were taken away with the steps that are redone."""
         texts = [text for text in whole_lines(self._folder.metrics) if '"whitebox/' in text]
         lines = [line for text in texts if (line := _line(text)) is not None and line.keys() >= {*names}]
-        return layers_over_time(
-            [line["step"] for line in lines],
-            {
-                dashboard.MEASURES.get(name, name): np.array([line[name] for line in lines], dtype=float)
-                for name in names
-            },
-        )
+        steps = [line["step"] for line in lines]
+        return {
+            name.replace("/", "/over_time/", 1): layers_over_time(
+                dashboard.MEASURES.get(name, name), steps, np.array([line[name] for line in lines], dtype=float)
+            )
+            for name in names
+        }
 
     def knows(self, step: int, name: str) -> bool:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""

@@ -1,4 +1,4 @@
-"""Draws measures of all layers over the steps of a run: a panel for each measure, a colour for each layer.
+"""Draws a measure of all layers over the steps of a run, a colour for each layer.
 
 Plain pixels, as in pixels.py: it is drawn while a model trains.
 """
@@ -6,7 +6,7 @@ Plain pixels, as in pixels.py: it is drawn while a model trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +19,19 @@ Colour = tuple[int, int, int]
 
 SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (236, 196, 32))
 """Colours from the first layer to the last (matplotlib's "viridis", with an end that is seen on white)."""
-_COLUMNS, _PANEL, _LEGEND, _FINE = 3, (440, 250), 90, 2
+_WIDTH, _HEIGHT, _LEGEND, _FINE = 480, 300, 62, 2
 _MOST_POINTS = 400
 _GREY, _BLACK = (222, 222, 222), (40, 40, 40)
 
 
-def layers_over_time(steps: Sequence[int], measures: Mapping[str, Float]) -> Pixels:
-    """Draws each of the measures, title -> (steps, layers): uint8 (height, width, 3). What is not finite has a gap."""
-    layers = max(values.shape[1] for values in measures.values())
-    rows = -(-len(measures) // _COLUMNS)
-    width, height = _COLUMNS * _PANEL[0] + _LEGEND, rows * _PANEL[1]
-    sheet = Image.new("RGB", (width * _FINE, height * _FINE), "white")
+def layers_over_time(title: str, steps: Sequence[int], values: Float) -> Pixels:
+    """Draws a measure of all layers, (steps, layers), as uint8 (height, width, 3). What is not finite has a gap."""
+    sheet = Image.new("RGB", (_WIDTH * _FINE, _HEIGHT * _FINE), "white")
     draw = ImageDraw.Draw(sheet)
-    every = -(-len(steps) // _MOST_POINTS)
-    kept = np.arange(len(steps))[::-1][::every][::-1]  # the newest among them
-    for number, (title, values) in enumerate(measures.items()):
-        corner = (number % _COLUMNS) * _PANEL[0] * _FINE, (number // _COLUMNS) * _PANEL[1] * _FINE
-        _panel(draw, corner, title, np.asarray(steps)[kept], np.asarray(values, dtype=np.float64)[kept])
-    _legend(draw, _COLUMNS * _PANEL[0] * _FINE, layers)
-    return np.asarray(sheet.resize((width, height), Image.Resampling.BOX))
+    kept = np.arange(len(steps))[:: -max(1, -(-len(steps) // _MOST_POINTS))][::-1]  # the newest among them
+    _panel(draw, title, np.asarray(steps)[kept], np.asarray(values, dtype=np.float64)[kept])
+    _legend(draw, values.shape[1])
+    return np.asarray(sheet.resize((_WIDTH, _HEIGHT), Image.Resampling.BOX))
 
 
 def colour_of(layer: int, layers: int) -> Colour:
@@ -48,11 +42,10 @@ def colour_of(layer: int, layers: int) -> Colour:
     return red, green, blue
 
 
-def _panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, steps: Float, values: Float) -> None:
-    font = ImageFont.load_default(11 * _FINE)
-    (left, top), (width, height) = corner, (side * _FINE for side in _PANEL)
-    x0, x1, y0, y1 = left + 56 * _FINE, left + width - 14 * _FINE, top + height - 38 * _FINE, top + 26 * _FINE
-    draw.text(((x0 + x1) / 2, top + 6 * _FINE), title, _BLACK, font, anchor="mt")
+def _panel(draw: ImageDraw.ImageDraw, title: str, steps: Float, values: Float) -> None:
+    font = ImageFont.load_default(13 * _FINE)
+    x0, x1, y0, y1 = (side * _FINE for side in (56, _WIDTH - _LEGEND - 12, _HEIGHT - 40, 28))
+    draw.text(((x0 + x1) / 2, 6 * _FINE), title, _BLACK, font, anchor="mt")
     finite = values[np.isfinite(values)]
     if not finite.size:
         draw.text(((x0 + x1) / 2, (y0 + y1) / 2), "not finite", _BLACK, font, anchor="mm")
@@ -90,12 +83,13 @@ def _line(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colo
         draw.ellipse((x - 3 * _FINE, y - 3 * _FINE, x + 3 * _FINE, y + 3 * _FINE), colour)
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: int, layers: int) -> None:
-    font, below, step = ImageFont.load_default(11 * _FINE), 26 * _FINE, 17 * _FINE
-    for place, layer in enumerate(range(0, layers, -(-layers // 24))):
-        y = below + place * step
+def _legend(draw: ImageDraw.ImageDraw, layers: int) -> None:
+    font, left = ImageFont.load_default(12 * _FINE), (_WIDTH - _LEGEND) * _FINE
+    draw.text((left, 6 * _FINE), "layer", _BLACK, font, anchor="lt")
+    for place, layer in enumerate(range(0, layers, -(-layers // 16))):
+        y = (32 + 16 * place) * _FINE
         draw.line((left, y, left + 20 * _FINE, y), colour_of(layer, layers), 4 * _FINE)
-        draw.text((left + 26 * _FINE, y), f"layer {layer + 1}", _BLACK, font, anchor="lm")
+        draw.text((left + 26 * _FINE, y), str(layer + 1), _BLACK, font, anchor="lm")
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:

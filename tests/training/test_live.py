@@ -128,7 +128,7 @@ def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]
         "2 training/images/training": [1],
         "2 training/images/mistakes": [8],
         "6 white box/profile": [1, 3, 6],
-        "6 white box/layers_over_time": [1, 3, 6],
+        **{f"6 white box/over_time/{measure}": [1, 3, 6] for measure in MEASURES},
         "6 white box/attention_of_the_layers": [1, 3, 6],
         "6 white box/attention_of_the_last_layers_heads": [1, 3, 6],
     }
