@@ -122,7 +122,9 @@ class DataSection(Section):
     cache_gb: float = Field(
         64.0, gt=0, description="gigabytes of them that it keeps; twice what it reads at a time will do"
     )
-    workers: int = Field(8, ge=0, description="loader processes per rank")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="loader processes per rank; unset: one for each of its cores but one, at most 8"
+    )
     max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
 
     def find_root(self, given: Path | str | None = None) -> Path | str:

@@ -145,15 +145,17 @@ class RunFolder:
         except OSError as error:
             raise RecipeError(f"cannot see whether {self.path} holds a run: {error}") from error
 
-    def set_aside(self, check: Callable[[], None] = ALONE.check) -> None:
+    def set_aside(self, check: Callable[[], None] = ALONE.check) -> Path | None:
         """Moves all that the run has left to PATH.before-TIME, where nothing is lost. The caller holds the lock.
+
+        Returns that place; None: there was nothing.
 
         check: called before each move; raises LostTheRun when the lock is another's
         Raises RecipeError when it is no run, or when something cannot be moved.
         """
         there = {path.name for path in self.path.iterdir() if path.name[0] != "."} - {self.lock.name}
         if not there:
-            return
+            return None
         if not self.recipe_file.is_file() and not there <= set(_BEFORE_A_RUN):
             raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
         place = self.path.resolve()
@@ -166,6 +168,7 @@ class RunFolder:
                 (place / name).rename(aside / name)
         except OSError as error:
             raise RecipeError(f"cannot move {self.path} to {aside}: {error.strerror}") from error
+        return aside
 
     def make(self) -> None:
         """Creates the folder. Raises RecipeError when that cannot be."""

@@ -258,7 +258,8 @@ def test_starting_over_takes_a_flag_and_loses_nothing(undisturbed: tuple[list[ob
     with Training(arguments, world_size=1) as stopped:
         assert stopped.wait() == [1]
         assert "--start-over" in stopped.output()
-    train_to_the_end([*arguments, "--start-over"], world_size=1)
+    said = train_to_the_end([*arguments, "--start-over"], world_size=1)
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
     (before,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.before-"))
+    assert f"what stood in {tmp_path / 'run'} is in {before} now" in said
     assert list(losses(before)) == [1, 2, 3]
