@@ -256,12 +256,6 @@ class CheckpointSection(Section):
         return place.expanduser().absolute() if isinstance(place, Path) else place or None
 
 
-def _words(given: object) -> object:
-    """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
-    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
-    return tuple(dict.fromkeys(words)) if isinstance(words, list | tuple) else words
-
-
 def _short(steps: tuple[int, int]) -> tuple[int, int]:
     if not 0 <= steps[1] - steps[0] < _MOST_TRACED:
         raise ValueError(
@@ -269,6 +263,12 @@ def _short(steps: tuple[int, int]) -> tuple[int, int]:
             "[100, 105]"
         )
     return steps
+
+
+def _words(given: object) -> object:
+    """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
+    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+    return tuple(dict.fromkeys(words)) if isinstance(words, list | tuple) else words
 
 
 class LogSection(Section):

@@ -1,6 +1,6 @@
 """Measures the white box while it trains: what every layer does to a few images, always the same ones.
 
-In TensorBoard, under "whitebox" and as charts of all layers each under "Custom Scalars":
+In TensorBoard, layer by layer, as a picture over time, and as charts of all layers each under "Custom Scalars":
 
     coding_rate         R^c of what MSSA reads, nats              zeros          share of zeros after ISTA
     coding_rate_change  what MSSA makes of it, less what it read  dead_tokens    share of tokens that are all zero

@@ -257,6 +257,7 @@ class Trainer:
             raise out_of_memory(self.recipe, self.share.micro_batch, self.world.world_size, self.device) from error
         self.monitor.add(
             result.loss,
+            result.hits,
             result.grad_norm,
             lr,
             images=self.share.micro_batch * self.share.accumulation,

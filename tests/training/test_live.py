@@ -9,12 +9,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
@@ -22,6 +24,7 @@ from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
 from crate_dist.models.flops import forward_flops
+from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.live import Live, first_images
 from crate_dist.training.optim import Schedule
@@ -92,8 +95,8 @@ def test_every_layer_has_its_curves_at_the_same_steps_however_often_it_was_resum
     runs: dict[str, Path], name: str
 ) -> None:
     found = events(runs[name])
-    tags = {f"whitebox/{measure}/layer-{layer:02d}" for measure in MEASURES for layer in range(1, 5)}
-    assert {tag for tag in found.Tags()["scalars"] if tag.startswith("whitebox/")} == tags
+    tags = {f"9 layer by layer/{measure}/layer-{layer:02d}" for measure in MEASURES for layer in range(1, 5)}
+    assert {tag for tag in found.Tags()["scalars"] if "layer-" in tag} == tags
     for tag in tags:
         assert [event.step for event in found.Scalars(tag)] == [1, 3, 6]
     stored = [line for line in lines(runs[name]) if "whitebox/zeros" in line]
@@ -102,7 +105,7 @@ def test_every_layer_has_its_curves_at_the_same_steps_however_often_it_was_resum
         assert {key.removeprefix("whitebox/") for key in line if key.startswith("whitebox/")} == MEASURES
         assert all(0.2 < share < 0.9 for share in line["whitebox/zeros"])
         assert all(0 < norm < 100 for norm in line["whitebox/gradient_norm"])
-    shown = [event.value for event in found.Scalars("whitebox/coding_rate/layer-02")]
+    shown = [event.value for event in found.Scalars("9 layer by layer/coding_rate/layer-02")]
     assert shown == pytest.approx([line["whitebox/coding_rate"][1] for line in stored], rel=1e-6)
 
 
@@ -122,18 +125,61 @@ def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]
     found = events(runs["on"])
     steps = {tag: [picture.step for picture in found.Images(tag)] for tag in found.Tags()["images"]}
     assert steps == {
-        "samples/training": [1],
-        "samples/mistakes": [8],
-        "whitebox/profile": [1, 3, 6],
-        "whitebox/attention_of_the_layers": [1, 3, 6],
-        "whitebox/attention_of_the_last_layers_heads": [1, 3, 6],
+        "2 training/images/training": [1],
+        "2 training/images/mistakes": [8],
+        "6 white box/profile": [1, 3, 6],
+        **{f"6 white box/over_time/{measure}": [1, 3, 6] for measure in MEASURES},
+        "6 white box/attention_of_the_layers": [1, 3, 6],
+        "6 white box/attention_of_the_last_layers_heads": [1, 3, 6],
     }
     layout = layout_pb2.Layout()
     layout.ParseFromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    (category,) = layout.category
-    assert category.title == "white box, layer by layer"
-    assert len(category.chart) == len(MEASURES)
-    assert category.chart[0].multiline.tag[0] == r"whitebox/coding_rate/layer-\d+"
+    pairs, layers = layout.category
+    assert pairs.chart[0].multiline.tag[0] == "1 overview/Loss, train|1 overview/Loss, val"
+    assert layers.title == "white box, layer by layer"
+    assert len(layers.chart) == len(MEASURES)
+    assert layers.chart[0].multiline.tag[0] == r"9 layer by layer/coding_rate/layer-\d+"
+
+
+@pytest.mark.spawn
+def test_the_overview_comes_first_and_nothing_stands_outside_the_groups(runs: dict[str, Path]) -> None:
+    """Loss and top-1 lead it; the cards that the address pins are among it."""
+    found = events(runs["killed"])
+    tags = sorted(found.Tags()["scalars"] + found.Tags()["images"])
+    assert [tag for tag in tags if tag[1] != " " or not tag[0].isdigit()] == []
+    first = [f"1 overview/{name}" for name in ("Loss, train", "Loss, val", "Top-1, train", "Top-1, val")]
+    assert tags[:4] == first
+    assert all(0 <= event.value <= 100 for event in found.Scalars(first[2]))
+    query = parse_qs(urlsplit(address(RunFolder(runs["killed"]))).query)
+    assert query["smoothing"] == ["0"]
+    pinned = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
+    assert set(pinned) < set(tags)
+    shown = [(event.step, event.value) for event in found.Scalars("1 overview/restarts")]
+    assert (5, 1.0) in shown
+
+
+@pytest.mark.spawn
+def test_the_texts_are_the_recipe_the_environment_and_every_start(runs: dict[str, Path]) -> None:
+    found, folder = events(runs["killed"]), RunFolder(runs["killed"])
+    texts = {
+        name: found.Tensors(f"{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
+        for name in ("recipe", "environment", "starts")
+    }
+    assert f"| `optim.lr` | `{load_recipe(folder.recipe_file).optim.lr}` |" in texts["recipe"]
+    assert f"| torch | `{torch.__version__}` |" in texts["environment"]
+    rows = [line.split(" | ") for line in texts["starts"].splitlines()[2:]]
+    starts = folder.record.starts()
+    assert [row[1:3] for row in rows] == [[str(start["step"]), start["time"]] for start in starts]
+    assert rows[1][-1] == "told to stop |"
+
+
+@pytest.mark.spawn
+def test_settings_stand_where_tensorboard_compares_runs(runs: dict[str, Path]) -> None:
+    info = parse_session_start_info_plugin_data(
+        events(runs["on"]).SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    )
+    assert info.hparams["model.dropout"].number_value == 0.1
+    assert info.group_name == f"{runs['on'].parent.name}/on"
 
 
 @pytest.mark.spawn
