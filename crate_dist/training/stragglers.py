@@ -126,8 +126,8 @@ class Stragglers:
             named = max(sure, key=lost.__getitem__)
             slower, why = self._own_s[named] / max(own, 1e-9) - 1, "waits for data" if waits[named] else "computes"
             text = (
-                f"rank {named} on node {self._nodes[named]} is {slower:.0%} slower than the median for the last "
-                f"{self._in_a_row[named]} reports ({why}); it costs all ranks about {lost[named]:.0%} of their time"
+                f"rank {named} on node {self._nodes[named]} is {share(slower)} slower than the median for the last "
+                f"{self._in_a_row[named]} reports ({why}); it costs all ranks about {share(lost[named])} of their time"
             )
             others = Counter(self._nodes[rank] for rank in sure if rank != named)
             text += "".join(f"; slow as well: {count} of node {node}" for node, count in others.most_common(3))
