@@ -203,9 +203,7 @@ class Trainer:
         dist.barrier()
         self.monitor.close()
         self.mirroring.finish(exported=True)
-        best = self.progress
-        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
-        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
+        logger.info("complete at step %d", self.progress.step)
         return self.result(finished=True)
 
     def stop_early(self) -> TrainResult:
