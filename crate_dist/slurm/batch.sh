@@ -145,9 +145,11 @@ crate_note_progress() {
 
 # Sets crate_fault, what the ranks of this start say of why they ended, and crate_broken, the nodes of those that
 # show a broken device, or say that another node would do. Only names that SLURM has for this job's nodes are believed.
+# A rank that TERM has ended had not yet come to answer it: where no other has ended for a reason of its own, the step
+# was told to stop, which this script hears of only where SLURM tells it too.
 crate_look_at_logs() {
     local faults node kind said
-    faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" awk '
+    faults=$(start="$crate_restart.$crate_start:" device="$crate_device_fault" stopped="$crate_stopped" awk '
         FNR == 1 { mine = 0 }
         /^crate-dist start / { mine = ($3 == ENVIRON["start"]); rank = $5; node = $8; next }
         !mine || FILENAME in broken || /^[-0-9]+ [0-9:]+ W (replaced|left out of) / { next } # samples have the names that they have
@@ -156,13 +158,18 @@ crate_look_at_logs() {
         /^crate-dist fault: / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" substr($0, 19) }
         /^crate-dist lost: / && lost == "" { lost = "\tother\t" substr($0, 18) }
         /^[-0-9]+ [0-9:]+ C / && !(FILENAME in other) { other[FILENAME] = node "\tother\t" $0 }
-        /^srun: error: [^:]+: tasks? [-0-9,]+: / && !/Exited with/ && killed == "" { killed = "\tother\t" substr($0, 14) }
+        /^srun: error: [^:]+: tasks? [-0-9,]+: / {
+            if (!/Exited with/ && killed == "") killed = "\tother\t" substr($0, 14)
+            ends[/: Terminated$/ ? "told" : $NF == ENVIRON["stopped"] ? "stopped" : "else"]
+        }
         END {
-            for (file in broken) print broken[file]
-            for (file in other) if (!(file in broken)) print other[file]
+            for (file in broken) { print broken[file]; ends["else"] }
+            for (file in other) { if (!(file in broken)) print other[file]; ends["else"] }
             print killed
             print lost
+            if (("told" in ends) && !("else" in ends) && lost == "") print "\ttold\t"
         }' "$crate_logs"/*_log.out 2>/dev/null)
+    ! echo "$faults" | grep -q "^	told	" || crate_told_to_stop=yes
     crate_fault=$(echo "$faults" | grep -m 1 . | cut -f 3 | cut -c 1-1000)
     crate_broken=
     for node in $(crate_nodes); do

@@ -137,6 +137,23 @@ def test_a_rank_that_was_killed_is_named_where_no_rank_says_a_fault(tmp_path: Pa
     assert batch(tmp_path, 'crate_look_at_logs; echo "$crate_fault"') == "n2: task 1: Killed"
 
 
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        (["n2: task 1: Terminated", f"n1: task 0: Exited with exit code {STOPPED}"], "yes"),
+        (["n1: tasks 0-1: Terminated"], "yes"),
+        ([f"n1: tasks 0-1: Exited with exit code {STOPPED}"], "no"),  # by its status
+        (["n2: task 1: Terminated", f"n1: task 0: Exited with exit code {TRY_AGAIN}"], "no"),
+        (["n2: task 1: Terminated", "n1: task 0: Killed"], "no"),
+    ],
+)
+def test_ranks_told_to_stop_before_they_could_answer_were_told(ends: list[str], told: str, tmp_path: Path) -> None:
+    (logs := tmp_path / "logs" / "7").mkdir(parents=True)
+    lines = ["crate-dist start 2.1: on n[1-2]", *(f"srun: error: {end}" for end in ends)]
+    (logs / "7_0_log.out").write_text("\n".join(lines) + "\n")
+    assert batch(tmp_path, "crate_look_at_logs; echo $crate_told_to_stop") == told
+
+
 def test_the_fault_that_is_named_is_not_that_of_a_rank_which_lost_another(tmp_path: Path) -> None:
     logs = tmp_path / "logs" / "7"
     logs.mkdir(parents=True)
