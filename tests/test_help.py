@@ -17,8 +17,8 @@ SUBCOMMANDS = {
     "crate_dist.models.weights": ("describe", "convert"),
     "launch/status.py": ("list", "results", "logs", "stop", "resume"),
 }
-MEASURES = "benchmarks/"
-"""Begins the programs that import what they measure."""
+MEASURES = ("benchmarks/", "crate_dist.evaluate", "crate_dist.figures", "crate_dist.models.weights", "crate_dist.probe")
+"""Begin the programs that import first what they measure with."""
 
 ALL = """
 import contextlib, io, json, os, runpy, sys
