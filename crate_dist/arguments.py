@@ -24,6 +24,9 @@ class Parser(argparse.ArgumentParser):
     elsewhere: Callable[[str, str], str] = staticmethod(lambda option, value: "")
     """Says how an option of another program, with its value, is given here; empty: it is none of its options."""
 
+    passes_on = False
+    """Whether options that the program does not have may be another program's, for parse_known_args."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
         self.given: Sequence[str] = ()
@@ -55,6 +58,7 @@ class Parser(argparse.ArgumentParser):
             and not text[1:2].isdecimal()
             and text.partition("=")[0] not in known
             and text.strip("-")
+            and not self.passes_on
         ]
         lines = [self._explain(number, text, known) for number, text in unknown]
         message = re.sub(r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2: give one of them", message)

@@ -181,6 +181,7 @@ def _executor(arguments: argparse.Namespace, out: Path, site: Site) -> Executor:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
+    parser.passes_on = True
     parser.add_argument("--converter", choices=CONVERTERS, default="imagenet", help="program of data_prep [imagenet]")
     parser.add_argument("--source", type=Path, metavar="DIR", help="what is converted, as the converter takes it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
