@@ -20,6 +20,7 @@ ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "cra
 Compile = Literal["auto"] | bool
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
 
@@ -118,7 +119,9 @@ class DataSection(Section):
     cache_gb: float = Field(
         64.0, gt=0, description="gigabytes of them that it keeps; twice what it reads at a time will do"
     )
-    workers: int = Field(8, ge=0, description="loader processes per rank")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="loader processes per rank; unset: one for each of its cores but one, at most 8"
+    )
     max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
 
     def find_root(self, given: Path | str | None = None) -> Path | str:
@@ -250,9 +253,18 @@ class CheckpointSection(Section):
         return place.expanduser().absolute() if isinstance(place, Path) else place or None
 
 
-class LogSection(Section):
-    """The measurements, and the steps between them."""
+def _words(given: object) -> object:
+    """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
+    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+    return tuple(dict.fromkeys(words)) if isinstance(words, list | tuple) else words
 
+
+class LogSection(Section):
+    """The measurements, where they are shown, and the steps between them."""
+
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(_words)] = Field(
+        ("tensorboard",), description="what shows the curves; wandb: pip install 'crate-dist[wandb]' and `wandb login`"
+    )
     every_steps: Positive = Field(20, description="steps between lines of the log and points of the curves")
     eval_every_epochs: Positive = Field(1, description="epochs between evaluations of the whole validation split")
     whitebox_every_steps: int = Field(

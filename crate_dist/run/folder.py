@@ -6,6 +6,7 @@ run.json             the code's version, each start of the run, the weights that
 checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
 tensorboard/         event files
+wandb/               what Weights & Biases has of the run, or is to get; see training/wandb_run.py
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
 ledger.jsonl         the time, by what it was spent on: a line per start, report, evaluation and save
@@ -51,6 +52,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.published = published_file(self.checkpoints)
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.ledger = path / "ledger.jsonl"
@@ -128,15 +130,17 @@ class RunFolder:
         except OSError as error:
             raise RecipeError(f"cannot see whether {self.path} holds a run: {error}") from error
 
-    def set_aside(self, check: Callable[[], None] = ALONE.check) -> None:
+    def set_aside(self, check: Callable[[], None] = ALONE.check) -> Path | None:
         """Moves all that the run has left to PATH.before-TIME, where nothing is lost. The caller holds the lock.
+
+        Returns that place; None: there was nothing.
 
         check: called before each move; raises LostTheRun when the lock is another's
         Raises RecipeError when it is no run, or when something cannot be moved.
         """
         there = {path.name for path in self.path.iterdir() if path.name[0] != "."} - {self.lock.name}
         if not there:
-            return
+            return None
         if not self.recipe_file.is_file() and not there <= set(_BEFORE_A_RUN):
             raise RecipeError(f"{self.path} is no run folder: --start-over sets only runs aside")
         place = self.path.resolve()
@@ -149,6 +153,7 @@ class RunFolder:
                 (place / name).rename(aside / name)
         except OSError as error:
             raise RecipeError(f"cannot move {self.path} to {aside}: {error.strerror}") from error
+        return aside
 
     def make(self) -> None:
         """Creates the folder. Raises RecipeError when that cannot be."""
@@ -184,7 +189,7 @@ class RunFolder:
     def _put_failed_starts_aside(self, check: Callable[[], None]) -> None:
         aside = self.path / f"failed-start-{_stamp()}"
         aside.mkdir()
-        for path in (self.record_file, self.tensorboard, self.metrics, self.ledger, self.recipe_file):
+        for path in (self.record_file, self.tensorboard, self.wandb, self.metrics, self.ledger, self.recipe_file):
             if path.exists():
                 check()
                 path.rename(aside / path.name)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
+from crate_dist.data.workers import workers_of_rank
 from crate_dist.training.optim import Schedule
 from crate_dist.world import World
 
@@ -98,5 +99,5 @@ class Console:
                 100 * fraction,
                 len(os.sched_getaffinity(0)),
                 self._world.local_world_size,
-                self._recipe.data.workers,
+                workers_of_rank(self._recipe.data.workers, self._world.cores),
             )

@@ -31,7 +31,8 @@ from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
-from crate_dist.training.trackers import Trackers
+from crate_dist.training.trackers import Tracker, Trackers
+from crate_dist.training.wandb_run import WandbRun
 from crate_dist.world import World, node_name
 
 logger = logging.getLogger(__name__)
@@ -191,9 +192,15 @@ class Monitor:
         _truncate_lines(self._folder.metrics, step, self._tenure.check)
         self._lines = AppendedFile(self._folder.metrics, self._tenure.check)
         purge_step = step + 1 if restarts else None
-        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
-        curves.charts(CHARTS, step)
-        self._trackers = Trackers([curves])
+        trackers: list[Tracker] = []
+        if "tensorboard" in self._recipe.log.trackers:
+            curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
+            curves.charts(CHARTS, step)
+            trackers.append(curves)
+        if "wandb" in self._recipe.log.trackers:
+            lines = filter(None, map(_line, whole_lines(self._folder.metrics)))
+            trackers.append(WandbRun(self._folder, self._recipe, lines, self._tenure.check))
+        self._trackers = Trackers(trackers)
         if not restarts:
             self._trackers.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
         else:

@@ -25,6 +25,7 @@ from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transfo
 from crate_dist.data.order import Order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
+from crate_dist.data.workers import workers_of_rank
 from crate_dist.distributed import Left, gather_objects
 from crate_dist.evaluation.accuracy import evaluate
 from crate_dist.models.build import build_model
@@ -89,6 +90,7 @@ class Trainer:
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
+        self.workers = workers_of_rank(recipe.data.workers, world.cores)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         startup.mark("checkpoint and index")
         watchdog.beat("building the engine", COMPILING)
@@ -131,7 +133,7 @@ class Trainer:
         self.heed_request()
         if not self.catch_up():
             return self.stop_early()
-        feed, told_to_stop = Feed(self.loader(self.recipe.data.workers), self.device), False
+        feed, told_to_stop = Feed(self.loader(self.workers), self.device), False
         while self.progress.step < self.last_step and not told_to_stop:
             self.take_step(feed)
             if self.reporting_is_due() or self.live.is_due(self.progress.step):
@@ -166,6 +168,12 @@ class Trainer:
             self.progress.step,
             self.last_step,
         )
+        if self.workers > self.world.cores and self.world.is_main:
+            logger.warning(
+                "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
+                "data.workers there are %d",
+                *(self.workers, self.world.cores, workers_of_rank(None, self.world.cores)),
+            )
 
     def heed_request(self) -> None:
         """Takes a request to stop, which rank 0 finds in the run folder, for a signal."""
@@ -308,7 +316,7 @@ class Trainer:
             self.world.world_size,
             eval_transform(self.recipe.images, self.recipe.model.image_size),
             self.recipe.train.micro_batch,
-            self.recipe.data.workers,
+            self.workers,
         )
         began = time.perf_counter()
 
@@ -340,7 +348,8 @@ class Trainer:
         self.monitor.flush()
         state, about = self.engine.state(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
-        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, **data))
+        names = list(self.train_index.class_names)
+        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, class_names=names, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:

@@ -61,15 +61,13 @@ def lit(image: Pixels, values: Float) -> Pixels:
 
 
 def masked(image: Pixels, masks: Sequence[NDArray[np.bool_]]) -> Pixels:
-    """Shows a picture, grey and dim but for its objects, each with a tint and an edge; masks of any coarser grid."""
+    """Shows a picture, grey and dim but for its objects, each with a tint; masks of any coarser grid."""
     grey = image.mean(axis=2, keepdims=True) * 0.35 + 20
     shown = np.repeat(grey, 3, axis=2)
     for number, mask in enumerate(masks):
         tint = np.array(OBJECTS[number % len(OBJECTS)], dtype=np.float64)
         inside = enlarged(mask, image.shape[:2])
         shown[inside] = 0.62 * image[inside] + 0.38 * tint
-        edge = inside & ~_eroded(inside, max(1, min(image.shape[:2]) // 112))
-        shown[edge] = tint
     return shown.clip(0, 255).astype(np.uint8)
 
 
@@ -141,23 +139,15 @@ def _curve(
     )
     draw.polygon([*above, *reversed(below)], tint)
     draw.line(middle, colour, 2 * thin)
-    for (x, y), (_, top), (_, bottom) in zip(middle, above, below, strict=True):
-        draw.line((x, top, x, bottom), colour, thin)
+    for x, y in middle:
         draw.ellipse((x - 3 * unit, y - 3 * unit, x + 3 * unit, y + 3 * unit), colour)
     draw.line((x0, y1, x0, y0, x1, y0), "black", thin)
     draw.text(((x0 + x1) / 2, 6 * unit), title, "black", font, anchor="mt")
-    draw.text(((x0 + x1) / 2, (height - 5) * unit), "layer", "black", font, anchor="mb")
+    axis = "layer; band: ± 1 standard deviation over the images"
+    draw.text(((x0 + x1) / 2, (height - 5) * unit), axis, "black", font, anchor="mb")
 
 
 def _round_step(extent: float) -> float:
     """Returns 1, 2 or 5 times a power of ten, such that three to eight of them are the extent."""
     power = 10.0 ** math.floor(math.log10(extent))
     return next(factor * power for factor in (2, 1, 0.5, 0.2) if extent / (factor * power) >= 3)
-
-
-def _eroded(mask: NDArray[np.bool_], pixels_: int) -> NDArray[np.bool_]:
-    inner = mask.copy()
-    for axis in (0, 1):
-        for shift in (pixels_, -pixels_):
-            inner &= np.roll(mask, shift, axis)
-    return inner
