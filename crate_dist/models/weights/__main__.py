@@ -1,7 +1,10 @@
-"""Describes and converts files of weights; read.py and write.py say which.
+"""Describes and converts files of weights.
 
-python -m crate_dist.models.weights describe FILE
-python -m crate_dist.models.weights convert IN OUT --to reference
+    python -m crate_dist.models.weights describe model-best.pt
+    python -m crate_dist.models.weights convert model-best.pt crate_b.pth.tar --to reference
+
+A file is an export of crate-dist's, safetensors, a checkpoint of the published code (.pth.tar, with or without
+"module."), or a bare state dict. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -97,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command: describe or convert a file of weights."""
     parser = Parser(
         prog="python -m crate_dist.models.weights",
-        description="Describe and convert weights of CRATE: crate-dist's exports, safetensors, the published code's "
-        "checkpoints (.pth.tar, with or without 'module.'), and bare state dicts. Nothing in a file is executed.",
+        description=__doc__,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="describe | convert")
     show = commands.add_parser("describe", help="print what a file holds")
