@@ -32,7 +32,7 @@ def slowed(owner, name, first):
     setattr(owner, name, slow)
 
 if os.environ["RANK"] == "1":
-    slowed(Engine, "loss", 0)
+    slowed(Engine, "criterion", 0)
 if os.environ["RANK"] == "2":
     slowed(TrainLoader, "__next__", {STEPS_EACH})
 sys.exit(train.main(sys.argv[1:]))
