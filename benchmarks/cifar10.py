@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     source = option("--source", type=Path, required=True, metavar="DIR", help="class folders of JPEGs")
     count = option("--steps", type=int, default=500, metavar="N", help="[%(default)s]")
     resize = option("--filter", choices=list(FILTERS), default="bilinear", help="of its resize [its own: %(default)s]")
-    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here")
+    figure = option("--figure", type=Path, metavar="FILE", help="draw the curves here, as .png, .pdf or .svg")
     for step, parents in {
         prepare: [recipe, source],
         equal: [recipe, reference, count, measuring.JSON],
@@ -170,7 +170,7 @@ def compare(recipe: Recipe, reference: Path, steps: int, device: torch.device) -
 
     train_index, val_index = open_splits(recipe)
     assert val_index is not None
-    batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers
+    batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers or 0
     schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
     order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
     transform = train_transform(recipe.augment, recipe.images, side)

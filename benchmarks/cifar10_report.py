@@ -11,8 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from measuring import print_table
 from scipy import stats
+
+from crate_dist.figures.charts import Line, Panel, charts
+from crate_dist.figures.sheet import Sheet
 
 NAMES = {
     "ours": "crate-dist",
@@ -26,6 +30,8 @@ GROUPS = {
     "five other classes": ("tuned", "scratch"),
 }
 """In each, the first is compared with each of the others."""
+_STYLES = (0, 1, 10)
+"""The third lies on the first, and is dashed."""
 Runs = dict[str, dict[int, float]]
 """Top-1 by seed and step."""
 
@@ -127,28 +133,18 @@ def print_equal(found: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws the curves side by side: a line for each seed, a thick one for their mean."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    looks = (("tab:blue", "-"), ("tab:orange", "-"), ("tab:green", "--"))
-    panels = {title: [name for name in names if name in result["runs"]] for title, names in GROUPS.items()}
-    panels = {title: names for title, names in panels.items() if names}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False)
-    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
-        for name, (colour, line) in zip(names, looks, strict=False):
-            runs: Runs = result["runs"][name]
-            for run in runs.values():
-                axis.plot(run.keys(), run.values(), color=colour, linewidth=0.6, alpha=0.6)
+    """Draws the curves side by side: a thin line for each seed, a thick one for their mean."""
+    panels = []
+    for title, names in GROUPS.items():
+        lines = []
+        for name, style in zip(names, _STYLES, strict=False):
+            runs: Runs = result["runs"].get(name, {})
             steps = [step for step in steps_of([runs]) if len(values(runs, step)) == len(runs)]
-            means = [statistics.mean(values(runs, step)) for step in steps]
-            style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "color": colour, "linestyle": line}
-            axis.plot(steps, means, label=f"{NAMES[name]} ({len(runs)} seeds)", **style)
-        axis.set(title=title, xlabel="step", ylabel="top-1 on the test images, %")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            x, means = np.array(steps, float), np.array([statistics.mean(values(runs, step)) for step in steps])
+            each = [(np.array(list(run), float), np.array(list(run.values()))) for run in runs.values()]
+            lines.append(Line(f"{NAMES[name]}, mean of {len(runs)} seeds", x, means, each=each, style=style))
+        lines = [line for line in lines if line.each]
+        if lines:
+            panels.append(Panel("step", "top-1 on the test images [%]", lines, title, each_label="one seed"))
+    sheet = Sheet(path.parent, (path.suffix.removeprefix("."),))
+    sheet.save(charts(sheet, panels), path.stem)

@@ -51,7 +51,7 @@ def train_epochs(
     source: class folders of JPEGs; filter_name: of the crop's resize; label: before each line that it prints.
     Raises RecipeError as seeded_loop does.
     """
-    size, batch, workers = recipe.model.image_size, recipe.train.global_batch, recipe.data.workers
+    size, batch, workers = recipe.model.image_size, recipe.train.global_batch, recipe.data.workers or 0
     normalise, short_side, resampling = (
         Normalise(recipe.images),
         round(size / recipe.images.eval_crop),

@@ -2,9 +2,11 @@
 
     python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards
     python -m crate_dist.evaluate runs/crate_base --worst 20 --confusions 20 --json evaluation.json
+    python -m crate_dist.evaluate runs/crate_base --real real.json --also /data/imagenet-a /data/imagenet-c
 
 takes a run folder (its newest checkpoint), one of its checkpoints, or a file of weights: an export of ours or a
-checkpoint of the published code. Under torchrun or srun the ranks share the work.
+checkpoint of the published code. Under torchrun or srun the ranks share the work. Data are shards, or images in class
+folders as ImageNet-V2, -A, -R, -Sketch and -C are published.
 
 Data with other classes than the model's, in names or order, are matched by name where the model knows all of them, and
 these classes alone compete, as is usual for ImageNet-A and -R; --all-classes lets all of the model's.
@@ -13,25 +15,23 @@ these classes alone compete, as is usual for ImageNet-A and -R; --all-classes le
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from crate_dist.arguments import Parser, positive
 from crate_dist.checkpoint.trained import Trained, load_trained
-from crate_dist.data.index import ShardIndex
-from crate_dist.data.splits import open_split
+from crate_dist.data.folder import ImageFolder, Indexed
 from crate_dist.distributed import exit_at_once
-from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, Evaluation, class_text, evaluate
-from crate_dist.evaluation.matching import Matching, match_classes
+from crate_dist.evaluation.accuracy import ClassCounts, Evaluation, Tally, evaluate
+from crate_dist.evaluation.calibration import Calibrator
+from crate_dist.evaluation.corruptions import HEADING, Corrupted, Corruptions
 from crate_dist.evaluation.on_ranks import (
     CannotMeasure,
     Frozen,
@@ -39,61 +39,152 @@ from crate_dist.evaluation.on_ranks import (
     check_output,
     run_on_ranks,
 )
+from crate_dist.evaluation.real import RealCounts, RealLabels
+from crate_dist.evaluation.report import (
+    CorruptedOutcome,
+    Outcome,
+    class_lines,
+    confusion_lines,
+    reliability_lines,
+    summary,
+    write_classes,
+)
+from crate_dist.evaluation.sets import EvalSet, open_sets
+from crate_dist.evaluation.throughput import Throughput, measure_throughput
 from crate_dist.files import write_whole
+from crate_dist.locations import location
 from crate_dist.world import World
-
-_NAMED = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluates one model on one split, as the command line says."""
+    """Evaluates one model on one data set or several, as the command line says."""
     parser = Parser(prog="python -m crate_dist.evaluate", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
+    parser.add_argument(
+        "--also",
+        type=location,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="more data sets, for one table with --data: shards, or class folders as ImageNet-V2, -A, -R, -Sketch and "
+        "-C have them",
+    )
+    parser.add_argument(
+        "--real", type=Path, metavar="FILE", help="real.json: the accuracy on ImageNet's ReaL labels, too"
+    )
     parser.add_argument(
         "--all-classes", action="store_true", help="where the data have fewer classes, let all of the model's compete"
     )
     parser.add_argument(
         "--max-bad-fraction", type=float, metavar="X", help="of the samples may be unreadable [as in training]"
     )
-    shown = parser.add_argument_group("class by class")
+    parser.add_argument(
+        "--throughput", action="store_true", help="also time the model alone, with and without torch.compile"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be evaluated, and evaluate nothing")
+    shown = parser.add_argument_group("more of what is found on --data")
     shown.add_argument("--per-class", action="store_true", help="print a line for every class, the worst first")
     shown.add_argument("--worst", type=positive, metavar="N", help="print those of the N worst classes alone")
     shown.add_argument("--confusions", type=positive, metavar="N", help="print the N most frequent confusions")
+    shown.add_argument("--reliability", action="store_true", help="print accuracy by confidence, for the calibration")
     shown.add_argument("--csv", type=Path, metavar="FILE", help="write the table of classes there")
     arguments = parser.parse_args(argv)
 
-    def prepare() -> tuple[Trained, ShardIndex, Matching]:
+    def prepare() -> _Prepared:
         check_output(arguments.json)
         check_output(arguments.csv)
         trained = load_trained(arguments.model, arguments.heads)
-        index = open_split(arguments.data, arguments.split, trained.data)
-        if not index.num_samples:
-            raise CannotMeasure(f"{index.place} has no samples")
-        return trained, index, match_classes(trained, index, arguments.all_classes)
+        sets = open_sets(arguments.data, arguments.also, arguments.split, trained, arguments.all_classes)
+        return trained, sets, RealLabels.read(arguments.real, sets[0].index) if arguments.real else None
 
-    def work(prepared: tuple[Trained, ShardIndex, Matching], world: World, device: torch.device) -> None:
-        trained, index, matching = prepared
-        model = Frozen.place(trained, arguments, world, device)
-        tally = ClassCounts(index.num_classes, device)
-
-        def predict(images: torch.Tensor) -> torch.Tensor:
-            return matching.select(model.logits(images))
-
-        dist.barrier()
-        began = time.perf_counter()
-        result = evaluate(predict, model.batches(index, arguments.split), device, tally)
-        seconds = time.perf_counter() - began
-        asked = arguments.max_bad_fraction
-        _check(result, index, trained.data.max_bad_fraction if asked is None else asked)
-        by_class = tally.total()
-        if world.is_main:
-            _report(arguments, trained, index, matching, world, result, by_class, seconds)
-
-    return run_on_ranks(prepare, work)
+    return run_on_ranks(prepare, lambda prepared, world, device: _work(arguments, prepared, world, device))
 
 
-def _check(result: Evaluation, index: ShardIndex, max_bad_fraction: float) -> None:
+_Prepared = tuple[Trained, list[EvalSet], RealLabels | None]
+_Say = Callable[[str], object]
+
+
+def _work(arguments: argparse.Namespace, prepared: _Prepared, world: World, device: torch.device) -> None:
+    trained, sets, real = prepared
+    say: _Say = print if world.is_main else len
+    if arguments.dry_run:
+        for one in sets:
+            say(one.describe())
+        return
+    model = Frozen.place(trained, arguments, world, device)
+    if arguments.max_bad_fraction is None:
+        arguments.max_bad_fraction = trained.data.max_bad_fraction
+    outcomes: list[Outcome | CorruptedOutcome] = []
+    told = ""
+    for one in sets:
+        if one.corruptions:
+            outcomes.append(_evaluate_corrupted(model, one, one.corruptions, arguments.max_bad_fraction, say))
+        else:
+            outcome = _evaluate(model, one, arguments.max_bad_fraction, None if outcomes else real)
+            lines = outcome.lines(model.name, world.world_size, told)
+            for line in lines if outcomes else [*lines, *_more(arguments, outcome)]:
+                say(line)
+            outcomes.append(outcome)
+        told = one.matching.describe()
+        _write(arguments, model, outcomes, None)  # what takes hours may end before its time
+    for line in summary(outcomes) if len(outcomes) > 1 else ():
+        say(line)
+    if arguments.throughput:
+        from crate_dist.training.compiling import compile_model  # torch's compiler takes its time to import
+
+        speed = measure_throughput(model, lambda once: compile_model(model.model, once, device))
+        say(speed.describe())
+        _write(arguments, model, outcomes, speed)
+
+
+def _evaluate(model: Frozen, asked: EvalSet, max_bad_fraction: float, real: RealLabels | None) -> Outcome:
+    """Evaluates on one data set. A collective."""
+    index, matching = asked.index, asked.matching
+    classes, calibrator = ClassCounts(index.num_classes, model.device), Calibrator(model.device)
+    tallies: list[Tally] = [classes, calibrator]
+    real_counts = RealCounts(real, index) if real else None
+    if real_counts:
+        tallies.append(real_counts)
+    dist.barrier()
+    began = time.perf_counter()
+    result = evaluate(
+        lambda images: matching.select(model.logits(images)), model.batches(index, asked.name), model.device, tallies
+    )
+    seconds = time.perf_counter() - began
+    _check(result, index, max_bad_fraction)
+    found = real_counts.total() if real_counts else None
+    return Outcome(asked, result, calibrator.total(), classes.total(), found, seconds)
+
+
+def _evaluate_corrupted(
+    model: Frozen, asked: EvalSet, corruptions: Corruptions, max_bad_fraction: float, say: _Say
+) -> CorruptedOutcome:
+    """Evaluates on every severity of every corruption, and says what each does. A collective."""
+    results: dict[str, dict[int, Evaluation]] = {}
+    corrupted = Corrupted(results)
+    say(f"{model.name} on {corruptions.root}:")
+    if words := asked.matching.describe():
+        say(words)
+    say(HEADING)
+    began, done = time.perf_counter(), 0
+    for name, severities in corruptions.folders.items():
+        results[name] = {}
+        for severity, folder in severities.items():
+            index, done = ImageFolder.load(folder), done + 1
+            if index.classes != asked.index.classes:
+                raise CannotMeasure(f"{folder} does not have the classes of {asked.index.place}: it is incomplete")
+            batches = model.batches(index, f"{name} {severity} ({done}/{len(corruptions)})", cropped=True)
+            result = evaluate(lambda images: asked.matching.select(model.logits(images)), batches, model.device)
+            _check(result, index, max_bad_fraction)
+            results[name][severity] = result
+        say(corrupted.row(name))
+    for line in corrupted.last_rows():
+        say(line)
+    return CorruptedOutcome(asked, corrupted, time.perf_counter() - began)
+
+
+def _check(result: Evaluation, index: Indexed, max_bad_fraction: float) -> None:
     if problem := result.problem(max_bad_fraction):
         raise CannotMeasure(f"{index.place}: {problem}; --max-bad-fraction, now {max_bad_fraction}, lets more pass")
     if not math.isfinite(result.loss):
@@ -103,63 +194,33 @@ def _check(result: Evaluation, index: ShardIndex, max_bad_fraction: float) -> No
         )
 
 
-def _report(
-    arguments: argparse.Namespace,
-    trained: Trained,
-    index: ShardIndex,
-    matching: Matching,
-    world: World,
-    result: Evaluation,
-    by_class: ClassAccuracies,
-    seconds: float,
-) -> None:
-    """Prints and writes the result. seconds: of the whole pass, the start of the loader's workers among them."""
-    rate = result.samples / seconds
-    print(  # noqa: T201
-        f"{trained.name} on {index.place}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
-        f"loss {result.loss:.4f}, {result.samples:,} samples"
-        + f"; {rate:,.0f} images/s"
-        + (f", {rate / world.world_size:,.0f} on each of {world.world_size} ranks" if world.world_size > 1 else "")
-    )
-    if result.unreadable:
-        total, named = result.samples + result.unreadable, [f"{item.key} of {item.shard}" for item in result.bad]
-        which = ", ".join(named[:_NAMED]) + (", …" if len(named) > _NAMED else "")
-        print(f"{result.unreadable:,} of {total:,} samples could not be read and do not count: {which}")  # noqa: T201
-    if words := matching.describe():
-        print(words)  # noqa: T201
-    records = by_class.records(matching.classes, matching.names)
-    if arguments.per_class or arguments.worst:
-        _print_classes(index, [records[label] for label in by_class.worst_first()[: arguments.worst]])
-        if absent := int((by_class.samples == 0).sum()):
-            print(f"{absent} more classes have no sample in this split")  # noqa: T201
+def _more(arguments: argparse.Namespace, outcome: Outcome) -> list[str]:
+    """Returns the tables that were asked for of the first data set."""
+    lines = class_lines(outcome, arguments.worst) if arguments.per_class or arguments.worst else []
     if arguments.confusions:
-        _print_confusions(by_class.confusions(matching.classes, matching.names, arguments.confusions))
-    if arguments.csv is not None:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        write_whole(arguments.csv, table.getvalue())
+        lines += confusion_lines(outcome, arguments.confusions)
+    if arguments.reliability:
+        lines += reliability_lines(outcome.calibration)
+    return lines
+
+
+def _write(
+    arguments: argparse.Namespace,
+    model: Frozen,
+    outcomes: Sequence[Outcome | CorruptedOutcome],
+    speed: Throughput | None,
+) -> None:
+    """Writes on rank 0 what is known by now; the first data set's numbers stand at the top of the JSON."""
+    if not model.world.is_main:
+        return
+    first = outcomes[0]
+    if arguments.csv is not None and isinstance(first, Outcome):
+        write_classes(arguments.csv, first)
     if arguments.json is not None:
-        whole: dict[str, Any] = {"model": trained.name, "data": str(index.place), **asdict(result)}
-        whole["bad"] = [item._asdict() for item in result.bad]
-        whole |= {"seconds": seconds, "images_per_s": rate, "ranks": world.world_size}
-        whole |= {"matched_by": matching.by, "competing": matching.competing, "model_classes": matching.outputs}
-        whole |= {"classes": records, "confusions": by_class.confusions(matching.classes, matching.names)}
+        first_record, *others = [outcome.record() for outcome in outcomes]
+        whole = {"model": model.name, **first_record, "ranks": model.world.world_size, "also": others}
+        whole["throughput"] = asdict(speed) if speed else None
         write_whole(arguments.json, json.dumps(whole, indent=1) + "\n")
-
-
-def _print_classes(index: ShardIndex, records: list[dict[str, Any]]) -> None:
-    print("\n   top-1     top-5  samples  class")  # noqa: T201
-    for record in records:
-        text = class_text(index.classes, index.class_names, record["label"])
-        print(f"{record['top1']:6.2f} %  {record['top5']:6.2f} %  {record['samples']:7,}  {text}")  # noqa: T201
-
-
-def _print_confusions(confusions: list[dict[str, Any]]) -> None:
-    print("\n  times  of the class  true -> predicted")  # noqa: T201
-    for item in confusions:
-        print(f"{item['count']:7,}  {item['share']:10.2f} %  {item['true']} -> {item['predicted']}")  # noqa: T201
 
 
 if __name__ == "__main__":

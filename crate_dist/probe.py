@@ -74,12 +74,6 @@ def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
     for split in (train, val):
         if not split.num_samples:
             raise CannotMeasure(f"{split.place} has no samples")
-    if arguments.probe == "knn" and max(arguments.k) > train.num_samples:
-        fitting = [str(k) for k in arguments.k if k <= train.num_samples] or [str(train.num_samples)]
-        raise CannotMeasure(
-            f"{max(arguments.k)} neighbours are asked for, {train.place} has only {train.num_samples} samples; "
-            f"--k {' '.join(fitting)} would do"
-        )
     return ProbeInputs(
         trained, train, val, find_layer(arguments.layer, trained.model.config.depth), _pool(arguments, trained)
     )
@@ -111,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
         command.add_argument("--layer", type=int, metavar="N", help="whose tokens, counted from 1; -1: the last [-1]")
         command.add_argument("--pool", choices=["cls", "mean"], help="the feature of an image [as the model's head]")
-    near.add_argument("--k", type=positive, nargs="+", default=list(KS), metavar="N", help="neighbours [10 20 100 200]")
+    near.add_argument(
+        "--k", type=positive, nargs="+", default=list(KS), metavar="N", help="neighbours, or all [10 20 100 200]"
+    )
     near.add_argument(
         "--temperature", type=_above_zero, default=knn.TEMPERATURE, metavar="T", help="of their votes [%(default)s]"
     )
@@ -145,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure_knn(
     arguments: argparse.Namespace, train: Features, val: Features, asked: ProbeInputs, model: Frozen
 ) -> dict[str, Any]:
-    ks = sorted(set(arguments.k))
+    ks = sorted({min(k, train.total) for k in arguments.k})
     results = knn.classify(train, val, ks, arguments.temperature, _bar("neighbours", model))
     return {"temperature": arguments.temperature, "results": [asdict(result) for result in results]}
 
@@ -170,7 +166,7 @@ def _report(path: Path | None, asked: ProbeInputs, train: Features, val: Feature
         f"from the {train.total:,} samples of {asked.train.place} on the {val.total:,} of {asked.val.place}"
         + (f", {replaced} replaced" if replaced else "")
     )
-    for line in _knn_lines(measured) if measured["probe"] == "knn" else _linear_lines(measured):
+    for line in _knn_lines(measured, train.total) if measured["probe"] == "knn" else _linear_lines(measured):
         print(line)  # noqa: T201
     if path is not None:
         about = {
@@ -186,9 +182,10 @@ def _report(path: Path | None, asked: ProbeInputs, train: Features, val: Feature
         write_whole(path, json.dumps({**about, **measured}, indent=1) + "\n")
 
 
-def _knn_lines(measured: dict[str, Any]) -> list[str]:
+def _knn_lines(measured: dict[str, Any], most: int) -> list[str]:
     return [
         f"  {result['k']:>4}-NN: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+        + (", k being all there are" if result["k"] == most else "")
         for result in measured["results"]
     ]
 

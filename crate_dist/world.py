@@ -31,6 +31,13 @@ class World:
         return {name: str(getattr(self, name.lower())) for name in VARIABLES}
 
     @property
+    def cores(self) -> int:
+        """Cores of this machine that are this rank's: those that SLURM gave its task, else its share of all."""
+        there = len(os.sched_getaffinity(0))
+        task = os.environ.get("SLURM_CPUS_PER_TASK", "") if self.launcher == "slurm" else ""
+        return min(there, int(task)) if task.isdecimal() else max(there // self.local_world_size, 1)
+
+    @property
     def is_main(self) -> bool:
         """True of rank 0, the one that reports and publishes."""
         return self.rank == 0

@@ -30,6 +30,7 @@ def verify(folder: Path, decode: bool, workers: int) -> bool:
     if read_conversion(folder) is not None and not (folder / INDEX_JSON).exists():
         for line in progress(folder.parent)[0]:
             tell(f"NOT FINISHED {folder}: {line}")
+        tell(f"NOT FINISHED {folder}: the command that began to write these shards goes on when it is given again")
         return False
     try:
         index = ShardIndex.load(folder)

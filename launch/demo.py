@@ -24,6 +24,8 @@ from PIL import Image
 
 from crate_dist.arguments import Parser
 from crate_dist.launching.ranks import visible_gpus
+from crate_dist.run.dashboard import address
+from crate_dist.run.folder import RunFolder
 
 CLONE = Path(crate_dist.__file__).parents[1]
 FOLDER = Path("runs")
@@ -85,6 +87,7 @@ def report(run: Path, seconds: float) -> None:
     print(
         f"\ndone in {seconds:.0f} s\n"
         f"to see the curves:  .venv/bin/tensorboard --logdir {FOLDER}\n"
+        f"                    {address(RunFolder(run))}\n"
         "to do it again:     make clean && make demo"
     )
 

@@ -23,6 +23,7 @@ from crate_dist.launching.options import recipe_parser, site_from
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
 from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import Planned, look_at_all, nothing_to_do, plan, runs_table, why_idle
+from crate_dist.run.dashboard import how_to_watch
 from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.snapshot import START, Snapshot, prune
@@ -73,7 +74,8 @@ def _train(run: Planned, ranks: int, folder: RunFolder, snapshot: Snapshot, argu
         with opened(folder, run.recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
             snapshot.write(folder.code)
             prune(folder.code, {*folder.record.snapshots(), snapshot.digest})
-            show(labelled("to watch", f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}"))
+            for label, line in zip(("to watch", ""), how_to_watch(folder), strict=True):
+                show(labelled(label, line))
             show(labelled("", f"python launch/status.py {shlex.quote(str(folder.path))}"))
             with watched(arguments.notify, folder.path, arguments.stuck_after):
                 run_ranks(command, ranks, folder, lock.environment())

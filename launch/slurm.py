@@ -43,6 +43,7 @@ from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.launching.sweep import look_at_all, nothing_to_do, plan, runs_table
 from crate_dist.locations import is_private
+from crate_dist.run.dashboard import how_to_watch
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import dividing_nodes, nodes_used, said_of_nodes, world_sizes
@@ -281,7 +282,8 @@ def _submit(
     show(labelled("to watch", f"python launch/status.py {runs} --watch"))
     show(labelled("", f"squeue --job {job_id}"))
     show(labelled("", f"tail -F {shlex.quote(str(sent[0].paths.stdout))}"))
-    show(labelled("", f"tensorboard --logdir {shlex.quote(str(folder.parent))}"))
+    for line in how_to_watch(found[0].folder):
+        show(labelled("", line))
     show(labelled("to stop", f"python launch/status.py stop {runs}"))
     show(labelled("to cancel", f"scancel {job_id}"))
     return {run.folder.path: f"job {job.job_id}" for job, run in zip(sent, found, strict=True)}

@@ -26,10 +26,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
-from crate_dist.arguments import Parser, positive, whole_number
+from crate_dist.arguments import Parser, positive, whole_number, with_examples
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import results_table
+from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 from crate_dist.terminal import complain
 from crate_dist.watching.finding import find_runs, runs_root
@@ -97,7 +98,7 @@ def _status(words: list[str]) -> int:
         if arguments.json:
             text = "\n".join(json.dumps(run.to_json(), allow_nan=False) for run in runs)
         else:
-            text = _one(runs[0]) if len(runs) == 1 else as_table(runs)
+            text = _one(runs[0], with_address=not arguments.watch) if len(runs) == 1 else as_table(runs)
         if arguments.watch and sys.stdout.isatty() and not arguments.json:
             text = f"\033[H\033[2J{time.strftime('%H:%M:%S')}  every {arguments.watch} s, until Ctrl-C\n\n{text}"
         show(text)
@@ -106,12 +107,13 @@ def _status(words: list[str]) -> int:
         time.sleep(arguments.watch)
 
 
-def _one(run: Run) -> str:
-    """Returns the report on a run that is done, how it goes with any other."""
+def _one(run: Run, with_address: bool) -> str:
+    """Returns the report on a run that is done, how it goes with any other. with_address: of its curves"""
     if run.state == "done":
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # in_full names what cannot be read
             return report(RunFolder(run.run))
-    return in_full(run)
+    curves = f"\n  {'curves':<12}{address(RunFolder(run.run))}" if with_address else ""
+    return in_full(run) + curves
 
 
 def _list(words: list[str]) -> int:
@@ -179,7 +181,8 @@ def _resume(words: list[str]) -> int:
 
 
 def _parser(description: str | None, command: str, metavar: str, what: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=f"{Path(sys.argv[0]).name} {command}".strip(), description=description)
+    program = f"{Path(__file__).name} {command}".strip()
+    parser = Parser(prog=program, description=with_examples(description, program, __doc__))
     parser.add_argument("runs", nargs="*", metavar=metavar, help=what)
     return parser
 

@@ -51,6 +51,15 @@ def test_a_slurm_step_is_recognised() -> None:
     assert detect_world({**SLURM, "SLURM_RESTART_COUNT": "1"}).master_port != world.master_port
 
 
+def test_a_rank_counts_the_cores_of_its_task_or_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    assert detect_world(SLURM).cores == 7
+    assert detect_world(TORCHRUN).cores == 32
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert detect_world(SLURM).cores == 10  # of 64, for 6 tasks
+
+
 def test_torchrun_under_srun_is_torchrun() -> None:
     world = detect_world({**SLURM, **TORCHRUN})
     assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (3, 4, 1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -19,15 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 from pydantic import BaseModel
 
+import crate_dist
 from crate_dist.config import Recipe
 from tests.data_prep import picture, write_tree
-from tests.ranks import REPOSITORY, train_to_the_end
+from tests.ranks import REPOSITORY
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
 TEXT = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in PAGES}
@@ -35,7 +40,16 @@ TEXT = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for 
 ELSEWHERE = {
     "source .venv/bin/activate": ("it changes the shell that it is typed in", "Makefile"),
     "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
+    "python -m tests.browser runs/demo docs/pictures/dashboard.png": (
+        "needs a browser, and writes where the page's picture is",
+        "tests/training/test_dashboard.py",
+    ),
     "make setup": ("it installs", "Makefile"),
+    "pip install -e '.[wandb]'": ("it installs", "Makefile"),
+    "python launch/local.py --arch crate_tiny --data DIR --set log.trackers=tensorboard,wandb": (
+        "the service is somebody else's",
+        "tests/training/test_wandb.py",
+    ),
     "make demo": ("it trains for a minute", "launch/demo.py"),
     "python -m crate_dist.doctor": ("it measures", "tests/doctor/test_doctor.py"),
     "python -m crate_dist.doctor --full --budget 540 --json doctor.json": (
@@ -43,6 +57,13 @@ ELSEWHERE = {
         "tests/doctor/test_doctor.py",
     ),
     "srun python -m crate_dist.doctor --full --only between": ("needs SLURM", "tests/cluster/test_doctor.py"),
+    "python -m crate_dist.evaluate runs/crate_base --throughput --batch 256": (
+        "it compiles for a minute",
+        "tests/evaluation/test_sets.py",
+    ),
+    "python -m crate_dist.evaluate runs/crate_base --data /data/imagenet-shards --real real.json"
+    " --also /data/imagenetv2 /data/imagenet-a /data/imagenet-r /data/imagenet-sketch /data/imagenet-c"
+    " --json all.json": ("needs ImageNet and its variants", "tests/evaluation/test_sets.py"),
     "make test": ("it is what runs this", "Makefile"),
     "make lint": ("it looks at code, not at pages", "Makefile"),
     "python -m pytest tests/test_floors.py": ("a test", "tests/test_floors.py"),
@@ -162,10 +183,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for alias in ("DIR", "imagenet-sample-shards", "runs/demo-shards", "data/cifar10-shards", "data/flowers-shards"):
         (folder / alias).symlink_to(folder / "data/imagenet-shards")
     run = folder / "runs/crate_base"
-    small = ["train.max_steps=2", "data.workers=0", "log.whitebox_every_steps=0", "train.global_batch=16"]
-    sets = [argument for value in small for argument in ("--set", value)]
-    train_to_the_end(["--arch", "demo", "--data", folder / "data/imagenet-shards", "--run-dir", run, *sets], 1)
-    (folder / "runs/pictures").symlink_to("crate_base")
+    small = {"train.max_steps": 2, "data.workers": 0, "log.whitebox_every_steps": 0, "train.global_batch": 16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        crate_dist.fit("demo", folder / "data/imagenet-shards", run_dir=run, settings=small, ranks=1)
+    for alias in ("pictures", "demo", "crate_small"):
+        (folder / "runs" / alias).symlink_to("crate_base")
     shutil.copy(run / "model-best.pt", folder)
     shutil.copy(REPOSITORY / "tests/golden/crate_reference_checkpoint.pth.tar", folder / "checkpoint.pth.tar")
     mask = io.BytesIO()
@@ -187,7 +210,7 @@ def _program(path: str, *arguments: str, cwd: Path, code: Path = REPOSITORY) -> 
 
 
 def _module(name: str, *arguments: str) -> None:
-    module = importlib.import_module("crate_dist.models.weights.__main__" if name.endswith(".weights") else name)
+    module = importlib.import_module(f"{name}.__main__" if name.endswith((".weights", ".figures")) else name)
     assert not module.main(list(arguments))
 
 
@@ -237,11 +260,32 @@ def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Pa
 
 
 def test_python_on_the_pages_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page after the other, as in a notebook: what a block has made, the next one has."""
     monkeypatch.chdir(world)
-    blocks = [block for text in TEXT.values() for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, "page", "exec"), {})
+    blocks = {page: re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) for page, text in TEXT.items()}
+    assert len(blocks["docs/api.md"]) > 5
+    for page, codes in blocks.items():
+        names: dict[str, object] = {}
+        for code in codes:
+            exec(compile(code.replace("/data/", f"{world}/data/"), page, "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", sorted((REPOSITORY / "docs").glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_runs_and_shows_what_it_made(notebook: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells are plain Python, and run here: a kernel would import everything once more."""
+    (world / "docs").mkdir(exist_ok=True)
+    monkeypatch.chdir(world / "docs")
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [cell.outputs for cell in cells if cell.outputs]
+    assert len(outputs) > 5, f"{notebook.name} is committed with what it made"
+    assert not re.search(r"/home/|/root/|/tmp/|traceback", json.dumps(outputs).lower())
+    names: dict[str, object] = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        for cell in cells:
+            exec(compile(cell.source, notebook.name, "exec"), names)
+            if figures := plt.get_fignums():
+                plt.figure(figures[-1]).canvas.draw()
+                plt.close("all")
 
 
 def test_what_is_not_run_here_is_on_a_page_and_run_elsewhere() -> None:
@@ -302,8 +346,8 @@ def test_keys_that_a_page_names_are_keys_of_a_recipe(page: str) -> None:
     sections = {key.partition(".")[0] for key in known if "." in key} | {"data"}
     code = " ".join(re.findall(r"```.*?```|`[^`]+`", TEXT[page], re.S))
     named = re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?![\w(./])", code)
-    files = re.compile(r"\.(py|md|json|pt|config|eval|forward_intermediates)$")
-    assert not {name for name in named if name not in known and not files.search(name)}
+    known |= {f"model.{name}" for name in dir(crate_dist.create("demo", classes=2))}  # a module's, from Python
+    assert not {name for name in named if name not in known and not re.search(r"\.(py|md|json|pt)$", name)}
 
 
 def _texts() -> list[str]:

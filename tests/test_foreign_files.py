@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_dist import evaluate, figures, probe
+from crate_dist import evaluate, probe
 from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import DataSection, RecipeError, load_recipe
 from crate_dist.data.index import INDEX_JSON, ShardError
@@ -21,6 +21,7 @@ from crate_dist.data.reader import ShardReader
 from crate_dist.data.remote import fetch as remote
 from crate_dist.data.remote.fetch import RetryPolicy
 from crate_dist.data.splits import open_split
+from crate_dist.figures.__main__ import main as figures_main
 from crate_dist.locations import is_private, location, may_run_a_command, name_above, redacted, scrubbed
 from crate_dist.models.weights import __main__ as weights
 from crate_dist.run.folder import RunFolder
@@ -124,7 +125,7 @@ def test_opening_somebody_s_run_runs_nothing_of_it(
         (evaluate.main, [str(folder)]),
         (evaluate.main, [str(max((folder / "checkpoints").iterdir()))]),
         (probe.main, ["knn", str(folder)]),
-        (figures.main, ["layers", str(folder), *out]),
+        (figures_main, ["layers", str(folder), *out]),
     ):
         assert main(arguments) == 1
         error = capsys.readouterr().err
@@ -137,7 +138,7 @@ def test_opening_somebody_s_run_runs_nothing_of_it(
         assert done.returncode == 1
         assert "may not say what is to be run" in done.stderr
     assert not (tmp_path / "mark").exists()
-    assert figures.main(["layers", str(folder), *out, "--data", str(cast_shards), "--count", "2"]) == 0
+    assert figures_main(["layers", str(folder), *out, "--data", str(cast_shards), "--count", "2"]) == 0
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def export(
         if saved is None or problem:
             logger.error("%s is not written: %s", path, problem)
             continue
-        about = {"data": facts_of(train, val), "classes": list(train.classes), **_about(saved, recipe, steps_per_epoch)}
+        about: dict[str, Any] = {"data": facts_of(train, val)}
+        about |= {"classes": list(train.classes), "class_names": list(train.class_names)}
+        about |= _about(saved, recipe, steps_per_epoch)
         about["changed_data"] = [note for note in folder.record.changed_data() if note["step"] <= saved.step]
         tenure.check()
         export_model(path, config, saved.weights(), about)

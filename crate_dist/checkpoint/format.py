@@ -102,7 +102,8 @@ class Manifest:
     world_size: ranks that saved it; tenure: which holder of the run folder did, see run/lock.py
     groups, partitions: the flat vectors, and elements of each per rank; kinds: of state, one vector per group each
     files: by name; recipe: the values that decide the result
-    classes: ids in the order of the labels; data: facts that tell one split from another, see data/identity.py
+    classes: ids in the order of the labels; class_names: the same for people
+    data: facts that tell one split from another, see data/identity.py
     """
 
     world_size: Annotated[int, Field(strict=True, gt=0)]
@@ -115,6 +116,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     classes: Sequence[_Text] | None = None
     data: Mapping[str, Mapping[str, Any] | None] | None = None
+    class_names: Sequence[_Text] | None = None
 
     @property
     def shapes(self) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from crate_dist.checkpoint.format import HEAD, MANIFEST, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
-from crate_dist.config import DataSection, ImageSection
+from crate_dist.config import DataSection, ImageSection, Recipe, RecipeError, recipe_of
 from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
@@ -22,7 +22,11 @@ from crate_dist.run.folder import RunFolder, read_recipe, runs_in
 
 @dataclass(frozen=True)
 class Trained:
-    """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name."""
+    """An fp32 model, how its run prepared images and which classes it has, as far as that is known, and its name.
+
+    classes: ids; class_names: the same for people; recipe: without what does not decide the result, where a file of
+    weights told it
+    """
 
     model: CRATE
     data: DataSection
@@ -30,6 +34,8 @@ class Trained:
     precision: str
     name: str
     classes: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    recipe: Recipe | None = None
 
 
 def load_trained(source: Path, heads: int | None = None) -> Trained:
@@ -45,8 +51,9 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
             images = ImageSection(**known)
         except ValidationError as error:
             raise WeightsError(f"{source} does not say how its images are prepared: {error}") from error
-        precision, classes = meta.get("precision", "fp32"), meta.get("classes")
-        return Trained(model.float(), DataSection(), images, precision, str(source), _names(classes))
+        classes = _names(meta.get("classes")), _names(meta.get("class_names"))
+        told = meta.get("precision", "fp32"), str(source), *classes, _recipe_in(meta)
+        return Trained(model.float(), DataSection(), images, *told)
     if (run := RunFolder(source)).recipe_file.is_file():
         checkpoints = list_checkpoints(run.checkpoints)
         if not checkpoints:
@@ -76,8 +83,8 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
     model.load_state_dict(weights)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
-    classes, precision = _names(saved.manifest.classes), recipe.train.precision
-    return Trained(model, recipe.data, recipe.images, precision, str(saved.path), classes)
+    classes = _names(saved.manifest.classes), _names(saved.manifest.class_names)
+    return Trained(model, recipe.data, recipe.images, recipe.train.precision, str(saved.path), *classes, recipe)
 
 
 def find_layer(asked: int | None, depth: int) -> int:
@@ -94,6 +101,15 @@ def class_ids_are_numbers(classes: Sequence[str]) -> bool:
     That two models or splits have such classes says nothing of what these are.
     """
     return all(name == str(number) for number, name in enumerate(classes))
+
+
+def _recipe_in(meta: Mapping[str, Any]) -> Recipe | None:
+    """Reads the recipe that an export was trained with; None where it says none, or none that this version knows."""
+    name, values = meta.get("recipe"), meta.get("recipe_values")
+    try:
+        return recipe_of(name, values) if isinstance(name, str) and isinstance(values, Mapping) else None
+    except RecipeError:
+        return None
 
 
 def _names(classes: Any) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from crate_dist.config.keys import (
     flatten,
     keys_of,
     nearest,
+    new_names,
     parse_value,
     rename,
 )
@@ -40,6 +42,7 @@ from crate_dist.config.sections import (
 from crate_dist.locations import is_private, location, may_run_a_command, redacted
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_DECIDING = ("model", "data", "order", "augment", "images", "optim", "train")
 _WITHOUT_INFLUENCE = {
     "data": {"root", "cache_dir", "cache_gb", "workers", "max_bad_fraction"},
     "train": {"micro_batch", "max_steps", "compile", "recompute"},
@@ -95,8 +98,7 @@ class Recipe(Section):
 
         Left out: where the data lies, how many processes read and compute, what is logged and saved.
         """
-        deciding = {"model", "data", "order", "augment", "images", "optim", "train"}
-        return flatten(self.model_dump(mode="json", include=deciding, exclude=_WITHOUT_INFLUENCE))
+        return flatten(self.model_dump(mode="json", include=set(_DECIDING), exclude=_WITHOUT_INFLUENCE))
 
 
 _KNOWN = keys_of(Recipe)
@@ -156,12 +158,32 @@ def build_recipe(raw: Mapping[str, Any], origin: str, origins: Mapping[str, str]
         raise RecipeError("\n".join(lines)) from error
 
 
+def recipes() -> dict[str, str]:
+    """Returns the recipes in configs/ and what each trains on what, with which the comment at its beginning begins."""
+    files = sorted(CONFIG_DIR.glob("*.toml"))
+    heads = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in files}
+    return {name: re.split("[:(]", head)[0].strip("# ,") for name, head in heads.items()}
+
+
+def recipe_of(name: str, deciding_values: Mapping[str, Any]) -> Recipe:
+    """Builds the recipe that has these deciding values, of today's names or of old ones, and defaults for the rest.
+
+    Whatever else stands among them, which may be from anybody's file, is left out. Raises RecipeError.
+    """
+    raw: dict[str, Any] = {"name": name}
+    for key, value in new_names(deciding_values).items():
+        section, _, setting = key.partition(".")
+        if section in _DECIDING and setting not in _WITHOUT_INFLUENCE.get(section, ()):
+            raw.setdefault(section, {})[setting] = value
+    return build_recipe(raw, name)
+
+
 def find_recipe(source: str | Path) -> Path:
     """Finds the file that a recipe's name or path means. Raises RecipeError that names the nearest."""
     path = Path(source)
     if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
         return path
-    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    known = list(recipes())
     if path.suffix == ".toml":
         raise RecipeError(
             f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {', '.join(known)}"

@@ -20,6 +20,7 @@ ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "cra
 Compile = Literal["auto"] | bool
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
 
@@ -31,6 +32,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 """Text on a line of the batch script, where a line break would begin a command."""
+
+_MOST_TRACED = 100
+"""Steps: the profiler holds all of a trace in memory, some megabytes per step."""
 
 
 def _mirror(value: Path | str | None) -> Path | str | None:
@@ -118,7 +122,9 @@ class DataSection(Section):
     cache_gb: float = Field(
         64.0, gt=0, description="gigabytes of them that it keeps; twice what it reads at a time will do"
     )
-    workers: int = Field(8, ge=0, description="loader processes per rank")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="loader processes per rank; unset: one for each of its cores but one, at most 8"
+    )
     max_bad_fraction: Fraction = Field(0.001, description="share of samples that do not decode; more stop the run")
 
     def find_root(self, given: Path | str | None = None) -> Path | str:
@@ -250,9 +256,27 @@ class CheckpointSection(Section):
         return place.expanduser().absolute() if isinstance(place, Path) else place or None
 
 
-class LogSection(Section):
-    """The measurements, and the steps between them."""
+def _short(steps: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= steps[1] - steps[0] < _MOST_TRACED:
+        raise ValueError(
+            f"{list(steps)}: expected the first and the last step of a trace of {_MOST_TRACED} steps at most, as in "
+            "[100, 105]"
+        )
+    return steps
 
+
+def _words(given: object) -> object:
+    """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
+    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+    return tuple(dict.fromkeys(words)) if isinstance(words, list | tuple) else words
+
+
+class LogSection(Section):
+    """The measurements, where they are shown, and the steps between them."""
+
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(_words)] = Field(
+        ("tensorboard",), description="what shows the curves; wandb: pip install 'crate-dist[wandb]' and `wandb login`"
+    )
     every_steps: Positive = Field(20, description="steps between lines of the log and points of the curves")
     eval_every_epochs: Positive = Field(1, description="epochs between evaluations of the whole validation split")
     whitebox_every_steps: int = Field(
@@ -262,6 +286,9 @@ class LogSection(Section):
     )
     whitebox_images: Positive = Field(
         8, description="images of the validation split to measure them on, the same ones each time"
+    )
+    profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_short)] | None = Field(
+        None, description="first and last step that torch's profiler traces, on every rank, into profile/; unset: none"
     )
 
 

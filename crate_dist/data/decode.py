@@ -164,7 +164,7 @@ def resized_exactly(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            whole = _rgb(image)
+            whole = rgb(image)
             part = whole if box == (0, 0, *whole.size) else whole.crop(box)
             return np.asarray(part.resize(size, Image.Resampling[resize_filter.upper()]))
     except Exception as error:
@@ -185,9 +185,16 @@ def resized_part(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(_rgb(image).resize(size, Image.Resampling[resize_filter.upper()], box))
+            return np.asarray(rgb(image).resize(size, Image.Resampling[resize_filter.upper()], box))
     except Exception as error:
         raise BadImage(f"does not decode: {reason(error)}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Returns the picture in RGB: transparency is dropped, 16 bits become their upper 8. Raises what Pillow raises."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
+        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def refuse_bomb(width: int, height: int) -> None:
@@ -199,12 +206,6 @@ def refuse_bomb(width: int, height: int) -> None:
 def reason(error: Exception) -> str:
     """Returns an exception of a library as one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
-        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _single_scan_frame(data: bytes) -> int:

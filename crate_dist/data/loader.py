@@ -19,6 +19,7 @@ import torch
 from crate_dist.config import AugmentSection, Colour, ImageSection
 from crate_dist.data.augment import augmentations
 from crate_dist.data.decode import BadImage, Pixels
+from crate_dist.data.folder import FolderReader, Indexed, open_reader
 from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import BadSample, ShardReader
@@ -36,12 +37,14 @@ class Batch(NamedTuple):
     """Images, uint8 (n, height, width, 3), and their labels, int64 (n,).
 
     bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
+    samples: int64 (n,), their numbers in a split that is evaluated
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     bad: Sequence[BadSample] = ()
     replaced: Sequence[int] = ()
+    samples: Int64 | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class TrainBatches:
             self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *_assemble(self._reader, samples, self.slots.array[slot], decode))
+        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode))
 
 
 class EvalBatches:
@@ -109,12 +112,12 @@ class EvalBatches:
     """
 
     def __init__(
-        self, index: ShardIndex, rank: int, world_size: int, batch: int, transform: EvalTransform, slots: int
+        self, index: Indexed, rank: int, world_size: int, batch: int, transform: EvalTransform, slots: int
     ) -> None:
         self.index, self.batch, self.transform = index, batch, transform
         self.first, self.stop = (index.num_samples * r // world_size for r in (rank, rank + 1))
         self.slots = SharedArray((slots, batch, transform.size, transform.size, 3))
-        self._reader: ShardReader | None = None
+        self._reader: ShardReader | FolderReader | None = None
 
     def __len__(self) -> int:
         return -(-(self.stop - self.first) // self.batch)
@@ -125,12 +128,12 @@ class EvalBatches:
         return np.arange(first, min(first + self.batch, self.stop), dtype=np.int64) if first < self.stop else None
 
     def __getitem__(self, number: int) -> _Filled:
-        self._reader = self._reader or ShardReader(self.index, self.samples)
+        self._reader = self._reader or open_reader(self.index, self.samples)
         self._reader.at(number)
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(slot, *_assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
+        return _Filled(slot, *assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
 
 
 class TrainLoader(Iterator[Batch]):
@@ -174,10 +177,10 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for slot, labels, bad, replaced in filled:
+        for number, (slot, labels, bad, replaced) in enumerate(filled):
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, replaced)
+            yield Batch(images, torch.from_numpy(labels), bad, replaced, self._batches.samples(number))
 
 
 def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
@@ -193,9 +196,9 @@ def eval_transform(images: ImageSection, size: int) -> EvalTransform:
 
 
 def eval_loader(
-    index: ShardIndex, rank: int, world_size: int, transform: EvalTransform, batch: int, workers: int
+    index: Indexed, rank: int, world_size: int, transform: EvalTransform, batch: int, workers: int
 ) -> EvalLoader:
-    """Returns the loader of this rank's share of a split."""
+    """Returns the loader of this rank's share of a split, or of a folder."""
     slots = _PREFETCH * workers + 1
     return EvalLoader(EvalBatches(index, rank, world_size, batch, transform, slots), workers)
 
@@ -215,8 +218,8 @@ class Normalize:
         return (pixels * self._scale - self._shift).to(self._dtype).permute(0, 3, 1, 2)
 
 
-def _assemble(
-    reader: ShardReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
+def assemble(
+    reader: ShardReader | FolderReader, samples: Int64, images: Pixels, decode: Callable[[bytes, int, Pixels], object]
 ) -> tuple[Int64, list[BadSample], list[int]]:
     """Decodes into `images`. A sample that does not decode gives its place to the next one of the split that does.
 

@@ -66,14 +66,19 @@ class ShardReader:
         """
         offset, size, *_ = self.index.rows[sample].item()
         shard = self.index.shards[self._shard(sample)].name
-        try:
-            header = tarfile.TarInfo.frombuf(self._pread(sample, TAR_BLOCK, offset - TAR_BLOCK), "utf-8", "replace")
-            if header.size == size:
-                return BadSample(shard, header.name, reason)
-        except (tarfile.HeaderError, ValueError):
-            pass
+        if name := self.name(sample):
+            return BadSample(shard, name, reason)
         reason += f"; no tar header of a file of {size} bytes stands before it, so index and shard differ"
         return BadSample(shard, f"sample {sample} at byte {offset}", f"{reason}; {self._verify()}")
+
+    def name(self, sample: int) -> str:
+        """Returns the name of an image in its shard, from the header before it; "" where no such header stands."""
+        offset, size, *_ = self.index.rows[sample].item()
+        try:
+            header = tarfile.TarInfo.frombuf(self._pread(sample, TAR_BLOCK, offset - TAR_BLOCK), "utf-8", "replace")
+        except (tarfile.HeaderError, ValueError):
+            return ""
+        return header.name if header.size == size else ""
 
     def _read_again(self, sample: int, size: int, offset: int, expected: int) -> bytes:
         """Reads bytes that came wrong, over a network or out of the page cache, from where they lie.

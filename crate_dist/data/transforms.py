@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from crate_dist.config import ResizeFilter
@@ -84,9 +85,9 @@ class EvalTransform:
     short_side: int | None
     resize_filter: ResizeFilter = "bicubic"
 
-    def __call__(self, data: bytes, out: Pixels | None = None) -> Pixels:
+    def __call__(self, data: bytes | Image.Image, out: Pixels | None = None) -> Pixels:
         """Returns pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
-        image = open_image(data)
+        image = open_image(data) if isinstance(data, bytes) else data
         width = height = self.size
         if self.short_side is not None:
             # torchvision's Resize rounds the long side down.

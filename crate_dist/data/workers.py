@@ -41,6 +41,15 @@ _PR_SET_PDEATHSIG = 1
 _NUMBER = struct.Struct("q")
 
 
+MOST_WORKERS = 8
+"""Of a rank whose recipe does not say how many."""
+
+
+def workers_of_rank(chosen: int | None, cores: int) -> int:
+    """Returns how many workers a rank with so many cores has. chosen: data.workers; None: one core stays the rank's"""
+    return min(max(cores - 1, 1), MOST_WORKERS) if chosen is None else chosen
+
+
 class LostWorker(RuntimeError):
     """A worker, or the server from which they come, has ended by itself: killed, as when memory runs out."""
 

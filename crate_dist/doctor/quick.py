@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from crate_dist.config import DataSection
+from crate_dist.data.workers import MOST_WORKERS
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.doctor import basics
 from crate_dist.doctor.machine import CLONE, torch_cuda, version
@@ -157,7 +157,7 @@ def _node(setting: Setting) -> Iterator[Finding]:
     yield basics.room("disk for runs, here", Path("runs"), 10, "give --run-dir on another file system")
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir())
     yield basics.room("disk for what torch compiles", cache, 1, "set TORCHINDUCTOR_CACHE_DIR, or TMPDIR")
-    yield basics.cores(ranks, DataSection().workers, binding=gpu)
+    yield basics.cores(ranks, MOST_WORKERS, binding=gpu)
     yield basics.memory(ranks if gpu else 0)
     yield basics.c_compiler(needed=gpu)
     yield basics.clock(Path.cwd())

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from crate_dist.config import Recipe
+from crate_dist.data.workers import workers_of_rank
 from crate_dist.doctor import basics
 from crate_dist.doctor.nvidia import device_files, driver_version, gpu_faults, is_older, oldest_driver
 from crate_dist.doctor.stage import Finding
@@ -149,7 +150,7 @@ def _findings(run_dir: Path, world: World) -> Iterator[Finding]:
         yield basics.c_compiler(needed=bool(recipe.train.compile))
         # SLURM binds each task to cores of its own, or all of a node to the same.
         own = world.launcher == "slurm" and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
-        yield basics.cores(1 if own else ranks, recipe.data.workers, binding=True)
+        yield basics.cores(1 if own else ranks, workers_of_rank(recipe.data.workers, world.cores), binding=True)
     yield basics.clock(run_dir)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,28 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     right = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     return ((scores > right) | ((scores == right) & earlier)).sum(dim=1)
+
+
+class Predictions(NamedTuple):
+    """What a model says of a batch, but for samples that could not be read; on its device.
+
+    images: uint8 (n, height, width, 3); labels: int64 (n,); logits: fp32 (n, classes)
+    ranked: int64 (n, at most 5), the predicted classes, best first
+    samples: int64 (n,), their numbers in the split, on the host, where the loader tells them
+    """
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+    ranked: Tensor
+    samples: Int64 | None = None
+
+
+class Tally(Protocol):
+    """What counts predictions, batch by batch, without waiting for the device."""
+
+    def add(self, seen: Predictions) -> None:
+        """Counts one batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +112,7 @@ class ClassAccuracies:
 
 
 class ClassCounts:
-    """A count of predictions, batch by batch, without waiting for the device.
+    """A count of the hits in every class, and of what is taken for what; a Tally.
 
     Of the confusion matrix only what happened is kept, one number per sample until the end and then one per pair of
     classes that occurs: for 21,000 classes the whole matrix would take 3.5 GB, and be empty nearly everywhere.
@@ -100,8 +122,9 @@ class ClassCounts:
         self._counts = torch.zeros(classes, 3, dtype=torch.int64, device=device)
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
 
-    def add(self, labels: Tensor, ranked: Tensor) -> None:
-        """Counts one batch. labels: int64 (n,); ranked: int64 (n, at most 5), the predicted classes, best first."""
+    def add(self, seen: Predictions) -> None:
+        """Counts one batch."""
+        labels, ranked = seen.labels, seen.ranked
         hits = ranked == labels[:, None]
         counts = torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(dim=1)], dim=1)
         self._counts.index_add_(0, labels, counts.long())
@@ -168,13 +191,13 @@ def evaluate(
     predict: Callable[[torch.Tensor], torch.Tensor],
     batches: Iterable[Batch],
     device: torch.device,
-    tally: ClassCounts | None = None,
+    tallies: Sequence[Tally] = (),
     leave: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
 
     predict: uint8 images (n, height, width, 3) -> logits (n, classes)
-    tally: takes up what was predicted of every class, where somebody wants to know
+    tallies: are told of every batch, where somebody wants to know more
     leave: asked before every batch, whether to make no more of them
 
     A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
@@ -187,19 +210,21 @@ def evaluate(
         if leave():
             counts[2] = 1
             break
-        logits, labels = predict(batch.images).float(), batch.labels
+        images, labels, samples = batch.images, batch.labels, batch.samples
+        logits = predict(images).float()
         if batch.replaced:
             bad.update(batch.bad)
             read = [row for row in range(len(labels)) if row not in batch.replaced]
-            logits, labels = logits[read], labels[read]
+            images, logits, labels = images[read], logits[read], labels[read]
+            samples = None if samples is None else samples[read]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()])
         counts[0] += len(labels)
         counts[1] += len(batch.replaced)
-        if tally is not None:
-            tally.add(labels, ranked)
+        for tally in tallies:
+            tally.add(Predictions(images, labels, logits, ranked, samples))
     totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()

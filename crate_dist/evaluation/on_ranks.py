@@ -21,7 +21,7 @@ from tqdm import tqdm
 from crate_dist.arguments import positive, whole_number
 from crate_dist.checkpoint.trained import Trained
 from crate_dist.config import DATA_VARIABLE, ImageSection
-from crate_dist.data.index import ShardIndex
+from crate_dist.data.folder import Indexed
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import gather_objects, init_distributed, leave_distributed, lost_a_rank
@@ -97,9 +97,13 @@ class Frozen:
             Normalize(trained.images.mean, trained.images.std, device, dtype),
         )
 
-    def batches(self, index: ShardIndex, split: str) -> tqdm[Batch]:
-        """Yields this rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name."""
-        transform = eval_transform(self.images, self.model.config.image_size)
+    def batches(self, index: Indexed, split: str, cropped: bool = False) -> tqdm[Batch]:
+        """Yields this rank's share of a split, once, prepared as for evaluation; rank 0 shows a bar of that name.
+
+        cropped: the images are so already, and nothing more is cut off
+        """
+        images = self.images.model_copy(update={"eval_crop": 1.0}) if cropped else self.images
+        transform = eval_transform(images, self.model.config.image_size)
         rank, world_size = self.world.rank, self.world.world_size
         loader = eval_loader(index, rank, world_size, transform, self.batch, self.workers)
         return tqdm(loader, desc=split, unit="batch", disable=not self.shows, dynamic_ncols=True)

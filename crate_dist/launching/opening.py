@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import RunLock
 from crate_dist.run.record import new_run_id
 from crate_dist.slurm.queue import NoAnswer, my_jobs
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -45,8 +48,8 @@ def opened(
             lease_s = (recipe or read_recipe(folder.path)).safety.lease_s
             lock = stack.enter_context(RunLock(folder.lock, lease_s, brief, lost))
             check_that_no_job_waits(folder)
-            if recipe and start_over:
-                folder.set_aside(lock.check)
+            if recipe and start_over and (aside := folder.set_aside(lock.check)):
+                logger.warning("what stood in %s is in %s now", folder.path, aside)
             if recipe:
                 folder.open(recipe, lock.check)
                 if start_over and recipe.checkpoint.find_mirror():

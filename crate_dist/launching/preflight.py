@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from crate_dist.checkpoint.format import MANIFEST, newest_manifest, other_head
@@ -39,6 +40,7 @@ class Preflight:
     accepted_data: str | bool
     """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
     mirror: MirrorFound | None = None
+    trackers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
@@ -46,6 +48,7 @@ class Preflight:
         lines = [
             ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
             *([("mirror", str(self.mirror))] if self.mirror else []),
+            *([("wandb", "gets what the run measures, and its recipe")] if "wandb" in self.trackers else []),
             *begins,
             (
                 "data",
@@ -131,6 +134,11 @@ def preflight(
             check_init_from(recipe.train.init_from, recipe)
     except RecipeError as error:
         problems.append(str(error))
+    if "wandb" in recipe.log.trackers and find_spec("wandb") is None:
+        problems.append(
+            f"log.trackers asks for wandb, which is not installed here: pip install -e '.[wandb]' in the clone, or "
+            f"--set log.trackers={','.join(name for name in recipe.log.trackers if name != 'wandb') or '[]'}"
+        )
     if problems:
         raise RecipeError("\n\n".join(problems))
     assert train is not None
@@ -147,6 +155,7 @@ def preflight(
         init_from=recipe.train.init_from,
         accepted_data=accepted_data,
         mirror=mirror,
+        trackers=recipe.log.trackers,
     )
 
 

@@ -78,16 +78,27 @@ class Intermediates:
     logits: (b, classes)
     projections: w = Uᵀ LN(z), what MSSA compresses and the coding rate is taken of, (b, h, n, p)
     features: the tokens after the layer, which are ISTA's sparse codes, (b, n, d)
+    grid: rows and columns of patches
     """
 
     logits: Tensor
     projections: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
+    grid: tuple[int, int]
 
     def attention(self, layer: int) -> Tensor:
         """Returns the self-attention map softmax(w wᵀ / √p) of one layer in fp32, (b, h, n, n); rows sum to one."""
         w = self.projections[layer].float()
         return (w @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def class_attention(self, layer: int) -> Tensor:
+        """Returns where the class token of each head looks in one layer, by patch: fp32 (b, h, rows, cols).
+
+        What a map lacks to a sum of 1 the class token pays itself.
+        """
+        w = self.projections[layer].float()
+        looks = (w[..., :1, :] @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)
+        return looks[..., 0, 1:].unflatten(-1, self.grid)
 
 
 class MSSA(nn.Module):
@@ -301,6 +312,7 @@ class CRATE(nn.Module):
         Raises ValueError when the sides are no multiples of the patch.
         """
         z = self.embed_any_size(images)
+        rows, cols = (side // self.config.patch_size for side in images.shape[2:])
         projections, features = [], []
         for layer in self.layers:
             assert isinstance(layer, CrateLayer)
@@ -308,4 +320,4 @@ class CRATE(nn.Module):
             z = layer.update(z, w)
             projections.append(w)
             features.append(z)
-        return Intermediates(self.classify(z), tuple(projections), tuple(features))
+        return Intermediates(self.classify(z), tuple(projections), tuple(features), (rows, cols))

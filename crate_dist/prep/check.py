@@ -18,7 +18,7 @@ from crate_dist.data.identity import first_class_difference
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, Shard, ShardError, ShardIndex, read_meta
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.images import check_decodes
-from crate_dist.prep.journal import missing_shards, read_conversion
+from crate_dist.prep.journal import CONVERSION_JSON, missing_shards, read_conversion
 from crate_dist.prep.pool import advance, run_parallel
 from crate_dist.prep.program import progress_bar
 from crate_dist.prep.tar import LabelRule, ShardScan, scan_shard
@@ -234,7 +234,8 @@ def _shards_in(folder: Path) -> list[Path]:
 
 
 def _holds_shards(folder: Path) -> bool:
-    return (folder / INDEX_JSON).is_file() or bool(_shards_in(folder))
+    """Tells whether shards are in a folder, or are on their way into it."""
+    return any((folder / name).is_file() for name in (INDEX_JSON, CONVERSION_JSON)) or bool(_shards_in(folder))
 
 
 def _present_index(folder: Path, classes_given: bool) -> dict[str, Any] | None:

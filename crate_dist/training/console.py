@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
+from crate_dist.data.workers import workers_of_rank
 from crate_dist.training.optim import Schedule
 from crate_dist.wording import duration, share
 from crate_dist.world import World
@@ -54,7 +55,7 @@ class Console:
             return
         self._values |= values
         logger.info(
-            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  norm %.3g  %s images/s  data wait %s  %s left",
+            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  norm %.3g  %s images/s  data wait %s  %s  %s left",
             step,
             self._last_step,
             values["train/epoch"],
@@ -64,6 +65,7 @@ class Console:
             values["train/grad_norm"],
             f"{values['speed/images_per_s']:,.0f}",
             share(values["speed/data_wait_fraction"]),
+            _use_of_devices(values),
             self._left(step),
         )
 
@@ -133,7 +135,7 @@ class Console:
                 share(fraction),
                 len(os.sched_getaffinity(0)),
                 self._world.local_world_size,
-                self._recipe.data.workers,
+                workers_of_rank(self._recipe.data.workers, self._world.cores),
             )
 
 
@@ -149,3 +151,10 @@ class _Bar(tqdm):
         """What tqdm can write beside the bar, and `line`."""
         facts = dict(super().format_dict)
         return facts | {"line": self._line(facts["n"], facts["ncols"] or 80)}
+
+
+def _use_of_devices(values: Mapping[str, float]) -> str:
+    """Says MFU, where it is known, and the peak memory of the fullest GPU, or of the largest process."""
+    mfu, host_gb = values.get("speed/mfu"), values["memory/host_peak_gb"]
+    used = f"peak memory {values.get('memory/device_reserved_gb', host_gb):.1f} GB"
+    return used if mfu is None else f"MFU {mfu:.1%}  {used}"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from crate_dist.run.dashboard import how_to_watch
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.ledger import LedgerTotals
 from crate_dist.run.rank_logs import restarts
@@ -104,7 +105,8 @@ def _next(folder: RunFolder, complete: bool) -> Iterator[tuple[str, str]]:
     yield "next", f"python -m crate_dist.evaluate {run}"
     yield "", f"python -m crate_dist.probe knn {run}"
     yield "", f"python -m crate_dist.figures attention {run} --images DIR --out figures"
-    yield "", f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}"
+    for line in how_to_watch(folder):
+        yield "", line
 
 
 def _clock(at: float | None) -> str:

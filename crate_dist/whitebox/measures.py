@@ -12,7 +12,7 @@ Shapes: L layers, b images, n tokens (the class token first), d features, h head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,15 +49,6 @@ def zero_share(features: Tensor) -> Tensor:
 def dead_token_share(features: Tensor) -> Tensor:
     """Returns the share of tokens of which nothing is left but zeros: (b, n, d) -> fp64 (b,)."""
     return (features == 0).all(dim=2).double().mean(dim=1)
-
-
-def class_attention(projections: Tensor) -> Tensor:
-    """Returns the class token's attention to the patches, softmax(w_0 wᵀ / √p): (b, h, n, p) -> fp32 (b, h, n - 1).
-
-    The first row of Intermediates.attention without its first entry: what a map lacks to 1 the class token pays itself.
-    """
-    w = projections.float()
-    return (w[..., :1, :] @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)[..., 0, 1:]
 
 
 def coherence(dictionary: Tensor) -> Tensor:
@@ -117,7 +108,7 @@ class Profile:
 
 
 @torch.no_grad()
-def profile(model: CRATE, batches: Sequence[Tensor]) -> Profile:
+def profile(model: CRATE, batches: Iterable[Tensor]) -> Profile:
     """Measures every layer on batches of images (b, 3, height, width) of one size, in the model's dtype and place.
 
     Layer by layer, so that no more than one layer's tokens are held. Draws no random number, changes no weight.
@@ -136,11 +127,10 @@ def profile(model: CRATE, batches: Sequence[Tensor]) -> Profile:
 
 @torch.no_grad()
 def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
-    """Returns class_attention of all layers by patch: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
-    rows, cols = (side // model.config.patch_size for side in images.shape[2:])
+    """Returns where the class token looks, all layers: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
     with _evaluating(model):
-        maps = torch.stack([class_attention(w) for w in model.forward_intermediates(images).projections])
-    return maps.unflatten(-1, (rows, cols))
+        inside = model.forward_intermediates(images)
+    return torch.stack([inside.class_attention(layer) for layer in range(model.config.depth)])
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """Principal components of patches: pictures in which patches of one kind have one colour.
 
-As the published code's pca_visualization does (arXiv 2308.16271, and Amir et al., arXiv 2112.05814): the components
-are those of the patches of all pictures together; the first, scaled to 0 … 1 in each picture and cut at a threshold,
-is the foreground, with its holes filled; three components of the foreground's patches alone are red, green and blue,
-again scaled in each picture. Which side is the foreground is chosen there by hand.
+After the published code's pca_visualization (arXiv 2308.16271, and Amir et al., arXiv 2112.05814): the components are
+those of the patches of all pictures together; the first, scaled to 0 … 1 and cut at a threshold, is the foreground,
+with its holes filled; three components of the foreground's patches alone are red, green and blue, again scaled. A
+colour means the same in all pictures, on one scale; "each" scales in each picture, as published. Which side is the
+foreground is chosen there by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,10 @@ from scipy import ndimage
 from crate_dist.errors import UserError
 
 Float = NDArray[np.float64]
+Scale = Literal["all", "each"]
+
+_OUTLIERS_PERCENT = 1
+"""At either end of a component: they are shown as the ends of a scale that is that of all pictures."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,18 @@ class Components:
 
     first: the first component, scaled to 0 … 1, high in the foreground, (rows, cols)
     foreground: bool (rows, cols)
-    colours: three components of the foreground over all pictures, scaled to 0 … 1 in this one, (rows, cols, 3); 0
-    elsewhere
+    colours: three components of the foreground over all pictures, scaled to 0 … 1, (rows, cols, 3); 0 elsewhere
+    shares: of the variance of the foreground in all pictures that each of the three has, (3,)
     """
 
     first: Float
     foreground: NDArray[np.bool_]
     colours: Float
+    shares: Float
 
 
 def picture_components(
-    features: Sequence[NDArray[np.floating]], threshold: float = 0.5, invert: bool = False
+    features: Sequence[NDArray[np.floating]], threshold: float = 0.5, invert: bool = False, scale: Scale = "all"
 ) -> list[Components]:
     """Finds the components of pictures whose patches have features (rows, cols, d); grids may differ.
 
@@ -50,33 +57,38 @@ def picture_components(
     if not np.isfinite(_flat(features)).all():
         raise UserError("the model's patches have features that are not finite, which have no components")
     grids = [picture.shape[:2] for picture in features]
-    scores = principal_components(_flat(features), 1)[:, 0]
-    sides = [[_scaled(sign * part) for part in _split(scores, grids)] for sign in (1, -1)]
+    scores = principal_components(_flat(features), 1)[0][:, 0]
+    sides = [_scaled_pictures(sign * scores, grids, scale) for sign in (1, -1)]
     sides.sort(key=lambda maps: float(np.mean([_on_border(one > threshold) for one in maps])))
     firsts = sides[1 if invert else 0]
     masks = [ndimage.binary_fill_holes(first > threshold) for first in firsts]
     everything = np.concatenate([mask.ravel() for mask in masks])
-    scores = np.zeros((len(everything), 3))
-    scores[everything] = principal_components(_flat(features)[everything], 3)
+    scores, shares = np.zeros((len(everything), 3)), np.zeros(3)
+    if everything.any():
+        found, shares = principal_components(_flat(features)[everything], 3)
+        scores[everything] = _within(found) if scale == "all" else found
     return [
-        Components(first, mask, _coloured(part, mask))
+        Components(first, mask, part if scale == "all" else _coloured(part, mask), shares)
         for first, mask, part in zip(firsts, masks, _split(scores, grids), strict=True)
     ]
 
 
-def principal_components(features: NDArray[np.floating], count: int) -> Float:
-    """Returns the scores of the first `count` components, the largest variance first: (samples, d) -> (samples, count).
+def principal_components(features: NDArray[np.floating], count: int) -> tuple[Float, Float]:
+    """Returns the scores of the first `count` components, the largest variance first, and each one's share of it.
 
-    Each has the sign that makes the largest entry of its axis positive; components beyond the rank are 0.
+    (samples, d) -> (samples, count), (count,). Each has the sign that makes the sum of its axis' cubes positive: that
+    of its large entries together, which another choice of pictures moves less than it does the largest of them.
+    Components beyond the rank are 0.
     """
     centred = np.asarray(features, dtype=np.float64)
     centred = centred - centred.mean(axis=0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    axes = axes[:, ::-1][:, :count]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-    scores = np.zeros((len(centred), count))
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    axes, variances = axes[:, ::-1][:, :count], variances[::-1].clip(0)
+    axes = axes * np.where((axes**3).sum(axis=0) < 0, -1, 1)
+    scores, shares = np.zeros((len(centred), count)), np.zeros(count)
     scores[:, : axes.shape[1]] = centred @ axes
-    return scores
+    shares[: axes.shape[1]] = variances[:count] / (variances.sum() or 1)
+    return scores, shares
 
 
 def _flat(features: Sequence[NDArray[np.floating]]) -> NDArray[np.floating]:
@@ -89,9 +101,21 @@ def _split(values: Float, grids: Sequence[tuple[int, ...]]) -> list[Float]:
     return [part.reshape(*grid, *part.shape[1:]) for part, grid in zip(parts, grids, strict=True)]
 
 
+def _scaled_pictures(scores: Float, grids: Sequence[tuple[int, ...]], scale: Scale) -> list[Float]:
+    if scale == "each":
+        return [_scaled(part) for part in _split(scores, grids)]
+    return _split(_scaled(scores), grids)
+
+
 def _scaled(values: Float, axis: tuple[int, ...] | None = None) -> Float:
     low, high = values.min(axis=axis, keepdims=True), values.max(axis=axis, keepdims=True)
     return np.divide(values - low, high - low, out=np.zeros_like(values), where=high > low)
+
+
+def _within(scores: Float) -> Float:
+    """Returns scores (n, 3) of all pictures, scaled to 0 … 1 but for a few at either end, which become 0 and 1."""
+    low, high = np.percentile(scores, [_OUTLIERS_PERCENT, 100 - _OUTLIERS_PERCENT], axis=0)
+    return np.divide(scores - low, high - low, out=np.zeros_like(scores), where=high > low).clip(0, 1)
 
 
 def _coloured(scores: Float, mask: NDArray[np.bool_]) -> Float:

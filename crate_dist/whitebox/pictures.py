@@ -21,6 +21,8 @@ from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.errors import UserError
 
+ORIGINAL_PIXELS = 1024
+"""More than a figure shows at 600 dots per inch."""
 _MOST_LENGTHS = 8
 
 
@@ -30,11 +32,16 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as pixels, uint8 (height, width, 3), and as a normalised tensor, fp32 (3, height, width)."""
+    """A picture as a model reads it, and as it was.
+
+    pixels: uint8 (height, width, 3); tensor: the same normalised, fp32 (3, height, width)
+    original: the whole of it at its own resolution, uint8, its short side of ORIGINAL_PIXELS at most
+    """
 
     name: str
     pixels: Pixels
     tensor: Tensor
+    original: Pixels
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,30 @@ class Framing:
         """Returns the image as uint8 (height, width, 3). Raises BadImage."""
         if self.square:
             return eval_transform(self.prepared, self.side)(data)
+        image = self._opened(data)
+        return self._whole(image, self.size(*image.size))
+
+    def picture(self, data: bytes, name: str) -> Picture:
+        """Reads an image file. Raises BadImage."""
+        if self.square:
+            pixels = original = self(data)
+        else:
+            image = self._opened(data)
+            most = min(1.0, ORIGINAL_PIXELS / min(image.size))
+            pixels = self._whole(image, self.size(*image.size))
+            original = self._whole(image, (round(image.width * most), round(image.height * most)))
+        normalize = Normalize(self.prepared.mean, self.prepared.std, torch.device("cpu"), torch.float32)
+        return Picture(name, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0], original)
+
+    @staticmethod
+    def _opened(data: bytes) -> Image.Image:
         image = open_image(data)
         if max(image.size) > _MOST_LENGTHS * min(image.size):
             raise BadImage(f"{image.width} x {image.height} pixels, more than {_MOST_LENGTHS} times as long as wide")
-        whole = (0, 0, image.width, image.height)
-        return resized_exactly(image, whole, self.size(*image.size), self.prepared.resize_filter)
+        return image
+
+    def _whole(self, image: Image.Image, size: tuple[int, int]) -> Pixels:
+        return resized_exactly(image, (0, 0, image.width, image.height), size, self.prepared.resize_filter)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Returns (width, height) of the whole image in whole patches."""
@@ -107,16 +133,15 @@ def from_paths(paths: Sequence[Path], framing: Framing, count: int) -> list[Pict
 
 def from_split(index: ShardIndex, framing: Framing, count: int) -> list[Picture]:
     """Reads the first `count` pictures of a split in the order of its index. Raises PictureError, ShardError."""
-    reader, normalize = ShardReader(index), _normalize(framing.prepared)
+    reader = ShardReader(index)
     pictures = []
     for sample in range(min(count, index.num_samples)):
+        name = Path(reader.describe(sample, "").key).stem
         try:
-            pixels = framing(reader.read(sample))
+            pictures.append(framing.picture(reader.read(sample), name))
         except BadImage as error:
             bad = reader.describe(sample, str(error))
             raise PictureError(f"{bad.key} of {index.place}/{bad.shard} cannot be used: {bad.reason}") from error
-        name = Path(reader.describe(sample, "").key).stem
-        pictures.append(Picture(name, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0]))
     return pictures
 
 
@@ -129,16 +154,14 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _from_paths(files: Iterable[Path], framing: Framing) -> Iterator[Picture]:
-    normalize = _normalize(framing.prepared)
     for file in files:
         if file.suffix == ".pt":
             yield from _from_tensors(file, framing)
             continue
         try:
-            pixels = framing(file.read_bytes())
+            yield framing.picture(file.read_bytes(), file.stem)
         except (OSError, BadImage) as error:
             raise PictureError(f"{file} cannot be used: {getattr(error, 'strerror', None) or error}") from error
-        yield Picture(file.stem, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0])
 
 
 def _from_tensors(file: Path, framing: Framing) -> Iterator[Picture]:
@@ -161,8 +184,4 @@ def _from_tensors(file: Path, framing: Framing) -> Iterator[Picture]:
     mean, std = (torch.tensor(values)[:, None, None] for values in (framing.prepared.mean, framing.prepared.std))
     for number, image in enumerate(images.float()):
         pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        yield Picture(f"{file.stem}-{number:03d}", pixels, image)
-
-
-def _normalize(images: ImageSection) -> Normalize:
-    return Normalize(images.mean, images.std, torch.device("cpu"), torch.float32)
+        yield Picture(f"{file.stem}-{number:03d}", pixels, image, pixels)

@@ -61,15 +61,13 @@ def lit(image: Pixels, values: Float) -> Pixels:
 
 
 def masked(image: Pixels, masks: Sequence[NDArray[np.bool_]]) -> Pixels:
-    """Shows a picture, grey and dim but for its objects, each with a tint and an edge; masks of any coarser grid."""
+    """Shows a picture, grey and dim but for its objects, each with a tint; masks of any coarser grid."""
     grey = image.mean(axis=2, keepdims=True) * 0.35 + 20
     shown = np.repeat(grey, 3, axis=2)
     for number, mask in enumerate(masks):
         tint = np.array(OBJECTS[number % len(OBJECTS)], dtype=np.float64)
         inside = enlarged(mask, image.shape[:2])
         shown[inside] = 0.62 * image[inside] + 0.38 * tint
-        edge = inside & ~_eroded(inside, max(1, min(image.shape[:2]) // 112))
-        shown[edge] = tint
     return shown.clip(0, 255).astype(np.uint8)
 
 
@@ -77,21 +75,6 @@ def enlarged(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Gives every pixel of (height, width) its patch's value, of a grid (rows, cols, …)."""
     rows, cols = (np.arange(size) * count // size for size, count in zip(shape[:2], values.shape[:2], strict=True))
     return values[rows][:, cols]
-
-
-def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
-    """Puts square pictures of any sizes side by side on white, each of `side` pixels."""
-    resized = [
-        [np.asarray(Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)) for cell in row]
-        for row in rows
-    ]
-    height, width = (count * (side + gap) - gap for count in (len(rows), max(map(len, rows))))
-    sheet = np.full((height, width, 3), 255, dtype=np.uint8)
-    for down, row in enumerate(resized):
-        for across, cell in enumerate(row):
-            top, left = down * (side + gap), across * (side + gap)
-            sheet[top : top + side, left : left + side] = cell
-    return sheet
 
 
 def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
@@ -141,23 +124,15 @@ def _curve(
     )
     draw.polygon([*above, *reversed(below)], tint)
     draw.line(middle, colour, 2 * thin)
-    for (x, y), (_, top), (_, bottom) in zip(middle, above, below, strict=True):
-        draw.line((x, top, x, bottom), colour, thin)
+    for x, y in middle:
         draw.ellipse((x - 3 * unit, y - 3 * unit, x + 3 * unit, y + 3 * unit), colour)
     draw.line((x0, y1, x0, y0, x1, y0), "black", thin)
     draw.text(((x0 + x1) / 2, 6 * unit), title, "black", font, anchor="mt")
-    draw.text(((x0 + x1) / 2, (height - 5) * unit), "layer", "black", font, anchor="mb")
+    axis = "layer; band: ± 1 standard deviation over the images"
+    draw.text(((x0 + x1) / 2, (height - 5) * unit), axis, "black", font, anchor="mb")
 
 
 def _round_step(extent: float) -> float:
     """Returns 1, 2 or 5 times a power of ten, such that three to eight of them are the extent."""
     power = 10.0 ** math.floor(math.log10(extent))
     return next(factor * power for factor in (2, 1, 0.5, 0.2) if extent / (factor * power) >= 3)
-
-
-def _eroded(mask: NDArray[np.bool_], pixels_: int) -> NDArray[np.bool_]:
-    inner = mask.copy()
-    for axis in (0, 1):
-        for shift in (pixels_, -pixels_):
-            inner &= np.roll(mask, shift, axis)
-    return inner

@@ -69,7 +69,7 @@ def batches(index: ShardIndex, data: DataSection, rank: int = 0, world_size: int
     order = Order(index.shard_sizes, seed=3, lanes=4, window=16)
     share = Share(rank, world_size, global_batch=20, micro_batch=10)
     taken = itertools.islice(
-        TrainLoader(index, order, share, TrainTransform(SIZE), data.workers), STEPS * 2 // world_size
+        TrainLoader(index, order, share, TrainTransform(SIZE), data.workers or 0), STEPS * 2 // world_size
     )
     return (batch._replace(images=batch.images.clone()) for batch in taken)
 
@@ -132,7 +132,7 @@ def test_each_shard_is_fetched_once_by_all_ranks_and_workers_of_a_node(
 def test_evaluation_reads_through_the_cache(folder: Path, server: FolderServer, data: DataSection) -> None:
     both = [open_split(server.url, "val", data), ShardIndex.load(folder / "val")]
     fetched, local = (
-        images(iter(eval_loader(index, 0, 1, EvalTransform(SIZE, SIZE), 8, data.workers))) for index in both
+        images(iter(eval_loader(index, 0, 1, EvalTransform(SIZE, SIZE), 8, data.workers or 0))) for index in both
     )
     assert torch.equal(fetched, local)
     assert set(server.tars.values()) == {1}

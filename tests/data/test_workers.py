@@ -16,11 +16,16 @@ import pytest
 from crate_dist.data import workers
 from crate_dist.data.index import ShardError
 from crate_dist.data.shared import SharedArray
-from crate_dist.data.workers import LostWorker, Workers
+from crate_dist.data.workers import LostWorker, Workers, workers_of_rank
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import wait_until
 from tests.chaos.stacks import family
 from tests.chaos.trial import Trial
+
+
+def test_without_a_number_the_workers_follow_the_cores_of_the_rank() -> None:
+    assert [workers_of_rank(None, cores) for cores in (1, 2, 6, 9, 96)] == [1, 1, 5, 8, 8]
+    assert [workers_of_rank(chosen, 2) for chosen in (0, 1, 8)] == [0, 1, 8]
 
 
 class Squares:

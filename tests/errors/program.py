@@ -45,9 +45,7 @@ def call(program: str, arguments: Sequence[str]) -> int:
 def load(program: str) -> Callable[..., Any]:
     if not program.endswith(".py"):
         name = program if program in ("crate_dist.train", "crate_dist.evaluate", "crate_dist.probe") else None
-        module = importlib.import_module(
-            name or (program if program == "crate_dist.figures" else f"{program}.__main__")
-        )
+        module = importlib.import_module(name or f"{program}.__main__")
     else:
         spec = importlib.util.spec_from_file_location(Path(program).stem + "_program", REPOSITORY / program)
         assert spec

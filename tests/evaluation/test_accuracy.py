@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, label_ranks
+from crate_dist.data.folder import ImageFolder
+from crate_dist.evaluation.accuracy import ClassAccuracies, ClassCounts, Predictions, label_ranks
+from crate_dist.evaluation.calibration import BINS, Calibration, Calibrator
+from crate_dist.evaluation.real import RealCounts, RealLabels, Reassessed
 from crate_dist.world import World
 from tests.ranks import spawn
 
@@ -25,16 +29,36 @@ def predictions() -> tuple[np.ndarray, np.ndarray]:
     return labels, np.argsort(-(rng.random((101, KNOWN)) + liked), axis=1)[:, :5]
 
 
-def tally_on_ranks(world: World, device: torch.device) -> ClassAccuracies:
+def logits_of(ranked: np.ndarray) -> np.ndarray:
+    """Scores (101, KNOWN), fp32, of which the best one is that of the first guess."""
+    scores = np.random.default_rng(1).normal(0, 2, (101, KNOWN)).astype(np.float32)
+    np.put_along_axis(scores, ranked[:, :1], scores.max(axis=1, keepdims=True) + 0.1, axis=1)
+    return scores
+
+
+def reassessed() -> tuple[ImageFolder, RealLabels]:
+    """Images by ImageNet's names, and labels for them, none, one or two; of classes that run backwards in these."""
+    names = [f"c0/ILSVRC2012_val_{101 - number:08d}.JPEG" for number in range(101)]
+    rows = np.zeros(101, dtype=[("label", "<i4")])
+    labels = [[image % KNOWN, (image + 1) % KNOWN][: image % 3] for image in range(1, 102)]
+    folder = ImageFolder(Path("val"), names, rows, [f"c{label}" for label in range(KNOWN)])
+    return folder, RealLabels(labels, np.arange(KNOWN)[::-1])
+
+
+def tally_on_ranks(world: World, device: torch.device) -> tuple[ClassAccuracies, Calibration, Reassessed]:
     """Each rank takes every so manieth sample, three at a time; of five ranks the last has none."""
-    tally = ClassCounts(CLASSES, device)
+    folder, real = reassessed()
+    tallies = ClassCounts(CLASSES, device), Calibrator(device), RealCounts(real, folder)
     labels, ranked = (torch.from_numpy(part) for part in predictions())
+    logits = torch.from_numpy(logits_of(ranked.numpy()))
     sharing = min(world.world_size, 4)
+    images = torch.zeros(len(labels), 1, 1, 3, dtype=torch.uint8)
     mine = range(world.rank, len(labels), sharing) if world.rank < sharing else range(0)
     for first in range(0, len(mine), 3):
         some = list(mine[first : first + 3])
-        tally.add(labels[some], ranked[some])
-    return tally.total()
+        for tally in tallies:
+            tally.add(Predictions(images[some], labels[some], logits[some], ranked[some], np.array(some)))
+    return tallies[0].total(), tallies[1].total(), tallies[2].total()
 
 
 @pytest.mark.spawn
@@ -43,7 +67,23 @@ def test_counts_are_those_of_all_samples_at_any_number_of_ranks(world_size: int)
     labels, ranked = predictions()
     wrong = Counter((int(a), int(b[0])) for a, b in zip(labels, ranked, strict=True) if a != b[0])
     expected = sorted(((-count, *pair) for pair, count in wrong.items()))
-    for result in spawn(tally_on_ranks, world_size):
+    logits = logits_of(ranked).astype(float)
+    confidence = np.exp(logits.max(axis=1)) / np.exp(logits).sum(axis=1)
+    hits = ranked[:, 0] == labels
+    bins = np.ceil(confidence * BINS) - 1
+    gaps = [abs(confidence[bins == b].sum() - hits[bins == b].sum()) for b in range(BINS)]
+    images = [101 - number for number in range(101)]
+    right = [
+        KNOWN - 1 - int(guess) in [image % KNOWN, (image + 1) % KNOWN][: image % 3]
+        for guess, image in zip(ranked[:, 0], images, strict=True)
+    ]
+    for result, calibration, real in spawn(tally_on_ranks, world_size):
+        assert calibration.ece == pytest.approx(100 * sum(gaps) / 101, rel=1e-5)
+        assert calibration.confidence == pytest.approx(100 * confidence.mean(), rel=1e-5)
+        assert calibration.top1 == pytest.approx(100 * hits.mean())
+        assert sum(one.samples for one in calibration.bins) == 101
+        assert real.samples == sum(image % 3 > 0 for image in images)
+        assert real.top1 == pytest.approx(100 * sum(right) / real.samples)
         assert result.samples.tolist() == [int((labels == c).sum()) for c in range(CLASSES)]
         assert result.top1.tolist() == [int((ranked[labels == c, 0] == c).sum()) for c in range(CLASSES)]
         assert result.top5.tolist() == [int((ranked[labels == c] == c).sum()) for c in range(CLASSES)]

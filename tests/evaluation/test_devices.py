@@ -123,7 +123,7 @@ def test_an_evaluation_waits_for_the_device_at_its_end_alone(waits: Any, precisi
     looked.clear()
     brought.clear()
     with pytest.raises(ZeroDivisionError):  # no sample, as the answers are
-        evaluate(lambda images: net(normalize(images)), batches(6), META, tally)
+        evaluate(lambda images: net(normalize(images)), batches(6), META, [tally])
     assert (looked, brought) == ([("tensor", 3), ("tolist", 6)], [])
 
 

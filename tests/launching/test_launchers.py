@@ -344,6 +344,17 @@ def test_all_that_is_wrong_is_said_together(tmp_path: Path) -> None:
     assert len(str(caught.value).split("\n\n")) == 3
 
 
+def test_wandb_that_is_asked_for_and_not_installed_is_said_with_what_would_do(
+    cast_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = ["log.trackers=tensorboard,wandb", "train.global_batch=64"]
+    recipe = load_recipe("crate_tiny", chosen, data__root=str(cast_shards))
+    assert "\nwandb         gets what the run measures" in str(preflight(recipe, 1, tmp_path / "run"))
+    monkeypatch.setattr("crate_dist.launching.preflight.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install -e '.\[wandb\]' .* --set log.trackers=tensorboard$"):
+        preflight(recipe, 1, tmp_path / "run")
+
+
 def test_an_index_that_is_missing_or_promises_missing_shards(cast_shards: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split).mkdir()

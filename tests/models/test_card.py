@@ -20,6 +20,7 @@ from crate_dist.models.weights.__main__ import convert
 from crate_dist.models.weights.card import card_path, model_card, write_card
 from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.record import code_version
+from tests.data_prep import picture
 
 SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 
@@ -100,14 +101,14 @@ def test_the_loading_that_a_card_shows_works(
     model = initialise(SMALL, seed=0)
     export_model(tmp_path / "model-best.pt", SMALL, model.state_dict(), meta)
     convert(tmp_path / "model-best.pt", tmp_path / "theirs.pth.tar", "reference")
-    images = torch.rand(2, 3, 16, 16)
+    (tmp_path / "photo.jpg").write_bytes(picture(1, (20, 16)))
     monkeypatch.chdir(tmp_path)
     for name in ("model-best.pt", "theirs.pth.tar"):
         code = re.search(r"```python\n(.+?)```", model_card(name, SMALL, meta), re.DOTALL)
         assert code
-        names: dict[str, Any] = {"images": images}
+        names: dict[str, Any] = {}
         exec(code[1], names)
-        assert torch.equal(names["logits"], model.eval()(images))
+        assert torch.equal(names["logits"], model.eval()(names["images"]))
 
 
 def test_the_card_stands_beside_and_keeps_the_licence_that_was_filled_in(tmp_path: Path, meta: dict[str, Any]) -> None:

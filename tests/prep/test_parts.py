@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from crate_dist.data.index import ShardError, ShardIndex
+from crate_dist.prep.check import split_folders
 from crate_dist.prep.folders import ListOptions, image_folder
 from crate_dist.prep.images import ImageOptions
 from crate_dist.prep.journal import ConversionIdentity, SplitFolder
@@ -98,6 +99,11 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
     unfinished = run("verify.py", out)
     assert unfinished.returncode == 1
     assert f"NOT FINISHED {out / 'train'}: part 2/3: 3 of 3 shards, finished" in unfinished.stdout
+    assert "the command that began to write these shards goes on when it is given again" in unfinished.stdout
+    begun = tmp_path / "begun" / "train"
+    begun.mkdir(parents=True)
+    shutil.copy(out / "train" / "conversion.json", begun)
+    assert split_folders(begun.parent) == [begun]  # of which verify.py says the same
     dead = out / ".parts/003-of-003"
     dead.mkdir()
     (dead / "00000001").write_text(Holder("x", host="n7", job="77", machine="another", began="1").to_text())

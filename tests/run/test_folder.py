@@ -91,11 +91,12 @@ def test_a_run_is_set_aside_whole_and_its_lock_stays(tmp_path: Path) -> None:
     folder.open(load_recipe("demo"))
     (folder.checkpoints / "step-00000005").mkdir()
     with RunLock(folder.lock) as lock:
-        folder.set_aside()
+        aside = folder.set_aside()
         lock.check()
         assert [path.name for path in folder.path.iterdir()] == ["lock"]
-        folder.set_aside()
+        assert folder.set_aside() is None
     (before,) = tmp_path.glob("run.before-*")
+    assert aside == before
     assert read_recipe(before) == load_recipe("demo")
     assert (before / "checkpoints" / "step-00000005").is_dir()
     (folder.path / "thesis.tex").write_text("")

@@ -72,8 +72,8 @@ def test_slow_ranks_are_named_with_their_node_and_why(tmp_path: Path, cast_shard
         assert f" W rank {rank} on node n{rank} is " in line
         assert f" % slower than the median for the last 5 reports ({why}); it costs all ranks about " in line
     curves = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [event.value for event in curves.Scalars("stragglers/slowest_rank")] == [1] * 5 + [2] * 6
-    assert all(event.value > 0.2 for event in curves.Scalars("stragglers/slowest_rank_lag"))
+    assert [event.value for event in curves.Scalars("3 speed/slowest_rank")] == [1] * 5 + [2] * 6
+    assert all(event.value > 0.2 for event in curves.Scalars("3 speed/slowest_rank_lag"))
     texts = [event.tensor_proto.string_val[0].decode() for event in curves.Tensors("stragglers/text_summary")]
     assert all(line.endswith(text) for line, text in zip(said, texts, strict=True))
 

@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.config import load_recipe
+from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
+from crate_dist.training.wandb_run import sent
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end
 
@@ -79,10 +81,11 @@ def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list[ob
 
 
 def test_killed_with_9_and_started_again_it_ends_bit_for_bit_the_same(
-    undisturbed: tuple[list[object], Path], tmp_path: Path
+    undisturbed: tuple[list[object], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     arguments, run = undisturbed
-    arguments = [*arguments, "--run-dir", tmp_path / "run"]
+    arguments = [*arguments, "--run-dir", tmp_path / "run", "--set", "log.trackers=tensorboard,wandb"]
     with Training(arguments, world_size=2):
         wait_for_step(tmp_path / "run", 12)
     before = max(losses(tmp_path / "run"))
@@ -96,7 +99,16 @@ def test_killed_with_9_and_started_again_it_ends_bit_for_bit_the_same(
     curve = tensorboard_curve(tmp_path / "run", "train/loss")
     assert curve == tensorboard_curve(run, "train/loss")
     assert [step for step, _ in curve] == list(range(1, 26))
-    assert [value for _, value in tensorboard_curve(tmp_path / "run", "run/restarts")] == [1.0]
+    restarts = tensorboard_curve(tmp_path / "run", "run/restarts")
+    assert (starts[1]["step"] + 1, 1.0) in restarts, "the restart leaves a mark"
+    assert {value for step, value in restarts if step > starts[1]["step"]} == {1.0}
+    points = [point for path in RunFolder(tmp_path / "run").wandb.glob("offline-run-*/*.wandb") for point in sent(path)]
+    for name, steps in {
+        "train/loss": range(1, 26),
+        "speed/images_per_s": range(1, 26),
+        "val/top1": (9, 17, 25),
+    }.items():
+        assert sorted(step for sent_name, step in points if sent_name == name) == list(steps)
 
 
 def test_on_another_number_of_ranks_it_goes_on_with_the_same_batches(
@@ -178,7 +190,7 @@ def wait_for_step(run: Path, step: int) -> None:
 def tensorboard_curve(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(RunFolder(run).tensorboard), size_guidance={"scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return [(event.step, event.value) for event in events.Scalars(tags_of(RunFolder(run))(tag))]
 
 
 def test_under_torchrun_it_is_the_same_run(undisturbed: tuple[list[object], Path], tmp_path: Path) -> None:
@@ -246,7 +258,8 @@ def test_starting_over_takes_a_flag_and_loses_nothing(undisturbed: tuple[list[ob
     with Training(arguments, world_size=1) as stopped:
         assert stopped.wait() == [1]
         assert "--start-over" in stopped.output()
-    train_to_the_end([*arguments, "--start-over"], world_size=1)
+    said = train_to_the_end([*arguments, "--start-over"], world_size=1)
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
     (before,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.before-"))
+    assert f"what stood in {tmp_path / 'run'} is in {before} now" in said
     assert list(losses(before)) == [1, 2, 3]

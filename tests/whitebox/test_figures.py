@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from crate_dist.config import ImageSection
-from crate_dist.figures import main
+from crate_dist.figures.__main__ import main
+from crate_dist.figures.sheet import Sheet
+from crate_dist.figures.tables import Cell, edges, picture_table
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights.names import from_reference
@@ -68,6 +71,18 @@ def test_layers_has_the_published_numbers(
     assert numbers["coding_rate_std"].tolist() == pytest.approx(stds, rel=1e-3)
     assert numbers["zeros"].tolist() == pytest.approx(golden["sparsity_zero_fraction"], abs=1e-6)
     assert Image.open(tmp_path / "layers.png").width == 1890  # 6.3 inches
+    column = ("--count", 1, "--out", tmp_path / "paper", "--dpi", 100, "--width", 3.25)
+    assert draw("layers", weights, "--images", images, *column, "--format", "png", "pdf", "svg", "--title", "none") == 0
+    png, pdf, svg = (tmp_path / "paper" / f"layers.{kind}" for kind in ("png", "pdf", "svg"))
+    assert Image.open(png).width == 325
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert not any(other in pdf.read_bytes() for other in (b"/Type3", b"CreationDate"))
+    assert "<dc:date>" not in svg.read_text()
+    assert "Compression and sparsity" not in svg.read_text()  # letters are drawn, and the text is named beside
+    assert (
+        draw("layers", weights, "--images", images, *column, "--format", "svg", "--title", "Of the golden model") == 0
+    )
+    assert "Of the golden model" in svg.read_text()
 
 
 def test_attention_has_the_published_maps(
@@ -104,6 +119,58 @@ def test_pictures_of_any_shape_are_drawn_at_either_patch(patch: int, photos: Pat
             assert image.width <= 1890
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert not list(out.glob(".*"))
+
+
+def test_inputs_are_shown_at_their_own_resolution(tmp_path: Path) -> None:
+    framing = Framing(32, 8, square=False, prepared=ImageSection())
+    for name, (width, height) in {"large": (1200, 1100), "small": (90, 60)}.items():
+        Image.fromarray(photo(width, height)).save(tmp_path / f"{name}.png")
+    large, small = from_paths([tmp_path], framing, count=2)
+    assert large.pixels.shape == (32, 32, 3)
+    assert small.pixels.shape == (32, 48, 3)
+    assert large.original.shape == (1024, 1117, 3)  # more than a page shows
+    assert np.array_equal(small.original, photo(90, 60))
+
+
+def test_a_mask_has_an_edge_along_the_border_too() -> None:
+    mask = np.array([[True, True, False], [True, False, False]])
+    lines = {tuple(map(tuple, (line * [3, 2]).round().astype(int).tolist())) for line in edges(mask)}
+    border = {((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 0), (0, 1)), ((0, 1), (0, 2)), ((0, 2), (1, 2))}
+    assert lines == border | {((2, 0), (2, 1)), ((1, 1), (2, 1)), ((1, 1), (1, 2))}
+    assert len(edges(np.ones((2, 3), dtype=bool))) == 10
+
+
+def table(*ratios: float, columns: int = 4) -> list[Figure]:
+    cells = [[Cell(np.zeros((round(40 * ratio), 40, 3), np.uint8))] * columns for ratio in ratios]
+    return picture_table(Sheet(Path()), cells, [f"head {n}" for n in range(columns)], bar="attention / max", title="A")
+
+
+def extents(page: Figure) -> list[tuple[float, float, float, float]]:
+    """Left, right, lower and upper edges of the pictures, in inches."""
+    return [image.get_extent() for image in page.axes[0].images]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "ratio", "expected"), [(24, 17, 1.0, 1), (12, 7, 1.5, 1), (64, 4, 0.67, 4), (3, 2, 8.0, 3)]
+)
+def test_a_figure_fits_a_page_and_goes_on_on_the_next(rows: int, columns: int, ratio: float, expected: int) -> None:
+    pages = table(*[ratio] * rows, columns=columns)
+    for page in pages:
+        across, down = page.get_size_inches()
+        assert across <= 6.3 + 1e-9
+        assert down <= 8.9 + 1e-9
+        for x0, x1, y0, y1 in extents(page):
+            assert 0 <= x0 < x1 <= across
+            assert 0 <= y0 < y1 <= down
+    assert sum(len(extents(page)) for page in pages) == rows * columns
+    assert len(pages) == expected
+
+
+def test_one_portrait_takes_no_more_of_the_page_than_the_others() -> None:
+    (page,) = table(0.67, 1.5, 0.67)
+    sizes = [(x1 - x0, y1 - y0) for x0, x1, y0, y1 in extents(page)[::4]]
+    assert sizes[1][0] * sizes[1][1] == pytest.approx(sizes[0][0] * sizes[0][1], rel=0.05)
+    assert sizes[1][1] / sizes[1][0] == pytest.approx(1.5)
 
 
 def test_overlap_with_given_masks_is_counted_in_pixels(photos: Path, tmp_path: Path) -> None:

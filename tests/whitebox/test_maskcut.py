@@ -8,7 +8,7 @@ from scipy.linalg import eigh
 
 from crate_dist.errors import UserError
 from crate_dist.whitebox.maskcut import affinity, attention_mask, iou, mask_cut, second_eigenvector
-from crate_dist.whitebox.pca import picture_components, principal_components
+from crate_dist.whitebox.pca import Scale, picture_components, principal_components
 
 
 def planted(grid: tuple[int, int], *boxes: tuple[slice, slice], noise: float = 0.05, seed: int = 0) -> np.ndarray:
@@ -101,39 +101,70 @@ def test_components_are_those_of_a_singular_value_decomposition() -> None:
     features = np.random.default_rng(2).normal(size=(40, 6)) * [5, 3, 2, 1, 1, 1]
     centred = features - features.mean(axis=0)
     left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    assert np.allclose(np.abs(principal_components(features, 3)), np.abs(left * values)[:, :3])
-    assert principal_components(features[:, :2], 3)[:, 2].tolist() == [0] * 40
+    scores, shares = principal_components(features, 3)
+    assert np.allclose(np.abs(scores), np.abs(left * values)[:, :3])
+    assert np.allclose(shares, (values**2 / (values**2).sum())[:3])
+    scores, shares = principal_components(features[:, :2], 3)
+    assert scores[:, 2].tolist() == [0] * 40
+    assert shares[2] == 0
 
 
-def test_the_first_component_tells_the_foreground_over_pictures_of_any_shape() -> None:
+@pytest.mark.parametrize("scale", ["all", "each"])
+def test_the_first_component_tells_the_foreground_over_pictures_of_any_shape(scale: Scale) -> None:
     here, there = (slice(2, 7), slice(3, 6)), (slice(1, 4), slice(4, 10))
-    found = picture_components([planted((9, 9), here), planted((6, 12), there)])
+    found = picture_components([planted((9, 9), here), planted((6, 12), there)], scale=scale)
     truths = [np.zeros((9, 9), dtype=bool), np.zeros((6, 12), dtype=bool)]
     truths[0][here], truths[1][there] = True, True
     for one, truth in zip(found, truths, strict=True):
         assert np.array_equal(one.foreground, truth)
-        assert one.first.min() == 0
-        assert one.first.max() == 1
         assert (one.colours[~truth] == 0).all()
-        assert one.colours[truth].max(axis=0).tolist() == [1, 1, 1]
+    each = [(one.first.ravel(), one.colours[truth]) for one, truth in zip(found, truths, strict=True)]
+    together = [tuple(np.concatenate(parts) for parts in zip(*each, strict=True))]
+    for first, colours in each if scale == "each" else together:
+        assert first.min() == 0
+        assert first.max() == 1
+        assert colours.max(axis=0).tolist() == [1, 1, 1]
     (other,) = picture_components([planted((9, 9), (slice(2, 7), slice(0, 4)))], invert=True)
     assert not other.foreground[2:7, 0:4].any()
     assert other.foreground.sum() == 81 - 20
 
 
 def test_colours_are_those_of_the_published_figure() -> None:
-    """Scikit-learn's PCA, and its scaling in each picture: the ground has a score of one below the smallest."""
+    """Scikit-learn's PCA, and its scaling in each picture: the ground has a score of one below the smallest.
+
+    The signs are ours: scikit-learn's are those of the largest entry, which two pictures may turn.
+    """
     PCA = pytest.importorskip("sklearn.decomposition").PCA
     rng = np.random.default_rng(3)
     features = [planted((9, 9), (slice(2, 7), slice(3, 6))), planted((6, 12), (slice(1, 4), slice(4, 10)))]
     features = [one + rng.normal(0, 0.3, one.shape) * [0, 1, 0, 2, 0, 3, 0, 0] for one in features]
-    found = picture_components(features)
-    kept = PCA(3).fit_transform(np.concatenate([f[one.foreground] for f, one in zip(features, found, strict=True)]))
+    found = picture_components(features, scale="each")
+    pca = PCA(3)
+    kept = pca.fit_transform(np.concatenate([f[one.foreground] for f, one in zip(features, found, strict=True)]))
+    kept *= np.sign((pca.components_**3).sum(axis=1))
     for one, scores in zip(found, np.split(kept, [found[0].foreground.sum()]), strict=True):
         least = min(0.0, scores.min()) - 1
         expected = (scores - least) / (scores.max(axis=0) - least)
         assert np.allclose(one.colours[one.foreground], expected)
         assert not one.colours[~one.foreground].any()
+
+
+def test_a_colour_means_the_same_in_all_pictures_and_does_not_turn_with_those_beside_it() -> None:
+    features = []
+    for seed, size in enumerate((5, 6, 7)):  # what is alike in all: the objects change along three axes
+        box = (slice(1, 1 + size), slice(1, 1 + size))
+        one = planted((9, 9), box, noise=0.01, seed=seed)
+        y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+        one[box][..., 2:5] += 0.3 * np.stack([3 * x, 2 * y, x * y], axis=-1)
+        features.append(one)
+    together = picture_components(features)
+    colours = np.concatenate([found.colours[found.foreground] for found in together])
+    assert colours.min(axis=0).tolist() == [0, 0, 0]
+    assert colours.max(axis=0).tolist() == [1, 1, 1]
+    for kept in ([0, 1], [0, 2], [1, 2]):
+        for n, alone in zip(kept, picture_components([features[n] for n in kept]), strict=True):
+            assert np.array_equal(alone.foreground, together[n].foreground)
+            assert np.abs(alone.colours - together[n].colours).mean() < 0.1
 
 
 def test_holes_in_the_foreground_are_filled() -> None:

@@ -138,12 +138,11 @@ def _loading(name: str, config: CrateConfig, meta: Mapping[str, Any]) -> str:
     side = config.image_size
     text = f"""\
 ```python
-import torch
-from crate_dist.models.weights import load_model
+import crate_dist
 
-model, meta = load_model("{name}")
-with torch.inference_mode():
-    logits = model.eval()(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
+model = crate_dist.load("{name}")
+images = model.preprocess(["photo.jpg"])
+logits = model(images)  # float, (batch, 3, {side}, {side}) -> (batch, {config.num_classes})
 ```"""
     if all(isinstance(meta.get(key), (list, tuple)) for key in ("mean", "std")):
         mean, std = (", ".join(map(str, meta[key])) for key in ("mean", "std"))
@@ -152,7 +151,7 @@ with torch.inference_mode():
             f"`python -m crate_dist.evaluate {name} --data DIR` does all of it."
         )
     if meta.get("classes"):
-        text += ' `meta["classes"]` names the classes in the order of the logits.'
+        text += " `model.classes` names the classes in the order of the logits."
     return text
 
 

@@ -21,8 +21,8 @@ from crate_dist.models.sizes import ARCHS
 FORMAT = "crate-dist/1"
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
 """Fields of CrateConfig that leave no trace in the shapes."""
-RECORDED = (*ImageSection.model_fields, "precision", "classes")
-"""Values of a run that decide how its model is evaluated."""
+RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names")
+"""Values of a run that decide how its model is evaluated, and what its predictions are called."""
 StateDict = Mapping[str, Tensor]
 
 # Ours and the published code's names; {} stands for the number of the layer.

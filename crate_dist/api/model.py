@@ -1,0 +1,160 @@
+"""Trained and new models as notebooks want them: with their classes, their preparation of images and their recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crate_dist.api.preprocess import Picture, Preprocess
+from crate_dist.checkpoint.format import CheckpointError
+from crate_dist.checkpoint.trained import load_trained
+from crate_dist.config import CONFIG_DIR, Recipe, load_recipe
+from crate_dist.locations import location, redacted
+from crate_dist.models.adapt import adapt
+from crate_dist.models.build import initialise, model_config
+from crate_dist.models.crate import CRATE, CrateConfig, Intermediates
+from crate_dist.models.weights.names import StateDict, WeightsError
+from crate_dist.run.folder import runs_in
+
+_TAKES = (
+    "load takes a run folder (its newest checkpoint), a checkpoint in one (checkpoints/step-…), or a file of weights: "
+    "model-best.pt, model-last.pt, .safetensors, a .pth.tar of the published code"
+)
+
+
+class Model(CRATE):
+    """A CRATE, in fp32, with all that its run knew. Its state dict is that of a CRATE.
+
+    preprocess: from pictures to what it reads
+    classes: ids in the order of the logits; class_names: the same for people; None where nobody told them
+    recipe: that of its training, None where a file of weights does not tell; name: what it was loaded from
+    """
+
+    def __init__(
+        self,
+        config: CrateConfig,
+        weights: StateDict,
+        preprocess: Preprocess,
+        name: str,
+        recipe: Recipe | None,
+        classes: tuple[str, ...] | None,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(config)
+        self.load_state_dict(weights, assign=True)
+        self.eval()
+        self.preprocess, self.name, self.recipe = preprocess, name, recipe
+        self.classes, self.class_names = classes, class_names or classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (b, classes) of prepared images (b, 3, image_size, image_size); (classes,) of one without b.
+
+        Raises ValueError when the images have another shape.
+        """
+        return super().forward(images[None])[0] if images.ndim == 3 else super().forward(images)
+
+    def intermediates(self, images: Tensor) -> Intermediates:
+        """Does the same pass and returns what every layer made of the tokens, for images of any size in whole patches.
+
+        images: (b, 3, height, width), or one without b; then nothing that is returned has it either
+        Raises ValueError when the sides are no multiples of the patch.
+        """
+        if images.ndim != 3:
+            return self.forward_intermediates(images)
+        inside = self.forward_intermediates(images[None])
+        projections, features = (tuple(each[0] for each in part) for part in (inside.projections, inside.features))
+        return Intermediates(inside.logits[0], projections, features, inside.grid)
+
+    @torch.inference_mode()
+    def predict(self, picture: Picture, top: int = 5) -> list[tuple[str, float]]:
+        """Returns the `top` classes of one picture with their probabilities, the likeliest first.
+
+        Classes are called by their names, by their numbers where nobody told these. Raises as Preprocess does.
+        """
+        images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
+        likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
+        names = dict(enumerate(self.class_names or ()))  # of fewer, perhaps: a head may have room for more
+        return [
+            (names.get(label, str(label)), share) for share, label in zip(*map(Tensor.tolist, likeliest), strict=True)
+        ]
+
+
+def load(
+    source: str | Path,
+    *,
+    classes: int | Sequence[str] | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+) -> Model:
+    """Opens what was trained: an fp32 model on the CPU, in evaluation mode.
+
+    Parameters
+    ----------
+    source: a run (its newest checkpoint), a checkpoint, an export, a file of the published code
+    classes: of a new head in place of the trained one, their number or names, to fine-tune it
+    image_size: another resolution, in pixels, to whose patches positions are interpolated
+    heads: of attention, for files of weights that do not tell them
+
+    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged.
+    """
+    path = _existing(source)
+    try:
+        trained = load_trained(path, heads)
+    except WeightsError as error:
+        if path.is_dir():
+            raise
+        raise WeightsError(f"{error}; {_TAKES}") from error
+    old, weights = trained.model.config, trained.model.state_dict()
+    names, class_names = trained.classes, trained.class_names
+    config = replace(old, image_size=image_size or old.image_size)
+    if classes is not None:
+        names, class_names = _names_of(classes), None
+        config = replace(config, num_classes=_number_of(classes))
+    if config != old:
+        adapted = adapt(weights, old, config, new_head=classes is not None)
+        weights = initialise(config, seed=0).state_dict() | adapted.state_dict
+    preprocess = Preprocess(config.image_size, trained.images)
+    return Model(config, weights, preprocess, trained.name, trained.recipe, names, class_names)
+
+
+def create(recipe: str | Path | Recipe, classes: int | Sequence[str], *, seed: int | None = None) -> Model:
+    """Builds the model that a recipe describes, with the weights that a run of it begins with, in evaluation mode.
+
+    recipe: a name in configs/, such as "crate_tiny", a recipe file, or a Recipe; classes: their number, or their names
+    seed: of the weights; None: the recipe's
+    Raises RecipeError, ValueError: fewer classes in the recipe than asked for.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    config = model_config(recipe.model, _number_of(classes))
+    weights = initialise(config, recipe.train.seed if seed is None else seed).state_dict()
+    preprocess = Preprocess(config.image_size, recipe.images)
+    return Model(config, weights, preprocess, recipe.name, recipe, _names_of(classes))
+
+
+def _number_of(classes: int | Sequence[str]) -> int:
+    return classes if isinstance(classes, int) else len(classes)
+
+
+def _names_of(classes: int | Sequence[str]) -> tuple[str, ...] | None:
+    return None if isinstance(classes, int) else tuple(classes)
+
+
+def _existing(source: str | Path) -> Path:
+    """Returns the path of something that is there. Raises CheckpointError that says what `load` takes."""
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(f"not a {type(source).__name__}: {_TAKES}")
+    if isinstance(place := location(source), str):
+        raise CheckpointError(f"{redacted(place)} is no file on this machine: fetch it first; {_TAKES}")
+    path = place.expanduser()
+    if path.exists():
+        return path
+    there = f"; the runs in {path.parent} are {runs}" if (runs := runs_in(path.parent)) else ""
+    if (CONFIG_DIR / f"{source}.toml").is_file():
+        there += f'; crate_dist.create("{source}", classes=…) makes an untrained model of that recipe'
+    raise CheckpointError(f"there is nothing at {path}{there}; {_TAKES}")

@@ -1,0 +1,246 @@
+"""Draws where a model looks, what its layers do, and what its patches have in common, as figures and their numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
+from crate_dist.config import RecipeError
+from crate_dist.data.decode import IMAGE_SUFFIXES
+from crate_dist.data.splits import open_split
+from crate_dist.figures.charts import Line, Panel, charts
+from crate_dist.figures.sheet import Sheet
+from crate_dist.figures.tables import Cell, attention_grid, coloured, picture_table
+from crate_dist.files import write_whole
+from crate_dist.models.crate import CRATE
+from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
+from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
+from crate_dist.whitebox.pca import Scale, picture_components
+from crate_dist.whitebox.pictures import Framing, Picture, PictureError, from_paths, from_split, read_mask
+from crate_dist.whitebox.pixels import OBJECTS, enlarged, heat, masked
+
+_BATCH = 16
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+
+def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
+    """Draws one figure of a model, as the command line says. Returns what it is of, and the files written.
+
+    Raises UserError: the model, the pictures or what is asked of them cannot be.
+    """
+    trained = load_trained(options.model, options.heads)
+    pictures = _pictures(options, trained)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model.to(device, torch.float32).eval()
+    sheet.out.mkdir(parents=True, exist_ok=True)
+    if options.figure == "layers":
+        written = draw_layers(model, pictures, sheet)
+    else:
+        layer = find_layer(options.layer, model.config.depth) - 1
+        if options.figure == "attention":
+            written = draw_attention(model, pictures, layer, sheet)
+        elif options.figure == "pca":
+            written = draw_pca(model, pictures, layer, options.threshold, options.invert, options.scale, sheet)
+        else:
+            truths = _read_truths(options.masks, pictures) if options.masks else {}
+            written = draw_masks(model, pictures, layer, truths, options.mass, options.tau, options.objects, sheet)
+    return f"{trained.name}, {len(pictures)} pictures", written
+
+
+def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, sheet: Sheet) -> list[Path]:
+    """Draws class-token attention of all heads over each picture in one layer (figure 4 of arXiv 2306.01129), its mean
+    over the heads in every layer, and for each picture the grid of all layers and heads.
+
+    layer: counted from 0
+    """
+    maps = [_on(model, class_attention_maps, picture)[:, 0] for picture in tqdm(pictures, unit="image", disable=None)]
+    heads, bar = range(maps[0].shape[1]), "attention / max"
+    rows = list(zip(pictures, maps, strict=True))
+    by_head = [[Cell(p.original), *(Cell(heat(m[layer, head])) for head in heads)] for p, m in rows]
+    by_layer = [[Cell(p.original), *(Cell(heat(one)) for one in m.mean(axis=1))] for p, m in rows]
+    columns = ["input", *(f"head {h + 1}" for h in heads)]
+    title = sheet.heading(f"Attention of the class token in layer {layer + 1}, by head")
+    written = sheet.save_pages(
+        picture_table(sheet, by_head, columns, bar=bar, title=title), f"attention-layer-{layer + 1:02d}"
+    )
+    columns = ["input", *(f"layer {n + 1}" for n in range(len(maps[0])))]
+    title = sheet.heading("Attention of the class token, mean over the heads, by layer")
+    written += sheet.save_pages(picture_table(sheet, by_layer, columns, bar=bar, title=title), "attention-layers")
+    for picture, each in rows:
+        _, _, name = picture.name.partition("-")
+        title = sheet.heading(f"Attention of the class token on {name}")
+        written += sheet.save_pages(attention_grid(sheet, picture.original, each, title), f"attention-{picture.name}")
+    return [*written, sheet.save_numbers({p.name: m for p, m in rows}, "attention")]
+
+
+def draw_layers(model: CRATE, pictures: Sequence[Picture], sheet: Sheet) -> list[Path]:
+    """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
+    tensors = [picture.tensor for picture in pictures]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise PictureError("the profile over the layers is that of pictures of one size, and these tensors have others")
+    seen = profile(model, _batches(tensors, next(model.parameters()).device))
+    numbers = {
+        "coding_rate_std": seen.coding_rate_std.numpy(),
+        "zeros_std": seen.zeros_std.numpy(),
+        **{name: np.array(values) for name, values in seen.means().items()},
+        "coding_rate_of_images": seen.coding_rate.numpy(),
+        "zeros_of_images": seen.zeros.numpy(),
+    }
+    layers = np.arange(1.0, len(numbers["zeros"]) + 1)
+    mean, band = f"mean of {len(pictures)} images", "± 1 standard deviation"
+    rate = Line(mean, layers, numbers["coding_rate"], numbers["coding_rate_std"], style=0)
+    nonzero = Line(mean, layers, 100 - 100 * numbers["zeros"], 100 * numbers["zeros_std"], style=1)
+    panels = [
+        Panel("layer", "coding rate of MSSA [nats]", [rate], band_label=band),
+        Panel("layer", "non-zeros after ISTA [%]", [nonzero], band_label=band),
+    ]
+    figure = charts(sheet, panels, sheet.heading("Compression and sparsity, layer by layer"))
+    return [*sheet.save(figure, "layers"), sheet.save_numbers(numbers, "layers")]
+
+
+def draw_pca(
+    model: CRATE,
+    pictures: Sequence[Picture],
+    layer: int,
+    threshold: float,
+    invert: bool,
+    scale: Scale,
+    sheet: Sheet,
+) -> list[Path]:
+    """Draws principal components of the patches of all pictures together; see whitebox.pca."""
+    features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
+    found = picture_components(features, threshold, invert, scale)
+    cells: list[list[Cell]] = []
+    for picture, one in zip(pictures, found, strict=True):
+        colours = np.where(one.foreground[..., None], 255 * one.colours, 255).round().astype(np.uint8)
+        foreground = Cell(masked(picture.original, [one.foreground]), [one.foreground])
+        cells.append([Cell(picture.original), Cell(coloured(one.first)), foreground, Cell(colours)])
+    key = [
+        (colour, f"component {number}, {100 * share:.0f} % of the variance")
+        for number, (colour, share) in enumerate(zip(_PRIMARIES, found[0].shares, strict=True), start=1)
+    ]
+    pages = picture_table(
+        sheet,
+        cells,
+        ["input", "first component", "foreground", "components 1 to 3"],
+        bar="first component",
+        key=key,
+        title=sheet.heading(f"Principal components of the patches in layer {layer + 1}"),
+    )
+    numbers = {
+        f"{picture.name}/{name}": getattr(one, name)
+        for picture, one in zip(pictures, found, strict=True)
+        for name in ("first", "foreground", "colours")
+    }
+    return [*sheet.save_pages(pages, "pca"), sheet.save_numbers(numbers, "pca")]
+
+
+def draw_masks(
+    model: CRATE,
+    pictures: Sequence[Picture],
+    layer: int,
+    truths: Mapping[str, Mask],
+    mass: float,
+    tau: float,
+    objects: int,
+    sheet: Sheet,
+) -> list[Path]:
+    """Draws foreground by attention and by normalised cut (see whitebox.maskcut), and its overlap with the truth."""
+    cells: list[list[Cell]] = []
+    notes: list[list[str]] = []
+    overlaps: dict[str, dict[str, float]] = {}
+    numbers: dict[str, NDArray[Any]] = {}
+    for picture in tqdm(pictures, unit="image", disable=None):
+        maps = _on(model, class_attention_maps, picture)[layer, 0]
+        by_head = [attention_mask(head, mass) for head in maps]
+        looked = attention_mask(maps.mean(axis=0), mass)
+        found = mask_cut(_on(model, patch_projections, picture, layer)[0], tau, objects)
+        shown = [[looked], found, *([[truths[picture.name]]] if truths else [])]
+        cells.append([Cell(picture.original), Cell(heat(maps.mean(axis=0)))])
+        cells[-1] += [Cell(masked(picture.original, each), each) for each in shown]
+        if truths:
+            overlap = overlaps[picture.name] = _overlaps(truths[picture.name], looked, by_head, found)
+            notes.append(["", "", f"IoU {overlap['attention']:.2f}", f"IoU {overlap['cut']:.2f}", ""])
+        numbers |= {
+            f"{picture.name}/attention": looked,
+            f"{picture.name}/attention_of_heads": np.array(by_head),
+            f"{picture.name}/cut": np.array(found).reshape(-1, *looked.shape),
+        }
+    columns = ["input", "attention", f"{100 * mass:.0f} % of the attention", "normalised cut"]
+    columns += ["truth"] if truths else []
+    most = max(len(numbers[f"{picture.name}/cut"]) for picture in pictures)
+    key = [(OBJECTS[n], f"{_ORDINALS[n]} object") for n in range(min(most, len(OBJECTS)) if most > 1 else 0)]
+    title = sheet.heading(f"Foreground without labels, layer {layer + 1}")
+    pages = picture_table(sheet, cells, columns, notes=notes, bar="attention / max", key=key, title=title)
+    written = [*sheet.save_pages(pages, "mask"), sheet.save_numbers(numbers, "mask")]
+    if truths:
+        mean = {name: float(np.mean([one[name] for one in overlaps.values()])) for name in _OVERLAPS}
+        path = sheet.out / "mask.json"
+        write_whole(path, json.dumps({"mean_iou": mean, "iou": overlaps}, indent=1) + "\n")
+        written.append(path)
+    return written
+
+
+_PRIMARIES = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+_OVERLAPS = ("attention", "best_head", "cut", "best_object")
+
+
+def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequence[Mask]) -> dict[str, float]:
+    """Returns IoU with the truth in pixels: of the whole cut, its best object, the attention, and its best head."""
+    full = [[enlarged(mask, truth.shape) for mask in masks] for masks in (by_head, found)]
+    everything = np.logical_or.reduce(full[1]) if found else np.zeros_like(truth)
+    return {
+        "attention": iou(enlarged(looked, truth.shape), truth),
+        "best_head": max(iou(mask, truth) for mask in full[0]),
+        "cut": iou(everything, truth),
+        "best_object": max((iou(mask, truth) for mask in full[1]), default=0.0),
+    }
+
+
+def _on(model: CRATE, measure: Callable[..., Tensor], picture: Picture, *rest: int) -> NDArray[np.floating]:
+    images: Tensor = picture.tensor[None].to(next(model.parameters()).device)
+    values: NDArray[np.floating] = measure(model, images, *rest).cpu().numpy()
+    return values
+
+
+def _batches(tensors: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    for first in tqdm(range(0, len(tensors), _BATCH), unit="batch", disable=None):
+        yield torch.stack(list(tensors[first : first + _BATCH])).to(device)
+
+
+def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, Mask]:
+    """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`."""
+    truths = {}
+    for picture in pictures:
+        stem = picture.name.partition("-")[2]
+        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            raise PictureError(f"no mask for {stem} in {folder}: expected {stem}.png")
+        truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])
+    return truths
+
+
+def _pictures(options: argparse.Namespace, trained: Trained) -> list[Picture]:
+    config = trained.model.config
+    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", trained.images)
+    count = options.count or (64 if options.figure == "layers" else 4)
+    if options.images:
+        pictures = from_paths(options.images, framing, count)
+    else:
+        try:
+            index = open_split(options.data, options.split, trained.data)
+        except RecipeError as error:
+            raise PictureError(f"no pictures: give --images PATH, or else the data: {error}") from error
+        pictures = from_split(index, framing, count)
+    return [replace(picture, name=f"{n:02d}-{picture.name}") for n, picture in enumerate(pictures, start=1)]
