@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,11 +39,13 @@ from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.run.lock import HANDED_OVER, LostTheRun, Tenure
+from crate_dist.terminal import complain
 from crate_dist.training.interrupt import Interrupt, ending_at_once
 from crate_dist.training.rank_log import log_to_file, start_logging
 from crate_dist.training.startup import Startup
 from crate_dist.training.trainer import Trainer, TrainResult
 from crate_dist.training.watchdog import COMPILING, Watchdog
+from crate_dist.watching.report import report
 from crate_dist.world import World, detect_world, is_first_start
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,20 @@ def train(
                 set_timeout(longest_s)  # from here on the watchdog is the one that does not wait so long
                 startup.mark("run folder")
                 together = interrupt, watchdog, startup, tenure
-                return Trainer(folder, recipe, world, device, *together, accept_changed_data).run()
+                result = Trainer(folder, recipe, world, device, *together, accept_changed_data).run()
+                if world.is_main:
+                    log_report(folder)
+                return result
     finally:
         leave_distributed()
+
+
+def log_report(folder: RunFolder) -> None:
+    """Logs the report on a run that has ended here. That it cannot be made is no reason for anything."""
+    try:
+        logger.info("%s", report(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("no report: %s: %s", type(error).__name__, error)
 
 
 def warn_of_idle_gpus() -> None:
@@ -150,12 +162,12 @@ def main(argv: list[str] | None = None) -> int:
         alone = HANDED_OVER not in os.environ
         result = train(run_dir, accept_changed_data=accepted, recipe=recipe, start_over=over, by_a_person=alone)
     except LostTheRun as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
         return LOST_THE_RUN
     except Exception as error:
         log_to_file(error)
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            complain(error)
         elif may_pass(error):
             traceback.print_exc()
         else:

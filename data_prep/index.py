@@ -12,8 +12,9 @@ import numpy as np
 
 from crate_dist.data.index import ShardIndex
 from crate_dist.prep.check import Classes, build_indexes, link_shards, split_folders
-from crate_dist.prep.program import counted, human_bytes, program_parser, run_program, tell, warn
+from crate_dist.prep.program import program_parser, run_program, tell, warn
 from crate_dist.prep.tar import LabelRule
+from crate_dist.wording import counted, size
 
 EPILOG = """
 example:
@@ -46,7 +47,7 @@ def describe(index: ShardIndex) -> None:
     total = sum(shard.bytes for shard in index.shards)
     tell(
         f"{index.root}: {counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}, "
-        f"{counted(index.num_classes, 'class', 'classes')}, {human_bytes(total)}"
+        f"{counted(index.num_classes, 'class', 'classes')}, {size(total)}"
     )
     per_class = np.bincount(index.rows["label"], minlength=index.num_classes)
     if empty := int((per_class == 0).sum()):

@@ -11,7 +11,8 @@ from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.prep.check import split_folders, verify_split
 from crate_dist.prep.journal import read_conversion
 from crate_dist.prep.parts import progress
-from crate_dist.prep.program import counted, human_time, program_parser, run_program, tell
+from crate_dist.prep.program import program_parser, run_program, tell
+from crate_dist.wording import counted, duration
 
 EPILOG = """
 example:
@@ -42,7 +43,7 @@ def verify(folder: Path, decode: bool, workers: int) -> bool:
         damaged += 1
     state = f"{damaged:,} of them damaged" if damaged else "all sound"
     shards, samples = counted(len(index.shards), "shard"), counted(index.num_samples, "sample")
-    tell(f"{folder}: {shards}, {samples}: {state}; {human_time(time.monotonic() - started)}")
+    tell(f"{folder}: {shards}, {samples}: {state}; {duration(time.monotonic() - started)}")
     if not index.has_checksums:
         tell(f"{folder}: no checksums of single images, so reads are not checked; data_prep/index.py adds them")
     return not damaged

@@ -24,6 +24,8 @@ from PIL import Image
 
 from crate_dist.arguments import Parser
 from crate_dist.launching.ranks import visible_gpus
+from crate_dist.run.dashboard import address
+from crate_dist.run.folder import RunFolder
 
 CLONE = Path(crate_dist.__file__).parents[1]
 FOLDER = Path("runs")
@@ -78,13 +80,14 @@ def write_digits(folder: Path) -> None:
 def report(run: Path, seconds: float) -> None:
     """Prints the accuracy over time, from metrics.jsonl, and what to type next."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    print("\n  step   top-1   top-5")
+    print("\n  step   top-1     top-5")
     for line in lines:
         if "val/top1" in line:
-            print(f"{line['step']:6d}  {line['val/top1']:5.2f} %  {line['val/top5']:5.1f} %")
+            print(f"{line['step']:6d}  {line['val/top1']:5.2f} %  {line['val/top5']:6.2f} %")
     print(
         f"\ndone in {seconds:.0f} s\n"
         f"to see the curves:  .venv/bin/tensorboard --logdir {FOLDER}\n"
+        f"                    {address(RunFolder(run))}\n"
         "to do it again:     make clean && make demo"
     )
 

@@ -21,10 +21,13 @@ from crate_dist.launching.grid import add_grid_options, is_swept, read_grid, rec
 from crate_dist.launching.opening import opened
 from crate_dist.launching.options import recipe_parser, site_from
 from crate_dist.launching.ranks import RankFailed, rank_environment, run_ranks, visible_gpus
+from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import Planned, look_at_all, nothing_to_do, plan, runs_table, why_idle
+from crate_dist.run.dashboard import how_to_watch
 from crate_dist.run.exit_status import STOPPED
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.snapshot import START, Snapshot, prune
+from crate_dist.terminal import complain, labelled
 from crate_dist.watching.notify import add_options, tell, watched
 from crate_dist.world import free_port
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan(grid, recipes, run_dirs_of(arguments, grid, recipes, site), arguments.start_over)
         due = [run for run in runs if not run.idle]
         if not due:
-            print(nothing_to_do(grid, runs))
+            show(nothing_to_do(grid, runs))
             return 0
         if arguments.dry_run:
             _show(due[0].recipe, ranks, _command(snapshot, due[0].run_dir, arguments.accept_changed_data))
@@ -52,15 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         if is_swept(arguments) and not arguments.dry_run:
             save_grid(due[0].run_dir.parent, grid, runs[0].recipe)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1
     status = 0
     for run, preflight in zip(due, found, strict=True):
-        print(preflight, flush=True)
+        show(str(preflight))
         if not arguments.dry_run and (status := _train(run, ranks, preflight.folder, snapshot, arguments)):
             break
     if grid:
-        print(runs_table(grid, runs, {run.run_dir: why_idle(run.recipe, RunFolder(run.run_dir)) for run in due}))
+        show(runs_table(grid, runs, {run.run_dir: why_idle(run.recipe, RunFolder(run.run_dir)) for run in due}))
     return status
 
 
@@ -71,15 +74,16 @@ def _train(run: Planned, ranks: int, folder: RunFolder, snapshot: Snapshot, argu
         with opened(folder, run.recipe, arguments.start_over, lost=lambda why: None) as lock:  # the ranks take it
             snapshot.write(folder.code)
             prune(folder.code, {*folder.record.snapshots(), snapshot.digest})
-            print(f"{'to watch':<14}tensorboard --logdir {shlex.quote(str(folder.path.parent))}")
-            print(f"{'':<14}python launch/status.py {shlex.quote(str(folder.path))}", flush=True)
+            for label, line in zip(("to watch", ""), how_to_watch(folder), strict=True):
+                show(labelled(label, line))
+            show(labelled("", f"python launch/status.py {shlex.quote(str(folder.path))}"))
             with watched(arguments.notify, folder.path, arguments.stuck_after):
                 run_ranks(command, ranks, folder, lock.environment())
     except (UserError, OSError) as error:
         if isinstance(error, RankFailed) and error.exit_status == STOPPED:
             print("stopped, as it was asked to; the same command goes on from the newest checkpoint", file=sys.stderr)
             return STOPPED
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         if isinstance(error, RankFailed) and arguments.notify:
             print(tell(arguments.notify, folder.path, "failed", str(error)), file=sys.stderr)
         return error.exit_status if isinstance(error, RankFailed) else 1
@@ -121,8 +125,8 @@ def _show(recipe: Recipe, ranks: int, command: list[str]) -> None:
     port = free_port()
     for rank in range(ranks):
         variables = " ".join(f"{key}={value}" for key, value in rank_environment(rank, ranks, port).items())
-        print(f"{variables} {shlex.join(command)}")
-    print(f"\n# recipe.toml\n{recipe.to_toml()}")
+        show(f"{variables} {shlex.join(command)}", verbatim=True)
+    show(f"\n# recipe.toml\n{recipe.to_toml()}", verbatim=True)
 
 
 if __name__ == "__main__":

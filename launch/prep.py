@@ -26,6 +26,7 @@ from crate_dist.arguments import Parser, positive
 from crate_dist.config import ClusterSection
 from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
+from crate_dist.launching.showing import show
 from crate_dist.launching.site import Site, load_site
 from crate_dist.prep.job import PrepJob
 from crate_dist.prep.parts import progress
@@ -34,6 +35,7 @@ from crate_dist.slurm.executor import Executor
 from crate_dist.slurm.options import parse_minutes
 from crate_dist.slurm.queue import NoAnswer, QueuedJob, is_here, my_jobs
 from crate_dist.slurm.verdict import UNSET, beyond_partition, qos_beyond
+from crate_dist.terminal import complain, labelled
 
 CONVERTERS = ("imagenet", "imagenet21k", "image_folder")
 """Programs of data_prep that take --part."""
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--part is given to each job by --parts")
         return _start(arguments, _command(arguments, out, converters_own), out)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1
 
 
@@ -90,10 +92,10 @@ def _start(arguments: argparse.Namespace, command: Sequence[str], out: Path) -> 
     executor.folder.parent.mkdir(parents=True, exist_ok=True)
     submitted = executor.send(jobs)
     job_id = submitted[0].job_id.partition("_")[0]
-    print(f"{'job':<14}{job_id}, {arguments.parts} parts")
-    print(f"{'to watch':<14}python launch/prep.py --out {shlex.quote(str(out))} --status")
-    print(f"{'':<14}tail -F {shlex.quote(str(submitted[0].paths.stdout))}")
-    print(f"{'to cancel':<14}scancel {job_id}")
+    show(labelled("job", f"{job_id}, {arguments.parts} parts"))
+    show(labelled("to watch", f"python launch/prep.py --out {shlex.quote(str(out))} --status"))
+    show(labelled("", f"tail -F {shlex.quote(str(submitted[0].paths.stdout))}"))
+    show(labelled("to cancel", f"scancel {job_id}"))
     return 0
 
 

@@ -43,12 +43,14 @@ from crate_dist.launching.showing import show, summary
 from crate_dist.launching.site import PrintTemplate, Site
 from crate_dist.launching.sweep import look_at_all, nothing_to_do, plan, runs_table
 from crate_dist.locations import is_private
+from crate_dist.run.dashboard import how_to_watch
 from crate_dist.run.snapshot import Snapshot, prune
 from crate_dist.slurm.executor import Executor, environment_for, make_executor
 from crate_dist.slurm.nodes import dividing_nodes, nodes_used, said_of_nodes, world_sizes
 from crate_dist.slurm.options import CONTROL, given_here, outvoted
 from crate_dist.slurm.queue import largest_array
 from crate_dist.slurm.verdict import Verdict, as_sentence, ask, beyond_partition, qos_beyond, refusal
+from crate_dist.terminal import complain, labelled
 from crate_dist.watching.notify import add_options
 
 
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         more, note = _said_by_slurm(executor, jobs, verdict, waits_for_now)
         problems = _paragraphs([*problems, *more], recipes[0])
         if note:
-            show(f"{'note':<14}{note}")
+            show(labelled("note", note))
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
         if arguments.dry_run:
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             _show_script(executor, recipes)
         if len(recipes[0].cluster.node_counts) > 1:
-            show(f"{'nodes':<14}{said_of_nodes(recipes[0])}")
+            show(labelled("nodes", said_of_nodes(recipes[0])))
         if problems:
             raise RecipeError("\n\nerror: ".join(problems))
         states = {run.folder.path: "goes on" if run.resumes else "new" for run in found}
@@ -106,11 +108,11 @@ def main(argv: list[str] | None = None) -> int:
                 save_grid(run_dirs[0].parent, grid, every[0].recipe)
             if verdict.start or waits_for_now:
                 now = verdict.start or f"not as things stand, by SLURM: {as_sentence(verdict.said)}; the job waits"
-                show(f"{'starts':<14}{now}")
+                show(labelled("starts", now))
         if grid:
             show(runs_table(grid, runs, states))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1
     return 0
 
@@ -212,7 +214,7 @@ def _show_verdict(verdict: Verdict, problems: Sequence[str]) -> None:
         said = f"yes: SLURM would take it{f', and start it at {verdict.start}' if verdict.start else ''}"
     else:
         said = f"nothing is wrong as far as can be told here: {verdict.said}"
-    show(f"{'verdict':<14}{said}")
+    show(labelled("verdict", said))
 
 
 def _show_values(
@@ -227,16 +229,16 @@ def _show_values(
     run_dir = str(run_dirs[0]), "--run-dir" if arguments.run_dir else site.origins.get("runs", DEFAULT)
     swept = {key: (", ".join(map(str, values)), "the grid, below") for key, values in grid.items()}
     values = {**origin_of(jobs[0].recipe, arguments, site), **swept, "run folder": run_dir, **jobs[0].settings}
-    show(f"\n{'value':<14}and where it is from: recipe < site < flags; all else has its default, as below\n")
+    show("\n" + labelled("value", "and where it is from: recipe < site < flags; all else has its default, as below\n"))
     show(as_table(values))
     for name in outvoted(executor.script(len(jobs)), os.environ):
         show(f"  ${name} is left out, for the script below says otherwise")
 
 
 def _show_script(executor: Executor, recipes: Sequence[Recipe]) -> None:
-    show(executor.script(len(recipes)))
+    show(executor.script(len(recipes)), verbatim=True)
     show(f"# {'-' * 20} recipe.toml{' of the first run' if len(recipes) > 1 else ''} {'-' * 20}")
-    show(recipes[0].to_toml())
+    show(recipes[0].to_toml(), verbatim=True)
 
 
 def _submit(
@@ -274,15 +276,16 @@ def _submit(
     job_id, folder = sent[0].job_id.partition("_")[0], found[0].folder.path
     texts = [str(run).splitlines() for run in found]
     in_common = [line for line in texts[0] if all(line in text for text in texts)]
-    show("\n".join([f"{'job':<14}{job_id}", *in_common]))
+    show("\n".join([labelled("job", job_id), *in_common]))
     array = job_id if folder.parent == root else folder.parent  # there are other runs beside it
     runs = shlex.quote(str(folder if len(found) == 1 else array))
-    show(f"{'to watch':<14}python launch/status.py {runs} --watch")
-    show(f"{'':<14}squeue --job {job_id}")
-    show(f"{'':<14}tail -F {shlex.quote(str(sent[0].paths.stdout))}")
-    show(f"{'':<14}tensorboard --logdir {shlex.quote(str(folder.parent))}")
-    show(f"{'to stop':<14}python launch/status.py stop {runs}")
-    show(f"{'to cancel':<14}scancel {job_id}")
+    show(labelled("to watch", f"python launch/status.py {runs} --watch"))
+    show(labelled("", f"squeue --job {job_id}"))
+    show(labelled("", f"tail -F {shlex.quote(str(sent[0].paths.stdout))}"))
+    for line in how_to_watch(found[0].folder):
+        show(labelled("", line))
+    show(labelled("to stop", f"python launch/status.py stop {runs}"))
+    show(labelled("to cancel", f"scancel {job_id}"))
     return {run.folder.path: f"job {job.job_id}" for job, run in zip(sent, found, strict=True)}
 
 

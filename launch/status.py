@@ -17,6 +17,7 @@ It works for every way to start a run, from any machine that sees the run's fold
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -29,8 +30,12 @@ from crate_dist.arguments import Parser, positive, whole_number, with_examples
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import results_table
+from crate_dist.run.dashboard import address
+from crate_dist.run.folder import RunFolder
+from crate_dist.terminal import complain
 from crate_dist.watching.finding import find_runs, runs_root
 from crate_dist.watching.logs import follow, show_logs
+from crate_dist.watching.report import report
 from crate_dist.watching.resuming import resume
 from crate_dist.watching.runs import EXIT_STATUS, STUCK_AFTER_S, Queue, Run, look
 from crate_dist.watching.stopping import stop
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1
 
 
@@ -93,13 +98,22 @@ def _status(words: list[str]) -> int:
         if arguments.json:
             text = "\n".join(json.dumps(run.to_json(), allow_nan=False) for run in runs)
         else:
-            text = in_full(runs[0]) if len(runs) == 1 else as_table(runs)
+            text = _one(runs[0], with_address=not arguments.watch) if len(runs) == 1 else as_table(runs)
         if arguments.watch and sys.stdout.isatty() and not arguments.json:
             text = f"\033[H\033[2J{time.strftime('%H:%M:%S')}  every {arguments.watch} s, until Ctrl-C\n\n{text}"
         show(text)
         if not arguments.watch or all(run.is_over for run in runs):
             return max(EXIT_STATUS[run.state] for run in runs)
         time.sleep(arguments.watch)
+
+
+def _one(run: Run, with_address: bool) -> str:
+    """Returns the report on a run that is done, how it goes with any other. with_address: of its curves"""
+    if run.state == "done":
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # in_full names what cannot be read
+            return report(RunFolder(run.run))
+    curves = f"\n  {'curves':<12}{address(RunFolder(run.run))}" if with_address else ""
+    return in_full(run) + curves
 
 
 def _list(words: list[str]) -> int:

@@ -40,6 +40,10 @@ TEXT = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for 
 ELSEWHERE = {
     "source .venv/bin/activate": ("it changes the shell that it is typed in", "Makefile"),
     "tensorboard --logdir runs": ("a server, which does not end", "tests/training/test_tensorboard.py"),
+    "python -m tests.browser runs/demo docs/pictures/dashboard.png": (
+        "needs a browser, and writes where the page's picture is",
+        "tests/training/test_dashboard.py",
+    ),
     "make setup": ("it installs", "Makefile"),
     "pip install -e '.[wandb]'": ("it installs", "Makefile"),
     "python launch/local.py --arch crate_tiny --data DIR --set log.trackers=tensorboard,wandb": (

@@ -59,6 +59,7 @@ KEYS = _by_word(
         "checkpoint.keep": "save_total_limit keep_last max_checkpoints max_to_keep",
         "log.every_steps": "log_interval log_every log_freq print_freq logging_steps log_every_n_steps",
         "log.eval_every_epochs": "eval_interval eval_every eval_freq eval_steps val_interval val_freq test_freq",
+        "log.profile_steps": "profile profiler profiling trace profile_freq enable_profiling",
         "cluster.gpus_per_node": "gpus num_gpus ngpus n_gpus gpus_per_machine",
         "cluster.nodes": "num_nodes nnodes n_nodes num_machines",
         "cluster.cpus_per_task": "cpus num_cpus cpus_per_gpu",

@@ -33,6 +33,9 @@ Location = Annotated[Path | str, BeforeValidator(lambda value: location(value) i
 OneWord = Annotated[str, Field(pattern=r"^[^\s\p{Cc}]+$")]
 """Text on a line of the batch script, where a line break would begin a command."""
 
+_MOST_TRACED = 100
+"""Steps: the profiler holds all of a trace in memory, some megabytes per step."""
+
 
 def _mirror(value: Path | str | None) -> Path | str | None:
     """Reads the place of a mirror; an empty text stays one. Raises ValueError for what no file can be put below."""
@@ -253,6 +256,15 @@ class CheckpointSection(Section):
         return place.expanduser().absolute() if isinstance(place, Path) else place or None
 
 
+def _short(steps: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= steps[1] - steps[0] < _MOST_TRACED:
+        raise ValueError(
+            f"{list(steps)}: expected the first and the last step of a trace of {_MOST_TRACED} steps at most, as in "
+            "[100, 105]"
+        )
+    return steps
+
+
 def _words(given: object) -> object:
     """Reads what --set log.trackers=tensorboard,wandb gives; each of them counts once."""
     words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
@@ -274,6 +286,9 @@ class LogSection(Section):
     )
     whitebox_images: Positive = Field(
         8, description="images of the validation split to measure them on, the same ones each time"
+    )
+    profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_short)] | None = Field(
+        None, description="first and last step that torch's profiler traces, on every rank, into profile/; unset: none"
     )
 
 

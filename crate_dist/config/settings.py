@@ -105,8 +105,9 @@ def _kind(setting: Mapping[str, Any]) -> str:
     if setting["type"] == "array" and "enum" in setting.get("items", ()):
         return "any of " + ", ".join(map(_value, setting["items"]["enum"]))
     if setting["type"] == "array":
-        kind, _, within = _kind(setting.get("items") or setting["prefixItems"][0]).partition(" ")
-        return f"{setting.get('maxItems', 'any number of')} {kind}s {within}".rstrip()
+        one = setting.get("items") or setting["prefixItems"][0]
+        name = _TYPES[one["type"]]
+        return f"{setting.get('maxItems', 'any number of')} {_kind(one).replace(name, f'{name}s', 1)}"
     if setting.get("format") == "path":
         return "path"
     bounds = (f"{word} {setting[key]:g}" for key, word in _BOUNDS.items() if key in setting)

@@ -11,9 +11,10 @@ from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
 from crate_dist.models.matmul import linear
 from crate_dist.models.sizes import ARCHS
+from crate_dist.training.utilisation import published_flop_s
 
-KNOWN = {"H200": (4.8e12, 989e12), "H100 80GB HBM3": (3.35e12, 989e12)}
-"""Part of a GPU's name -> bytes/s of its memory and dense bf16 FLOP/s, as NVIDIA states them."""
+KNOWN = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12}
+"""Part of a GPU's name -> bytes/s of its memory, as NVIDIA states them."""
 REACHED = 0.5
 """Share of these that a sound card reaches at the least: copies come to some 0.9, products on random numbers to 0.7."""
 TOKENS = 197
@@ -23,7 +24,8 @@ def examine(setting: Setting) -> Iterator[Finding]:
     """Yields a finding per copy and product; one that stays below half of what a known GPU is built for has failed."""
     with alone(setting) as device:
         name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-        bytes_s, flop_s = next((rates for known, rates in KNOWN.items() if known in name), (None, None))
+        bytes_s = next((rate for known, rate in KNOWN.items() if known in name), None)
+        flop_s = published_flop_s(name) if bytes_s else None
         yield _rated("copy, bytes read and written", copy_bytes_s(device, setting.small), 1e9, "GB/s", bytes_s)
         if device.type == "cuda":
             yield _rated("copy within the second-level cache", copy_bytes_s(device, small=True), 1e9, "GB/s", None)

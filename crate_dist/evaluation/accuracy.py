@@ -38,10 +38,12 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 class Predictions(NamedTuple):
     """What a model says of a batch, but for samples that could not be read; on its device.
 
-    labels: int64 (n,); logits: fp32 (n, classes); ranked: int64 (n, at most 5), the predicted classes, best first
+    images: uint8 (n, height, width, 3); labels: int64 (n,); logits: fp32 (n, classes)
+    ranked: int64 (n, at most 5), the predicted classes, best first
     samples: int64 (n,), their numbers in the split, on the host, where the loader tells them
     """
 
+    images: Tensor
     labels: Tensor
     logits: Tensor
     ranked: Tensor
@@ -208,11 +210,12 @@ def evaluate(
         if leave():
             counts[2] = 1
             break
-        logits, labels, samples = predict(batch.images).float(), batch.labels, batch.samples
+        images, labels, samples = batch.images, batch.labels, batch.samples
+        logits = predict(images).float()
         if batch.replaced:
             bad.update(batch.bad)
             read = [row for row in range(len(labels)) if row not in batch.replaced]
-            logits, labels = logits[read], labels[read]
+            images, logits, labels = images[read], logits[read], labels[read]
             samples = None if samples is None else samples[read]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
@@ -221,7 +224,7 @@ def evaluate(
         counts[0] += len(labels)
         counts[1] += len(batch.replaced)
         for tally in tallies:
-            tally.add(Predictions(labels, logits, ranked, samples))
+            tally.add(Predictions(images, labels, logits, ranked, samples))
     totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()

@@ -27,6 +27,7 @@ from crate_dist.distributed import gather_objects, init_distributed, leave_distr
 from crate_dist.errors import UserError
 from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
+from crate_dist.terminal import complain
 from crate_dist.world import World, detect_world
 
 T = TypeVar("T")
@@ -120,18 +121,18 @@ def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.devic
             if any(problems):
                 for text in dict.fromkeys(filter(None, problems)) if world.is_main else ():
                     where = "" if all(problems) else f"rank {problems.index(text)}: "
-                    print(f"error: {where}{text}", file=sys.stderr)  # noqa: T201
+                    complain(f"{where}{text}")
                 return 1
             assert prepared is not None
             work(prepared, world, device)
         finally:
             leave_distributed()
     except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
         return 1
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        print(f"error: rank {world.rank} has lost another rank, which says why", file=sys.stderr)  # noqa: T201
+        complain(f"rank {world.rank} has lost another rank, which says why")
         return 1
     return 0

@@ -20,6 +20,7 @@ from crate_dist.errors import UserError
 from crate_dist.locations import redacted
 from crate_dist.run.checkpoints import checkpoint_names
 from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.terminal import labelled
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Preflight:
                 f"x {self.world_size} ranks",
             ),
         ]
-        return "\n".join(f"{name:<14}{text}" for name, text in lines)
+        return "\n".join(labelled(name, text) for name, text in lines)
 
 
 def preflight(

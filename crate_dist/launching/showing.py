@@ -9,12 +9,17 @@ import sys
 from crate_dist.config import Recipe
 from crate_dist.launching.memory import checkpoint_bytes, step_bytes
 from crate_dist.launching.preflight import Preflight
+from crate_dist.terminal import labelled, near
+from crate_dist.wording import size
 
 
-def show(text: str) -> None:
-    """Prints; a reader that has gone, as `| head` does, ends no launcher and changes no exit status."""
+def show(text: str, verbatim: bool = False) -> None:
+    """Prints; a reader that has gone, as `| head` does, ends no launcher and changes no exit status.
+
+    verbatim: also on a terminal with all its paths in full, as in a script
+    """
     try:
-        print(text, flush=True)  # noqa: T201
+        print(text if verbatim else near(text), flush=True)  # noqa: T201
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to come goes nowhere
 
@@ -23,23 +28,19 @@ def summary(recipe: Recipe, run: Preflight) -> str:
     """Returns lines on the data, the batch, the memory that a rank needs, and the room that checkpoints take."""
     need = step_bytes(recipe, run.micro_batch, run.world_size)
     kept = recipe.checkpoint.keep + 1  # the best one
-    size = checkpoint_bytes(recipe, run.classes)
+    saved = checkpoint_bytes(recipe, run.classes)
     there = next(path for path in (run.folder.path, *run.folder.path.parents) if path.exists())
     free = shutil.disk_usage(there).free
     # One more is written before the oldest goes.
-    short = "; TOO LITTLE, and saves will fail" if free < (kept + 1) * size else ""
+    short = "; TOO LITTLE, and saves will fail" if free < (kept + 1) * saved else ""
     of = "of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"
     of = of if recipe.cluster.gpus_per_node else "of each rank for the step alone, by estimate"
     lines = [
-        ("memory", f"about {need / 1e9:.1f} GB {of}"),
+        ("memory", f"about {size(need)} {of}"),
         (
             "checkpoints",
-            f"{_size(size)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "
-            f"best are kept: {_size(kept * size)} of {_size(free)} free{short}",
+            f"{size(saved)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "
+            f"best are kept: {size(kept * saved)} of {size(free)} free{short}",
         ),
     ]
-    return "\n".join([str(run), *(f"{name:<14}{text}" for name, text in lines)])
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return "\n".join([str(run), *(labelled(name, text) for name, text in lines)])

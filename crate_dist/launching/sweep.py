@@ -19,8 +19,7 @@ from crate_dist.launching.preflight import Preflight, preflight
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.slurm.nodes import world_sizes
 from crate_dist.slurm.queue import NoAnswer, QueuedJob, is_here, my_jobs
-
-_NONE = "–"
+from crate_dist.wording import NONE, aligned
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def runs_table(grid: Grid, runs: Sequence[Planned], states: Mapping[Path, str]) 
         [run.run_dir.name, *(_shown(its[key]) for key in grid), run.idle or states.get(run.run_dir, "")]
         for run, its in zip(runs, values, strict=True)
     ]
-    return table(("run", *grid, ""), rows)
+    return "\n".join(aligned([("run", *grid, ""), *rows]))
 
 
 def results_table(run_dirs: Sequence[Path]) -> str:
@@ -137,18 +136,19 @@ def results_table(run_dirs: Sequence[Path]) -> str:
         for line in _lines(RunFolder(run_dir)):
             newest |= line
             best = max(best, line.get("val/top1", -1.0))
-        losses = [f"{newest[key]:.4f}" if key in newest else _NONE for key in ("train/loss", "val/loss")]
+        losses = [f"{newest[key]:.4f}" if key in newest else NONE for key in ("train/loss", "val/loss")]
         settings = [_shown(values[number]) for values in apart.values()]
         cells = [
             run_dir.name,
-            f"{best:.2f}" if best >= 0 else _NONE,
+            f"{best:.2f}" if best >= 0 else NONE,
             *losses,
-            str(newest.get("step", _NONE)),
+            str(newest.get("step", NONE)),
             *settings,
         ]
         rows.append((best, cells))
     rows.sort(key=lambda row: -row[0])
-    return table(("run", "best top-1", "train loss", "val loss", "step", *apart), [cells for _, cells in rows])
+    head = ("run", "best top-1", "train loss", "val loss", "step", *apart)
+    return "\n".join(aligned([head, *(cells for _, cells in rows)]))
 
 
 def settings_apart(run_dirs: Sequence[Path]) -> dict[str, list[Any]]:
@@ -157,13 +157,6 @@ def settings_apart(run_dirs: Sequence[Path]) -> dict[str, list[Any]]:
     keys = sorted(set().union(*found))
     apart = {key: [values.get(key) for values in found] for key in keys}
     return {key: values for key, values in apart.items() if any(value != values[0] for value in values)}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns rows of cells as aligned lines below a head."""
-    cells = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def _lines(folder: RunFolder) -> Iterator[dict[str, float]]:
@@ -177,4 +170,4 @@ def _lines(folder: RunFolder) -> Iterator[dict[str, float]]:
 
 
 def _shown(value: Any) -> str:
-    return _NONE if value is None else value if isinstance(value, str) else json.dumps(value)
+    return NONE if value is None else value if isinstance(value, str) else json.dumps(value)

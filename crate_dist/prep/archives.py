@@ -22,9 +22,10 @@ from pathlib import Path
 
 from crate_dist.data.index import ShardError
 from crate_dist.prep.folders import ListOptions, Split, contents_of, first_few, hold_out, list_images
-from crate_dist.prep.program import explained, human_bytes
+from crate_dist.prep.program import explained
 from crate_dist.prep.samples import ImageRef, Samples, is_image_name
 from crate_dist.prep.tar import MAX_IMAGE_BYTES, Member, walk_tar
+from crate_dist.wording import size
 
 _WORK = ".unpacked"
 _TORCHVISION = ("flowers-102", "oxford-iiit-pet")  # folders that it downloads into
@@ -110,19 +111,19 @@ class Download:
 
     def _decompress(self, path: Path, published: PublishedFile) -> Path:
         target = self.work / f"{path.name}.tar"
-        size = 0
+        unpacked = 0
         try:
             with gzip.open(path, "rb") as packed, target.open("wb") as plain:
                 while block := packed.read(_BLOCK):
-                    size += len(block)
-                    if size > _MAX_UNPACKED:
-                        raise ShardError(f"{path} unpacks to more than {human_bytes(_MAX_UNPACKED)}: refused as a bomb")
+                    unpacked += len(block)
+                    if unpacked > _MAX_UNPACKED:
+                        raise ShardError(f"{path} unpacks to more than {size(_MAX_UNPACKED)}: refused as a bomb")
                     with explained(f"cannot write {target}", _ROOM):
                         plain.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = "is cut off" if isinstance(error, EOFError) else "is no gzip archive, or a damaged one"
             raise ShardError(
-                f"{path} {what}, after {human_bytes(size)} unpacked ({error}); get it anew from {published.url}"
+                f"{path} {what}, after {size(unpacked)} unpacked ({error}); get it anew from {published.url}"
             ) from error
         except OSError as error:
             raise ShardError(f"cannot read {path}: {error.strerror or error}") from error

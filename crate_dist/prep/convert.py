@@ -27,16 +27,9 @@ from crate_dist.prep.next_steps import next_steps
 from crate_dist.prep.options import Options
 from crate_dist.prep.parts import clear, held, merging, waits_for
 from crate_dist.prep.pool import run_parallel
-from crate_dist.prep.program import (
-    counted,
-    explained,
-    human_bytes,
-    human_time,
-    progress_bar,
-    tell,
-    warn,
-)
+from crate_dist.prep.program import explained, progress_bar, tell, warn
 from crate_dist.prep.shards import WHOLE, ShardPlan, ShardResult, make_shard
+from crate_dist.wording import counted, duration, size
 
 _TRIED_IMAGES = 32
 _LISTED_SKIPPED = 1000
@@ -133,7 +126,7 @@ def _check_space(jobs: Sequence[_Job], out: Path) -> None:
     needed = sum(max(job.estimated_bytes - job.folder.finished_bytes(), 0) for job in jobs)
     if needed > free:
         raise ShardError(
-            f"the shards need about {human_bytes(needed)} and {existing} has {human_bytes(free)} free; "
+            f"the shards need about {size(needed)} and {existing} has {size(free)} free; "
             "make room, give another --out, or write smaller images with --short-side"
         )
 
@@ -149,7 +142,7 @@ def _tell_plan(source: Source, jobs: Sequence[_Job], unfinished: Sequence[_Job],
         images, shards = counted(len(job.split.samples), "image"), counted(job.plan.num_shards, "shard")
         tell(
             f"{job.folder.path.name}: {images} -> {shards} of up to {options.shard_samples:,}, "
-            f"about {human_bytes(job.estimated_bytes)}{state}"
+            f"about {size(job.estimated_bytes)}{state}"
         )
 
 
@@ -260,7 +253,7 @@ def _tell_result(index: ShardIndex, split: Split, results: dict[str, ShardResult
     kept = sum(result.kept for result in results.values())
     made = sum(len(result.rows) for result in results.values() if not result.kept)
     tell(
-        f"{index.root.name}: {_size_of(index)}; {human_time(seconds)}"
+        f"{index.root.name}: {_size_of(index)}; {duration(seconds)}"
         + (f", {made / max(seconds, 1e-9):,.0f} images/s" if made else "")
         + (f", {counted(kept, 'shard')} kept from before" if kept else "")
     )
@@ -294,5 +287,5 @@ def _size_of(index: ShardIndex) -> str:
     present = len(np.unique(index.rows["label"]))
     return (
         f"{counted(index.num_samples, 'image')} of {counted(present, 'class', 'classes')} "
-        f"in {counted(len(index.shards), 'shard')}, {human_bytes(total)}"
+        f"in {counted(len(index.shards), 'shard')}, {size(total)}"
     )

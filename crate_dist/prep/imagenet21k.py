@@ -30,9 +30,9 @@ from crate_dist.prep.folders import (
     threaded_map,
 )
 from crate_dist.prep.ilsvrc import WNID, class_tars, list_class_tars
-from crate_dist.prep.program import counted
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import Member
+from crate_dist.wording import counted
 
 EDITIONS = {"fall11_whole": 21_841, "winter21_whole": 19_167}
 """The name of an edition's archive, and how many classes are in it."""

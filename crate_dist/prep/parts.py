@@ -22,9 +22,10 @@ from pathlib import Path
 from crate_dist.data.index import INDEX_JSON, INDEX_ROWS, ShardError
 from crate_dist.prep.folders import first_few
 from crate_dist.prep.journal import CONVERSION_JSON, dashed, read_conversion, standing
-from crate_dist.prep.program import counted, explained, human_time, tell
+from crate_dist.prep.program import explained, tell
 from crate_dist.prep.shards import WHOLE, Part, shard_names
 from crate_dist.run.lock import RunIsLocked, RunLock, holder_of
+from crate_dist.wording import counted, duration
 
 _LOCKS = ".parts"
 _SILENT_S = 120
@@ -134,7 +135,7 @@ def _said(lock: Path) -> str:
         return ""
     if holder.surely_gone():
         return f"stopped, was {holder}"
-    return str(holder) if _at_work(lock) else f"no sign of life for {human_time(_silent_s(lock))}, was {holder}"
+    return str(holder) if _at_work(lock) else f"no sign of life for {duration(_silent_s(lock))}, was {holder}"
 
 
 def _at_work(lock: Path) -> bool:

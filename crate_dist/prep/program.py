@@ -1,4 +1,4 @@
-"""The talk of the data_prep programs with a person: options, output, errors, progress, numbers."""
+"""The talk of the data_prep programs with a person: options, output, errors, progress."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from crate_dist.arguments import Parser, positive
 from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
 from crate_dist.files import FULL
+from crate_dist.terminal import complain, near, paint
 
 INTERRUPTED = 130
 
@@ -40,7 +41,7 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
@@ -65,12 +66,12 @@ def explained(failure: str, remedy: str = "make room, then the same command cont
 
 def tell(text: str) -> None:
     """Prints a line of the program's result."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(near(text), file=sys.stdout)
 
 
 def warn(text: str) -> None:
     """Prints a line that the user should see and that is no error."""
-    tqdm.write(f"note: {text}", file=sys.stderr)
+    tqdm.write(f"{paint('note:', 'yellow', sys.stderr)} {near(text, sys.stderr)}", file=sys.stderr)
 
 
 def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
@@ -90,28 +91,6 @@ def progress_bar(what: str, total: int, unit: str) -> tqdm[Any]:
 def available_cpus() -> int:
     """Returns the number of CPUs that this process may use, on a cluster fewer than the machine has."""
     return len(os.sched_getaffinity(0))
-
-
-def counted(number: int, what: str, plural: str | None = None) -> str:
-    """Says 1 shard, 1,282 shards."""
-    return f"{number:,} {what if number == 1 else plural or what + 's'}"
-
-
-def human_bytes(number: float) -> str:
-    """Says 1.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} bytes"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
-def human_time(seconds: float) -> str:
-    """Says 2 h 05 min, 3 min 20 s, 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def proper_fraction(text: str) -> float:

@@ -5,7 +5,8 @@ run.json             the code's version, each start of the run, the weights that
                      changes of its data that were accepted; see run/record.py
 checkpoints/         step-00000500/ …, published whole or not at all
 published.json       the newest step that was ever among them
-tensorboard/         event files
+events.out.tf…       TensorBoard's files, one for each start; an older run's are in tensorboard/, where it goes on
+profile/             traces of log.profile_steps, one per rank; see training/profiler.py
 wandb/               what Weights & Biases has of the run, or is to get; see training/wandb_run.py
 metrics.jsonl        one line per logged step
 bad_samples.jsonl    samples that could not be read, by split and name
@@ -38,6 +39,9 @@ from crate_dist.run.record import Record
 STOP_REQUEST = "stop-requested.json"
 """The file by which a person asks a run to save and end; while it is there, no launcher starts the ranks again."""
 
+EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin, by which it finds them."""
+
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
 
@@ -51,7 +55,7 @@ class RunFolder:
         self.record = Record(self.record_file)
         self.checkpoints = path / "checkpoints"
         self.published = published_file(self.checkpoints)
-        self.tensorboard = path / "tensorboard"
+        self.profile = path / "profile"
         self.wandb = path / "wandb"
         self.metrics = path / "metrics.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
@@ -68,6 +72,17 @@ class RunFolder:
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
         """Returns the folder of the run that saved a checkpoint."""
         return cls(checkpoint.resolve().parents[1])
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's files: the run's own, by whose name TensorBoard calls it, or of an older run
+        tensorboard/, since its curves go on where they began."""
+        older = self.path / "tensorboard"
+        return older if older.is_dir() else self.path
+
+    def event_files(self) -> list[Path]:
+        """Lists TensorBoard's files, in the order in which they were begun."""
+        return sorted(self.tensorboard.glob(f"{EVENTS}*"))
 
     def model(self, which: str) -> Path:
         """Returns the file of the exported weights, `which` being "last" or "best"."""
@@ -177,7 +192,7 @@ class RunFolder:
                 self._put_failed_starts_aside(check)
             check()
             write_whole(self.recipe_file, recipe.to_toml())  # first: by it a folder is known to be a run's
-            for folder in (self.checkpoints, self.tensorboard, self.logs):
+            for folder in (self.checkpoints, self.logs):
                 folder.mkdir(exist_ok=True)
             self.record.begin()
         except OSError as error:
@@ -189,7 +204,8 @@ class RunFolder:
     def _put_failed_starts_aside(self, check: Callable[[], None]) -> None:
         aside = self.path / f"failed-start-{_stamp()}"
         aside.mkdir()
-        for path in (self.record_file, self.tensorboard, self.wandb, self.metrics, self.ledger, self.recipe_file):
+        curves = self.event_files() if self.tensorboard == self.path else [self.tensorboard]
+        for path in (self.record_file, *curves, self.wandb, self.metrics, self.ledger, self.recipe_file):
             if path.exists():
                 check()
                 path.rename(aside / path.name)

@@ -83,15 +83,23 @@ class Record:
         self._write(record)
         return len(record["starts"]) - 1
 
+    def code(self) -> dict[str, Any]:
+        """Returns the version of the code that the run began with; see code_version."""
+        code: dict[str, Any] = self._read().get("code", {})
+        return code
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Returns what note_start has put down, the first start first."""
+        starts: list[dict[str, Any]] = self._read()["starts"] if self.path.exists() else []
+        return starts
+
     def snapshots(self) -> set[str]:
         """Returns the digests of the code that the starts ran, as far as they are known."""
-        starts = self._read()["starts"] if self.path.exists() else []
-        return {start["snapshot"] for start in starts if "snapshot" in start}
+        return {start["snapshot"] for start in self.starts() if "snapshot" in start}
 
     def changed_code(self) -> str:
         """Says how the code of the newest start differs from that of the one before it; "": not at all."""
-        starts: list[dict[str, Any]] = [{}, {}, *self._read()["starts"]]
-        before, now = starts[-2:]
+        before, now = [{}, {}, *self.starts()][-2:]
         same = [key for key in ("snapshot", "commit") if before.get(key) and now.get(key)]
         if not same or before[same[0]] == now[same[0]]:
             return ""

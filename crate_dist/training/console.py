@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from crate_dist.checkpoint.saving import Saved
 from crate_dist.config import Recipe
 from crate_dist.data.workers import workers_of_rank
 from crate_dist.training.optim import Schedule
+from crate_dist.wording import duration, share
 from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -23,19 +25,23 @@ _MUCH_WAITING = 0.1
 class Console:
     """What rank 0 says; the other ranks say nothing.
 
-    step, last_step: where this start begins, and where the run ends
+    step, last_step: where this start begins, and where the run ends; top1: of the newest evaluation, in per cent
     """
 
-    def __init__(self, recipe: Recipe, world: World, schedule: Schedule, step: int, last_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, schedule: Schedule, step: int, last_step: int, top1: float | None = None
+    ) -> None:
         self._recipe, self._world, self._schedule, self._last_step = recipe, world, schedule, last_step
+        self._values = {} if top1 is None else {"val/top1": top1}
         self._reports = 0
         self._warned = False
-        self._bar = tqdm(
+        self._bar = _Bar(
+            self._progress,
             total=last_step,
             initial=step,
-            unit="step",
             disable=not (world.is_main and sys.stderr.isatty()),
             dynamic_ncols=True,
+            bar_format="{line} {bar}",
         )
 
     def step(self) -> None:
@@ -47,28 +53,28 @@ class Console:
         self._warn_of_waiting(values["speed/data_wait_fraction"])
         if not self._world.is_main:
             return
-        facts = (
-            f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.3g}  norm {values['train/grad_norm']:.3g}  "
-            f"{values['speed/images_per_s']:,.0f} images/s  data wait {values['speed/data_wait_fraction']:.0%}"
-        )
-        self._bar.set_postfix_str(facts)
-        left_images = (self._last_step - step) * self._recipe.train.global_batch
-        left_s = left_images / max(values["speed/images_per_s"], 1e-9)
+        self._values |= values
         logger.info(
-            "step %d/%d  epoch %.2f/%d  %s  %s left",
+            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  norm %.3g  %s images/s  data wait %s  %s  %s left",
             step,
             self._last_step,
             values["train/epoch"],
             self._schedule.epochs,
-            facts,
-            tqdm.format_interval(left_s),
+            values["train/loss"],
+            values["train/lr"],
+            values["train/grad_norm"],
+            f"{values['speed/images_per_s']:,.0f}",
+            share(values["speed/data_wait_fraction"]),
+            _use_of_devices(values),
+            self._left(step),
         )
 
     def evaluation(self, step: int, values: Mapping[str, float], unreadable: int) -> None:
         """Says how an evaluation ended. unreadable: samples that do not count."""
         if not self._world.is_main:
             return
-        text = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+        self._values |= values
+        text = f"top-1 {values['val/top1']:.2f} %, top-5 {values['val/top5']:.2f} %, loss {values['val/loss']:.4f}"
         text += f"; {unreadable} samples could not be read and do not count" if unreadable else ""
         logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
 
@@ -88,16 +94,67 @@ class Console:
         """Ends the progress bar."""
         self._bar.close()
 
+    def _left(self, step: int) -> str:
+        images = (self._last_step - step) * self._recipe.train.global_batch
+        return duration(images / max(self._values["speed/images_per_s"], 1e-9))
+
+    def _progress(self, step: int, width: int) -> str:
+        """Returns what stands beside the bar: the longest of three spellings that leaves it a column or more."""
+        for spelling in range(3):
+            text = ("  " if spelling == 0 else " ").join(part[spelling] for part in self._parts(step))
+            if len(text) < width - 1:
+                break
+        return text
+
+    def _parts(self, step: int) -> list[tuple[str, str, str]]:
+        epoch, epochs, last = step / self._schedule.steps_per_epoch, self._schedule.epochs, self._last_step
+        short = f"epoch {int(epoch)}/{epochs}"
+        parts = [
+            (f"epoch {epoch:.2f}/{epochs}", short, short),
+            (f"step {step:,}/{last:,}", f"step {step}/{last}", f"step {step}"),
+        ]
+        if (loss := self._values.get("train/loss")) is not None:
+            parts.append((f"loss {loss:.4f}", f"loss {loss:.3f}", f"loss {loss:.3f}"))
+        if (top1 := self._values.get("val/top1")) is not None:
+            parts.append((f"top-1 {top1:.2f} %", f"top-1 {top1:.1f}", f"top-1 {top1:.1f}"))
+        if (speed := self._values.get("speed/images_per_s")) is not None:
+            left = self._left(step)
+            short = left.replace("min", "m").replace(" ", "")
+            parts.append((f"{speed:,.0f} images/s", f"{speed:.0f} images/s", f"{speed:.0f} images/s"))
+            parts.append((f"{left} left", f"{short} left", f"{short} left"))
+        return parts
+
     def _warn_of_waiting(self, fraction: float) -> None:
         """Warns once per start: the first intervals have the loader's start in them and do not count."""
         self._reports += 1
         if fraction > _MUCH_WAITING and self._reports > 2 and not self._warned and self._world.is_main:
             self._warned = True
             logger.warning(
-                "%.0f %% of the time is spent waiting for data. More data.workers help while there are idle cores "
+                "%s of the time is spent waiting for data. More data.workers help while there are idle cores "
                 "(%d here for %d x %d workers); beyond that, shards re-encoded with --short-side",
-                100 * fraction,
+                share(fraction),
                 len(os.sched_getaffinity(0)),
                 self._world.local_world_size,
                 workers_of_rank(self._recipe.data.workers, self._world.cores),
             )
+
+
+class _Bar(tqdm):
+    """A progress bar with a line of its own beside it. line: of the steps made and the width of the terminal"""
+
+    def __init__(self, line: Callable[[int, int], str], **options: Any) -> None:
+        self._line = line
+        super().__init__(**options)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm can write beside the bar, and `line`."""
+        facts = dict(super().format_dict)
+        return facts | {"line": self._line(facts["n"], facts["ncols"] or 80)}
+
+
+def _use_of_devices(values: Mapping[str, float]) -> str:
+    """Says MFU, where it is known, and the peak memory of the fullest GPU, or of the largest process."""
+    mfu, host_gb = values.get("speed/mfu"), values["memory/host_peak_gb"]
+    used = f"peak memory {values.get('memory/device_reserved_gb', host_gb):.1f} GB"
+    return used if mfu is None else f"MFU {mfu:.1%}  {used}"

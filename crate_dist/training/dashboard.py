@@ -1,15 +1,66 @@
-"""Says how the curves of a run stand in TensorBoard."""
+"""Says what TensorBoard shows of a run beside its curves: charts of several of them, and texts. Imports no torch."""
 
 from __future__ import annotations
 
-_TITLES = {
-    "coding_rate": "coding rate",
-    "coding_rate_change": "change of the coding rate by MSSA",
-    "zeros": "share of zeros after ISTA",
-    "dead_tokens": "share of dead tokens",
-    "dead_features": "share of dead features",
-    "coherence": "coherence of the dictionary",
-    "gradient_norm": "gradient norm",
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from crate_dist.config import Recipe
+from crate_dist.config.keys import flatten
+from crate_dist.run.dashboard import Tag
+
+MEASURES = {
+    "whitebox/coding_rate": "coding rate of what MSSA reads [nats]",
+    "whitebox/coding_rate_change": "change of the coding rate by MSSA [nats]",
+    "whitebox/zeros": "share of zeros after ISTA",
+    "whitebox/dead_tokens": "share of dead tokens",
+    "whitebox/dead_features": "share of dead features",
+    "whitebox/coherence": "coherence of the dictionary",
+    "whitebox/gradient_norm": "gradient norm",
 }
-CHARTS = {"white box, layer by layer": {title: rf"whitebox/{name}/layer-\d+" for name, title in _TITLES.items()}}
-"""One chart of all layers for each measure."""
+"""What is measured of every layer -> its title."""
+
+
+def charts(named: Tag) -> dict[str, dict[str, str]]:
+    """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts."""
+    pairs = {"loss": ("train/loss", "val/loss"), "top-1 [%]": ("train/top1", "val/top1")}
+    return {
+        "train and val": {title: "|".join(map(named, names)) for title, names in pairs.items()},
+        "white box, layer by layer": {title: named(f"{name}/layer-") + r"\d+" for name, title in MEASURES.items()},
+    }
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Returns a recipe as a table in Markdown; what recipe.toml leaves out is left out here."""
+    values = flatten(tomllib.loads(recipe.to_toml()))
+    return _table(("setting", "value"), ((f"`{key}`", _code(value)) for key, value in values.items()))
+
+
+def environment_text(code: Mapping[str, Any], **facts: object) -> str:
+    """Returns what a run began with as a table in Markdown: its code as run.json has it, and more facts."""
+    commit = str(code.get("commit") or "none: no git checkout") + (" and changes" if code.get("changed") else "")
+    known = {"commit": commit, **facts, "python": code.get("python"), **code.get("packages", {})}
+    return _table(("what", "which"), ((name, _code(value)) for name, value in known.items() if value is not None))
+
+
+def starts_text(starts: Sequence[Mapping[str, Any]], reasons: Sequence[str] = ()) -> str:
+    """Returns the starts of a run as a table in Markdown, as run.json has them. reasons: of each but the first"""
+    known = ("step", "time", "host", "world_size", "launcher", "commit")
+    why = ["", *reasons]
+    rows = (
+        (number, *(start.get(key, "") for key in known), why[number] if number < len(why) else "")
+        for number, start in enumerate(starts)
+    )
+    return _table(("start", "from step", "at", "rank 0 on", "ranks", "by", "commit", "why again"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(value: object) -> str:
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"

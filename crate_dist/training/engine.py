@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 
 from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
 from crate_dist.checkpoint.loading import Checkpoint, RankState
@@ -67,9 +68,11 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss, the mean over this rank's samples, and gradient norm, of all ranks before clipping; 0-d, on the device."""
+    """Loss, the mean over this rank's samples, of which `hits` got the highest logit at their label; gradient norm, of
+    all ranks before clipping. 0-d, on the device."""
 
     loss: torch.Tensor
+    hits: torch.Tensor
     grad_norm: torch.Tensor
 
 
@@ -126,16 +129,22 @@ class Engine:
             group["lr"] = lr
         if not self.module.training:
             self._engine.train()
-        losses: list[torch.Tensor] = []
+        losses, hits = list[torch.Tensor](), list[torch.Tensor]()
         for _ in range(self.accumulation):
             self._zero.own_time.begin()
-            loss = self.loss(next(batches), self._engine)
-            self._engine.backward(loss)
+            batch = next(batches)
+            with record_function("forward"):
+                logits, labels = self._logits(batch, self._engine)
+                loss = self.criterion(logits, labels)
+            with record_function("backward"):
+                self._engine.backward(loss)
             self._zero.heed(loss)
-            self._engine.step()
+            with record_function("optimizer"):
+                self._engine.step()
             losses.append(loss.detach())
+            hits.append((logits.detach().argmax(dim=1) == labels).sum())
         self._raise_if(self._guard.note(step))
-        return StepResult(torch.stack(losses).mean(), self._zero.grad_norm)
+        return StepResult(torch.stack(losses).mean(), torch.stack(hits).sum(), self._zero.grad_norm)
 
     def own_s(self) -> float:
         """Returns the seconds that this rank was by itself since the last call; see OwnTime. After `check`."""
@@ -165,12 +174,18 @@ class Engine:
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
-    def loss(self, batch: MicroBatch, model: nn.Module | None = None) -> torch.Tensor:
-        """Returns the mean loss of a micro-batch, 0-d, in the model's mode. model: DeepSpeed's, within a step."""
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Returns the mean loss of a micro-batch, 0-d, in the model's mode."""
+        return self.criterion(*self._logits(batch, self.module))
+
+    def _logits(self, batch: MicroBatch, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns fp32 logits (n, classes), and the labels (n,) beside them. model: DeepSpeed's, within a step."""
         images, labels = batch
-        logits = (self.module if model is None else model)(self._normalize(images))
-        labels = labels.to(self.device, non_blocking=True)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.optim.label_smoothing)
+        return model(self._normalize(images)).float(), labels.to(self.device, non_blocking=True)
+
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss, 0-d, of logits (n, classes) and labels (n,)."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.optim.label_smoothing)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

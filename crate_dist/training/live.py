@@ -1,6 +1,6 @@
 """Measures the white box while it trains: what every layer does to a few images, always the same ones.
 
-In TensorBoard, under "whitebox" and as charts of all layers each under "Custom Scalars":
+In TensorBoard, layer by layer, as a picture over time, and as charts of all layers each under "Custom Scalars":
 
     coding_rate         R^c of what MSSA reads, nats              zeros          share of zeros after ISTA
     coding_rate_change  what MSSA makes of it, less what it read  dead_tokens    share of tokens that are all zero
@@ -36,13 +36,13 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
 from crate_dist.whitebox.measures import Profile, class_attention_maps, layer_gradient_norms, profile
-from crate_dist.whitebox.pixels import heat, layer_profile, tiles
+from crate_dist.whitebox.pixels import layer_profile
+from crate_dist.whitebox.sheets import attention
 from crate_dist.world import World
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 4
-_CELL_PIXELS = 72
 _DEAD = 0.1
 _COSTLY = 0.01
 
@@ -189,10 +189,15 @@ def first_images(
 
 def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dict[str, Pixels]:
     """Draws the profile, and the class token's attention. maps: attention (L, b, h, rows, cols)"""
-    by_layer = [[image, *map(heat, maps[:, n].mean(axis=1))] for n, image in enumerate(pixels)]
-    by_head = [[image, *map(heat, maps[-1, n])] for n, image in enumerate(pixels)]
+    tokens = 1 + maps.shape[-2] * maps.shape[-1]
+    times = tokens * maps
+    what = f"attention of the class token, step {step:,}; 1 x: as if all {tokens} tokens got the same"
+    layers = [f"layer {layer}" for layer in range(1, len(maps) + 1)]
+    heads = [f"head {head}" for head in range(1, maps.shape[2] + 1)]
     return {
         "whitebox/profile": layer_profile(seen, f", step {step:,}"),
-        "whitebox/attention_of_the_layers": tiles(by_layer, _CELL_PIXELS),
-        "whitebox/attention_of_the_last_layers_heads": tiles(by_head, _CELL_PIXELS),
+        "whitebox/attention_of_the_layers": attention(pixels, times.mean(axis=2), layers, f"mean {what}"),
+        "whitebox/attention_of_the_last_layers_heads": attention(
+            pixels, times[-1].swapaxes(0, 1), heads, f"the last layer's {what}"
+        ),
     }

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,18 +23,22 @@ from crate_dist.config import Recipe
 from crate_dist.data.decode import Pixels
 from crate_dist.distributed import gather_objects
 from crate_dist.files import AppendedFile, mended_lines, whole_lines, write_whole
+from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
+from crate_dist.run.ledger import Ledger
 from crate_dist.run.lock import Tenure
+from crate_dist.run.rank_logs import restarts as known_restarts
+from crate_dist.training import dashboard
 from crate_dist.training.bad_samples import BadSamples
 from crate_dist.training.console import Console
-from crate_dist.training.dashboard import CHARTS
-from crate_dist.training.ledger import Ledger
 from crate_dist.training.optim import Schedule
 from crate_dist.training.startup import up_s
 from crate_dist.training.stragglers import Stragglers
 from crate_dist.training.tensorboard import Curves
 from crate_dist.training.trackers import Tracker, Trackers
+from crate_dist.training.utilisation import Utilisation, peak_memory_gb
 from crate_dist.training.wandb_run import WandbRun
+from crate_dist.whitebox.over_time import layers_over_time
 from crate_dist.world import World, node_name
 
 logger = logging.getLogger(__name__)
@@ -51,11 +57,12 @@ class Monitor:
         step: int,
         last_step: int,
         tenure: Tenure,
+        utilisation: Utilisation,
     ) -> None:
         self._folder, self._recipe, self._world, self._schedule = folder, recipe, world, schedule
-        self._device, self._tenure = device, tenure
+        self._device, self._tenure, self._utilisation = device, tenure, utilisation
         self.bad = BadSamples(folder, recipe, world, tenure)
-        self._images = 0
+        self._images, self._last_step = 0, last_step
         self._stragglers = Stragglers(gather_objects(node_name()))
         self._reset()
         self._reported, self._bad_reported = step, 0.0
@@ -63,13 +70,21 @@ class Monitor:
         self._ledger: Ledger | None = None
         if world.is_main:
             self._open_files(step)
-        self._console = Console(recipe, world, schedule, step, last_step)
+        self._console = Console(recipe, world, schedule, step, last_step, self._newest_top1())
 
     def add(
-        self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, images: int, wait_s: float, step_s: float
+        self,
+        loss: torch.Tensor,
+        hits: torch.Tensor,
+        grad_norm: torch.Tensor,
+        lr: float,
+        images: int,
+        wait_s: float,
+        step_s: float,
     ) -> None:
         """Takes up one step of this rank; wait_s of its step_s seconds were spent waiting for data."""
         self._losses.append(loss)
+        self._hits.append(hits)
         self._grad_norm, self._lr = grad_norm, lr
         self._images += images
         self._interval_images += images
@@ -91,21 +106,26 @@ class Monitor:
         if not self._losses:
             return
         mean_loss = torch.stack(self._losses).double().mean()
-        mine = torch.tensor([0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s])
-        mine = mine.double().to(self._device)
-        mine[0] = mean_loss
+        peaks = peak_memory_gb(self._device)
+        numbers = 0.0, 0.0, self._interval_images, self._busy_s, self._wait_s, self.bad.replaced, own_s, *peaks.values()
+        mine = torch.tensor(numbers, dtype=torch.float64).to(self._device)
+        mine[0], mine[1] = mean_loss, torch.stack(self._hits).sum()
         every = [torch.empty_like(mine) for _ in range(self._world.world_size)]
         dist.all_gather(every, mine)
-        losses, images, busy, wait, bad, own = torch.stack(every).cpu().T
-        loss = float(losses.mean())
+        losses, hits, images, busy, wait, bad, own, *most = torch.stack(every).cpu().T
+        images_per_s = float(images.sum() / busy.max())
         per_rank = (images / busy).tolist()
         values = {
-            "train/loss": loss,
+            "train/loss": float(losses.mean()),
+            "train/top1": 100 * float(hits.sum() / images.sum()),
             "train/lr": self._lr,
             "train/grad_norm": float(self._grad_norm),
             "train/epoch": step / self._schedule.steps_per_epoch,
-            "speed/images_per_s": float(images.sum() / busy.max()),
+            "speed/images_per_s": images_per_s,
             "speed/data_wait_fraction": float((wait / busy).max()),
+            "run/left_h": (self._last_step - step) * self._recipe.train.global_batch / max(images_per_s, 1e-9) / 3600,
+            **self._utilisation.scalars(images_per_s),
+            **{name: float(peak.max()) for name, peak in zip(peaks, most, strict=True)},
             "data/bad_samples": float(bad.sum()),
         }
         self._write(step, values, {f"images_per_s/rank-{rank:05d}": rate for rank, rate in enumerate(per_rank)})
@@ -121,12 +141,25 @@ class Monitor:
             self.bad.report(self._images)
         self._reset()
 
-    def evaluation(self, step: int, values: dict[str, float], seconds: float, unreadable: int = 0) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Pixels]) -> None:
+        """Gives pictures, uint8 (height, width, 3), to the trackers."""
+        for name, pixels in pictures.items():
+            self._trackers.picture(name, pixels, step)
+
+    def evaluation(
+        self,
+        step: int,
+        values: dict[str, float],
+        seconds: float,
+        unreadable: int = 0,
+        pictures: Mapping[str, Pixels] = MappingProxyType({}),
+    ) -> None:
         """Writes the outcome of an evaluation: names such as "val/top1", unless a start that was killed before its save
         has written the same. unreadable: samples that do not count."""
         values = values | ({"data/bad_val_samples": float(unreadable)} if unreadable else {})
         if self._world.is_main and not any(line.items() >= values.items() for line in self._lines_of(step)):
             self._write(step, values)
+            self.pictures(step, pictures)
         if self._ledger:
             self._ledger.note("evaluation", step=step, seconds=seconds)
         self._console.evaluation(step, values, unreadable)
@@ -143,14 +176,30 @@ class Monitor:
             return
         for name, values in layers.items():
             self._trackers.layers(name, values, step)
-        for name, pixels in pictures.items():
-            self._trackers.picture(name, pixels, step)
+        self.pictures(step, pictures)
         self._append_line(step, layers)
+        self.pictures(step, self._over_time(layers))
         self._ledger.note("whitebox", step=step, seconds=seconds)
+
+    def _over_time(self, names: Iterable[str]) -> dict[str, Pixels]:
+        """Draws what all starts have measured, by their lines, which were taken away with the steps that are redone."""
+        texts = [text for text in whole_lines(self._folder.metrics) if '"whitebox/' in text]
+        lines = [line for text in texts if (line := _line(text)) is not None and line.keys() >= {*names}]
+        steps = [line["step"] for line in lines]
+        return {
+            name.replace("/", "/over_time/", 1): layers_over_time(
+                dashboard.MEASURES.get(name, name), steps, np.array([line[name] for line in lines], dtype=float)
+            )
+            for name in names
+        }
 
     def knows(self, step: int, name: str) -> bool:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
         return any(name in line for line in self._lines_of(step))
+
+    def _newest_top1(self) -> float | None:
+        lines = map(_line, reversed(whole_lines(self._folder.metrics) if self._world.is_main else []))
+        return next((line["val/top1"] for line in lines if line and "val/top1" in line), None)
 
     def _lines_of(self, step: int) -> list[dict[str, Any]]:
         lines = map(_line, whole_lines(self._folder.metrics))
@@ -178,7 +227,6 @@ class Monitor:
         self._console.close()
         if self._ledger:
             self._ledger.note("end")
-            logger.info("%s", self._ledger.totals)
             self.flush()
             self._trackers.close()
             self._lines.close()
@@ -194,22 +242,35 @@ class Monitor:
         purge_step = step + 1 if restarts else None
         trackers: list[Tracker] = []
         if "tensorboard" in self._recipe.log.trackers:
-            curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check)
-            curves.charts(CHARTS, step)
-            trackers.append(curves)
+            trackers.append(self._curves(step, purge_step))
         if "wandb" in self._recipe.log.trackers:
             lines = filter(None, map(_line, whole_lines(self._folder.metrics)))
             trackers.append(WandbRun(self._folder, self._recipe, lines, self._tenure.check))
         self._trackers = Trackers(trackers)
+        self._tell(step, restarts)
+
+    def _curves(self, step: int, purge_step: int | None) -> Curves:
+        tag, place = tags_of(self._folder), self._folder.path.resolve()
+        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, tag)
+        curves.charts(dashboard.charts(tag), step)
+        curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
+        return curves
+
+    def _tell(self, step: int, restarts: int) -> None:
+        """Gives the trackers what the run is, and how often it was started."""
+        record = self._folder.record
         if not restarts:
-            self._trackers.text("recipe", "\n".join("    " + s for s in self._recipe.to_toml().splitlines()), 0)
+            device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
+            self._trackers.text("recipe", dashboard.recipe_text(self._recipe), 0)
+            self._trackers.text("environment", dashboard.environment_text(record.code(), device=device), 0)
         else:
             self._trackers.scalars({"run/restarts": restarts}, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
-            if changed := self._folder.record.changed_code():
+            if changed := record.changed_code():
                 text += f", with other code than before: {changed}"
-            self._trackers.text("run/restarted", text, step + 1)
             logger.info(text)
+        reasons = [restart.why for restart in known_restarts(self._folder)]
+        self._trackers.text("starts", dashboard.starts_text(record.starts(), reasons), step + 1)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:
         if self._ledger:
@@ -230,7 +291,7 @@ class Monitor:
             logger.warning("%s", lag.text)
 
     def _reset(self) -> None:
-        self._losses: list[torch.Tensor] = []
+        self._losses, self._hits = list[torch.Tensor](), list[torch.Tensor]()
         self._interval_images, self._wait_s, self._busy_s = 0, 0.0, 0.0
 
 

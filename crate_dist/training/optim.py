@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -17,7 +18,7 @@ STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 # torch asks its compiler to stay out of this method, and imports it for that: a second of every start. Nothing that is
 # compiled here calls it.
-_add = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
+_add: Any = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
 _add.__dynamo_disable = _add
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 from tqdm import tqdm
 
 from crate_dist.errors import UserError
 from crate_dist.run.folder import RunFolder
+from crate_dist.terminal import near, paint
 from crate_dist.world import World
 
 
@@ -36,6 +38,21 @@ def log_to_file(error: Exception) -> None:
 
 
 class _BesideTheBar(logging.Handler):
+    """Writes as into the file where a file, or a job's log, is what standard error is; for a person otherwise."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno > logging.INFO or not sys.stderr.isatty() or not record.getMessage().startswith("step "):
-            tqdm.write(self.format(record), file=sys.stderr)  # with a bar in sight its postfix says the steps
+        if not sys.stderr.isatty():
+            tqdm.write(self.format(record), file=sys.stderr)
+        elif record.levelno > logging.INFO or not record.getMessage().startswith("step "):  # which the bar says
+            tqdm.write(_for_a_person(record), file=sys.stderr)
+
+
+def _for_a_person(record: logging.LogRecord) -> str:
+    at = time.strftime("%H:%M:%S", time.localtime(record.created))
+    text = near(record.getMessage(), sys.stderr)
+    if record.exc_info:
+        text += "\n" + logging.Formatter().formatException(record.exc_info)
+    if record.levelno >= logging.WARNING:
+        is_error = record.levelno >= logging.ERROR
+        text = f"{paint('error:' if is_error else 'warning:', 'red' if is_error else 'yellow', sys.stderr)} {text}"
+    return f"{paint(at, 'dim', sys.stderr)} {text}"

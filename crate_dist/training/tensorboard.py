@@ -8,17 +8,18 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from crate_dist.data.decode import Pixels
 from crate_dist.files import AppendedFile
+from crate_dist.run.folder import EVENTS
 from crate_dist.run.lock import ALONE
-
-_PREFIX = "events.out.tfevents."
 
 
 class Curves:
@@ -28,12 +29,20 @@ class Curves:
     put the newest first: it gets a time behind all others instead.
 
     purge_step: what the files before say of this step and of later ones is not shown any more; None: all is
+    tag: gives the name under which TensorBoard is to show a value; see dashboard.py
     """
 
-    def __init__(self, folder: Path, purge_step: int | None, check: Callable[[], None] = ALONE.check) -> None:
-        stamps = [int(path.name.split(".")[3]) for path in folder.glob(f"{_PREFIX}[0-9]*.*")]
+    def __init__(
+        self,
+        folder: Path,
+        purge_step: int | None,
+        check: Callable[[], None] = ALONE.check,
+        tag: Callable[[str], str] = str,
+    ) -> None:
+        self._tag = tag
+        stamps = [int(path.name.split(".")[3]) for path in folder.glob(f"{EVENTS}[0-9]*.*")]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
-        self._file = AppendedFile(folder / f"{_PREFIX}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
+        self._file = AppendedFile(folder / f"{EVENTS}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
         self._append(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="crate-dist")))
         if purge_step is not None:
             self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -44,8 +53,8 @@ class Curves:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Appends one point of each of these curves."""
-        for name, value in values.items():
-            self.add(summary.scalar(name, value), step)
+        points = [Summary.Value(tag=self._tag(name), simple_value=value) for name, value in values.items()]
+        self.add(Summary(value=points), step)
 
     def layers(self, name: str, values: Sequence[float], step: int) -> None:
         """Appends one value of every layer, the first layer first."""
@@ -57,7 +66,17 @@ class Curves:
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Appends a picture, uint8 (height, width, 3)."""
-        self.add(summary.image(name, pixels, dataformats="HWC"), step)
+        (image,) = summary.image(name, pixels, dataformats="HWC").value
+        image.tag = self._tag(name)
+        self.add(Summary(value=[image]), step)
+
+    def settings(self, run: str, values: Mapping[str, Any]) -> None:
+        """Appends the settings of the run, which has this name in "HParams", where those come first that differ.
+
+        Nothing is said of the metrics there: TensorBoard then takes all curves, and shows the first by name.
+        """
+        told = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in values.items()}
+        self.add(hparams_pb(told, trial_id=run), 0)
 
     def charts(self, layout: Mapping[str, Mapping[str, str]], step: int) -> None:
         """Says which curves share a chart in "Custom Scalars": group -> title -> regular expression of their names."""

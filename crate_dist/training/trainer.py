@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint.export import export
@@ -18,6 +19,7 @@ from crate_dist.checkpoint.format import Progress
 from crate_dist.checkpoint.resuming import progress_on
 from crate_dist.checkpoint.saving import Saver, prune
 from crate_dist.config import Recipe, derive_batch
+from crate_dist.data.decode import Pixels
 from crate_dist.data.feed import Feed
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
@@ -28,6 +30,7 @@ from crate_dist.data.splits import open_splits
 from crate_dist.data.workers import workers_of_rank
 from crate_dist.distributed import Left, gather_objects
 from crate_dist.evaluation.accuracy import evaluate
+from crate_dist.evaluation.mistakes import Mistakes
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
@@ -41,7 +44,10 @@ from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
 from crate_dist.training.optim import Schedule, learning_rate
 from crate_dist.training.out_of_memory import out_of_memory
+from crate_dist.training.profiler import StepTrace
+from crate_dist.training.samples import SHOWN, mistakes_picture, training_picture
 from crate_dist.training.startup import Startup
+from crate_dist.training.utilisation import Utilisation
 from crate_dist.training.watchdog import COMPILING, Watchdog
 from crate_dist.world import World
 
@@ -115,7 +121,9 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, self.engine.layouts, world, keep, max_failures, tenure, *known)
         self.saved_at = self.progress.step
         steps = self.progress.step, self.last_step
-        self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure)
+        utilisation = Utilisation(self.engine.module.config, recipe, micro_batch, device)
+        self.monitor = Monitor(folder, recipe, world, device, self.schedule, *steps, tenure, utilisation)
+        self.trace = StepTrace(folder, recipe, world, device, self.progress.step, watchdog, tenure)
         self.live = Live(recipe, world, device, self.val_index or self.train_index, self.schedule)
 
     def run(self) -> TrainResult:
@@ -135,7 +143,8 @@ class Trainer:
             return self.stop_early()
         feed, told_to_stop = Feed(self.loader(self.workers), self.device), False
         while self.progress.step < self.last_step and not told_to_stop:
-            self.take_step(feed)
+            with self.trace.step(self.progress.step + 1):
+                self.take_step(feed)
             if self.reporting_is_due() or self.live.is_due(self.progress.step):
                 self.check()
             if self.reporting_is_due():
@@ -148,6 +157,7 @@ class Trainer:
             if self.saving_is_due():
                 self.save()
             told_to_stop = self.interrupt.agreed() and self.progress.step < self.last_step
+        self.trace.end()
         del feed  # ends its workers: their cores and memory are free for what is left to do
         return self.stop_early() if told_to_stop else self.complete()
 
@@ -193,9 +203,7 @@ class Trainer:
         dist.barrier()
         self.monitor.close()
         self.mirroring.finish(exported=True)
-        best = self.progress
-        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
-        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
+        logger.info("complete at step %d", self.progress.step)
         return self.result(finished=True)
 
     def stop_early(self) -> TrainResult:
@@ -228,9 +236,14 @@ class Trainer:
         first = not self.startup.over
         self.watchdog.beat(f"taking step {self.progress.step + 1}", COMPILING if first else 1.0)
         began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
+        shown = dict[str, Pixels]()
 
         def micro_batches() -> Iterator[MicroBatch]:
-            for batch in feed:
+            while True:
+                with record_function("data"):
+                    batch = next(feed)
+                if self.progress.step == 0 and self.world.is_main and not shown:
+                    shown.update(training_picture(batch.images, batch.labels, self.train_index))
                 bad.extend(batch.bad)
                 yield batch.images, batch.labels
 
@@ -242,6 +255,7 @@ class Trainer:
             raise out_of_memory(self.recipe, self.share.micro_batch, self.world.world_size, self.device) from error
         self.monitor.add(
             result.loss,
+            result.hits,
             result.grad_norm,
             lr,
             images=self.share.micro_batch * self.share.accumulation,
@@ -254,6 +268,7 @@ class Trainer:
         self.interrupt.hold()
         self.monitor.bad.add_replaced(bad)
         self.progress = replace(self.progress, step=self.progress.step + 1)
+        self.monitor.pictures(self.progress.step, shown)
 
     def check(self) -> None:
         """Waits for the last step, before anything is made of its outcome: none that was not finite goes further."""
@@ -318,20 +333,23 @@ class Trainer:
             self.recipe.train.micro_batch,
             self.workers,
         )
-        began = time.perf_counter()
+        began, mistakes = time.perf_counter(), Mistakes(SHOWN)
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
         try:
-            result = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
+            tallies = [mistakes] if self.world.is_main else []
+            result = evaluate(predict, batches, self.device, tallies, leave=lambda: self.interrupt.heard)
         except Left:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
         self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
-        self.monitor.evaluation(self.progress.step, result.scalars(), time.perf_counter() - began, result.unreadable)
+        pictures = mistakes_picture(mistakes.found(), self.val_index)
+        seconds = time.perf_counter() - began
+        self.monitor.evaluation(self.progress.step, result.scalars(), seconds, result.unreadable, pictures)
         best = result.better_than(self.progress.best_top1)
         self.progress = replace(
             self.progress,

@@ -9,20 +9,19 @@ import json
 import math
 import re
 import statistics
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from crate_dist.files import lines_backwards
+from crate_dist.files import lines_backwards, whole_lines
 from crate_dist.run.folder import RunFolder
+from crate_dist.run.rank_logs import Said, rank_logs, said_backwards
 
 _REPORTS = 50  # over which speed is averaged
 _EVENTS = 2000  # of the ledger, in which an evaluation and saves are looked for
 _LOG_END = 1 << 20
-_STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ([WEC]) (.*)")
 _FAULT = re.compile(r"crate-dist (?:fault|lost): (.*)")
 _VERDICT = re.compile(r"crate-dist: ((?:FAILED|GIVEN UP): .*|ended with status .*, and not requeued: .*)")
 
@@ -85,6 +84,11 @@ def newest_values(folder: RunFolder, global_batch: int, saved: dict[str, Any]) -
     )
 
 
+def metrics_lines(folder: RunFolder) -> list[dict[str, Any]]:
+    """Reads all lines of metrics.jsonl, the first one first. Raises OSError when that cannot be."""
+    return list(_objects(whole_lines(folder.metrics)))
+
+
 def last_step(samples: int, recipe: Mapping[str, Any]) -> int:
     """Returns the step at which a run over `samples` images is complete, by the values of its recipe."""
     train = recipe["train"]
@@ -120,17 +124,9 @@ def seconds_left(folder: RunFolder, values: Values, last: int, eval_every_epochs
     return max(last - values.step, 0) * step_s + max(end - done, 0) * evaluation_s
 
 
-@dataclass(frozen=True)
-class Said:
-    """A line of a log; at: seconds since 1970, by the clock of the machine that wrote it."""
-
-    at: float
-    text: str
-
-
 def last_warning(log: Path) -> Said | None:
     """Finds the last warning or error near the end of a rank's log."""
-    return next(_said(log, "WEC"), None)
+    return next(said_backwards(log, "WEC", _LOG_END), None)
 
 
 def fault_of(folder: RunFolder, since: float) -> str:
@@ -147,7 +143,8 @@ def fault_of(folder: RunFolder, since: float) -> str:
         for path in logs:
             if fault := _last(path, _FAULT):
                 return fault
-    errors = [said for log in rank_logs(folder) for said in islice(_said(log, "EC"), 1) if said.at >= since]
+    newest = (said for log in rank_logs(folder) for said in islice(said_backwards(log, "EC", _LOG_END), 1))
+    errors = [said for said in newest if said.at >= since]
     return max(errors, key=lambda said: said.at).text if errors else ""
 
 
@@ -171,23 +168,11 @@ def last_event(folder: RunFolder) -> dict[str, Any]:
     return next(_objects(lines_backwards(folder.ledger)), {})
 
 
-def rank_logs(folder: RunFolder) -> list[Path]:
-    """Lists the logs of the ranks, that of rank 0 first."""
-    return sorted(folder.logs.glob("rank-*.log"))
-
-
 def batch_log(folder: RunFolder) -> Path | None:
     """Returns the log of the newest SLURM job's batch script and rank 0; None where there is none yet."""
     jobs = folder.jobs()
     logs = sorted((folder.slurm / jobs[-1]).glob(f"{jobs[-1]}_0_log.out")) if jobs else []
     return logs[0] if logs else None
-
-
-def _said(log: Path, levels: str) -> Iterator[Said]:
-    for line in lines_backwards(log, _LOG_END):
-        match = _STAMPED.match(line)
-        if match and match[2] in levels:
-            yield Said(time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")), match[3])
 
 
 def _last(log: Path, pattern: re.Pattern[str]) -> str:
@@ -200,7 +185,7 @@ def _last(log: Path, pattern: re.Pattern[str]) -> str:
     return ""
 
 
-def _objects(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             found = json.loads(line)

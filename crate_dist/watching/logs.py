@@ -11,7 +11,8 @@ from typing import NamedTuple
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
-from crate_dist.watching.history import batch_log, rank_logs
+from crate_dist.run.rank_logs import rank_logs
+from crate_dist.watching.history import batch_log
 from crate_dist.watching.runs import Queue, look
 
 _LINE_BYTES = 4096  # of a log's lines, the most that are counted on
@@ -36,7 +37,7 @@ def show_logs(path: Path, queue: Queue, rank: int | None, lines: int) -> Shown:
     """
     log = _log(RunFolder(path), rank)
     run = look(path, queue, disk=False)
-    show(f"{run.run}: {run.state.upper()}: {run.fault or run.why or 'at work'}")
+    show(f"{run.run}: {run.state.upper()}: {run.reason or run.why or 'at work'}")
     if log is None:
         there = len(rank_logs(RunFolder(path)))
         what = f"no log of rank {rank}, but those of {there} ranks, from 0 on" if there and rank else "no log yet"

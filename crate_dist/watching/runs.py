@@ -90,6 +90,11 @@ class Run:
         return {**asdict(self), **numbers, "run": str(self.run)}
 
     @property
+    def reason(self) -> str:
+        """The fault, without what the state says before it."""
+        return self.fault.removeprefix("FAILED: ")
+
+    @property
     def is_over(self) -> bool:
         """Tells that nothing will happen unless somebody starts it."""
         return self.state in ("done", "stopped", "failed")

@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from crate_dist.errors import UserError
 from crate_dist.files import write_whole
 from crate_dist.launching.showing import show
 from crate_dist.run.folder import RunFolder
+from crate_dist.terminal import complain
 from crate_dist.watching.runs import Queue, holder_of, job_of, look
 
 _POLL_S = 1.0
@@ -62,7 +62,7 @@ def stop(paths: Sequence[Path], wait: bool) -> int:
 
 
 def _complain(path: Path, error: UserError) -> int:
-    print(f"error: {path}: {error}", file=sys.stderr)  # noqa: T201
+    complain(f"{path}: {error}")
     return 1
 
 

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from crate_dist.watching.runs import Run
+from crate_dist.terminal import Style, paint
+from crate_dist.watching.runs import Run, State
+from crate_dist.wording import NONE, aligned, duration, share, size
 
-_NONE = "–"
+_STYLES: Mapping[State, Style] = {
+    "done": "green",
+    "running": "green",
+    "waiting": "yellow",
+    "stopped": "yellow",
+    "stuck": "red",
+    "failed": "red",
+}
 
 
 def in_full(run: Run) -> str:
     """Returns a paragraph on one run."""
-    step = _NONE if run.step is None else f"{run.step:,}"
+    step = NONE if run.step is None else f"{run.step:,}"
     if run.last_step:
         step += f" of {run.last_step:,} ({100 * (run.step or 0) / run.last_step:.1f} %)"
     if run.epoch is not None:
         step += f", epoch {run.epoch:.2f} of {run.epochs}"
-    speed = _NONE if run.images_per_s is None else f"{run.images_per_s:,.0f} images/s"
+    speed = NONE if run.images_per_s is None else f"{run.images_per_s:,.0f} images/s"
     if run.data_wait_fraction is not None:
-        speed += f", {run.data_wait_fraction:.0%} of the time waiting for data"
-    top1 = _NONE if run.top1 is None else f"{run.top1:.2f} %"
+        speed += f", {share(run.data_wait_fraction)} of the time waiting for data"
+    top1 = NONE if run.top1 is None else f"{run.top1:.2f} %"
     if run.best_top1 is not None:
         top1 += f", best {run.best_top1:.2f} % at step {run.best_step:,}"
-    checkpoint = _NONE
+    checkpoint = NONE
     if run.checkpoint_step is not None:
         checkpoint = f"step {run.checkpoint_step:,}, {_ago(run, run.checkpoint_at)}"
     lines = {
         "why": run.why,
-        "fault": run.fault,
+        "fault": run.reason,
         "on": _where(run),
         "step": f"{step}{'' if run.is_over else f', {_ago(run, run.progress_at)}'}",
         "speed": speed,
@@ -42,8 +51,8 @@ def in_full(run: Run) -> str:
         "warning": f"{_ago(run, run.warned_at)}: {run.warning}" if run.warning and run.warning != run.fault else "",
         "but": "; ".join(run.problems),
     }
-    title = f"{run.run}: {run.state.upper()}"
-    return _printable("\n".join([title, *(f"  {name:<12}{text}" for name, text in lines.items() if text)]))
+    title = f"{run.run}: {paint(run.state.upper(), _STYLES[run.state])}"
+    return "\n".join([title, *(_printable(f"  {name:<12}{text}") for name, text in lines.items() if text)])
 
 
 def as_table(runs: Sequence[Run]) -> str:
@@ -54,21 +63,21 @@ def as_table(runs: Sequence[Run]) -> str:
         (
             name,
             run.state,
-            run.job or _NONE,
+            run.job or NONE,
             _share(run),
-            f"{run.images_per_s:,.0f}" if run.images_per_s and run.state == "running" else _NONE,
+            f"{run.images_per_s:,.0f}" if run.images_per_s and run.state == "running" else NONE,
             _number(run.loss),
-            f"{run.top1:.2f} %" if run.top1 is not None else _NONE,
-            duration(run.left_s) if run.left_s is not None and not run.is_over else _NONE,
+            f"{run.top1:.2f} %" if run.top1 is not None else NONE,
+            duration(run.left_s) if run.left_s is not None and not run.is_over else NONE,
             str(run.restarts),
-            f"{run.checkpoint_step:,}" if run.checkpoint_step is not None else _NONE,
+            f"{run.checkpoint_step:,}" if run.checkpoint_step is not None else NONE,
         )
         for name, run in named.items()
     ]
     reasons = [
-        f"{name}: {run.fault or run.why}" for name, run in named.items() if run.state in ("stuck", "failed", "waiting")
+        f"{name}: {run.reason or run.why}" for name, run in named.items() if run.state in ("stuck", "failed", "waiting")
     ]
-    return _printable("\n".join([*_aligned([head, *rows]), *reasons]))
+    return "\n".join([*_lines(head, rows, runs), *map(_printable, reasons)])
 
 
 def as_list(runs: Sequence[Run]) -> str:
@@ -80,17 +89,17 @@ def as_list(runs: Sequence[Run]) -> str:
             name,
             run.state,
             run.arch,
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began_at)) if run.began_at else _NONE,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began_at)) if run.began_at else NONE,
             f"{run.epochs}",
             _share(run),
-            f"{run.best_top1:.2f} %" if run.best_top1 is not None else _NONE,
+            f"{run.best_top1:.2f} %" if run.best_top1 is not None else NONE,
             ("" if run.disk_whole else "> ") + size(run.disk_used or 0),
-            run.data or _NONE,
+            run.data or NONE,
             str(run.run),
         )
         for name, run in named.items()
     ]
-    return _printable("\n".join(_aligned([head, *rows])))
+    return "\n".join(_lines(head, rows, runs))
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
@@ -99,24 +108,18 @@ def _named(runs: Sequence[Run]) -> dict[str, Run]:
     return {os.path.relpath(run.run, root): run for run in runs}
 
 
-def duration(seconds: float) -> str:
-    """Says 3 d 04 h, 2 h 05 min, 7 min, 40 s."""
-    minutes = int(max(seconds, 0) / 60)
-    if minutes < 1:
-        return f"{max(seconds, 0):.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
-
-
-def size(number: float) -> str:
-    """Says 1.5 GB, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[Run]) -> list[str]:
+    """Returns a table with the second column, the state, in its colour."""
+    first, *lines = map(_printable, aligned([head, *rows]))
+    at = first.index(head[1], len(head[0]))
+    states = (paint(run.state, _STYLES[run.state]) for run in runs)
+    return [
+        first,
+        *(
+            f"{line[:at]}{state}{line[at + len(run.state) :]}"
+            for line, state, run in zip(lines, states, runs, strict=True)
+        ),
+    ]
 
 
 def _where(run: Run) -> str:
@@ -128,7 +131,7 @@ def _where(run: Run) -> str:
 
 def _left(run: Run) -> str:
     if run.left_s is None:
-        return _NONE
+        return NONE
     end = time.strftime(": %a %H:%M", time.localtime(run.looked_at + run.left_s)) if run.state == "running" else ""
     return f"{duration(run.left_s)}, evaluations and saves among them{end}"
 
@@ -140,25 +143,18 @@ def _disk(run: Run) -> str:
 
 def _share(run: Run) -> str:
     if run.step is None:
-        return _NONE
-    return (
-        f"{run.step:,}/{run.last_step:,} {100 * run.step / run.last_step:.0f} %" if run.last_step else f"{run.step:,}"
-    )
+        return NONE
+    return f"{run.step:,}/{run.last_step:,} {share(run.step / run.last_step)}" if run.last_step else f"{run.step:,}"
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.4f}"
+    return NONE if value is None else f"{value:.4f}"
 
 
 def _ago(run: Run, at: float | None) -> str:
-    return _NONE if at is None else f"{duration(run.looked_at - at)} ago"
+    return NONE if at is None else f"{duration(run.looked_at - at)} ago"
 
 
 def _printable(text: str) -> str:
     """Leaves out what would command the terminal: a folder and a log may be anybody's."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -77,21 +77,6 @@ def enlarged(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return values[rows][:, cols]
 
 
-def tiles(rows: Sequence[Sequence[Pixels]], side: int, gap: int = 2) -> Pixels:
-    """Puts square pictures of any sizes side by side on white, each of `side` pixels."""
-    resized = [
-        [np.asarray(Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)) for cell in row]
-        for row in rows
-    ]
-    height, width = (count * (side + gap) - gap for count in (len(rows), max(map(len, rows))))
-    sheet = np.full((height, width, 3), 255, dtype=np.uint8)
-    for down, row in enumerate(resized):
-        for across, cell in enumerate(row):
-            top, left = down * (side + gap), across * (side + gap)
-            sheet[top : top + side, left : left + side] = cell
-    return sheet
-
-
 def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
     """Draws the coding rate that MSSA reads and the non-zeros after ISTA, over the layers, with their spread.
 

@@ -43,7 +43,7 @@ POINTS = {
     # the first initialisation
     "joining the other ranks": Point("crate_dist.train", "init_distributed"),
     "locking the run folder": Point("os", "link", lambda _, new: Path(new).parent.name == "lock"),
-    "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "tensorboard"),
+    "making the run folder": Point("pathlib", "Path.mkdir", lambda path, *_, **__: path.name == "checkpoints"),
     "writing the recipe": Point("crate_dist.run.folder", "write_whole", lambda path, _: path.name == "recipe.toml"),
     "noting the start": Point("crate_dist.run.record", "write_whole", lambda path, _: path.name == "run.json"),
     "building the engine": Point("crate_dist.training.trainer", "Engine"),

@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_dist.checkpoint.loading import list_checkpoints
+from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
 from tests.chaos.faults import Fault
 from tests.chaos.ranks import Ranks
@@ -26,7 +27,8 @@ GRACE_S = 5.0
 """Seconds that a launcher gives the ranks that are left when one has died, before it kills them."""
 STEPS, SAMPLES, EPOCHS = 25, 200, 3
 """Of the recipe and the shards in tests/conftest.py."""
-VOLATILE = ("time", "speed/images_per_s", "speed/data_wait_fraction")
+VOLATILE = ("time", "speed/", "memory/", "run/left_h")
+"""How the names begin of what depends on the machine's mood."""
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Trial:
             line = json.loads(text)
             if key in line:
                 assert line["step"] not in found, f"metrics.jsonl has step {line['step']} twice"
-                found[line["step"]] = {name: value for name, value in line.items() if name not in VOLATILE}
+                found[line["step"]] = {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
         return found
 
     def curve(self, tag: str) -> list[tuple[int, float]]:
@@ -172,7 +174,7 @@ class Trial:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what is to be seen here: restarts
         events = EventAccumulator(str(self.run.tensorboard), size_guidance={"scalars": 0})
         events.Reload()
-        return [(event.step, event.value) for event in events.Scalars(tag)]
+        return [(event.step, event.value) for event in events.Scalars(tags_of(self.run)(tag))]
 
     def samples(self) -> dict[tuple[int, int], list[str]]:
         """Reads each rank's samples of each step (counted from 0). A step that was made twice had the same samples."""

@@ -44,7 +44,7 @@ from tests.servers import FolderServer, serving
 
 QUICK = RetryPolicy(2, first_delay_s=0.01, longest_delay_s=0.01, silence_s=2.0)
 BEAT_S = 0.4
-EVENTS = "tensorboard/events.out.tfevents.0000000001.node.7"
+EVENTS = "events.out.tfevents.0000000001.node.7"
 PASSWORD = "hunter2pass"
 
 
@@ -154,8 +154,8 @@ def test_what_was_published_comes_back_whole_into_an_empty_folder(
     save(run, 10, best=5)
     with At(place, run, recipe):
         pass
-    before = contents(run, "checkpoints", "tensorboard")
-    lines = run.metrics.read_text()
+    before = contents(run, "checkpoints")
+    lines, curves = run.metrics.read_text(), (run.path / EVENTS).read_bytes()
     started = json.loads(run.record_file.read_text())
     assert [saved.step for saved in record(place, run).checkpoints] == [5, 10]
     if kind == "http":
@@ -165,7 +165,8 @@ def test_what_was_published_comes_back_whole_into_an_empty_folder(
     elsewhere = folder(tmp_path / "elsewhere" / "run", recipe)
     with At(place, elsewhere, recipe) as mirror:
         assert mirror.step == 10
-        assert contents(elsewhere, "checkpoints", "tensorboard") == before
+        assert contents(elsewhere, "checkpoints") == before
+        assert (elsewhere.path / EVENTS).read_bytes() == curves
         assert elsewhere.metrics.read_text() == lines
         assert json.loads(elsewhere.record_file.read_text()) == started
         assert json.loads(elsewhere.published.read_text()) == {"step": 10}

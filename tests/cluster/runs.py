@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crate_dist.run.folder import RunFolder
-from crate_dist.training.ledger import Ledger, LedgerTotals
+from crate_dist.run.ledger import Ledger, LedgerTotals
 from tests.cluster import places
 from tests.cluster.testbed import Cluster, wait_until
 from tests.ranks import REPOSITORY

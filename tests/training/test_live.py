@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
+from crate_dist.models.flops import forward_flops
+from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.live import Live, first_images
 from crate_dist.training.optim import Schedule
@@ -44,10 +50,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> dict[st
     recipe = folder / "small.toml"
     recipe.write_text(SMALL_RECIPE.replace("every_steps = 5", "every_steps = 4"))
     arguments: list[object] = ["--config", recipe, "--data", cast_shards, "--set", "model.dropout=0.1"]
+    arguments += ["--set", "optim.lr=3e-5"]  # that it still takes some for others at the end
     measured = [*arguments, "--set", "log.whitebox_every_steps=3", "--set", "log.whitebox_images=5"]
     steps = ("--set", "train.max_steps=8")
     train_to_the_end([*arguments, *steps, "--set", "log.whitebox_every_steps=0", "--run-dir", folder / "off"], 2)
-    train_to_the_end([*measured, *steps, "--run-dir", folder / "on"], 2)
+    traced = ("--set", "log.profile_steps=[3,4]")
+    train_to_the_end([*measured, *steps, *traced, "--run-dir", folder / "on"], 2)
     shutil.copytree(folder / "on", folder / "killed")
     shutil.rmtree(RunFolder(folder / "killed").checkpoints / "step-00000008")
     train_to_the_end([*measured, *steps, "--run-dir", folder / "killed"], 2)
@@ -87,8 +95,8 @@ def test_every_layer_has_its_curves_at_the_same_steps_however_often_it_was_resum
     runs: dict[str, Path], name: str
 ) -> None:
     found = events(runs[name])
-    tags = {f"whitebox/{measure}/layer-{layer:02d}" for measure in MEASURES for layer in range(1, 5)}
-    assert {tag for tag in found.Tags()["scalars"] if tag.startswith("whitebox/")} == tags
+    tags = {f"9 layer by layer/{measure}/layer-{layer:02d}" for measure in MEASURES for layer in range(1, 5)}
+    assert {tag for tag in found.Tags()["scalars"] if "layer-" in tag} == tags
     for tag in tags:
         assert [event.step for event in found.Scalars(tag)] == [1, 3, 6]
     stored = [line for line in lines(runs[name]) if "whitebox/zeros" in line]
@@ -97,7 +105,7 @@ def test_every_layer_has_its_curves_at_the_same_steps_however_often_it_was_resum
         assert {key.removeprefix("whitebox/") for key in line if key.startswith("whitebox/")} == MEASURES
         assert all(0.2 < share < 0.9 for share in line["whitebox/zeros"])
         assert all(0 < norm < 100 for norm in line["whitebox/gradient_norm"])
-    shown = [event.value for event in found.Scalars("whitebox/coding_rate/layer-02")]
+    shown = [event.value for event in found.Scalars("9 layer by layer/coding_rate/layer-02")]
     assert shown == pytest.approx([line["whitebox/coding_rate"][1] for line in stored], rel=1e-6)
 
 
@@ -115,18 +123,63 @@ def test_a_resumed_run_measures_what_it_would_have_measured(runs: dict[str, Path
 @pytest.mark.spawn
 def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]) -> None:
     found = events(runs["on"])
-    tags = ["attention_of_the_last_layers_heads", "attention_of_the_layers", "profile"]
-    assert sorted(found.Tags()["images"]) == [f"whitebox/{tag}" for tag in tags]
-    for tag, columns in ((tags[0], 5), (tags[1], 5)):  # the picture, and four heads or four layers
-        pictures = found.Images(f"whitebox/{tag}")
-        assert [picture.step for picture in pictures] == [1, 3, 6]
-        assert (pictures[0].width, pictures[0].height) == (columns * 74 - 2, 4 * 74 - 2)
+    steps = {tag: [picture.step for picture in found.Images(tag)] for tag in found.Tags()["images"]}
+    assert steps == {
+        "2 training/images/training": [1],
+        "2 training/images/mistakes": [8],
+        "6 white box/profile": [1, 3, 6],
+        **{f"6 white box/over_time/{measure}": [1, 3, 6] for measure in MEASURES},
+        "6 white box/attention_of_the_layers": [1, 3, 6],
+        "6 white box/attention_of_the_last_layers_heads": [1, 3, 6],
+    }
     layout = layout_pb2.Layout()
     layout.ParseFromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    (category,) = layout.category
-    assert category.title == "white box, layer by layer"
-    assert len(category.chart) == len(MEASURES)
-    assert category.chart[0].multiline.tag[0] == r"whitebox/coding_rate/layer-\d+"
+    pairs, layers = layout.category
+    assert pairs.chart[0].multiline.tag[0] == "1 overview/Loss, train|1 overview/Loss, val"
+    assert layers.title == "white box, layer by layer"
+    assert len(layers.chart) == len(MEASURES)
+    assert layers.chart[0].multiline.tag[0] == r"9 layer by layer/coding_rate/layer-\d+"
+
+
+@pytest.mark.spawn
+def test_the_overview_comes_first_and_nothing_stands_outside_the_groups(runs: dict[str, Path]) -> None:
+    """Loss and top-1 lead it; the cards that the address pins are among it."""
+    found = events(runs["killed"])
+    tags = sorted(found.Tags()["scalars"] + found.Tags()["images"])
+    assert [tag for tag in tags if tag[1] != " " or not tag[0].isdigit()] == []
+    first = [f"1 overview/{name}" for name in ("Loss, train", "Loss, val", "Top-1, train", "Top-1, val")]
+    assert tags[:4] == first
+    assert all(0 <= event.value <= 100 for event in found.Scalars(first[2]))
+    query = parse_qs(urlsplit(address(RunFolder(runs["killed"]))).query)
+    assert query["smoothing"] == ["0"]
+    pinned = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
+    assert set(pinned) < set(tags)
+    shown = [(event.step, event.value) for event in found.Scalars("1 overview/restarts")]
+    assert (5, 1.0) in shown
+
+
+@pytest.mark.spawn
+def test_the_texts_are_the_recipe_the_environment_and_every_start(runs: dict[str, Path]) -> None:
+    found, folder = events(runs["killed"]), RunFolder(runs["killed"])
+    texts = {
+        name: found.Tensors(f"{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
+        for name in ("recipe", "environment", "starts")
+    }
+    assert f"| `optim.lr` | `{load_recipe(folder.recipe_file).optim.lr}` |" in texts["recipe"]
+    assert f"| torch | `{torch.__version__}` |" in texts["environment"]
+    rows = [line.split(" | ") for line in texts["starts"].splitlines()[2:]]
+    starts = folder.record.starts()
+    assert [row[1:3] for row in rows] == [[str(start["step"]), start["time"]] for start in starts]
+    assert rows[1][-1] == "told to stop |"
+
+
+@pytest.mark.spawn
+def test_settings_stand_where_tensorboard_compares_runs(runs: dict[str, Path]) -> None:
+    info = parse_session_start_info_plugin_data(
+        events(runs["on"]).SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    )
+    assert info.hparams["model.dropout"].number_value == 0.1
+    assert info.group_name == f"{runs['on'].parent.name}/on"
 
 
 @pytest.mark.spawn
@@ -136,6 +189,31 @@ def test_the_ledger_knows_what_it_cost(runs: dict[str, Path]) -> None:
     assert [line["step"] for line in costs] == [1, 3, 6]
     assert all(line["seconds"] > 0 for line in costs)
     assert "white-box measures" in RunFolder(runs["on"]).log_file(0).read_text()
+
+
+@pytest.mark.spawn
+def test_every_line_tells_what_the_devices_do_and_hold(runs: dict[str, Path]) -> None:
+    model = build_model(load_recipe(runs["on"] / "recipe.toml").model, 4, seed=0)
+    work = 3 * forward_flops(model.config, 6) / 6
+    for line in (line for line in lines(runs["on"]) if "train/loss" in line):
+        assert line["speed/tflop_s_per_rank"] == pytest.approx(line["speed/images_per_s"] * work / 2 / 1e12)
+        assert 0.1 < line["memory/host_peak_gb"] < 10
+        assert "speed/mfu" not in line  # of a CPU there is no peak to take a share of
+    assert "peak memory 0." in RunFolder(runs["on"]).log_file(0).read_text()
+
+
+@pytest.mark.spawn
+def test_each_rank_leaves_a_trace_of_the_steps_that_were_asked_for(runs: dict[str, Path]) -> None:
+    names = [f"rank-{rank:05d}.steps-3-4.pt.trace.json.gz" for rank in range(2)]
+    assert sorted(path.name for path in RunFolder(runs["on"]).profile.iterdir()) == names
+    assert not RunFolder(runs["off"]).profile.exists()
+    for rank, name in enumerate(names):
+        trace = json.loads(gzip.decompress((RunFolder(runs["on"]).profile / name).read_bytes()))
+        assert trace["distributedInfo"]["rank"] == rank
+        marks = Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation")
+        micro_batches = 2 * 2  # steps, of a global batch of 24 in pieces of 6 on two ranks
+        assert [marks[part] for part in ("data", "forward", "backward", "optimizer")] == 4 * [micro_batches]
+        assert {mark for mark in marks if mark.startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
 
 
 class Notes:

@@ -71,13 +71,13 @@ def test_a_step_of_crate_b_waits_once_and_for_the_step_before(ranks: int) -> Non
 def test_how_long_a_rank_was_by_itself_is_known_without_waiting() -> None:
     with fake_cluster(4):
         engine = engine_on(recipe_for(4))
-        loss, began = engine.loss, time.perf_counter()
+        loss, began = engine.criterion, time.perf_counter()
 
         def slow(*given: Any) -> torch.Tensor:
             time.sleep(0.05)
             return loss(*given)
 
-        with patch.object(engine, "loss", slow), counted() as found:
+        with patch.object(engine, "criterion", slow), counted() as found:
             engine.step(batches(0), 1e-4, 0)
             own_s = engine.own_s()
         assert ACCUMULATION * 0.05 <= own_s < time.perf_counter() - began
@@ -218,7 +218,7 @@ def test_a_parameter_that_a_loss_does_not_depend_on_has_no_gradient_left_from_be
         engine.step(batches(0), 1e-3, 0)
         momentum = engine.state()["exp_avg"][0].clone()
         first = next(engine.module.parameters())
-        engine.loss = lambda batch, model=None: first.sum()  # type: ignore[method-assign]
+        engine.criterion = lambda logits, labels: first.sum()  # type: ignore[method-assign]
         engine.step(batches(1), 1e-3, 1)
         after = engine.state()["exp_avg"][0]
     names = engine.layouts[0].names
@@ -337,8 +337,8 @@ def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradients_are() -> 
     with fake_cluster(8):
         engine = engine_on(recipe_for(8))
         engine.step(batches(0), 1e-3, 0)
-        before, loss = copies(engine), engine.loss
-        with patch.object(engine, "loss", lambda *given: loss(*given) + torch.inf):
+        before, loss = copies(engine), engine.criterion
+        with patch.object(engine, "criterion", lambda *given: loss(*given) + torch.inf):
             engine.step(batches(1), 1e-3, 1)
         with pytest.raises(NotFinite) as raised:
             engine.check()

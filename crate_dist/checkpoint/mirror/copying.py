@@ -18,7 +18,7 @@ from crate_dist.checkpoint.mirror.record import Copied, Mirrored, MirrorRecord, 
 from crate_dist.data.index import ShardError
 from crate_dist.data.remote.store import Stopped
 from crate_dist.run.checkpoints import checkpoint_names, newest_step, step_name
-from crate_dist.run.folder import RunFolder
+from crate_dist.run.folder import EVENTS, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Copier:
                 to_send[place] = path / file, size
         for place, file_path in run_files(self._folder, exported).items():
             size, before = file_path.stat().st_size, self.record.newest and self.record.newest.files.get(place)
-            if before and before.bytes == size and place.startswith("tensorboard/"):  # of a start before, or no news
+            if before and before.bytes == size and EVENTS in place:  # of a start before, or no news
                 files[place] = before
             else:
                 to_send[place] = file_path, size
@@ -165,7 +165,7 @@ def run_files(folder: RunFolder, exported: bool = False) -> dict[str, Path]:
     exported: the weights alone too
     """
     paths = [folder.recipe_file, folder.record_file, folder.metrics, folder.ledger, folder.bad_samples]
-    paths += sorted(folder.tensorboard.glob("events.out.tfevents.*"))
+    paths += folder.event_files()
     if exported:
         paths += [
             path for kind in ("last", "best") for path in (folder.model(kind), folder.model(kind).with_suffix(".md"))

@@ -1,4 +1,4 @@
-"""Keeps a ledger in the run folder of the time that a run took, over all its restarts.
+"""Keeps a ledger in the run folder of the time that a run took, over all its restarts. Imports no torch.
 
 One JSON object per line: starts, steps, evaluations, white-box measures, saves; up_s is seconds since the start of the
 process, by a clock that does not jump. Goodput is the share of the wall time in which the run was up that went into
@@ -9,15 +9,14 @@ weekend, are a figure of their own.
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crate_dist.files import AppendedFile, mended_lines
+from crate_dist.files import AppendedFile, mended_lines, whole_lines
 from crate_dist.run.lock import ALONE
 
 
@@ -39,10 +38,29 @@ class LedgerTotals:
     _time: float = field(default=0.0, repr=False)
     _up_s: float = field(default=0.0, repr=False)
 
+    @classmethod
+    def read(cls, path: Path) -> LedgerTotals:
+        """Adds up what a ledger has so far, and changes nothing."""
+        totals = cls()
+        totals._take_up(whole_lines(path))
+        return totals
+
     @property
     def goodput(self) -> float:
         """Share of the wall time that went into steps which count."""
         return self._share(self.productive_s)
+
+    def lost(self) -> dict[str, float]:
+        """Returns the shares of the wall time that went into anything else, the largest first."""
+        lost = {
+            "waiting for data": self.data_wait_s,
+            "evaluation": self.evaluation_s,
+            "white-box measures": self.whitebox_s,
+            "standing still for saves": self.save_stall_s,
+            "steps made twice": self.redone_s,
+        }
+        lost["starting, and what else there was"] = max(self.wall_s - self.productive_s - sum(lost.values()), 0.0)
+        return {name: self._share(lost[name]) for name in sorted(lost, key=lambda name: -lost[name])}
 
     def add(self, event: dict[str, Any]) -> None:
         """Takes up one line."""
@@ -84,7 +102,7 @@ class LedgerTotals:
         return seconds / self.wall_s if self.wall_s else 0.0
 
     def scalars(self) -> dict[str, float]:
-        """Returns the totals by their names in TensorBoard."""
+        """Returns the totals by the names of their curves."""
         return {
             "goodput/fraction": self.goodput,
             "goodput/data_wait_fraction": self._share(self.data_wait_s),
@@ -96,15 +114,12 @@ class LedgerTotals:
             "goodput/steps_redone": float(self.steps_redone),
         }
 
-    def __str__(self) -> str:
-        return (
-            f"goodput {self.goodput:.1%} of {datetime.timedelta(seconds=round(self.wall_s))}: "
-            f"data wait {self.data_wait_s:.0f} s, evaluation {self.evaluation_s:.0f} s, "
-            f"white-box measures {self.whitebox_s:.1f} s ({self._share(self.whitebox_s):.1%}), "
-            f"standing still for saves {self.save_stall_s:.1f} s, {self.restarts} restarts "
-            f"({datetime.timedelta(seconds=round(self.away_s))} between them), "
-            f"{self.steps_redone} steps made twice ({self.redone_s:.0f} s)"
-        )
+    def _take_up(self, lines: Iterable[str]) -> None:
+        for text in lines:
+            try:
+                self.add(json.loads(text))
+            except (ValueError, KeyError, TypeError):  # of a file system that was repaired, or of an older version
+                continue
 
 
 class Ledger:
@@ -113,11 +128,7 @@ class Ledger:
     def __init__(self, path: Path, up_s: float = 0.0, check: Callable[[], None] = ALONE.check) -> None:
         self.totals = LedgerTotals()
         self._began = time.monotonic() - up_s
-        for text in mended_lines(path):
-            try:
-                self.totals.add(json.loads(text))
-            except (ValueError, KeyError, TypeError):  # of a file system that was repaired, or of an older version
-                continue
+        self.totals._take_up(mended_lines(path))
         self._file = AppendedFile(path, check)
 
     def note(self, event: str, **facts: Any) -> None:
