@@ -13,12 +13,12 @@ from tests.test_missing_packages import COMMANDS, REPOSITORY, programs
 
 SUBCOMMANDS = {
     "crate_dist.probe": ("knn", "linear"),
-    "crate_dist.figures": ("attention", "layers", "pca", "mask"),
+    "crate_dist.figures": ("attention", "layers", "pca", "mask", "compare"),
     "crate_dist.models.weights": ("describe", "convert"),
     "launch/status.py": ("list", "results", "logs", "stop", "resume"),
 }
-MEASURES = ("benchmarks/", "crate_dist.evaluate", "crate_dist.figures", "crate_dist.models.weights", "crate_dist.probe")
-"""Begin the programs that import first what they measure with."""
+MEASURES = "benchmarks/"
+"""Begins the programs that import first what they measure."""
 
 ALL = """
 import contextlib, io, json, os, runpy, sys
