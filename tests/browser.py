@@ -68,7 +68,7 @@ def page(url: str) -> str:
 
 
 async def picture(url: str, out: Path) -> None:
-    """Writes what a browser of 1600 x 1000 pixels shows of TensorBoard once its curves are drawn, without its settings."""
+    """Writes what a browser of 1600 x 1000 pixels shows of TensorBoard, once the curves are drawn; without settings."""
     assert CHROMIUM, "there is no Chromium"
     with tempfile.TemporaryDirectory() as profile:
         line = [CHROMIUM, *_OPTIONS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
