@@ -82,10 +82,10 @@ class Model(CRATE):
         """
         images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
         likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
-        times = Counter(self.class_names)
-        pairs = zip(self.class_names or (), self.classes or (), strict=True)
+        times, ids = Counter(self.class_names), dict(enumerate(self.classes or ()))
         names = {  # of fewer, perhaps: a head may have room for more
-            label: name if times[name] == 1 else f"{name} ({called})" for label, (name, called) in enumerate(pairs)
+            label: name if times[name] == 1 else f"{name} ({ids.get(label, label)})"
+            for label, name in enumerate(self.class_names or ())
         }
         return [
             (names.get(label, str(label)), share) for share, label in zip(*map(Tensor.tolist, likeliest), strict=True)
