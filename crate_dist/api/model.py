@@ -129,7 +129,7 @@ def load(
         )
     config = replace(old, image_size=side)
     if classes is not None:
-        number, names, class_names = *_head_of(classes), None
+        (number, names), class_names = _head_of(classes), None
         config = replace(config, num_classes=number)
     if config != old:
         adapted = adapt(weights, old, config, new_head=classes is not None)
@@ -157,8 +157,9 @@ def _head_of(classes: int | Sequence[str]) -> tuple[int, tuple[str, ...] | None]
     """Returns the number of classes, and their names where these are given. Raises ValueError, TypeError."""
     if isinstance(classes, str):
         raise TypeError(f"classes is a number, or a list of names such as [{classes!r}], not a text")
+    names: tuple[str, ...] | None = None
     try:
-        number, names = operator.index(classes), None  # type: ignore[arg-type]  # NumPy's numbers are none of Python's
+        number = operator.index(classes)  # type: ignore[arg-type]  # NumPy's numbers are none of Python's
     except TypeError:
         names = tuple(classes)  # type: ignore[arg-type]
         number = len(names)

@@ -17,7 +17,7 @@ from crate_dist.data.decode import BadImage, Pixels, open_image
 from crate_dist.data.loader import Normalize, eval_transform
 
 Picture: TypeAlias = "Image.Image | np.ndarray | Tensor | bytes | str | Path"
-"""Of Pillow; uint8 (height, width, 3) or (height, width), as a tensor (3, height, width); a file's path or bytes."""
+"""Of Pillow; uint8 (height, width, 3), as a tensor (3, height, width), grey (height, width); a file's path or bytes."""
 
 
 @dataclass(frozen=True)
