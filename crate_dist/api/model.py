@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class Model(CRATE):
 def load(
     source: str | Path,
     *,
-    classes: int | Sequence[str] | None = None,
+    classes: SupportsIndex | Sequence[str] | None = None,
     image_size: int | None = None,
     heads: int | None = None,
 ) -> Model:
@@ -138,7 +139,7 @@ def load(
     return Model(config, weights, preprocess, trained.name, trained.recipe, names, class_names)
 
 
-def create(recipe: str | Path | Recipe, classes: int | Sequence[str], *, seed: int | None = None) -> Model:
+def create(recipe: str | Path | Recipe, classes: SupportsIndex | Sequence[str], *, seed: int | None = None) -> Model:
     """Builds the model that a recipe describes, with the weights that a run of it begins with, in evaluation mode.
 
     recipe: a name in configs/, such as "crate_tiny", a recipe file, or a Recipe; classes: their number, or their names
@@ -153,13 +154,13 @@ def create(recipe: str | Path | Recipe, classes: int | Sequence[str], *, seed: i
     return Model(config, weights, preprocess, recipe.name, recipe, names)
 
 
-def _head_of(classes: int | Sequence[str]) -> tuple[int, tuple[str, ...] | None]:
+def _head_of(classes: SupportsIndex | Sequence[str]) -> tuple[int, tuple[str, ...] | None]:
     """Returns the number of classes, and their names where these are given. Raises ValueError, TypeError."""
     if isinstance(classes, str):
         raise TypeError(f"classes is a number, or a list of names such as [{classes!r}], not a text")
     names: tuple[str, ...] | None = None
     try:
-        number = operator.index(classes)  # type: ignore[arg-type]  # NumPy's numbers are none of Python's
+        number = operator.index(classes)  # type: ignore[arg-type]
     except TypeError:
         names = tuple(classes)  # type: ignore[arg-type]
         number = len(names)
