@@ -23,11 +23,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 95 %
 	$(PY) launch/demo.py
 
+BESIDE := tests/cluster
+BESIDE_TOO := tests/training tests/doctor tests/evaluation
+
 test: setup  ## every test; those that need SLURM skip where it is not installed
-	@# The cluster's wait for SLURM most of their time: they and those of training run beside all others, shown behind them.
-	@log=$$(mktemp); $(PY) -m pytest tests/cluster tests/training >"$$log" 2>&1 & others=$$!; trap "kill $$others" INT TERM; \
-	$(PY) -m pytest --ignore tests/cluster --ignore tests/training; status=$$?; \
-	wait $$others || status=1; cat "$$log"; exit $$status
+	@# Many wait more than they compute, those of the cluster for SLURM: three at a time, shown one behind the other.
+	@logs=$$(mktemp -d); \
+	$(PY) -m pytest $(BESIDE) >"$$logs/1" 2>&1 & first=$$!; \
+	$(PY) -m pytest $(BESIDE_TOO) >"$$logs/2" 2>&1 & second=$$!; \
+	trap "kill $$first $$second" INT TERM; \
+	$(PY) -m pytest $(addprefix --ignore ,$(BESIDE) $(BESIDE_TOO)); status=$$?; \
+	wait $$first || status=1; wait $$second || status=1; cat "$$logs"/*; exit $$status
 
 chaos: setup  ## kill, stop, starve and damage real runs, and start 2,000 loaders under load (half an hour)
 	$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))

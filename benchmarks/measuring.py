@@ -24,6 +24,7 @@ import crate_dist  # noqa: F401  isort: skip
 import numpy as np
 from tqdm import tqdm
 
+from crate_dist.arguments import Parser
 from crate_dist.launching.ranks import rank_environment
 from crate_dist.world import detect_world, free_port
 
@@ -102,8 +103,7 @@ def _as_rank(environment: dict[str, str], work: Callable[..., Any], *arguments: 
 
 def parser(doc: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Returns the parser of a program, with its docstring as help and the options of `parents`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=formatter, parents=parents)
+    return Parser(description=doc, parents=parents)
 
 
 def option(name: str, **settings: Any) -> argparse.ArgumentParser:

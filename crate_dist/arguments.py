@@ -15,13 +15,17 @@ from crate_dist.config.hints import NOT_NEEDED, OPTIONS, meant_keys
 class Parser(argparse.ArgumentParser):
     """A parser that shows texts as they are written, takes no abbreviations, and says in a line what is wrong.
 
-    An abbreviation would mean something else on the day that another option begins like it.
+    An abbreviation would mean something else on the day that another option begins like it. The help begins with the
+    description, which has the examples; that of a subcommand first shows those of its program that are its own.
     """
 
     settings: Mapping[str, str] = {}
     """Meanings of the keys that --set takes, where the program has it."""
     elsewhere: Callable[[str, str], str] = staticmethod(lambda option, value: "")
     """Says how an option of another program, with its value, is given here; empty: it is none of its options."""
+
+    passes_on = False
+    """Whether options that the program does not have may be another program's, for parse_known_args."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
@@ -30,7 +34,19 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Does as argparse does, and remembers what was given."""
         self.given = sys.argv[1:] if args is None else list(args)
+        for parser in self._all():
+            if parser is not self:
+                parser.description = with_examples(parser.description, parser.prog, self.description)
         return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Returns the help, with the options behind all that explains them."""
+        text, self.description = self.description, None
+        try:
+            options = super().format_help()
+        finally:
+            self.description = text
+        return f"{text.strip(chr(10))}\n\n{options}" if text else options
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2: options that it does not have explain whatever else is missing."""
@@ -42,6 +58,7 @@ class Parser(argparse.ArgumentParser):
             and not text[1:2].isdecimal()
             and text.partition("=")[0] not in known
             and text.strip("-")
+            and not self.passes_on
         ]
         lines = [self._explain(number, text, known) for number, text in unknown]
         message = re.sub(r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2: give one of them", message)
@@ -86,6 +103,13 @@ class Parser(argparse.ArgumentParser):
         for ours in begun or difflib.get_close_matches(option, sorted(known), n=1, cutoff=0.7):
             return f"{given}: no such option; did you mean {ours}?"
         return f"{given}: no such option"
+
+
+def with_examples(description: str | None, program: str, whole: str | None) -> str:
+    """Returns the description of a part of a program, behind the lines in that of the `whole` that call this part."""
+    own = description or ""
+    lines = [line for line in (whole or "").splitlines() if f" {program} " in f"{line} ".replace("/", " ")]
+    return own if f"{program} " in own else "\n".join([*lines, "", own]).rstrip()
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -20,12 +20,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
+
+from crate_dist.evaluation.options import evaluate_parser
+
+if __name__ == "__main__":
+    evaluate_parser(__doc__).parse_args()  # what ends here, such as --help, does not wait for the imports below
 
 import torch
 import torch.distributed as dist
 
-from crate_dist.arguments import Parser, positive
 from crate_dist.checkpoint.trained import Trained, load_trained
 from crate_dist.data.folder import ImageFolder, Indexed
 from crate_dist.distributed import exit_at_once
@@ -35,7 +38,6 @@ from crate_dist.evaluation.corruptions import HEADING, Corrupted, Corruptions
 from crate_dist.evaluation.on_ranks import (
     CannotMeasure,
     Frozen,
-    add_arguments,
     check_output,
     run_on_ranks,
 )
@@ -52,44 +54,12 @@ from crate_dist.evaluation.report import (
 from crate_dist.evaluation.sets import EvalSet, open_sets
 from crate_dist.evaluation.throughput import Throughput, measure_throughput
 from crate_dist.files import write_whole
-from crate_dist.locations import location
 from crate_dist.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates one model on one data set or several, as the command line says."""
-    parser = Parser(prog="python -m crate_dist.evaluate", description=__doc__)
-    add_arguments(parser)
-    parser.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
-    parser.add_argument(
-        "--also",
-        type=location,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="more data sets, for one table with --data: shards, or class folders as ImageNet-V2, -A, -R, -Sketch and "
-        "-C have them",
-    )
-    parser.add_argument(
-        "--real", type=Path, metavar="FILE", help="real.json: the accuracy on ImageNet's ReaL labels, too"
-    )
-    parser.add_argument(
-        "--all-classes", action="store_true", help="where the data have fewer classes, let all of the model's compete"
-    )
-    parser.add_argument(
-        "--max-bad-fraction", type=float, metavar="X", help="of the samples may be unreadable [as in training]"
-    )
-    parser.add_argument(
-        "--throughput", action="store_true", help="also time the model alone, with and without torch.compile"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be evaluated, and evaluate nothing")
-    shown = parser.add_argument_group("more of what is found on --data")
-    shown.add_argument("--per-class", action="store_true", help="print a line for every class, the worst first")
-    shown.add_argument("--worst", type=positive, metavar="N", help="print those of the N worst classes alone")
-    shown.add_argument("--confusions", type=positive, metavar="N", help="print the N most frequent confusions")
-    shown.add_argument("--reliability", action="store_true", help="print accuracy by confidence, for the calibration")
-    shown.add_argument("--csv", type=Path, metavar="FILE", help="write the table of classes there")
-    arguments = parser.parse_args(argv)
+    arguments = evaluate_parser(__doc__).parse_args(argv)
 
     def prepare() -> _Prepared:
         check_output(arguments.json)

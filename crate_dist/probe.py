@@ -16,10 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from crate_dist.evaluation.options import probe_parser
+
+if __name__ == "__main__":
+    probe_parser(__doc__).parse_args()  # what ends here, such as --help, does not wait for the imports below
+
 import torch
 from tqdm import tqdm
 
-from crate_dist.arguments import Parser, positive, whole_number
 from crate_dist.checkpoint.trained import Trained, find_layer, load_trained
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.splits import check_same_classes, open_split
@@ -30,15 +34,12 @@ from crate_dist.evaluation.features import Features, extract, pooled
 from crate_dist.evaluation.on_ranks import (
     CannotMeasure,
     Frozen,
-    add_arguments,
     check_output,
     run_on_ranks,
 )
 from crate_dist.files import write_whole
 from crate_dist.models.crate import Pool
 from crate_dist.world import World
-
-KS = (10, 20, 100, 200)
 
 
 @dataclass(frozen=True)
@@ -95,37 +96,7 @@ def features(model: Frozen, asked: ProbeInputs) -> tuple[Features, Features]:
 
 def main(argv: list[str] | None = None) -> int:
     """Makes one probe of one model on two splits, as the command line says."""
-    parser = Parser(prog="python -m crate_dist.probe", description=__doc__)
-    commands = parser.add_subparsers(dest="probe", required=True)
-    near = commands.add_parser("knn", help="weighted nearest neighbours", description=knn.__doc__)
-    linear = commands.add_parser("linear", help="a linear classifier", description=linear_probe.__doc__)
-    for command in (near, linear):
-        add_arguments(command)
-        command.add_argument("--train-split", default="train", metavar="NAME", help="folder in DIR [%(default)s]")
-        command.add_argument("--split", default="val", metavar="NAME", help="folder in DIR [%(default)s]")
-        command.add_argument("--layer", type=int, metavar="N", help="whose tokens, counted from 1; -1: the last [-1]")
-        command.add_argument("--pool", choices=["cls", "mean"], help="the feature of an image [as the model's head]")
-    near.add_argument(
-        "--k", type=positive, nargs="+", default=list(KS), metavar="N", help="neighbours, or all [10 20 100 200]"
-    )
-    near.add_argument(
-        "--temperature", type=_above_zero, default=knn.TEMPERATURE, metavar="T", help="of their votes [%(default)s]"
-    )
-    linear.add_argument(
-        "--l2",
-        type=_above_zero,
-        nargs="+",
-        default=list(linear_probe.L2),
-        metavar="X",
-        help="to choose from, on a tenth of the training split [1e-1 1e-2 … 1e-6]",
-    )
-    linear.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of the samples held out for that [%(default)s]"
-    )
-    linear.add_argument(
-        "--max-steps", type=positive, default=linear_probe.MAX_STEPS, metavar="N", help="of each fit [%(default)s]"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = probe_parser(__doc__).parse_args(argv)
     measure = _measure_knn if arguments.probe == "knn" else _measure_linear
 
     def work(asked: ProbeInputs, world: World, device: torch.device) -> None:
@@ -211,12 +182,6 @@ def _short(fitted: dict[str, Any]) -> str:
 def _pool(arguments: argparse.Namespace, trained: Trained) -> Pool:
     pool: Pool = arguments.pool or trained.model.config.pool
     return pool
-
-
-def _above_zero(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def near(text: str, stream: TextIO | None = None) -> str:
         here = os.getcwd()
     except FileNotFoundError:
         return text
-    # Not within a URL or another path, nor what would then be an option.
-    return text if here == "/" else re.sub(rf"(?<![\w.~:/-]){re.escape(here)}/(?=[\w.])", "", text)
+    # Not within a URL or another path, nor what would then be an option; behind the end of a style.
+    begins = rf"(?:(?<![\w.~:/-])|(?<=\033\[0m)){re.escape(here)}/(?=[\w.])"
+    return text if here == "/" else re.sub(begins, "", text)
 
 
 def labelled(name: str, text: str) -> str:

@@ -16,6 +16,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from crate_dist.arguments import Parser
+from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
+
+
+def _parser() -> Parser:
+    return recipe_parser(__doc__, "python -m crate_dist.train", required=False)
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # what ends here, such as --help, does not wait for the imports below
+
 import torch
 
 from crate_dist.config import Recipe
@@ -23,7 +34,6 @@ from crate_dist.data.workers import open_server
 from crate_dist.distributed import exit_at_once, gather_objects, init_distributed, leave_distributed, set_timeout
 from crate_dist.errors import UserError
 from crate_dist.launching.opening import opened
-from crate_dist.launching.options import default_run_dir, recipe_from, recipe_parser, site_from
 from crate_dist.launching.ranks import visible_gpus
 from crate_dist.run.exit_status import LOST_THE_RUN, STOPPED, TRY_AGAIN
 from crate_dist.run.faults import judged, may_pass
@@ -136,8 +146,7 @@ def _opened_by_rank_0(
 
 def main(argv: list[str] | None = None) -> int:
     """Trains what the command line names, and returns the exit status."""
-    parser = recipe_parser(__doc__, "python -m crate_dist.train", required=False)
-    arguments = parser.parse_args(argv)
+    arguments = (parser := _parser()).parse_args(argv)
     run_dir, recipe = arguments.run_dir, None
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     if not given & {"arch", "config", "run_dir"}:

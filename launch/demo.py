@@ -80,10 +80,10 @@ def write_digits(folder: Path) -> None:
 def report(run: Path, seconds: float) -> None:
     """Prints the accuracy over time, from metrics.jsonl, and what to type next."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    print("\n  step   top-1   top-5")
+    print("\n  step   top-1     top-5")
     for line in lines:
         if "val/top1" in line:
-            print(f"{line['step']:6d}  {line['val/top1']:5.2f} %  {line['val/top5']:5.1f} %")
+            print(f"{line['step']:6d}  {line['val/top1']:5.2f} %  {line['val/top5']:6.2f} %")
     print(
         f"\ndone in {seconds:.0f} s\n"
         f"to see the curves:  .venv/bin/tensorboard --logdir {FOLDER}\n"

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.arguments import positive
+from crate_dist.arguments import Parser, positive
 from crate_dist.config import ClusterSection
 from crate_dist.data.index import ShardError
 from crate_dist.errors import UserError
@@ -182,9 +182,8 @@ def _executor(arguments: argparse.Namespace, out: Path, site: Site) -> Executor:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
+    parser.passes_on = True
     parser.add_argument("--converter", choices=CONVERTERS, default="imagenet", help="program of data_prep [imagenet]")
     parser.add_argument("--source", type=Path, metavar="DIR", help="what is converted, as the converter takes it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's code, whichever else is installed
-from crate_dist.arguments import Parser, positive, whole_number
+from crate_dist.arguments import Parser, positive, whole_number, with_examples
 from crate_dist.errors import UserError
 from crate_dist.launching.showing import show
 from crate_dist.launching.sweep import results_table
@@ -181,7 +181,8 @@ def _resume(words: list[str]) -> int:
 
 
 def _parser(description: str | None, command: str, metavar: str, what: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=f"{Path(sys.argv[0]).name} {command}".strip(), description=description)
+    program = f"{Path(__file__).name} {command}".strip()
+    parser = Parser(prog=program, description=with_examples(description, program, __doc__))
     parser.add_argument("runs", nargs="*", metavar=metavar, help=what)
     return parser
 

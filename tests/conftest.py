@@ -26,10 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPUs before torch looks for them: the tests promise what ranks do on the CPU, on any machine.
 
     And this user's site files, which would have jobs ask for other things. A Ctrl-C is heeded, as in a terminal.
+    One thread for each process: those of two tests at the same time would wait for each other, computing. So has the
+    compiler, which is told that the C++ compiler knows this processor: to find out it would start programs each time.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in the background, and so of all that it starts
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["CRATE_SITE"] = ""
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_VEC_ISA_OK"):
+        os.environ.setdefault(name, "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

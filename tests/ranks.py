@@ -7,20 +7,22 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crate_dist.distributed import init_distributed
+from crate_dist.distributed import exit_at_once, init_distributed
 from crate_dist.run.folder import RunFolder
 from crate_dist.world import World, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+_CONTEXT = multiprocessing.get_context("forkserver")  # one clean process that has imported what takes seconds to import
+_CONTEXT.set_forkserver_preload(["crate_dist.train", "torch._dynamo"])
 
 
 def lock_is_free(folder: RunFolder) -> bool:
@@ -44,13 +46,10 @@ def spawn(function: Callable[..., Any], world_size: int, *arguments: Any) -> lis
 
     An exception on any rank fails the test with that rank's traceback.
     """
-    # Forked from one clean process that has imported what takes seconds to import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crate_dist.train", "torch._dynamo"])
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_as_rank, args=(function, rank, world_size, port, folder, arguments))
+            _CONTEXT.Process(target=_as_rank, args=(function, rank, world_size, port, folder, arguments))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -89,22 +88,21 @@ def _as_rank(
 
 
 class Training:
-    """`python -m crate_dist.train …` on several ranks of this machine."""
+    """Ranks of this machine, each `python -m crate_dist.train …` in all but the imports, which take seconds."""
 
     def __init__(self, arguments: Sequence[object], world_size: int) -> None:
         port = free_port()
-        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "crate_dist.train", *map(str, arguments)],
-                cwd=REPOSITORY,
-                env={**os.environ, **rank_environment(rank, world_size, port)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, f"{rank}.txt") for rank in range(world_size)]
+        self._processes = [
+            _CONTEXT.Process(
+                target=_train,
+                args=([*map(str, arguments)], {**os.environ, **rank_environment(rank, world_size, port)}, output),
             )
             for rank, output in enumerate(self._outputs)
         ]
+        for process in self._processes:
+            process.start()
 
     def __enter__(self) -> Training:
         return self
@@ -114,19 +112,36 @@ class Training:
 
     def wait(self, timeout_s: float = 300) -> list[int]:
         """The exit status of each rank."""
-        return [process.wait(timeout_s) for process in self.processes]
+        for rank, process in enumerate(self._processes):
+            process.join(timeout_s)
+            assert process.exitcode is not None, f"rank {rank} did not end:\n{self.output(rank)}"
+        return [process.exitcode or 0 for process in self._processes]
 
     def output(self, rank: int = 0) -> str:
         """Returns what a rank has written so far."""
-        self._outputs[rank].seek(0)
-        return self._outputs[rank].read()
+        return self._outputs[rank].read_text() if self._outputs[rank].exists() else ""
 
     def kill(self) -> None:
         """kill -9 for every rank and its loader workers."""
-        for process in self.processes:
+        for process in self._processes:
+            assert process.pid
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()  # one that has just been forked leads no group yet
+            process.join()
+
+
+def _train(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    from crate_dist import train
+
+    os.setsid()
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(REPOSITORY)
+    os.environ.clear()
+    os.environ.update(environment)
+    exit_at_once(partial(train.main, arguments))
 
 
 def train_to_the_end(arguments: Sequence[object], world_size: int) -> str:

@@ -33,6 +33,7 @@ REPORT = {
     "train/epoch": 65.86,
     "speed/images_per_s": 12_345.0,
     "speed/data_wait_fraction": 0.02,
+    "memory/host_peak_gb": 3.5,
 }
 
 
@@ -89,7 +90,7 @@ def as_before() -> Iterator[None]:
 
 def test_a_terminal_has_colours() -> None:
     with Terminal(80) as terminal:
-        show(f"{paint('FAILED', 'red')} {labelled('data', 'here')}")
+        show(f"{paint('FAILED', 'red')} {labelled('data', os.path.abspath('here'))}")
         complain("no")
         said = "\033[31mFAILED\033[0m \033[1mdata          \033[0mhere\r\n\033[31merror:\033[0m no\r\n"
         assert terminal.shown() == said

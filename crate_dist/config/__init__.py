@@ -12,6 +12,7 @@ from crate_dist.config.recipe import build_recipe as build_recipe
 from crate_dist.config.recipe import derive_batch as derive_batch
 from crate_dist.config.recipe import load_recipe as load_recipe
 from crate_dist.config.recipe import recipe_of as recipe_of
+from crate_dist.config.recipe import recipes as recipes
 from crate_dist.config.sections import CACHE_VARIABLE as CACHE_VARIABLE
 from crate_dist.config.sections import DATA_VARIABLE as DATA_VARIABLE
 from crate_dist.config.sections import MIRROR_VARIABLE as MIRROR_VARIABLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -157,6 +158,13 @@ def build_recipe(raw: Mapping[str, Any], origin: str, origins: Mapping[str, str]
         raise RecipeError("\n".join(lines)) from error
 
 
+def recipes() -> dict[str, str]:
+    """Returns the recipes in configs/ and what each trains on what, with which the comment at its beginning begins."""
+    files = sorted(CONFIG_DIR.glob("*.toml"))
+    heads = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in files}
+    return {name: re.split("[:(]", head)[0].strip("# ,") for name, head in heads.items()}
+
+
 def recipe_of(name: str, deciding_values: Mapping[str, Any]) -> Recipe:
     """Builds the recipe that has these deciding values, of today's names or of old ones, and defaults for the rest.
 
@@ -175,7 +183,7 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file() and (isinstance(source, Path) or path.suffix == ".toml"):
         return path
-    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    known = list(recipes())
     if path.suffix == ".toml":
         raise RecipeError(
             f"no recipe file {path}; --config takes the path of one, --arch a name in configs/: {', '.join(known)}"

@@ -21,7 +21,6 @@ from crate_dist.data.loader import Batch
 from crate_dist.data.order import Int64
 from crate_dist.data.reader import BadSample
 from crate_dist.distributed import Left, gather_objects
-from crate_dist.evaluation.mistakes import Mistakes
 
 _LABEL_BITS = 32
 
@@ -39,10 +38,12 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 class Predictions(NamedTuple):
     """What a model says of a batch, but for samples that could not be read; on its device.
 
-    labels: int64 (n,); logits: fp32 (n, classes); ranked: int64 (n, at most 5), the predicted classes, best first
+    images: uint8 (n, height, width, 3); labels: int64 (n,); logits: fp32 (n, classes)
+    ranked: int64 (n, at most 5), the predicted classes, best first
     samples: int64 (n,), their numbers in the split, on the host, where the loader tells them
     """
 
+    images: Tensor
     labels: Tensor
     logits: Tensor
     ranked: Tensor
@@ -192,14 +193,12 @@ def evaluate(
     device: torch.device,
     tallies: Sequence[Tally] = (),
     leave: Callable[[], bool] = lambda: False,
-    mistakes: Mistakes | None = None,
 ) -> Evaluation:
     """Counts over all ranks' batches. A collective, at the end alone: ranks may have different numbers of batches.
 
     predict: uint8 images (n, height, width, 3) -> logits (n, classes)
     tallies: are told of every batch, where somebody wants to know more
     leave: asked before every batch, whether to make no more of them
-    mistakes: takes up this rank's images that were predicted wrong, where somebody wants to see them
 
     A sample that could not be read does not count, and neither does the one that the loader puts in its place: that is
     counted in its own.
@@ -225,9 +224,7 @@ def evaluate(
         counts[0] += len(labels)
         counts[1] += len(batch.replaced)
         for tally in tallies:
-            tally.add(Predictions(labels, logits, ranked, samples))
-        if mistakes is not None:
-            mistakes.add(images, labels, logits)
+            tally.add(Predictions(images, labels, logits, ranked, samples))
     totals = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals)
     top1, top5, loss_sum, samples, unreadable, left = totals.tolist()

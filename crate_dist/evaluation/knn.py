@@ -17,8 +17,8 @@ from torch import Tensor
 
 from crate_dist.evaluation.accuracy import label_ranks
 from crate_dist.evaluation.features import Features, gather_features
+from crate_dist.evaluation.options import TEMPERATURE
 
-TEMPERATURE = 0.07
 QUERIES = 512
 BANK = 32_768
 """Similarities of QUERIES x BANK pairs are held at a time: 67 MB, and some 400 MB with what puts them in order."""

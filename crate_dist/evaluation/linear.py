@@ -23,9 +23,8 @@ from crate_dist.data.order import permutation
 from crate_dist.evaluation.accuracy import label_ranks
 from crate_dist.evaluation.features import Features
 from crate_dist.evaluation.on_ranks import CannotMeasure
+from crate_dist.evaluation.options import L2, MAX_STEPS
 
-L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-MAX_STEPS = 500
 HELD_OUT = 10
 """One sample in ten is held out while l2 is chosen."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crate_dist.data.decode import Pixels
+from crate_dist.evaluation.accuracy import Predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +31,12 @@ class Mistakes:
         self._most = most
         self._kept: tuple[Tensor, ...] | None = None
 
-    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Looks at a batch: uint8 (n, height, width, 3), int64 (n,), (n, classes). What is not finite is no mistake."""
-        probabilities = logits.float().softmax(dim=1)
-        sure, predicted = probabilities.max(dim=1)
+    def add(self, predictions: Predictions) -> None:
+        """Looks at a batch. What is not finite is no mistake."""
+        images, labels, logits, ranked, _ = predictions
+        probabilities = logits.softmax(dim=1)
+        predicted = ranked[:, 0]
+        sure = probabilities.gather(1, predicted[:, None])[:, 0]
         score = torch.where((predicted != labels) & sure.isfinite(), sure, -1.0)
         of_label = probabilities.gather(1, labels[:, None])[:, 0]
         first = score.topk(min(self._most, len(score))).indices

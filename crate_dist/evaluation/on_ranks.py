@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crate_dist.arguments import positive, whole_number
 from crate_dist.checkpoint.trained import Trained
-from crate_dist.config import DATA_VARIABLE, ImageSection
+from crate_dist.config import ImageSection
 from crate_dist.data.folder import Indexed
 from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import gather_objects, init_distributed, leave_distributed, lost_a_rank
 from crate_dist.errors import UserError
-from crate_dist.locations import location
 from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
+from crate_dist.terminal import complain
 from crate_dist.world import World, detect_world
 
 T = TypeVar("T")
@@ -39,23 +38,6 @@ class CannotMeasure(UserError):
 
 
 EXPECTED_ERRORS = (UserError, OSError)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model and --data, --heads, --batch, --workers, --precision, --json."""
-    parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|WEIGHTS", help="what is to be measured")
-    parser.add_argument(
-        "--data", type=location, metavar="DIR", help=f"folder or URL of the shards [the run's, then ${DATA_VARIABLE}]"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=64, metavar="N", help="images at a time on each rank [%(default)s]"
-    )
-    parser.add_argument(
-        "--workers", type=whole_number(0), default=2, metavar="N", help="loader processes per rank [%(default)s]"
-    )
-    parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
-    parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
 
 
 def check_output(path: Path | None) -> None:
@@ -139,18 +121,18 @@ def run_on_ranks(prepare: Callable[[], T], work: Callable[[T, World, torch.devic
             if any(problems):
                 for text in dict.fromkeys(filter(None, problems)) if world.is_main else ():
                     where = "" if all(problems) else f"rank {problems.index(text)}: "
-                    print(f"error: {where}{text}", file=sys.stderr)  # noqa: T201
+                    complain(f"{where}{text}")
                 return 1
             assert prepared is not None
             work(prepared, world, device)
         finally:
             leave_distributed()
     except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
         return 1
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        print(f"error: rank {world.rank} has lost another rank, which says why", file=sys.stderr)  # noqa: T201
+        complain(f"rank {world.rank} has lost another rank, which says why")
         return 1
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.arguments import Parser, positive, whole_number
-from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, load_recipe
+from crate_dist.config import DATA_VARIABLE, MIRROR_VARIABLE, Recipe, RecipeError, load_recipe, recipes
 from crate_dist.config.settings import as_text, meanings
 from crate_dist.launching.showing import show
 from crate_dist.launching.site import NO_SITE, SITE_VARIABLE, Site, load_site
@@ -22,9 +22,12 @@ def recipe_parser(description: str | None, program: str | None = None, required:
     """
     parser = Parser(prog=program, description=description)
     parser.settings = meanings()
-    group = parser.add_argument_group("recipe")
+    known = recipes()
+    width = max(map(len, known), default=0)
+    listed = "\n".join(f"{name:<{width}}  {text}" for name, text in known.items())
+    group = parser.add_argument_group("recipe", f"--arch takes one of these, which stand in configs/:\n\n{listed}")
     which = group.add_mutually_exclusive_group(required=required)
-    which.add_argument("--arch", metavar="NAME", help="recipe of that name in configs/, such as crate_large")
+    which.add_argument("--arch", metavar="NAME", help="one of the recipes above, such as crate_large")
     which.add_argument("--config", metavar="FILE", type=Path, help="any recipe file")
     group.add_argument(
         "--data", metavar="DIR", type=location, help=f"folder or URL of the shards [recipe, then ${DATA_VARIABLE}]"

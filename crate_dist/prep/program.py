@@ -23,8 +23,9 @@ INTERRUPTED = 130
 
 
 def program_parser(description: str | None, epilog: str) -> Parser:
-    """Returns a parser that shows both texts line by line as they are written, with --workers."""
-    parser = Parser(description=description, epilog=epilog)
+    """Returns a parser with --workers that shows both texts as they are written, the epilog's examples first."""
+    rest, _, example = epilog.partition("\nexample:\n")
+    parser = Parser(description=f"{description}\n\nexample:\n{example.rstrip()}\n{rest.rstrip()}")
     parser.add_argument(
         "--workers", type=positive, default=available_cpus(), metavar="N", help="processes at work [one per CPU]"
     )

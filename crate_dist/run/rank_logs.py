@@ -67,8 +67,8 @@ def restarts(folder: RunFolder) -> list[Restart]:
                 errors = [list(said_backwards(log, "EC", _END)) for log in rank_logs(folder)]
             last = [next((s for s in of_rank if began <= s.at <= at + _SLACK_S), None) for of_rank in errors]
             # The others report later that they have lost the one that says why.
-            first = min((said for said in last if said), key=lambda said: said.at, default=None)
-            why = first.text if first else "killed, or its machine was lost"
+            first = min(((said.at, rank, said.text) for rank, said in enumerate(last) if said), default=None)
+            why = f"rank {first[1]}: {first[2]}" if first else "killed, or its machine was lost"
             why = "told to stop" if before["event"] == "end" else why
             away_s = max(at - float(event.get("up_s", 0.0)) - float(before["time"]), 0.0)
             found.append(Restart(int(event["step"]), at, away_s, why))

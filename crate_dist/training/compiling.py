@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import sysconfig
 import threading
 import time
@@ -191,6 +192,8 @@ def _limited(seconds: float) -> Iterator[None]:
 
 def eagerly() -> contextlib.AbstractContextManager[object]:
     """Returns a context in which compiled code runs as Python: hooks see every module, no batch size needs a graph."""
+    if "torch._dynamo" not in sys.modules:  # which takes a second to import; without it nothing is compiled
+        return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
 

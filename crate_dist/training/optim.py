@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -14,6 +15,11 @@ from crate_dist.training.lion import Lion
 
 STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The tensors, as large as the weights, that each optimizer keeps."""
+
+# torch asks its compiler to stay out of this method, and imports it for that: a second of every start. Nothing that is
+# compiled here calls it.
+_add: Any = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
+_add.__dynamo_disable = _add
 
 
 @dataclass(frozen=True)

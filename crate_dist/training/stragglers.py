@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crate_dist.wording import share
+
 _LEAST_STEPS = 10
 """That are judged together: a moment in which a machine does something else is no straggler."""
 _MUCH = 0.1
@@ -117,8 +119,8 @@ class Stragglers:
             computing = late - for_data
             lost.append(for_data / self._step_s + min(3 * computing / self._step_s, computing / max(own_s, 1e-9)))
             waits.append(2 * for_data > late)
-        for rank, share in enumerate(lost):
-            self._in_a_row[rank] = self._in_a_row[rank] + 1 if share > _MUCH else 0
+        for rank, of_all in enumerate(lost):
+            self._in_a_row[rank] = self._in_a_row[rank] + 1 if of_all > _MUCH else 0
         worst = max(range(len(lost)), key=lost.__getitem__)
         sure = [rank for rank, times in self._in_a_row.items() if times >= _SAID_AFTER[0]]
         text = ""
@@ -126,8 +128,8 @@ class Stragglers:
             named = max(sure, key=lost.__getitem__)
             slower, why = self._own_s[named] / max(own, 1e-9) - 1, "waits for data" if waits[named] else "computes"
             text = (
-                f"rank {named} on node {self._nodes[named]} is {slower:.0%} slower than the median for the last "
-                f"{self._in_a_row[named]} reports ({why}); it costs all ranks about {lost[named]:.0%} of their time"
+                f"rank {named} on node {self._nodes[named]} is {share(slower)} slower than the median for the last "
+                f"{self._in_a_row[named]} reports ({why}); it costs all ranks about {share(lost[named])} of their time"
             )
             others = Counter(self._nodes[rank] for rank in sure if rank != named)
             text += "".join(f"; slow as well: {count} of node {node}" for node, count in others.most_common(3))

@@ -203,9 +203,7 @@ class Trainer:
         dist.barrier()
         self.monitor.close()
         self.mirroring.finish(exported=True)
-        best = self.progress
-        accuracy = f"; best top-1 {best.best_top1:.2f} % at step {best.best_step}" if best.best_step >= 0 else ""
-        logger.info("complete at step %d%s; weights in %s", best.step, accuracy, self.folder.model("last"))
+        logger.info("complete at step %d", self.progress.step)
         return self.result(finished=True)
 
     def stop_early(self) -> TrainResult:
@@ -335,20 +333,21 @@ class Trainer:
             self.recipe.train.micro_batch,
             self.workers,
         )
-        began, mistakes = time.perf_counter(), Mistakes(SHOWN) if self.world.is_main else None
+        began, mistakes = time.perf_counter(), Mistakes(SHOWN)
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
         try:
-            result = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard, mistakes=mistakes)
+            tallies = [mistakes] if self.world.is_main else []
+            result = evaluate(predict, batches, self.device, tallies, leave=lambda: self.interrupt.heard)
         except Left:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
         self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
-        pictures = mistakes_picture(mistakes.found(), self.val_index) if mistakes else {}
+        pictures = mistakes_picture(mistakes.found(), self.val_index)
         seconds = time.perf_counter() - began
         self.monitor.evaluation(self.progress.step, result.scalars(), seconds, result.unreadable, pictures)
         best = result.better_than(self.progress.best_top1)

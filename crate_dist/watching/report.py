@@ -14,7 +14,7 @@ from crate_dist.run.ledger import LedgerTotals
 from crate_dist.run.rank_logs import restarts
 from crate_dist.watching.history import metrics_lines
 from crate_dist.watching.runs import Queue, Run, look
-from crate_dist.wording import counted, duration, share
+from crate_dist.wording import NONE, counted, duration, share
 
 _SLOW = 0.1
 """From this share of the time on something is worth a word."""
@@ -50,14 +50,16 @@ def report(folder: RunFolder) -> str:
 
 
 def _accuracy(run: Run, measured: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    if run.best_top1 is not None and run.best_step is not None:
+    last = next((line for line in reversed(measured) if "val/top1" in line), None)
+    if run.best_top1 is None or last is None:
+        yield "loss", f"{run.loss:.4f}, of training" if run.loss is not None else NONE
+        return
+    beside = f", top-5 {last['val/top5']:.2f} %, loss {last['val/loss']:.4f}"
+    if last["step"] == run.best_step:
+        yield "top-1", f"{run.best_top1:.2f} % at step {run.best_step:,}, the best{beside}"
+    else:
         yield "top-1", f"{run.best_top1:.2f} % at step {run.best_step:,}, the best"
-    if last := next((line for line in reversed(measured) if "val/top1" in line), None):
-        beside = f"top-5 {last['val/top5']:.2f} %, loss {last['val/loss']:.4f}"
-        name = "top-1" if run.best_top1 is None else ""
-        yield name, f"{last['val/top1']:.2f} % at step {last['step']:,}, {beside}"
-    elif run.loss is not None:
-        yield "loss", f"{run.loss:.4f}, of training"
+        yield "", f"{last['val/top1']:.2f} % at step {last['step']:,}, the newest{beside}"
 
 
 def _speed(measured: Sequence[Mapping[str, Any]]) -> str:

@@ -79,6 +79,7 @@ def test_a_run_is_watched_stopped_and_resumed_on_fewer_nodes(
 
     done = status(cluster, "resume", run_dir, "--nodes", "1", *setup, "--notify", f"cat > {note}; exit 3")
     assert done.returncode == 0, done.stderr
+    wait_for_step(run_dir, LAST_STEP)
     wait_until(lambda: told(cluster, run_dir)["state"] == "done", "end of the run")
     wait_until(lambda: not told(cluster, run_dir)["job"], "end of the job")
     assert [start["step"] for start in starts(run_dir)] == [0, step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from crate_dist.evaluation.accuracy import Predictions
 from crate_dist.evaluation.mistakes import Mistakes
 
 
@@ -17,7 +18,7 @@ def test_the_surest_mistakes_of_all_batches_are_kept_in_any_batching() -> None:
     for batch in (1, 7, 50):
         kept = Mistakes(6)
         for part in zip(images.split(batch), labels.split(batch), logits.split(batch), strict=True):
-            kept.add(*part)
+            kept.add(Predictions(*part, part[2].topk(2, dim=1).indices))
         found = kept.found()
         assert [one.label for one in found] == labels[wrong].tolist()
         assert [one.predicted for one in found] == predicted[wrong].tolist()
@@ -31,6 +32,7 @@ def test_what_is_right_or_no_number_is_no_mistake() -> None:
     kept = Mistakes(4)
     assert kept.found() == []
     logits = torch.tensor([[0.0, 5.0], [float("nan"), 0.0], [0.0, 5.0]])
-    kept.add(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.tensor([1, 0, 0]), logits)
+    images, labels = torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.tensor([1, 0, 0])
+    kept.add(Predictions(images, labels, logits, logits.topk(2, dim=1).indices))
     (one,) = kept.found()
     assert (one.label, one.predicted) == (0, 1)

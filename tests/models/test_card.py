@@ -16,8 +16,8 @@ from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.models.build import initialise
 from crate_dist.models.crate import CrateConfig
 from crate_dist.models.weights import load_model
-from crate_dist.models.weights.__main__ import convert
 from crate_dist.models.weights.card import card_path, model_card, write_card
+from crate_dist.models.weights.files import convert
 from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.record import code_version
 from tests.data_prep import picture

@@ -22,7 +22,8 @@ from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import ModelSection
 from crate_dist.models.build import build_model, initialise
 from crate_dist.models.crate import CRATE, CrateConfig
-from crate_dist.models.weights.__main__ import describe, main
+from crate_dist.models.weights.__main__ import main
+from crate_dist.models.weights.files import describe
 from crate_dist.models.weights.names import (
     WeightsError,
     check_fit,

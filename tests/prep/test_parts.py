@@ -109,7 +109,7 @@ def test_a_part_alone_says_that_the_data_set_is_not_whole_and_which_parts_are_mi
     (dead / "00000001").write_text(Holder("x", host="n7", job="77", machine="another", began="1").to_text())
     os.utime(dead, (0, 0))
     assert re.fullmatch(
-        r"part 3/3: 0 of 2 shards, no sign of life for .* h .* min, was job 77 on n7", progress(out)[0][2]
+        r"part 3/3: 0 of 2 shards, no sign of life for \d+ d \d\d h, was job 77 on n7", progress(out)[0][2]
     )
     shutil.rmtree(dead)  # else others would wait for a minute
     # What is left can be divided anew, or be left to one machine.
@@ -189,7 +189,7 @@ def test_the_status_tells_that_nobody_writes_the_index_any_more(finished: Path) 
     assert progress(finished)[0][-1] == "the index: job 77 on n7"
     os.utime(lock, (0, 0))
     lines, whole = progress(finished)
-    assert re.fullmatch(rf"the index: no sign of life for .* min, was job 77 on n7; {remedy}", lines[-1])
+    assert re.fullmatch(rf"the index: no sign of life for \d+ d \d\d h, was job 77 on n7; {remedy}", lines[-1])
     assert not whole
 
 

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -372,17 +371,3 @@ def test_a_second_conversion_into_the_same_folder_is_refused_while_the_first_run
     process.communicate()
     assert second.returncode == 1
     assert "another conversion is writing" in second.stderr
-
-
-@pytest.mark.parametrize(
-    "program", ["imagenet.py", "imagenet21k.py", FOLDER, "cifar.py", "flowers.py", "pets.py", "index.py", "verify.py"]
-)
-def test_help_shows_an_example_and_imports_no_torch(program: str) -> None:
-    path = command(program)[1]
-    code = (
-        "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
-        f"runpy.run_path({path!r}, run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"example:\n  python data_prep/{program}" in done.stdout

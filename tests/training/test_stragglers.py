@@ -63,11 +63,14 @@ def test_slow_ranks_are_named_with_their_node_and_why(tmp_path: Path, cast_shard
     ]
     assert [process.wait(timeout=240) for process in processes] == [0] * ranks
     folder = RunFolder(run_dir)
-    said = [line for line in folder.log_file(0).read_text().splitlines() if "slower than the median" in line]
+    lines = [line for line in folder.log_file(0).read_text().splitlines() if "slower than the median" in line]
+    said = [line for line in lines if " W rank " in line]
     assert len(said) == 2
+    report = [line for line in lines if line.startswith("  warning ")]  # repeats the newest at the end of the run
+    assert [line.endswith(said[1].partition(" W ")[2]) for line in report] == [True]
     for rank, why, line in ((1, "computes", said[0]), (2, "waits for data", said[1])):
         assert f" W rank {rank} on node n{rank} is " in line
-        assert f"% slower than the median for the last 5 reports ({why}); it costs all ranks about " in line
+        assert f" % slower than the median for the last 5 reports ({why}); it costs all ranks about " in line
     curves = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [event.value for event in curves.Scalars("3 speed/slowest_rank")] == [1] * 5 + [2] * 6
     assert all(event.value > 0.2 for event in curves.Scalars("3 speed/slowest_rank_lag"))
@@ -93,10 +96,10 @@ def test_ranks_that_are_slow_in_turn_or_by_a_little_are_none() -> None:
 
 def test_a_whole_node_is_said_in_one_line_and_again_only_much_later() -> None:
     assert judged([[4, 4, 7, 6.9]] * 60) == [
-        "rank 2 on node b is 75% slower than the median for the last 5 reports (computes); it costs all ranks about "
-        "43% of their time; slow as well: 1 of node b",
-        "rank 2 on node b is 75% slower than the median for the last 50 reports (computes); it costs all ranks about "
-        "43% of their time; slow as well: 1 of node b",
+        "rank 2 on node b is 75 % slower than the median for the last 5 reports (computes); it costs all ranks about "
+        "43 % of their time; slow as well: 1 of node b",
+        "rank 2 on node b is 75 % slower than the median for the last 50 reports (computes); it costs all ranks about "
+        "43 % of their time; slow as well: 1 of node b",
     ]
 
 
