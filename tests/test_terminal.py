@@ -33,6 +33,7 @@ REPORT = {
     "train/epoch": 65.86,
     "speed/images_per_s": 12_345.0,
     "speed/data_wait_fraction": 0.02,
+    "memory/host_peak_gb": 3.5,
 }
 
 

@@ -32,7 +32,7 @@ def slowed(owner, name, first):
     setattr(owner, name, slow)
 
 if os.environ["RANK"] == "1":
-    slowed(Engine, "loss", 0)
+    slowed(Engine, "criterion", 0)
 if os.environ["RANK"] == "2":
     slowed(TrainLoader, "__next__", {STEPS_EACH})
 sys.exit(train.main(sys.argv[1:]))
@@ -63,8 +63,11 @@ def test_slow_ranks_are_named_with_their_node_and_why(tmp_path: Path, cast_shard
     ]
     assert [process.wait(timeout=240) for process in processes] == [0] * ranks
     folder = RunFolder(run_dir)
-    said = [line for line in folder.log_file(0).read_text().splitlines() if "slower than the median" in line]
+    lines = [line for line in folder.log_file(0).read_text().splitlines() if "slower than the median" in line]
+    said = [line for line in lines if " W rank " in line]
     assert len(said) == 2
+    report = [line for line in lines if line.startswith("  warning ")]  # repeats the newest at the end of the run
+    assert [line.endswith(said[1].partition(" W ")[2]) for line in report] == [True]
     for rank, why, line in ((1, "computes", said[0]), (2, "waits for data", said[1])):
         assert f" W rank {rank} on node n{rank} is " in line
         assert f" % slower than the median for the last 5 reports ({why}); it costs all ranks about " in line
