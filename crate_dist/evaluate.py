@@ -66,13 +66,24 @@ def main(argv: list[str] | None = None) -> int:
         check_output(arguments.csv)
         trained = load_trained(arguments.model, arguments.heads)
         sets = open_sets(arguments.data, arguments.also, arguments.split, trained, arguments.all_classes)
+        if sets[0].corruptions and (dropped := [option for option in _OF_DATA if _is_given(arguments, option)]):
+            raise CannotMeasure(
+                f"{', '.join(dropped)}: not of ImageNet-C, {sets[0].corruptions.root}; give the shards as --data, and "
+                "ImageNet-C as --also"
+            )
         return trained, sets, RealLabels.read(arguments.real, sets[0].index) if arguments.real else None
 
     return run_on_ranks(prepare, lambda prepared, world, device: _work(arguments, prepared, world, device))
 
 
+_OF_DATA = ("--real", "--per-class", "--worst", "--confusions", "--reliability", "--csv")
+"""Options that ask for more of what is found on --data."""
 _Prepared = tuple[Trained, list[EvalSet], RealLabels | None]
 _Say = Callable[[str], object]
+
+
+def _is_given(arguments: argparse.Namespace, option: str) -> bool:
+    return bool(getattr(arguments, option.removeprefix("--").replace("-", "_")))
 
 
 def _work(arguments: argparse.Namespace, prepared: _Prepared, world: World, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crate_dist.config import CONFIG_DIR, Recipe, load_recipe
+from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, load_recipe
 from crate_dist.errors import UserError
 from crate_dist.launching.options import default_run_dir
 from crate_dist.launching.ranks import ending_with_parent
@@ -55,7 +55,10 @@ def fit(
     RecipeError: no such recipe, an unknown key, a value that does not fit
     RunFailed: the training was refused, failed, or was stopped from outside
     """
-    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()]
+    settings = settings or {}
+    if empty := [key for key, value in settings.items() if value is None]:
+        raise RecipeError(f"settings: {', '.join(empty)} is None; leave out what the recipe is to decide")
+    overrides = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in settings.items()]
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(recipe, Recipe):
             file = Path(folder, f"{recipe.name}.toml")

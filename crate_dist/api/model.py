@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,11 +77,16 @@ class Model(CRATE):
     def predict(self, picture: Picture, top: int = 5) -> list[tuple[str, float]]:
         """Returns the `top` classes of one picture with their probabilities, the likeliest first.
 
-        Classes are called by their names, by their numbers where nobody told these. Raises as Preprocess does.
+        Classes are called by their names, those of one name with their ids, too; by their numbers where nobody told
+        names. Raises as Preprocess does.
         """
         images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
         likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
-        names = dict(enumerate(self.class_names or ()))  # of fewer, perhaps: a head may have room for more
+        times, ids = Counter(self.class_names), dict(enumerate(self.classes or ()))
+        names = {  # of fewer, perhaps: a head may have room for more
+            label: name if times[name] == 1 else f"{name} ({ids.get(label, label)})"
+            for label, name in enumerate(self.class_names or ())
+        }
         return [
             (names.get(label, str(label)), share) for share, label in zip(*map(Tensor.tolist, likeliest), strict=True)
         ]
@@ -101,7 +108,8 @@ def load(
     image_size: another resolution, in pixels, to whose patches positions are interpolated
     heads: of attention, for files of weights that do not tell them
 
-    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged.
+    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged; ValueError, TypeError
+    for an image_size or classes that no model can have.
     """
     path = _existing(source)
     try:
@@ -112,10 +120,17 @@ def load(
         raise WeightsError(f"{error}; {_TAKES}") from error
     old, weights = trained.model.config, trained.model.state_dict()
     names, class_names = trained.classes, trained.class_names
-    config = replace(old, image_size=image_size or old.image_size)
+    side = old.image_size if image_size is None else operator.index(image_size)
+    if side < 1 or side % old.patch_size:
+        below = max(1, side // old.patch_size) * old.patch_size
+        raise ValueError(
+            f"image_size={side} is no whole number of the model's patches of {old.patch_size} pixels; {below} or "
+            f"{below + old.patch_size} would be"
+        )
+    config = replace(old, image_size=side)
     if classes is not None:
-        names, class_names = _names_of(classes), None
-        config = replace(config, num_classes=_number_of(classes))
+        (number, names), class_names = _head_of(classes), None
+        config = replace(config, num_classes=number)
     if config != old:
         adapted = adapt(weights, old, config, new_head=classes is not None)
         weights = initialise(config, seed=0).state_dict() | adapted.state_dict
@@ -128,21 +143,29 @@ def create(recipe: str | Path | Recipe, classes: int | Sequence[str], *, seed: i
 
     recipe: a name in configs/, such as "crate_tiny", a recipe file, or a Recipe; classes: their number, or their names
     seed: of the weights; None: the recipe's
-    Raises RecipeError, ValueError: fewer classes in the recipe than asked for.
+    Raises RecipeError; ValueError, TypeError: fewer classes in the recipe than asked for, or none asked for.
     """
+    number, names = _head_of(classes)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    config = model_config(recipe.model, _number_of(classes))
+    config = model_config(recipe.model, number)
     weights = initialise(config, recipe.train.seed if seed is None else seed).state_dict()
     preprocess = Preprocess(config.image_size, recipe.images)
-    return Model(config, weights, preprocess, recipe.name, recipe, _names_of(classes))
+    return Model(config, weights, preprocess, recipe.name, recipe, names)
 
 
-def _number_of(classes: int | Sequence[str]) -> int:
-    return classes if isinstance(classes, int) else len(classes)
-
-
-def _names_of(classes: int | Sequence[str]) -> tuple[str, ...] | None:
-    return None if isinstance(classes, int) else tuple(classes)
+def _head_of(classes: int | Sequence[str]) -> tuple[int, tuple[str, ...] | None]:
+    """Returns the number of classes, and their names where these are given. Raises ValueError, TypeError."""
+    if isinstance(classes, str):
+        raise TypeError(f"classes is a number, or a list of names such as [{classes!r}], not a text")
+    names: tuple[str, ...] | None = None
+    try:
+        number = operator.index(classes)  # type: ignore[arg-type]  # NumPy's numbers are none of Python's
+    except TypeError:
+        names = tuple(classes)  # type: ignore[arg-type]
+        number = len(names)
+    if number < 1:
+        raise ValueError(f"classes={classes!r}: a model has at least one class")
+    return number, names
 
 
 def _existing(source: str | Path) -> Path:

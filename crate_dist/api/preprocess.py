@@ -17,7 +17,7 @@ from crate_dist.data.decode import BadImage, Pixels, open_image
 from crate_dist.data.loader import Normalize, eval_transform
 
 Picture: TypeAlias = "Image.Image | np.ndarray | Tensor | bytes | str | Path"
-"""Of Pillow; uint8 (height, width, 3) or (height, width), as a tensor (3, height, width); a file's path or bytes."""
+"""Of Pillow; uint8 (height, width, 3), as a tensor (3, height, width), grey (height, width); a file's path or bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Preprocess:
 def as_image(picture: Picture | Sequence[Picture]) -> Image.Image:
     """Returns one picture as an image of Pillow's, which decodes it at need. Raises as Preprocess does."""
     if isinstance(picture, Image.Image):
+        if picture.mode == "F" or (picture.mode == "I" and picture.format is None):
+            raise TypeError(
+                f"a picture of Pillow's in mode {picture.mode} does not tell which of its values are black and white: "
+                "scale them from 0 to 255, and give uint8 pixels"
+            )
         return picture
     if isinstance(picture, bytes):
         return open_image(picture)
@@ -64,7 +69,9 @@ def as_image(picture: Picture | Sequence[Picture]) -> Image.Image:
             raise BadImage(f"{picture}: {error}") from error
     given = type(picture).__name__
     if isinstance(picture, np.ndarray | Tensor):
-        pixels = picture.detach().cpu().movedim(0, -1).numpy() if isinstance(picture, Tensor) else picture
+        pixels = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
+        if isinstance(picture, Tensor) and pixels.ndim == 3:
+            pixels = np.moveaxis(pixels, 0, -1)
         if pixels.dtype == np.uint8 and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
             return Image.fromarray(np.ascontiguousarray(pixels))
         given = f"{given} of {picture.dtype} and shape {tuple(picture.shape)}"

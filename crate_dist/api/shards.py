@@ -22,7 +22,7 @@ from crate_dist.data.order import Int64, Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_split
 from crate_dist.data.transforms import sample_rng
-from crate_dist.locations import location
+from crate_dist.locations import location, redacted
 
 
 class Shards(Dataset[tuple[Any, int]]):
@@ -120,7 +120,9 @@ def _open(place: str | Path) -> ShardIndex:
     if isinstance(given, str):
         root, slash, split = given.rstrip("/").rpartition("/")
         if not slash or re.search(r"[{}?#]", given):
-            raise ShardError(f"Shards takes the URL of a split, such as https://host/shards/train, not {given!r}")
+            raise ShardError(
+                f"Shards takes the URL of a split, such as https://host/shards/train, not {redacted(given)!r}"
+            )
         return open_split(root, split, DataSection())
     folder = given.expanduser().absolute()
     splits = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_JSON}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ class Trained:
 
     classes: ids; class_names: the same for people; recipe: without what does not decide the result, where a file of
     weights told it
+    borrowed: where `classes` are the names of other data's, by position, as the model told "number"s, or none at all
     """
 
     model: CRATE
@@ -36,6 +37,7 @@ class Trained:
     classes: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
     recipe: Recipe | None = None
+    borrowed: Literal["number", "position"] | None = None
 
 
 def load_trained(source: Path, heads: int | None = None) -> Trained:

@@ -38,7 +38,7 @@ ALEXNET_ERRORS = {
 """AlexNet's top-1 error in per cent, mean of the five severities: the authors' table for the mCE, which
 github.com/hendrycks/robustness leads to ("Calculating the mCE")."""
 EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
-"""Published besides, to choose settings by, and no part of the mCE: not evaluated."""
+"""Published besides, to choose settings by, and no part of the mCE: evaluated only where one is asked for alone."""
 _DEPTH = 2  # the published archives each hold the corruptions of one kind, as in blur/defocus_blur
 
 
@@ -53,8 +53,11 @@ class Corruptions:
     def find(cls, root: Path) -> Corruptions | None:
         """Looks for folders called as the corruptions, with 1 … 5 in them. None: this is no ImageNet-C.
 
-        Raises ShardError: a corruption without severities, or one that lies there twice.
+        The root may be one corruption itself, or one severity of it. Classes may be called as corruptions, too.
+        Raises ShardError: some corruptions without severities, or one that lies there twice.
         """
+        if (part := _part(root)) is not None:
+            return cls(root, part)
         found: dict[str, Path] = {}
         for path in _folders(root, _DEPTH):
             if path.name in ALEXNET_ERRORS:
@@ -62,7 +65,18 @@ class Corruptions:
                     raise ShardError(f"{root} holds {path.name} twice: {found[path.name]} and {path}; leave one")
                 found[path.name] = path
         folders = {name: _severities(found[name]) for name in ALEXNET_ERRORS if name in found}
-        return cls(root, folders) if folders else None
+        empty = [str(found[name]) for name, severities in folders.items() if not severities]
+        if len(empty) == len(folders):
+            return None
+        if empty:
+            raise ShardError(f"{empty[0]} has none of the folders 1 to 5, the severities of ImageNet-C")
+        return cls(root, folders)
+
+    @property
+    def name(self) -> str:
+        """A short one: of the root, that of one severity with its corruption."""
+        root = self.root.absolute()
+        return f"{root.parent.name}/{root.name}" if root.parent.name in self.folders else root.name
 
     def __len__(self) -> int:
         return sum(map(len, self.folders.values()))
@@ -80,9 +94,9 @@ class Corrupted:
         return sum(100 - result.top1 for result in severities) / len(severities)
 
     def corruption_error(self, corruption: str) -> float | None:
-        """Returns the error relative to AlexNet's, in per cent; None where not all images are there."""
+        """Returns the error relative to AlexNet's, in per cent; None where that or an image is missing."""
         images = [result.samples + result.unreadable for result in self.results[corruption].values()]
-        if images != [IMAGES] * len(SEVERITIES):
+        if corruption in EXTRA or images != [IMAGES] * len(SEVERITIES):
             return None
         return 100 * self.error(corruption) / ALEXNET_ERRORS[corruption]
 
@@ -154,7 +168,18 @@ def _folders(root: Path, depth: int) -> list[Path]:
 
 
 def _severities(folder: Path) -> dict[int, Path]:
-    there = {severity: folder / str(severity) for severity in SEVERITIES if (folder / str(severity)).is_dir()}
-    if not there:
-        raise ShardError(f"{folder} has none of the folders 1 to 5, the severities of ImageNet-C")
-    return there
+    return {severity: folder / str(severity) for severity in SEVERITIES if (folder / str(severity)).is_dir()}
+
+
+def _part(root: Path) -> dict[str, dict[int, Path]] | None:
+    """Returns the one corruption, or the one severity of it, that `root` is. None: neither.
+
+    With folders in it, it has classes; without, 1 … 5 are the classes of some other data.
+    """
+    place, names = root.absolute(), (*ALEXNET_ERRORS, *EXTRA)
+    if place.name in names:
+        severities = {severity: path for severity, path in _severities(root).items() if _folders(path, 1)}
+        return {place.name: severities} if severities else None
+    if place.parent.name in names and place.name in map(str, SEVERITIES) and _folders(root, 1):
+        return {place.parent.name: {int(place.name): root}}
+    return None

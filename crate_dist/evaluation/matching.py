@@ -27,10 +27,11 @@ class Matching:
 
     by: "order" where model and data have the same classes in the same order; "wordnet" where the data have the numbers
     of ImageNet's classes and the model their WordNet ids; "number" where the model's classes were given no names but
-    their numbers, "position" where it does not tell any
+    their numbers, "position" where it does not tell any, also where those of the first data set are taken for them
     columns: outputs that compete, those of the data's classes first, in their order; None: all, as they are
     competing: their number; outputs: the number that the model has
     classes, names: of the columns, as far as they are known
+    alphabetical: positions are those of the names of folders, which tell no order of their own
     """
 
     by: Literal["order", "name", "wordnet", "number", "position"]
@@ -39,6 +40,7 @@ class Matching:
     outputs: int
     classes: Sequence[str]
     names: Sequence[str]
+    alphabetical: bool = False
 
     def select(self, logits: Tensor) -> Tensor:
         """Takes logits (n, outputs) to (n, competing), such that label k of the data is column k."""
@@ -56,7 +58,8 @@ class Matching:
             "number": "by position, as the shards that the model was trained on have numbers for names",
             "position": "by position, as the model does not tell the names of its classes",
         }[self.by]
-        return f"classes are matched {how}; {self.competing:,} of the model's {self.outputs:,} compete"
+        order = "; the folders are taken in alphabetical order, which may not be the model's" * self.alphabetical
+        return f"classes are matched {how}{order}; {self.competing:,} of the model's {self.outputs:,} compete"
 
 
 def match_classes(trained: Trained, index: Indexed, all_classes: bool = False) -> Matching:
@@ -76,7 +79,9 @@ def match_classes(trained: Trained, index: Indexed, all_classes: bool = False) -
         raise CannotMeasure(f"{index.place} has {len(wanted):,} classes, the model only {most:,}")
     named_so = wanted == list(index.classes)
     if known is not None and named_so and list(known) == wanted:
-        return Matching("number" if numbers else "order", None, outputs, outputs, wanted, index.class_names)
+        same: Literal["order", "number", "position"] = trained.borrowed or ("number" if numbers else "order")
+        alphabetical = same == trained.borrowed and _order_is_alphabetical(index)
+        return Matching(same, None, outputs, outputs, wanted, index.class_names, alphabetical)
     named = None if numbers else known
     columns = _by_position(trained, index, most) if named is None else _by_name(trained.name, named, wanted, index)
     classes, names = wanted, list(index.class_names) if isinstance(index, ShardIndex) else list(wanted)
@@ -87,7 +92,8 @@ def match_classes(trained: Trained, index: Indexed, all_classes: bool = False) -
         columns, classes, names = columns + others, classes + rest, names + rest
     by: Literal["wordnet", "name", "number", "position"]
     by = "number" if numbers else "position" if known is None else "name" if named_so else "wordnet"
-    return Matching(by, columns, len(columns), outputs, classes, names)
+    alphabetical = named is None and _order_is_alphabetical(index)
+    return Matching(trained.borrowed or by, columns, len(columns), outputs, classes, names, alphabetical)
 
 
 def with_names_of(trained: Trained, index: Indexed) -> Trained:
@@ -95,7 +101,18 @@ def with_names_of(trained: Trained, index: Indexed) -> Trained:
     nameless = trained.classes is None or class_ids_are_numbers(trained.classes)
     if not nameless or index.num_classes != trained.model.config.num_classes or class_ids_are_numbers(index.classes):
         return trained
-    return replace(trained, classes=tuple(index.classes))
+    return replace(trained, classes=tuple(index.classes), borrowed="position" if trained.classes is None else "number")
+
+
+def are_wordnet_ids(names: Sequence[str]) -> bool:
+    """Returns whether classes are called n01440764, say, as ImageNet's are, whose order is that of these names."""
+    return all(map(_WORDNET.fullmatch, names))
+
+
+def _order_is_alphabetical(index: Indexed) -> bool:
+    """Returns whether a folder's classes stand in the order of the alphabet for want of another."""
+    names = index.classes
+    return isinstance(index, ImageFolder) and not (are_wordnet_ids(names) or all(map(str.isdecimal, names)))
 
 
 def _wanted(trained: Trained, index: Indexed) -> list[str]:
@@ -106,21 +123,21 @@ def _wanted(trained: Trained, index: Indexed) -> list[str]:
     names, known = list(index.classes), trained.classes or ()
     numbers = all(name.isdecimal() and int(name) < _IMAGENET for name in names)
     told = isinstance(index, ImageFolder) or not class_ids_are_numbers(names)  # shards without names are numbered so
-    if numbers and told and len(known) == _IMAGENET and all(map(_WORDNET.fullmatch, known)):
+    if numbers and told and len(known) == _IMAGENET and are_wordnet_ids(known):
         return [sorted(known)[int(name)] for name in names]
     return names
 
 
 def _by_position(trained: Trained, index: Indexed, most: int) -> list[int]:
     """Returns the output of every class of a split, for a model of `most` classes that it does not name."""
-    if not isinstance(index, ImageFolder) or index.num_classes == most:
+    if index.num_classes == most or class_ids_are_numbers(index.classes):
         return list(range(index.num_classes))
-    if all(name.isdecimal() and int(name) < most for name in index.classes):
+    if isinstance(index, ImageFolder) and all(name.isdecimal() and int(name) < most for name in index.classes):
         return list(map(int, index.classes))
     raise CannotMeasure(
         f"which of the {most:,} classes of {trained.name} the {index.num_classes:,} of {index.place} are cannot be "
-        "told: the model does not name them. With shards of the data that it was trained on as --data, and this "
-        "folder as --also, it takes their names"
+        "told: the model does not name them. With shards of the data that it was trained on as --data, and these as "
+        "--also, it takes their names"
     )
 
 

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_dist.data.folder import Indexed, in_order, open_reader
+from crate_dist.checkpoint.trained import class_ids_are_numbers
+from crate_dist.data.folder import Indexed, open_reader
 from crate_dist.distributed import gather_objects
 from crate_dist.evaluation.accuracy import Predictions
+from crate_dist.evaluation.matching import are_wordnet_ids
 from crate_dist.evaluation.on_ranks import CannotMeasure
 
 IMAGES, CLASSES = 50_000, 1000
@@ -48,7 +50,8 @@ class RealLabels:
     def read(cls, path: Path, index: Indexed) -> RealLabels:
         """Reads the file for a split of ImageNet's validation images.
 
-        Raises CannotMeasure: it is none, or the split has other classes or does not tell the names of its images.
+        Raises CannotMeasure: it is none, or the split has other classes, calls them otherwise, or does not tell the
+        names of its images.
         """
         try:
             labels = json.loads(path.read_text(encoding="utf-8"))
@@ -66,8 +69,7 @@ class RealLabels:
         if index.num_classes != CLASSES:
             raise CannotMeasure(f"--real is for ImageNet's {CLASSES:,} classes; {index.place} has {index.num_classes}")
         image_number(open_reader(index).name(0), index)
-        order = {name: number for number, name in enumerate(in_order(index.classes))}
-        return cls(labels, np.array([order[name] for name in index.classes]))
+        return cls(labels, _numbers(index))
 
 
 class RealCounts:
@@ -95,6 +97,21 @@ class RealCounts:
             hits += label < CLASSES and int(self._real.numbers[label]) in right
         hits, samples = (sum(part) for part in zip(*gather_objects((hits, samples)), strict=True))
         return Reassessed(100 * hits / samples if samples else float("nan"), samples)
+
+
+def _numbers(index: Indexed) -> np.ndarray:
+    """Returns the numbers of ImageNet's classes in the file, int64 (classes,), by label. Raises CannotMeasure."""
+    names = list(index.classes)
+    if class_ids_are_numbers(names):
+        return np.arange(CLASSES)
+    if are_wordnet_ids(names):
+        order = {name: number for number, name in enumerate(sorted(names))}
+        return np.array([order[name] for name in names])
+    raise CannotMeasure(
+        f"--real numbers the classes in the order of their WordNet ids, as n01440764, and {index.place} calls its "
+        f"first {names[0]!r}: which is which cannot be told; "
+        "`data_prep/index.py DIR --classes FILE` gives the shards the ids"
+    )
 
 
 def image_number(name: str, index: Indexed) -> int:

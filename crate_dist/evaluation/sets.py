@@ -53,7 +53,7 @@ def open_sets(
             raise CannotMeasure(f"{index.place} has no samples")
         if not sets:
             trained = with_names_of(trained, index)
-        name = corruptions.root.absolute().name if corruptions else _name(index, place, split)
+        name = corruptions.name if corruptions else _name(index, place, split)
         sets.append(EvalSet(name, index, match_classes(trained, index, all_classes), corruptions))
     return sets
 

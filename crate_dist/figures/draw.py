@@ -222,11 +222,14 @@ def _batches(tensors: Sequence[Tensor], device: torch.device) -> Iterator[Tensor
 def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, Mask]:
     """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`."""
     truths = {}
+    masks = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     for picture in pictures:
         stem = picture.name.partition("-")[2]
-        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = [path for path in masks if path.stem == stem]
         if not files:
             raise PictureError(f"no mask for {stem} in {folder}: expected {stem}.png")
+        if len(files) > 1:
+            raise PictureError(f"several masks for {stem} in {folder}: {', '.join(path.name for path in files)}")
         truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])
     return truths
 

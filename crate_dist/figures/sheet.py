@@ -25,6 +25,7 @@ TEXT_HEIGHT_IN = 8.9
 STYLE: Any = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
+    "text.parse_math": False,  # names of files and runs may have dollars
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,

@@ -54,6 +54,8 @@ def test_what_cannot_be_trained_is_said_in_the_exception(
 ) -> None:
     with pytest.raises(RecipeError, match=r"optim\.lr"):
         crate_dist.fit("demo", cast_shards, settings={"optim.learning_rate": 1e-3})
+    with pytest.raises(RecipeError, match=r"train\.max_steps is None; leave out"):
+        crate_dist.fit("demo", cast_shards, settings={"train.max_steps": None})
     with pytest.raises(crate_dist.RunFailed, match=rf"^no folder {tmp_path}/nowhere/train.*image_folder.py"):
         crate_dist.fit(small_recipe, tmp_path / "nowhere", run_dir=tmp_path / "run")
     assert f"error: no folder {tmp_path}/nowhere/train" in capsys.readouterr().out

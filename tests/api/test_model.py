@@ -101,6 +101,9 @@ def test_every_form_of_a_picture_gives_the_same_input(model: crate_dist.Model, t
     expected = model.preprocess(data)
     assert expected.shape == (3, 8, 8)
     forms: list[Any] = [Image.open(io.BytesIO(data)), pixels, tensor, tmp_path / "a.png", str(tmp_path / "a.png")]
+    grey = Image.fromarray(pixels[..., 0])
+    flat = torch.from_numpy(pixels[..., 0].copy())
+    assert torch.equal(model.preprocess(flat), model.preprocess(grey))
     for form in forms:
         torch.testing.assert_close(model.preprocess(form), expected, rtol=0, atol=0)
     assert torch.equal(model.preprocess(forms), expected.expand(len(forms), -1, -1, -1))
@@ -115,6 +118,8 @@ def test_every_form_of_a_picture_gives_the_same_input(model: crate_dist.Model, t
     [
         (np.zeros((8, 8, 3), dtype=np.float32), TypeError, r"not ndarray of float32 and shape \(8, 8, 3\).*times 255"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), TypeError, r"shape \(8, 8, 3\).*tensor \(3, height, width\)"),
+        (Image.new("F", (8, 8), 0.5), TypeError, "mode F does not tell which of its values are black and white"),
+        (Image.new("I", (8, 8), 255), TypeError, "mode I does not tell"),
         (7, TypeError, "not int"),
         (b"GIF", ValueError, "not an image of a known format"),
         (__file__, ValueError, "test_model.py: not an image"),
@@ -167,6 +172,21 @@ def test_a_new_head_and_another_resolution_keep_all_the_rest(model: crate_dist.M
     new(torch.randn(1, 3, 16, 16)).sum().backward()
     assert new.head.linear.weight.grad is not None
     assert crate_dist.load(STORED / "run", image_size=16).classes == CLASSES
+    assert crate_dist.load(STORED / "run", classes=np.int64(5))(torch.randn(3, 8, 8)).shape == (5,)
+    wrong: Any
+    for wrong, words in (
+        ({"image_size": 18}, "image_size=18 is no whole number of the model's patches of 4 pixels; 16 or 20 would be"),
+        ({"classes": "cats"}, "a list of names such as \\['cats'\\], not a text"),
+        ({"classes": []}, "at least one class"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            crate_dist.load(STORED / "run", **wrong)
+
+
+def test_two_classes_of_one_name_are_told_apart() -> None:
+    model = crate_dist.load(STORED / "run")
+    model.class_names = ("crane", "crane", "bird")
+    assert {name for name, _ in model.predict(picture(1, (9, 9)))} == {"crane (c0)", "crane (c1)", "bird"}
 
 
 def test_a_model_of_a_recipe_begins_as_its_run_does() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,6 @@ def test_what_is_no_split_is_told_where_one_is(cast_shards: Path, tmp_path: Path
         crate_dist.Shards(tmp_path)
     with pytest.raises(ShardError, match="URL of a split, such as"):
         crate_dist.Shards("pipe:cat")
+    with pytest.raises(ShardError, match="URL of a split") as told:
+        crate_dist.Shards("https://me:hunter2@host/shards/train?signature=5ecret")
+    assert not {"hunter2", "5ecret"} & set(re.findall(r"\w+", str(told.value)))

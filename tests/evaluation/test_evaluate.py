@@ -331,6 +331,17 @@ def test_a_file_without_names_goes_by_position_and_says_so(
     found, said = scored(capsys, tmp_path, source, "--data", two_classes)
     assert (found["matched_by"], found["competing"]) == ("position", 2)
     assert "by position, as the model does not tell the names of its classes; 2 of the model's 6 compete" in said
+    _, image, _ = next(iter(casts(1, 3)))
+    for name in ("zero", "one", "two", "three", "four", "five"):
+        (tmp_path / "six" / name).mkdir(parents=True)
+        (tmp_path / "six" / name / "1.jpg").write_bytes(image)
+    shutil.copytree(tmp_path / "six/two", tmp_path / "two/two")
+    found, said = scored(capsys, tmp_path, source, "--data", tmp_path / "six", "--also", tmp_path / "two")
+    assert [found["matched_by"], found["also"][0]["matched_by"]] == ["position", "position"]
+    assert (found["competing"], found["also"][0]["competing"]) == (6, 1)
+    first, second = (line for line in said.splitlines() if line.startswith("classes are matched by position"))
+    assert "alphabetical order, which may not be the model's; 6 of the model's 6 compete" in first
+    assert "alphabetical" not in second
 
 
 def test_classes_with_numbers_for_names_go_by_position_and_are_said(
@@ -345,6 +356,9 @@ def test_classes_with_numbers_for_names_go_by_position_and_are_said(
     shutil.copytree(two_classes / "val", named)
     index = ShardIndex.load(named)
     ShardIndex(named, index.shards, index.rows, ["cat", "dog"], ["cat", "dog"]).save()
+    assert main([str(source), "--data", str(named.parent)]) == 1  # two of four: nobody can tell which
+    assert "cannot be told: the model does not name them" in capsys.readouterr().err
+    source, _ = trained_on(tmp_path, ["0", "1"])
     assert scored(capsys, tmp_path, source, "--data", named.parent)[0]["matched_by"] == "number"
     source, _ = trained_on(tmp_path, ["cat", "dog"])  # the classes of training; more outputs than these
     found, said = scored(capsys, tmp_path, source, "--data", named.parent)

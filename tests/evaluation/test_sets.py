@@ -19,7 +19,8 @@ from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.evaluate import main
 from crate_dist.evaluation.accuracy import Evaluation
 from crate_dist.evaluation.corruptions import ALEXNET_ERRORS, SEVERITIES, Corrupted, Corruptions
-from crate_dist.evaluation.on_ranks import Frozen
+from crate_dist.evaluation.on_ranks import CannotMeasure, Frozen
+from crate_dist.evaluation.real import RealLabels
 from crate_dist.evaluation.throughput import measure_throughput
 from crate_dist.models.build import build_model
 from crate_dist.models.crate import CRATE
@@ -197,6 +198,13 @@ def test_what_is_no_data_set_or_no_real_labels_is_named(
     assert "goes by the names of ImageNet's" in refused(
         capsys, source, "--data", tmp_path / "other", "--real", tmp_path / "real.json"
     )
+    index, turned = ShardIndex.load(imagenet / "val"), WNIDS[::-1]
+    for names, first in ((WNIDS, [0, 1]), (turned, [999, 998]), (list(map(str, range(1000))), [0, 1])):
+        called = ShardIndex(index.root, index.shards, index.rows, names, names)
+        assert RealLabels.read(tmp_path / "real.json", called).numbers[:2].tolist() == first
+    words = [f"word{name[::-1]}" for name in WNIDS]  # whose order says nothing
+    with pytest.raises(CannotMeasure, match=f"its first '{words[0]}': which is which cannot be told"):
+        RealLabels.read(tmp_path / "real.json", ShardIndex(index.root, index.shards, index.rows, words, words))
 
 
 def evaluation(error: float, images: int = 50_000) -> Evaluation:
@@ -238,11 +246,36 @@ def test_imagenet_c_is_found_whole_in_one_folder_or_in_one_for_each_kind(tmp_pat
     part = Corruptions.find(tmp_path / "flat")
     assert part is not None
     assert list(part.folders["fog"]) == [1, 2, 3, 4]
-    assert Corruptions.find(tmp_path / "flat/fog") is None
+    assert Corruptions.find(tmp_path / "flat/fog") is None  # classes 1 … 4, as there are none in these
     for severity in range(1, 5):
         (tmp_path / f"flat/fog/{severity}").rmdir()
     with pytest.raises(ShardError, match="none of the folders 1 to 5"):
         Corruptions.find(tmp_path / "flat")
+
+
+def test_one_corruption_or_severity_is_not_cropped_either_and_classes_may_be_called_as_corruptions(
+    imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, net = model(WNIDS, tmp_path)
+    images = {n: tree(tmp_path / f"c/fog/{n}", WNIDS[:2], n) for n in (1, 3)}
+    tree(tmp_path / "c/spatter/1", WNIDS[:2], 1)
+    parts = [tmp_path / "c" / name for name in ("fog", "fog/3", "spatter")]
+    found, said = run(capsys, tmp_path, source, "--data", imagenet, "--also", *parts)
+    pairs = [(image, WNIDS.index(name)) for image, name in images[3]]
+    error = 100 - by_hand(net, pairs, {0, 1}, crop=1.0)["top1"].expected
+    whole, one, extra = (record["corruptions"] for record in found["also"])
+    assert whole["fog"]["by_severity"].keys() == {"1", "3"}
+    assert whole["fog"]["by_severity"]["3"] == one["fog"]["by_severity"]["3"] == pytest.approx(error)
+    assert extra["spatter"]["by_severity"].keys() == {"1"}
+    assert "\nfog/3 " in said
+    for flags in (["--csv", tmp_path / "a.csv", "--worst", 3], ["--real", tmp_path / "real.json"]):
+        words = refused(capsys, source, "--data", tmp_path / "c", *flags)
+        assert "give the shards as --data, and ImageNet-C as --also" in words
+    assert not (tmp_path / "a.csv").exists()
+    weather = [*(f"class{number}" for number in range(997)), "fog", "frost", "snow"]
+    tree(tmp_path / "weather", weather[-4:], 1)
+    source, _ = model(weather, tmp_path)
+    assert run(capsys, tmp_path, source, "--data", tmp_path / "weather")[0]["matched_by"] == "name"
 
 
 def test_folders_called_by_numbers_stand_in_the_order_of_these(tmp_path: Path) -> None:

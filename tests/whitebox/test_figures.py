@@ -173,7 +173,9 @@ def test_one_portrait_takes_no_more_of_the_page_than_the_others() -> None:
     assert sizes[1][1] / sizes[1][0] == pytest.approx(1.5)
 
 
-def test_overlap_with_given_masks_is_counted_in_pixels(photos: Path, tmp_path: Path) -> None:
+def test_overlap_with_given_masks_is_counted_in_pixels(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     truth = tmp_path / "truth"
     truth.mkdir()
     for number, (width, height) in enumerate([(90, 60), (50, 75), (64, 64)]):
@@ -187,8 +189,16 @@ def test_overlap_with_given_masks_is_counted_in_pixels(photos: Path, tmp_path: P
         assert picture["attention"] == pytest.approx(0.5, abs=0.02)  # all patches against the upper half
         assert 0 <= picture["best_object"] <= 1
     assert overlaps["mean_iou"]["best_head"] == pytest.approx(0.5, abs=0.02)
-    (truth / "photo1.png").unlink()
+    Image.fromarray(mask).save(truth / "photo1.1.png")  # of another picture
+    assert draw(*arguments) == 0
+    assert json.loads((tmp_path / "mask.json").read_text()) == overlaps
+    Image.fromarray(mask).save(truth / "photo1.bmp")
     assert draw(*arguments) == 1
+    assert "several masks for photo1" in capsys.readouterr().err
+    for name in ("photo1.png", "photo1.bmp"):
+        (truth / name).unlink()
+    assert draw(*arguments) == 1
+    assert "no mask for photo1" in capsys.readouterr().err
 
 
 def test_pictures_come_from_shards_too(cast_shards: Path, tmp_path: Path) -> None:
