@@ -15,7 +15,6 @@ import logging
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -26,6 +25,7 @@ from typing import Any
 
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
+from crate_dist.arguments import Parser
 from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 
@@ -119,6 +119,10 @@ class _Page:
 
 
 if __name__ == "__main__":
-    run = RunFolder(Path(sys.argv[1]))
+    parser = Parser(prog="python -m tests.browser", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("out", type=Path, metavar="FILE", help="the picture to write, a PNG")
+    arguments = parser.parse_args()
+    run = RunFolder(arguments.run)
     with tensorboard(run.path.parent) as served:
-        asyncio.run(picture(overview(served, run), Path(sys.argv[2])))
+        asyncio.run(picture(overview(served, run), arguments.out))

@@ -82,7 +82,7 @@ def test_a_checkpoint_and_an_export_have_the_accuracy_that_they_had(stored: Path
 def test_an_export_is_described() -> None:
     said = command("crate_dist.models.weights", "describe", STORED / "model-best.pt").splitlines()
     expected = "kind crate-dist, image_size 8, patch_size 4, num_classes 3, dim 8, depth 2, heads 2, parameters 1,059"
-    expected += ", meta.recipe stored, meta.step 8, meta.precision fp32"
+    expected += ", recipe stored, step 8, precision fp32"
     assert not set(expected.split(", ")) - {" ".join(line.split()) for line in said}
 
 

@@ -227,6 +227,12 @@ class ClassifierHead(nn.Module):
         return self.linear(self.norm(features))
 
 
+def _drawn(*shape: int) -> Tensor:
+    """Draws what torch.randn would; nothing on the device "meta", where torch imports sympy for it, half a second."""
+    empty = torch.empty(shape)
+    return empty if empty.is_meta else empty.normal_()
+
+
 class CRATE(nn.Module):
     """The image classifier: patch embedding, class token, positions, CRATE layers, linear head.
 
@@ -238,8 +244,8 @@ class CRATE(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbedding(config.patch_size, config.dim)
-        self.pos_embedding = nn.Parameter(torch.randn(1, config.num_tokens, config.dim))
-        self.cls_token = nn.Parameter(torch.randn(1, 1, config.dim))
+        self.pos_embedding = nn.Parameter(_drawn(1, config.num_tokens, config.dim))
+        self.cls_token = nn.Parameter(_drawn(1, 1, config.dim))
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         self.layers = nn.ModuleList([CrateLayer(config) for _ in range(config.depth)])
         self.head = ClassifierHead(config.dim, config.num_classes)

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def said_backwards(log: Path, levels: str, at_most: int) -> Iterator[Said]:
     for line in lines_backwards(log, at_most):
         match = _STAMPED.match(line)
         if match and match[2] in levels:
-            yield Said(time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")), match[3])
+            with suppress(ValueError):  # no time that there is, of a file system that was repaired
+                yield Said(time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")), match[3])
 
 
 def restarts(folder: RunFolder) -> list[Restart]:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -45,8 +46,11 @@ class Console:
         )
 
     def step(self) -> None:
-        """Counts one step."""
-        self._bar.update()
+        """Counts one step. A terminal that has gone away gets no bar any more."""
+        try:
+            self._bar.update()
+        except OSError:
+            self._bar.disable = True
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Says what has been reported; see Monitor.report."""
@@ -92,7 +96,8 @@ class Console:
 
     def close(self) -> None:
         """Ends the progress bar."""
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
 
     def _left(self, step: int) -> str:
         images = (self._last_step - step) * self._recipe.train.global_batch

@@ -95,10 +95,9 @@ class Live:
                 left = True
                 logger.info("the white-box measures of step %d are left, and made by the next start", step)
             else:
-                seconds = time.perf_counter() - began
                 interrupt.hold()
-                monitor.white_box(step, layers, pictures, seconds)
-                self._say_when_costly(began, seconds)
+                monitor.white_box(step, layers, pictures, began)
+                self._say_when_costly(began, time.perf_counter() - began)
         return not gather_objects(left)[0]
 
     def _measured(

@@ -169,9 +169,12 @@ class Monitor:
         step: int,
         layers: Mapping[str, Sequence[float]],
         pictures: Mapping[str, Pixels],
-        seconds: float,
+        began: float,
     ) -> None:
-        """Writes one measurement of every layer. layers: name -> values, the first layer first; see live.py."""
+        """Writes one measurement of every layer, and what it took since `began`, by time.perf_counter.
+
+        layers: name -> values, the first layer first; see live.py
+        """
         if not self._ledger:
             return
         for name, values in layers.items():
@@ -179,7 +182,7 @@ class Monitor:
         self.pictures(step, pictures)
         self._append_line(step, layers)
         self.pictures(step, self._over_time(layers))
-        self._ledger.note("whitebox", step=step, seconds=seconds)
+        self._ledger.note("whitebox", step=step, seconds=time.perf_counter() - began)
 
     def _over_time(self, names: Iterable[str]) -> dict[str, Pixels]:
         """Draws what all starts have measured, by their lines, which were taken away with the steps that are redone."""
@@ -258,18 +261,21 @@ class Monitor:
 
     def _tell(self, step: int, restarts: int) -> None:
         """Gives the trackers what the run is, and how often it was started."""
-        record = self._folder.record
-        if not restarts:
-            device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
-            self._trackers.text("recipe", dashboard.recipe_text(self._recipe), 0)
-            self._trackers.text("environment", dashboard.environment_text(record.code(), device=device), 0)
-        else:
+        record, at = self._folder.record, step + 1 if restarts else 0
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
+        self._trackers.text("recipe", dashboard.recipe_text(self._recipe), at)
+        self._trackers.text("environment", dashboard.environment_text(record.code(), device=device), at)
+        if restarts:
             self._trackers.scalars({"run/restarts": restarts}, step + 1)
             text = f"restart {restarts} at step {step} on {self._world.world_size} ranks"
             if changed := record.changed_code():
                 text += f", with other code than before: {changed}"
             logger.info(text)
-        reasons = [restart.why for restart in known_restarts(self._folder)]
+        try:
+            reasons = [restart.why for restart in known_restarts(self._folder)]
+        except OSError as error:  # a rank's log of another user
+            reasons = []
+            logger.warning("why the run was started again is not shown: %s", error)
         self._trackers.text("starts", dashboard.starts_text(record.starts(), reasons), step + 1)
 
     def _write(self, step: int, values: dict[str, float], curves_only: dict[str, float] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -38,9 +39,16 @@ def log_to_file(error: Exception) -> None:
 
 
 class _BesideTheBar(logging.Handler):
-    """Writes as into the file where a file, or a job's log, is what standard error is; for a person otherwise."""
+    """Writes as into the file where a file, or a job's log, is what standard error is; for a person otherwise.
+
+    A terminal that has gone away, or a disk that is full for a while, is no reason to end a training.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError):
+            self._write(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
         if not sys.stderr.isatty():
             tqdm.write(self.format(record), file=sys.stderr)
         elif record.levelno > logging.INFO or not record.getMessage().startswith("step "):  # which the bar says

@@ -40,7 +40,8 @@ class Curves:
         tag: Callable[[str], str] = str,
     ) -> None:
         self._tag = tag
-        stamps = [int(path.name.split(".")[3]) for path in folder.glob(f"{EVENTS}[0-9]*.*")]
+        names = [path.name.removeprefix(EVENTS) for path in folder.glob(f"{EVENTS}*")]
+        stamps = [int(stamp) for name in names if (stamp := name.partition(".")[0]).isdecimal()]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
         self._file = AppendedFile(folder / f"{EVENTS}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
         self._append(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="crate-dist")))

@@ -2,7 +2,7 @@
 
 A step that a restart makes again is not sent twice. What was sent is read from the server, and from the files that
 wandb leaves under RUN/wandb: it writes late, so that after a kill neither metrics.jsonl nor the checkpoint tells. What
-is missing there, metrics.jsonl gives.
+is missing there, metrics.jsonl gives. Each name has a last step of its own: a killed evaluation's loss was sent before.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import logging
 import os
 import struct
 import tomllib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 _PROJECT = "crate-dist"
 _INIT_S, _FINISH_S = 30.0, 60.0
+_LAST_STEPS = "sent"  # of the run's summary: name -> last step
 _EVERY_START = "run/"  # of these, a later start has more to say about the same step
+_SYNCED = ".wandb.synced"  # wandb's own mark beside a file that the server has all of
 _BLOCK, _HEAD = 32768, struct.Struct("<IHB")
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
@@ -53,20 +56,19 @@ class WandbRun:
         lines: Iterable[Mapping[str, Any]] = (),
         check: Callable[[], None] = ALONE.check,
     ) -> None:
-        self._folder, self._known = folder, dict[str, int]()
+        self._folder = folder
         self._run: wandb.Run | None = None
         check()
         run_id = folder.record.run_id()
         if not run_id:
             folder.record.note_run_id(run_id := new_run_id())
         with self._surviving():
-            for path in sorted(folder.wandb.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")):
-                for name, step in sent(path):
-                    self._known[name] = max(step, self._known.get(name, -1))
+            self._known = on_disk(folder.wandb, run_id)
             self._run = _started(folder, recipe, run_id)
             if self._run.resumed:
-                last = dict(self._run.summary.get("step") or {}).get("max", -1)
-                self._known |= {name: max(last, self._known.get(name, -1)) for name in dict(self._run.summary)}
+                self._known = dict(sorted([*self._known.items(), *arrived(self._run.summary).items()]))
+            self._run.summary[_LAST_STEPS] = self._known
+            self._last_steps = self._run.summary[_LAST_STEPS]
             self._run.define_metric("step", summary="max")
             self._run.define_metric("*", step_metric="step")
             logger.info("wandb: %s", self._whereabouts())
@@ -104,10 +106,12 @@ class WandbRun:
             if self._run:
                 import wandb
 
-                offline, where = self._run.offline, self._whereabouts()
+                offline, where, files = self._run.offline, self._whereabouts(), Path(self._run.dir).parent
                 self._run.finish()
                 if offline:
                     wandb.teardown()  # waits until its process has written the file
+                else:
+                    (files / f"run-{self._folder.record.run_id()}{_SYNCED}").touch()
                 logger.info("wandb: %s", where)
         self._run = None
 
@@ -118,6 +122,7 @@ class WandbRun:
         with self._surviving():
             if self._run and values:  # step as a value of its own: wandb's only grows, and a save ends steps later
                 self._run.log({**values, "step": step})
+                self._last_steps.update(dict.fromkeys(values, step))
 
     def _catch_up(self, line: dict[str, Any]) -> None:
         step = line.pop("step")
@@ -141,25 +146,47 @@ class WandbRun:
             self._run = None
 
 
+def arrived(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Reads from a run's summary on the server the last step of every name."""
+    before_last = dict(summary.get("step") or {}).get("max", -1) - 1  # better one value twice than none
+    return dict.fromkeys(summary.keys(), before_last) | dict(summary.get(_LAST_STEPS) or {})
+
+
+def on_disk(files: Path, run_id: str) -> dict[str, int]:
+    """Reads the last step of every name from the files of starts that were offline, or got everything to the server."""
+    known: dict[str, int] = {}
+    for path in sorted(files.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")):
+        if path.parent.name.startswith("offline-") or path.with_suffix(_SYNCED).exists():
+            try:
+                for name, step in sent(path):
+                    known[name] = max(step, known.get(name, -1))
+            except OSError as error:
+                logger.warning("wandb: %s; what is in this file may be sent twice", error)
+    return known
+
+
 def sent(path: Path) -> Iterator[tuple[str, int]]:
     """Reads from a file of wandb's the name and the step of every value in it.
 
-    What a crash has cut off is removed, and a file of nothing but its head: `wandb sync` would stop there, and pass
-    over the starts that followed.
+    What a crash has cut off or damaged is removed, with all that follows, and a file with nothing whole gets another
+    name: `wandb sync` would stop there, and pass over the starts that followed. Raises OSError.
     """
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    whole = 0
-    for record, end in _records(path.read_bytes()):
-        whole = end
-        values = {item.key or item.nested_key[0]: item.value_json for item in Record.FromString(record).history.item}
-        for name in values:
-            if "step" in values and name != "step" and not name.startswith("_"):
-                yield name, int(json.loads(values["step"]))
-    size = path.stat().st_size
-    if size <= _HEAD.size:
-        path.unlink()
-    elif 0 < whole < size:
+    whole, data = 0, path.read_bytes()
+    with suppress(DecodeError, ValueError):
+        for record, end in _records(data):
+            items = Record.FromString(record).history.item
+            values = {item.key or item.nested_key[0]: item.value_json for item in items}
+            step = int(json.loads(values.get("step", "-1")))
+            whole = end
+            for name in values:
+                if step >= 0 and name != "step" and not name.startswith("_"):
+                    yield name, step
+    if not whole:
+        path.rename(path.with_suffix(".damaged"))
+    elif whole < len(data):
         os.truncate(path, whole)
 
 
@@ -170,11 +197,12 @@ def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
         if _BLOCK - position % _BLOCK < _HEAD.size:  # no head is divided between blocks
             position += _BLOCK - position % _BLOCK
             continue
-        _, length, kind = _HEAD.unpack_from(data, position)
+        checksum, length, kind = _HEAD.unpack_from(data, position)
         position += _HEAD.size + length
-        if position > len(data) or not kind:
+        part = data[position - length : position]
+        if position > len(data) or checksum != zlib.crc32(part, zlib.crc32(bytes([kind]))):
             return
-        record = (b"" if kind in (_WHOLE, _FIRST) else record) + data[position - length : position]
+        record = part if kind in (_WHOLE, _FIRST) else record + part
         if kind in (_WHOLE, _LAST):
             yield record, position
 
@@ -201,6 +229,7 @@ def _started(folder: RunFolder, recipe: Recipe, run_id: str) -> wandb.Run:
                 init_timeout=_INIT_S,
                 login_timeout=_INIT_S,
                 finish_timeout=_FINISH_S,
+                finish_timeout_raises=True,
             ),
         )
 

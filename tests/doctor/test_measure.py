@@ -125,7 +125,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
     torch.set_num_threads(2)
     without_compiling()
     found: dict[str, list[str]] = {}
-    place, build, loss = CRATE._place, Engine.__init__, Engine.loss
+    place, build, loss = CRATE._place, Engine.__init__, Engine.criterion
 
     def place_with_half_a_gradient(self: CRATE, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return place(self, patches, 0.5 * positions + 0.5 * positions.detach())
@@ -134,8 +134,8 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
         optim = recipe.optim.model_copy(update={"grad_clip": 0})
         build(self, model, recipe.model_copy(update={"optim": optim}), *rest)
 
-    def look_at_the_loss(self: Engine, *batch: Any) -> torch.Tensor:
-        value = loss(self, *batch)
+    def look_at_the_loss(self: Engine, *given: Any) -> torch.Tensor:
+        value = loss(self, *given)
         assert all(value.item() > 0 for _ in range(5))
         return value
 
@@ -168,7 +168,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
             ),
             "a look at each loss": (
                 lambda: iter([waits.waits_of("ours", waits.steps_of(made(waits.recipe_of(2, given), device)[0]), 1)]),
-                {(Engine, "loss"): look_at_the_loss},
+                {(Engine, "criterion"): look_at_the_loss},
             ),
         }
         for name, (look, errors) in plants.items():

@@ -13,7 +13,7 @@ import pytest
 
 from crate_dist.config import load_recipe
 from crate_dist.run.folder import RunFolder
-from crate_dist.training.wandb_run import WandbRun, sent
+from crate_dist.training.wandb_run import WandbRun, arrived, on_disk, sent
 
 pytest.importorskip("wandb")
 
@@ -89,10 +89,47 @@ def test_a_run_that_gets_wandb_later_or_lost_what_it_had_sends_its_whole_curve(f
     assert "time" not in found
 
 
+def test_a_file_damaged_in_the_middle_is_cut_there_and_what_it_had_is_sent_again(folder: RunFolder) -> None:
+    lines = start(folder, [], range(1, 21))
+    (first,) = folder.wandb.glob("offline-run-*/*.wandb")
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    assert 3 < max(points(folder)["train/loss"]) < 17
+    start(folder, lines, range(21, 23))
+    assert len(data) * 0.4 < first.stat().st_size < len(data) // 2
+    assert points(folder)["train/loss"] == [*range(1, 23)]
+    assert points(folder)["whitebox/zeros/layer-02"] == [*range(2, 23, 2)]
+
+
+def test_an_online_run_goes_on_behind_what_the_server_has_of_every_curve(folder: RunFolder) -> None:
+    import wandb
+
+    run = WandbRun(folder, load_recipe("demo"))
+    run.scalars({"train/loss": 1.0, "val/top1": 0.5}, 8)
+    run.scalars({"train/loss": 0.9}, 16)  # and killed in the evaluation of this step
+    assert wandb.run
+    summary = wandb.run.summary
+    assert summary["step"]["max"] == 16
+    known = arrived(summary)
+    assert (known["train/loss"], known["val/top1"]) == (16, 8)
+    run.close()
+    older = {"train/loss": 0.9, "val/top1": 0.5, "step": {"max": 16}}  # a summary without the steps of each curve
+    assert arrived(older)["val/top1"] == 15
+
+    run_id = json.loads(folder.record_file.read_text())["id"]
+    (file,) = folder.wandb.glob("offline-run-*/*.wandb")
+    assert on_disk(folder.wandb, run_id)["train/loss"] == 16
+    online = file.parent.rename(folder.wandb / file.parent.name.removeprefix("offline-")) / file.name
+    assert on_disk(folder.wandb, run_id) == {}  # the server may have less
+    online.with_suffix(".wandb.synced").touch()
+    assert on_disk(folder.wandb, run_id)["val/top1"] == 8
+
+
 def test_a_file_with_nothing_whole_in_it_does_not_stand_in_the_way_of_the_others(folder: RunFolder) -> None:
     start(folder, [], range(1, 3))
     (first,) = folder.wandb.glob("offline-run-*/*.wandb")
-    first.write_bytes(first.read_bytes()[:7])
+    first.write_bytes(first.read_bytes()[:7] + bytes(500))
     start(folder, [], range(1, 4))
     assert not first.exists()
     assert points(folder)["train/loss"] == [1, 2, 3]

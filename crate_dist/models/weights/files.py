@@ -43,11 +43,15 @@ def describe(path: str | Path, heads: int | None = None, all_classes: bool = Fal
 def _rows(values: Mapping[Any, Any], all_classes: bool = False, indent: str = "") -> Iterator[tuple[str, str]]:
     """Yields key and text of each value, and below the key of a table those of its own."""
     for name, value in values.items():
+        if isinstance(value, Mapping | list | tuple) and not value:
+            continue
         key = f"{indent}{_printable(name)}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield key, ""
             yield from _rows(value, indent=f"{indent}  ")
-        elif name == "classes" and not indent and isinstance(value, list | tuple) and len(value) > _FEW:
+        elif (
+            name in ("classes", "class_names") and not indent and isinstance(value, list | tuple) and len(value) > _FEW
+        ):
             yield key, f"{len(value):,}: " + ", ".join(map(_printable, value[:_FEW])) + ", … (--classes lists them)"
             if all_classes:
                 yield from ((f"  {number}", _printable(each)) for number, each in enumerate(value))
