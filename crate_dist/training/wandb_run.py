@@ -1,8 +1,8 @@
 """Gives what a run measures to Weights & Biases: the run's own names and steps, one curve over all its starts.
 
-A step that a restart makes again is not sent twice. What was sent is read from the server, and from the files that
-wandb leaves under RUN/wandb: it writes late, so that after a kill neither metrics.jsonl nor the checkpoint tells. What
-is missing there, metrics.jsonl gives. Each name has a last step of its own: a killed evaluation's loss was sent before.
+A step that a restart makes again is not sent twice. What was sent, each name's last step, is read from the server and
+from the files that wandb leaves under RUN/wandb: it writes late, so that after a kill neither metrics.jsonl nor the
+checkpoint tells. What is missing there, metrics.jsonl gives.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WandbRun:
             self._known = on_disk(folder.wandb, run_id)
             self._run = _started(folder, recipe, run_id)
             if self._run.resumed:
-                self._known = dict(sorted([*self._known.items(), *arrived(self._run.summary).items()]))
+                self._known = dict(sorted([*self._known.items(), *arrived(dict(self._run.summary)).items()]))
             self._run.summary[_LAST_STEPS] = self._known
             self._last_steps = self._run.summary[_LAST_STEPS]
             self._run.define_metric("step", summary="max")
@@ -149,7 +149,7 @@ class WandbRun:
 def arrived(summary: Mapping[str, Any]) -> dict[str, int]:
     """Reads from a run's summary on the server the last step of every name."""
     before_last = dict(summary.get("step") or {}).get("max", -1) - 1  # better one value twice than none
-    return dict.fromkeys(summary.keys(), before_last) | dict(summary.get(_LAST_STEPS) or {})
+    return dict.fromkeys(summary, before_last) | dict(summary.get(_LAST_STEPS) or {})
 
 
 def on_disk(files: Path, run_id: str) -> dict[str, int]:
@@ -171,19 +171,16 @@ def sent(path: Path) -> Iterator[tuple[str, int]]:
     What a crash has cut off or damaged is removed, with all that follows, and a file with nothing whole gets another
     name: `wandb sync` would stop there, and pass over the starts that followed. Raises OSError.
     """
-    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     whole, data = 0, path.read_bytes()
-    with suppress(DecodeError, ValueError):
+    with suppress(Exception):  # of a record that cannot be read, as of one whose checksum is wrong: that is the end
         for record, end in _records(data):
-            items = Record.FromString(record).history.item
-            values = {item.key or item.nested_key[0]: item.value_json for item in items}
+            history = Record.FromString(record).history
+            values = {item.key or item.nested_key[0]: item.value_json for item in history.item}
             step = int(json.loads(values.get("step", "-1")))
             whole = end
-            for name in values:
-                if step >= 0 and name != "step" and not name.startswith("_"):
-                    yield name, step
+            yield from ((name, step) for name in values if step >= 0 and name != "step" and not name.startswith("_"))
     if not whole:
         path.rename(path.with_suffix(".damaged"))
     elif whole < len(data):

@@ -109,7 +109,7 @@ def test_an_online_run_goes_on_behind_what_the_server_has_of_every_curve(folder:
     run.scalars({"train/loss": 1.0, "val/top1": 0.5}, 8)
     run.scalars({"train/loss": 0.9}, 16)  # and killed in the evaluation of this step
     assert wandb.run
-    summary = wandb.run.summary
+    summary = dict(wandb.run.summary)
     assert summary["step"]["max"] == 16
     known = arrived(summary)
     assert (known["train/loss"], known["val/top1"]) == (16, 8)
