@@ -41,7 +41,7 @@ class Curves:
     ) -> None:
         self._tag = tag
         names = [path.name.removeprefix(EVENTS) for path in folder.glob(f"{EVENTS}*")]
-        stamps = [int(stamp) for name in names if (stamp := name.partition(".")[0]).isdecimal()]
+        stamps = [int(first) for name in names if (first := name.partition(".")[0]).isdecimal()]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
         self._file = AppendedFile(folder / f"{EVENTS}{stamp:010d}.{platform.node()}.{os.getpid()}", check)
         self._append(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="crate-dist")))
