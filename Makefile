@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## train a small CRATE on real digits, on two local ranks, to over 95 %
 	$(PY) launch/demo.py
 
-BESIDE := tests/cluster
+BESIDE := tests/cluster tests/prep tests/watching
 BESIDE_TOO := tests/training tests/doctor tests/evaluation
 
 test: setup  ## every test; those that need SLURM skip where it is not installed
