@@ -107,11 +107,11 @@ class ModelSection(Section):
 
     arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
     width: Positive | None = Field(None, description="features of a token; unset, as all keys to layer_scale: arch's")
-    depth: Positive | None = Field(None, description="layers")
+    depth: Positive | None = Field(None, description="number of layers")
     heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
     ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")
     stem: Annotated[str | None, _one_of(STEMS)] = Field(None, description=f"from images to patches: {_list(STEMS)}")
-    positions: Literal["learned", "fourier"] | None = Field(None, description="of the tokens")
+    positions: Literal["learned", "fourier"] | None = Field(None, description="what tells the tokens where they are")
     class_token: bool | None = Field(None, description="whether a class token goes through the layers")
     mixer: Annotated[str | None, _one_of(MIXERS)] = Field(None, description=f"token mixer: {_list(MIXERS)}")
     tokenwise: Annotated[str | None, _one_of(TOKENWISE)] = Field(None, description=f"of each token: {_list(TOKENWISE)}")

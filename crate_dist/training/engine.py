@@ -90,8 +90,11 @@ class Engine:
         model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
-        ways = "one product" if ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim) else "two"
-        logger.info("attention: %s; ISTA: %s", attention_kernel(model, device, products), ways)
+        if model.config.mixer in ("mssa", "attention"):
+            logger.info("attention: %s", attention_kernel(model, device, products))
+        if model.config.tokenwise == "ista":
+            one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
+            logger.info("ISTA: %s", "one product" if one else "two products")
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
