@@ -35,9 +35,9 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
-from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
+from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
@@ -79,7 +79,9 @@ class StepResult:
 class Engine:
     """A model in training on this rank."""
 
-    def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
+    def __init__(
+        self, model: Transformer, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int
+    ) -> None:
         self.recipe, self.device, self.accumulation = recipe, device, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
@@ -112,9 +114,9 @@ class Engine:
                     compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
 
     @property
-    def module(self) -> CRATE:
+    def module(self) -> Transformer:
         """The model with the weights of the products' precision."""
-        module: CRATE = self._engine.module
+        module: Transformer = self._engine.module
         return module
 
     def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
