@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 HALVINGS = {4: 2, 8: 3, 16: 4}
 """Convolutions of stride 2 that make a patch, by its size in pixels."""
 

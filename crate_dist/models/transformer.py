@@ -104,7 +104,9 @@ class Transformer(nn.Module):
         self.head = find_part(HEADS, config.head)(config)
         self.set_execution()
 
-    def set_execution(self, *, recompute: int = 0, autocast: bool = False, images: int = 1, group: int | None = None) -> None:
+    def set_execution(
+        self, *, recompute: int = 0, autocast: bool = False, images: int = 1, group: int | None = None
+    ) -> None:
         """Decides how `forward` computes its function, which is no part of the architecture.
 
         recompute: layers, from the first, that keep only their input for the backward pass, and are computed again
