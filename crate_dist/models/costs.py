@@ -1,12 +1,12 @@
 """What the parts of a model cost: parameters, operations, and what autograd keeps of them. Imports no torch.
 
 One rule per part, which reads like the part; tests hold each against what torch counts. A part that has none, such as
-a new one, is not known: then neither is the model's cost, and who asks is told None.
+a new one, costs what is not known, which NotKnown says to all who ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Final
@@ -16,6 +16,10 @@ from crate_dist.models.sizes import ista_in_one_product
 
 REPRESENTATIVES: Final = 64
 """Of CBSA, in each head."""
+
+
+class NotKnown(LookupError):
+    """A part of the model has no rule here."""
 
 
 @dataclass(frozen=True)
@@ -53,54 +57,50 @@ Rule = Callable[[ModelConfig, int], Cost]
 """The cost of a part in a model, for a number of images."""
 
 
-def costs(config: ModelConfig, images: int) -> dict[str, Cost] | None:
+def costs(config: ModelConfig, images: int) -> dict[str, Cost]:
     """Returns the cost of each part in a forward pass of `images` images; of a layer's parts, in all layers together.
 
-    By name: "stem" (with class token and positions), "mixer", "tokenwise", "residual" (the layers' norms, scales, and
-    the tokens between their parts) and "head". None: a part has no rule.
+    By name: "stem" (with class token and positions), "mixer", "tokenwise", "residual" (the layers' norms and scales,
+    and the tokens between their parts) and "head". Raises NotKnown.
     """
-    parts: dict[str, tuple[Mapping[str, Rule], str, int]] = {
-        "stem": (STEMS, config.stem, 1),
-        "mixer": (MIXERS, config.mixer, config.depth),
-        "tokenwise": (TOKENWISE, config.tokenwise, config.depth),
-        "residual": (RESIDUALS, config.residual, config.depth),
-        "head": (HEADS, config.head, 1),
+    stem = _rule("stem", config.stem)(config, images) + _rule("positions", config.positions)(config, images)
+    layers = {part: _rule(part, getattr(config, part)) for part in ("mixer", "tokenwise", "residual")}
+    return {
+        "stem": stem,
+        **{part: rule(config, images) * config.depth for part, rule in layers.items()},
+        "head": _rule("head", config.head)(config, images),
     }
-    if config.positions not in POSITIONS or any(name not in rules for rules, name, _ in parts.values()):
-        return None
-    found = {part: rules[name](config, images) * times for part, (rules, name, times) in parts.items()}
-    found["stem"] += POSITIONS[config.positions](config, images)
-    return found
 
 
-def parameters(config: ModelConfig) -> int | None:
-    """Counts the parameters of a model. None: a part has no rule."""
-    found = costs(config, 1)
-    return sum(cost.parameters for cost in found.values()) if found else None
+def parameters(config: ModelConfig) -> int:
+    """Counts the parameters of a model. Raises NotKnown."""
+    return sum(cost.parameters for cost in costs(config, 1).values())
 
 
-def forward_flops(config: ModelConfig, images: int) -> int | None:
+def forward_flops(config: ModelConfig, images: int) -> int:
     """Counts the operations of one forward pass of `images` images; with its backward pass, three times that.
 
-    None: a part has no rule.
+    Raises NotKnown.
     """
-    found = costs(config, images)
-    return sum(cost.flops for cost in found.values()) if found else None
+    return sum(cost.flops for cost in costs(config, images).values())
 
 
-def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int = 0) -> int | None:
+def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int = 0) -> int:
     """Counts the bytes that autograd keeps of `images` images from the forward pass to the backward pass.
 
-    precision, recompute: as in [train]; dropout's masks are not counted. None: a part has no rule.
+    precision, recompute: as in [train]. Dropout's masks are not counted. Raises NotKnown.
     """
-    found = costs(config, images)
-    if found is None:
-        return None
+    kept = {part: cost.kept_bytes(precision) for part, cost in costs(config, images).items()}
     again = min(recompute, config.depth)
-    layers = sum(found[part].kept_bytes(precision) for part in ("mixer", "tokenwise", "residual"))
+    layers = sum(kept[part] for part in ("mixer", "tokenwise", "residual"))
     between = Cost(stream=_values(config, images)).kept_bytes(precision)  # a layer that is computed again keeps these
-    ends = found["stem"].kept_bytes(precision) + found["head"].kept_bytes(precision)
-    return ends + layers * (config.depth - again) // config.depth + again * between
+    return kept["stem"] + kept["head"] + layers * (config.depth - again) // config.depth + again * between
+
+
+def _rule(part: str, name: str) -> Rule:
+    if name not in RULES[part]:
+        raise NotKnown(f"what {part} = {name!r} costs is not known: it has no rule in models/costs.py")
+    return RULES[part][name]
 
 
 def _tokens(c: ModelConfig, images: int) -> int:
@@ -214,10 +214,12 @@ def _linear_head(c: ModelConfig, images: int) -> Cost:
     return _product(images, c.dim, c.num_classes, bias=True) + Cost(2 * c.dim, stream=images * c.dim)
 
 
-STEMS: dict[str, Rule] = {"patches": _patches, "linear": _linear_stem, "convolutions": _convolutions}
-POSITIONS: dict[str, Rule] = {"learned": _learned}
-MIXERS: dict[str, Rule] = {"mssa": _mssa, "attention": _attention, "cbsa": _cbsa, "cbsa_aligned": _cbsa}
-TOKENWISE: dict[str, Rule] = {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp}
-RESIDUALS: dict[str, Rule] = {"crate": _crate, "pre_norm": _pre_norm}
-HEADS: dict[str, Rule] = {"linear": _linear_head, "mean_patches": _linear_head, "mean_patches_twice": _linear_head}
-"""Name of a part, as in config/parts.py -> its rule."""
+RULES: dict[str, dict[str, Rule]] = {
+    "stem": {"patches": _patches, "linear": _linear_stem, "convolutions": _convolutions},
+    "positions": {"learned": _learned},
+    "mixer": {"mssa": _mssa, "attention": _attention, "cbsa": _cbsa, "cbsa_aligned": _cbsa},
+    "tokenwise": {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp},
+    "residual": {"crate": _crate, "pre_norm": _pre_norm},
+    "head": {"linear": _linear_head, "mean_patches": _linear_head, "mean_patches_twice": _linear_head},
+}
+"""Key of [model] -> name of a part, as in config/parts.py -> its rule."""

@@ -97,6 +97,7 @@ class Transformer(nn.Module):
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
         self.head = find_part(HEADS, config.head)(config)
+        self._mixers_grid = (config.image_size // config.patch_size,) * 2
         self.set_execution()
 
     def set_execution(self, *, recompute: int = 0, autocast: bool = False, images: int = 1) -> None:
@@ -139,10 +140,15 @@ class Transformer(nn.Module):
 
     def _place(self, images: Tensor) -> Tensor:
         """Embeds images whose sides are whole patches, and gives the tokens their positions."""
+        grid = self._grid(images)
+        if grid != self._mixers_grid:
+            for layer in self._layers():
+                layer.mixer.set_grid(*grid)
+            self._mixers_grid = grid
         patches = self.patch_embed(images)
         if self.config.class_token:
             patches = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
-        return self.emb_dropout(patches + self._positions(*self._grid(images)))
+        return self.emb_dropout(patches + self._positions(*grid))
 
     def _positions(self, rows: int, cols: int) -> Tensor:
         """Returns what is added to the tokens of rows x cols patches, (1, n, d)."""

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.initial import drawn
 from crate_dist.models.matmul import Linear
 from crate_dist.models.mixers.mixer import Mixer
 
@@ -36,8 +37,8 @@ class CBSA(Mixer):
         super().__init__()
         self.heads = config.heads
         self.subspaces = Linear(config.dim, config.dim, bias=False)
-        self.step_x = nn.Parameter(_drawn(config.heads, 1, 1))
-        self.step_rep = nn.Parameter(_drawn(config.heads, 1, 1))
+        self.step_x = nn.Parameter(drawn(config.heads, 1, 1))
+        self.step_rep = nn.Parameter(drawn(config.heads, 1, 1))
         self.out = Linear(config.dim, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -49,6 +50,7 @@ class CBSA(Mixer):
     def attend(self, w: Tensor) -> Tensor:
         """Contracts representatives of projections (b, h, n, p) and broadcasts their change to tokens (b, n, d)."""
         contraction, contracted = self._contract(w)
+        contracted = contracted.to(w.dtype)  # with autocast once, not for each of three
         change = F.scaled_dot_product_attention(contracted, contracted, contracted)
         broadcast = contraction.mT @ (self.step_x * change)  # η on 64 representatives is less than on all tokens
         return self.dropout(self.out(rearrange(broadcast, "b h n p -> b n (h p)")))
@@ -82,13 +84,21 @@ class CBSA(Mixer):
         grid = rearrange(self.on_grid(w), "b h row col p -> (b h) p row col")
         return F.adaptive_avg_pool2d(grid, CELLS).flatten(2).mT.unflatten(0, w.shape[:2])
 
+    def set_grid(self, rows: int, cols: int) -> None:
+        """Raises ValueError where rows and columns are not as many: the published code is wrong there, or fails."""
+        if rows != cols:
+            raise ValueError(
+                f'mixer = "cbsa", as published, takes a square grid of patches, not {rows} x {cols}; take square '
+                'images, or mixer = "cbsa_aligned"'
+            )
+
     def on_grid(self, w: Tensor) -> Tensor:
         """Lays the tokens of projections (b, h, n, p) out as the cells find them: (b, h, rows, columns, p)."""
         side = math.isqrt(w.shape[2])
         if side * side + 1 != w.shape[2]:
             raise ValueError(
-                f'mixer = "cbsa" takes a class token and a square grid of patches, as published, not {w.shape[2]} '
-                'tokens; "cbsa_aligned" takes any grid'
+                f'mixer = "cbsa", as published, takes a class token and a square grid of patches, not {w.shape[2]} '
+                'tokens; mixer = "cbsa_aligned" takes others'
             )
         return w[:, :, :-1].unflatten(2, (side, side))
 
@@ -121,7 +131,3 @@ def _attention(queries: Tensor, keys: Tensor) -> Tensor:
     """Returns softmax(queries keysᵀ / √p) over the keys: (…, m, p) and (…, n, p) -> (…, m, n)."""
     logits = (queries * keys.shape[-1] ** -0.5) @ keys.mT
     return logits.softmax(dim=-1, dtype=logits.dtype)  # autocast would return, and keep, fp32
-
-
-def _drawn(*shape: int) -> Tensor:
-    return torch.empty(shape).normal_()
