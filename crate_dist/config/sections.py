@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch
+from crate_dist.config.archs import ARCHS, Arch, check_patches
 from crate_dist.config.keys import RecipeError, nearest
 from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
@@ -159,6 +159,7 @@ class ModelSection(Section):
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
             )
+        check_patches(self.parts(), self.patch_size)
         return self
 
 
