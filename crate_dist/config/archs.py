@@ -37,6 +37,11 @@ class Arch:
     layer_scale: float = 0.0
 
 
+def _cbt(dim: int, depth: int, heads: int) -> Arch:
+    """CBT (arXiv 2509.16875): CRATE's layer with CBSA in it, and ToST's stem."""
+    return Arch(dim=dim, depth=depth, heads=heads, stem="convolutions", mixer="cbsa")
+
+
 def _tost(dim: int, depth: int, heads: int) -> Arch:
     """Returns a ToST (arXiv 2412.17810): TSSA and MLP, whose class token comes behind the layers."""
     return Arch(
@@ -63,6 +68,10 @@ ARCHS: dict[str, Arch] = {
     "crate_small": Arch(dim=576, depth=12, heads=12),  # 13.12 M
     "crate_base": Arch(dim=768, depth=12, heads=12),  # 22.80 M
     "crate_large": Arch(dim=1024, depth=24, heads=16),  # 77.64 M
+    "cbt_tiny": _cbt(192, 12, 3),  # 1.79 M
+    "cbt_small": _cbt(384, 12, 6),  # 6.67 M
+    "cbt_base": _cbt(768, 12, 12),  # 25.69 M
+    "cbt_large": _cbt(1024, 24, 16),  # 83.05 M
     "tost_tiny_12": _tost(192, 12, 4),  # 5.77 M
     "tost_small_12": _tost(384, 12, 8),  # 22.59 M
     "tost_tiny_24": _tost(192, 24, 4),  # 10.22 M

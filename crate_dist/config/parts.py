@@ -13,6 +13,8 @@ STEMS = {
 MIXERS = {
     "mssa": "mixers.mssa.MSSA",  # CRATE
     "tssa": "mixers.tssa.TSSA",  # ToST
+    "cbsa": "mixers.cbsa.CBSA",  # CBT, its grid of patches shifted by one, as published
+    "cbsa_aligned": "mixers.cbsa.AlignedCBSA",  # the same with the grid in its place
 }
 
 TOKENWISE = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from crate_dist.config import ModelSection
 from crate_dist.config.archs import Arch, check_patches
 
 Pool = Literal["cls", "mean"]
@@ -57,3 +58,27 @@ class ModelConfig(Arch):
     def num_tokens(self) -> int:
         """Tokens per image in the layers: the patches, and the class token where there is one."""
         return self.num_patches + self.class_token
+
+
+def model_config(section: ModelSection, num_classes: int) -> ModelConfig:
+    """Returns the architecture that a recipe's [model] means, on data with `num_classes` classes.
+
+    Raises ValueError when the recipe names fewer classes than the data has, or parts that do not go together.
+    """
+    if section.num_classes is not None and section.num_classes < num_classes:
+        raise ValueError(
+            f"model.num_classes is {section.num_classes}, but the data has {num_classes} classes; "
+            "leave it unset, or name at least as many"
+        )
+    return ModelConfig(
+        **asdict(section.parts()),
+        image_size=section.image_size,
+        patch_size=section.patch_size,
+        num_classes=section.num_classes or num_classes,
+        pool=section.pool,
+        dropout=section.dropout,
+        emb_dropout=section.emb_dropout,
+        drop_path=section.drop_path,
+        ista_step=section.ista_step,
+        ista_threshold=section.ista_threshold,
+    )

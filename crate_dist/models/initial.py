@@ -1,9 +1,10 @@
-"""First weights that ViT, and ToST after it, have and torch has not of itself."""
+"""First weights that torch's own modules do not have."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _STD = 0.02
@@ -25,3 +26,9 @@ def draw_narrow(parameter: Tensor) -> None:
     """
     if not parameter.is_meta:
         nn.init.trunc_normal_(parameter, std=_STD)
+
+
+def drawn(*shape: int) -> Tensor:
+    """Draws what torch.randn would; nothing on the device "meta", where torch imports sympy for it, half a second."""
+    empty = torch.empty(shape)
+    return empty if empty.is_meta else empty.normal_()

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from crate_dist.config.parts import HEADS, RESIDUALS, STEMS
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.initial import drawn
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
 from crate_dist.models.positions import FourierPositions, interpolate_positions
@@ -74,12 +75,6 @@ class Intermediates:
         return found
 
 
-def _drawn(*shape: int) -> Tensor:
-    """Draws what torch.randn would; nothing on the device "meta", where torch imports sympy for it, half a second."""
-    empty = torch.empty(shape)
-    return empty if empty.is_meta else empty.normal_()
-
-
 class Transformer(nn.Module):
     """An image classifier of the family: CRATE, or what a recipe puts in the place of its parts.
 
@@ -92,16 +87,17 @@ class Transformer(nn.Module):
         self.config = config
         self.patch_embed = find_part(STEMS, config.stem)(config)
         if config.positions == "learned":
-            self.pos_embedding = nn.Parameter(_drawn(1, config.num_tokens, config.dim))
+            self.pos_embedding = nn.Parameter(drawn(1, config.num_tokens, config.dim))
         else:
             side = config.image_size // config.patch_size
             self.positions = FourierPositions(config.dim, (side, side))
         if config.class_token:
-            self.cls_token = nn.Parameter(_drawn(1, 1, config.dim))
+            self.cls_token = nn.Parameter(drawn(1, 1, config.dim))
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
         self.head = find_part(HEADS, config.head)(config)
+        self._mixers_grid = (config.image_size // config.patch_size,) * 2
         self.set_execution()
 
     def set_execution(
@@ -150,10 +146,15 @@ class Transformer(nn.Module):
 
     def _place(self, images: Tensor) -> Tensor:
         """Embeds images whose sides are whole patches, and gives the tokens their positions."""
+        grid = self._grid(images)
+        if grid != self._mixers_grid:
+            for layer in self._layers():
+                layer.mixer.set_grid(*grid)
+            self._mixers_grid = grid
         patches = self.patch_embed(images)
         if self.config.class_token:
             patches = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
-        return self.emb_dropout(patches + self._positions(*self._grid(images)))
+        return self.emb_dropout(patches + self._positions(*grid))
 
     def _positions(self, rows: int, cols: int) -> Tensor:
         """Returns what is added to the tokens of rows x cols patches, (1, n, d)."""
