@@ -6,10 +6,10 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from crate_dist.config.keys import (
     RENAMED,
@@ -65,6 +65,15 @@ class Recipe(Section):
     log: LogSection = LogSection()
     safety: SafetySection = SafetySection()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _epochs_before_the_cooldown(self) -> Self:
+        if self.optim.cooldown_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.cooldown_epochs {self.optim.cooldown_epochs} are the last of train.epochs {self.train.epochs}, "
+                f"and leave none to the schedule; at most {self.train.epochs - 1} would"
+            )
+        return self
 
     @property
     def lanes(self) -> int:

@@ -21,8 +21,10 @@ CACHE_VARIABLE = "CRATE_CACHE"
 MIRROR_VARIABLE = "CRATE_MIRROR"
 
 Compile = Literal["auto"] | bool
+DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -242,18 +244,48 @@ class OptimSection(Section):
 
     name: Literal["lion", "adamw"] = Field("lion", description="the optimizer")
     lr: float = Field(gt=0, description="the highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="the learning rate that the schedule falls to")
+    warmup_lr: float = Field(0.0, ge=0, description="the learning rate that the warm-up rises from")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each layer to the one before it: the head has the full rate, the "
+        "stem that to the power of depth + 1",
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay: multiplied by the learning rate")
-    decay_all: bool = Field(True, description="also decay norms, biases and embeddings, as the paper does")
+    decay: DecayRule = Field(
+        "all",
+        description='parameters with weight decay; "matrices": those with two dimensions; "weights": more than one, '
+        'but not class token and positions, as timm; "kernels": of linear maps and convolutions, as CRATE-α',
+    )
     betas: tuple[Decay, Decay] | None = Field(
         None, description="decay rates of the moments; unset: lion (0.9, 0.99), adamw (0.9, 0.999)"
     )
     eps: float = Field(1e-8, gt=0, description="adamw's, added to the denominator")
-    schedule: Literal["cosine", "reference"] = Field(
-        "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
+    schedule: ScheduleName = Field(
+        "cosine",
+        description='by steps "cosine" and "big_vision" (CRATE-α\'s); by epochs "reference" (CRATE\'s and CBT\'s), '
+        '"timm", and "deit" (ToST\'s: timm\'s, an epoch late)',
     )
-    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from 0")
+    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from warmup_lr")
+    cooldown_epochs: int = Field(0, ge=0, description="last ones of train.epochs, at min_lr, after the schedule's end")
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
+
+    @model_validator(mode="after")
+    def _below_the_peak(self) -> Self:
+        for name in ("min_lr", "warmup_lr"):
+            if (given := getattr(self, name)) > self.lr:
+                raise ValueError(
+                    f"{name} {given:g} is above lr {self.lr:g}, the highest learning rate; {self.lr:g} or less would do"
+                )
+        if self.cooldown_epochs and not self.min_lr:
+            raise ValueError(
+                f"cooldown_epochs {self.cooldown_epochs} at min_lr 0 would change no weight; give a min_lr above 0, "
+                "or cooldown_epochs = 0"
+            )
+        return self
 
 
 class TrainSection(Section):

@@ -131,7 +131,7 @@ class Engine:
         """
         self.seed_dropout(step)
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         if not self.module.training:
             self._engine.train()
         losses, hits = list[torch.Tensor](), list[torch.Tensor]()
@@ -289,7 +289,7 @@ def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
     there = checkpoint.manifest.shapes
     here = {name: [*shape] for group in layouts for name, shape in zip(group.names, group.shapes, strict=True)}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    what = "groups the parameters otherwise, as another optim.decay_all does"
+    what = "groups the parameters otherwise, as another optim.decay or optim.layer_decay does"
     if names:
         parts = (f"{one} {where}" for one, where in ((there.get(names[0]), "there"), (here.get(names[0]), "here")))
         what = f"holds another model: {names[0]} is {', '.join(parts)}, and so are {len(names) - 1} more"

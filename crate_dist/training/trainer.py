@@ -42,7 +42,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
-from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.optim import Schedule, learning_rate, listing, parameter_groups
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.profiler import StepTrace
 from crate_dist.training.samples import SHOWN, mistakes_picture, training_picture
@@ -178,6 +178,8 @@ class Trainer:
             self.progress.step,
             self.last_step,
         )
+        if self.world.is_main:
+            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
