@@ -151,7 +151,7 @@ class OrderSection(Section):
     window: Positive = Field(4096, description="samples that are shuffled together within a lane")
     repeats: Positive = Field(
         1,
-        description="views of every sample in an epoch, each augmented anew: repeated augmentation; see data/repeats.py",
+        description="views of every sample in an epoch, each augmented anew; see data/repeats.py",
     )
 
 
