@@ -206,6 +206,10 @@ class OrderSection(Section):
 
     lanes: Positive = Field(64, description="streams of shards that are read side by side; lowered to divide the batch")
     window: Positive = Field(4096, description="samples that are shuffled together within a lane")
+    repeats: Positive = Field(
+        1,
+        description="views of every sample in an epoch, each augmented anew; see data/repeats.py",
+    )
 
 
 class AugmentSection(Section):
@@ -293,7 +297,7 @@ class TrainSection(Section):
 
     global_batch: Positive = Field(description="images per step on all ranks together")
     micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
-    epochs: Positive = Field(description="times that every training image is seen")
+    epochs: Positive = Field(description="times that every training image is seen, order.repeats times each")
     max_steps: Positive | None = Field(
         None, description="steps after which training stops early, with the schedule as for all epochs"
     )
@@ -316,9 +320,9 @@ class TrainSection(Section):
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
     )
 
-    def last_step(self, samples: int) -> int:
-        """Returns the step at which a run over so many training images is complete: the schedule's, or max_steps."""
-        steps = -(-self.epochs * samples // self.global_batch)
+    def last_step(self, views: int) -> int:
+        """Returns the step at which a run with so many images in an epoch is complete: the schedule's, or max_steps."""
+        steps = -(-self.epochs * views // self.global_batch)
         return min(steps, self.max_steps or steps)
 
 
