@@ -35,9 +35,9 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
-from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
+from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling, drop_path
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
@@ -80,7 +80,9 @@ class StepResult:
 class Engine:
     """A model in training on this rank."""
 
-    def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
+    def __init__(
+        self, model: Transformer, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -114,9 +116,9 @@ class Engine:
                     compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
 
     @property
-    def module(self) -> CRATE:
+    def module(self) -> Transformer:
         """The model with the weights of the products' precision."""
-        module: CRATE = self._engine.module
+        module: Transformer = self._engine.module
         return module
 
     def step(self, batches: Iterator[MicroBatch | MixedBatch], lr: float, step: int) -> StepResult:
@@ -179,7 +181,7 @@ class Engine:
 
     def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
         """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
-        rate = getattr(self.recipe.model, "drop_path", 0.0)
+        rate = self.recipe.model.drop_path
         if not rate:
             return None
         first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
@@ -195,8 +197,7 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor | Targets]:
         """Returns fp32 logits (n, classes), and the labels (n,) beside them. model: DeepSpeed's, within a step."""
         images, labels = batch
-        logits = model(self._normalize(images)) if kept is None else model(self._normalize(images), kept)
-        return logits.float(), labels.to(self.device, non_blocking=True)
+        return model(self._normalize(images), kept).float(), labels.to(self.device, non_blocking=True)
 
     def criterion(self, logits: torch.Tensor, labels: torch.Tensor | Targets) -> torch.Tensor:
         """Returns the mean loss, 0-d, of logits (n, classes) and labels (n,)."""
