@@ -36,6 +36,10 @@ KEYS = _by_word(
         "augment.erase": "reprob random_erasing random_erase cutout",
         "augment.randaugment_ops augment.randaugment_magnitude": "aa auto_augment autoaugment randaugment rand_augment",
         "augment.crop_scale": "scale rrc_scale",
+        "mix.mixup": "mixup_alpha mixup_a",
+        "mix.cutmix": "cutmix_alpha cutmix_a",
+        "mix.switch": "mixup_switch_prob switch_prob cutmix_prob",
+        "mix.probability": "mixup_prob mix_prob",
         "images.resize_filter": "interpolation",
         "images.eval_crop": "crop_pct crop_ratio_eval",
         "optim.name": "opt optimizer optimiser",
@@ -57,6 +61,7 @@ KEYS = _by_word(
         "train.micro_batch": "micro_batch_size per_device_batch_size per_device_train_batch_size batch_size_per_gpu "
         "batch_per_gpu mini_batch train_micro_batch_size_per_gpu gradient_accumulation_steps grad_accum accum_iter "
         "accumulation accumulation_steps accum_steps update_freq",
+        "train.group": "group_size ghost_batch ghost_batch_size virtual_batch_size",
         "train.epochs": "num_epochs max_epochs n_epochs nb_epochs total_epochs num_train_epochs",
         "train.max_steps": "steps num_steps total_steps iterations iters max_iters max_iter train_steps",
         "train.seed": "random_seed manual_seed",

@@ -227,6 +227,26 @@ class AugmentSection(Section):
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
 
 
+class MixSection(Section):
+    """The mixing of training images by twos, of which one step in its whole does either; see training/mixing.py."""
+
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="α of mixup: two images blended, λ of the first, λ from Beta(α, α); 0: none; often 0.8",
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="α of cutmix: a box of another image pasted, λ of the area left; 0: none; often 1.0"
+    )
+    switch: Fraction = Field(0.5, description="share of the mixed steps that take cutmix, where both have an α")
+    probability: Fraction = Field(1.0, description="share of the steps that mix at all")
+
+    @property
+    def enabled(self) -> bool:
+        """Says whether any step mixes."""
+        return self.mixup + self.cutmix > 0 and self.probability > 0
+
+
 class ImageSection(Section):
     """The preparation of an image for the model. Exported weights keep these keys, and are evaluated by them."""
 
@@ -297,6 +317,11 @@ class TrainSection(Section):
 
     global_batch: Positive = Field(description="images per step on all ranks together")
     micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
+    group: Positive = Field(
+        1,
+        description="neighbouring images of the order that every micro-batch holds whole: [mix] takes partners, and "
+        "batch norm its statistics, among them; divides both batches",
+    )
     epochs: Positive = Field(description="times that every training image is seen, order.repeats times each")
     max_steps: Positive | None = Field(
         None, description="steps after which training stops early, with the schedule as for all epochs"
@@ -319,6 +344,21 @@ class TrainSection(Section):
     recompute: int = Field(
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
     )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if rest := self.global_batch % self.group:
+            below = self.global_batch - rest
+            would = [str(n) for n in (below, below + self.group) if n]
+            raise ValueError(
+                f"global_batch {self.global_batch} is no multiple of group {self.group}; {' or '.join(would)} would be"
+            )
+        if self.micro_batch < self.group:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} has no room for a group of {self.group} images, which it must hold "
+                f"whole; micro_batch {self.group} would, or a smaller group, which changes the result"
+            )
+        return self
 
     def last_step(self, views: int) -> int:
         """Returns the step at which a run with so many images in an epoch is complete: the schedule's, or max_steps."""

@@ -42,6 +42,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
+from crate_dist.training.mixing import MixedBatch, Mixing
 from crate_dist.training.optim import Schedule, learning_rate, listing, parameter_groups
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.profiler import StepTrace
@@ -85,7 +86,9 @@ class Trainer:
         self.damaged: list[str] = []
         self.mirroring = Mirroring(folder, recipe, world, interrupt, watchdog, tenure)
         found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
-        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        micro_batch, accumulation = derive_batch(
+            recipe.train.global_batch, world.world_size, recipe.train.micro_batch, recipe.train.group
+        )
         self.train_index, self.val_index = open_splits(recipe)
         self.data = DataIdentity.of(self.train_index, self.val_index)
         if len(set(gather_objects(self.data.digest))) > 1:
@@ -98,6 +101,7 @@ class Trainer:
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
         self.workers = workers_of_rank(recipe.data.workers, world.cores)
+        self.mixing = Mixing(recipe)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         startup.mark("checkpoint and index")
         watchdog.beat("building the engine", COMPILING)
@@ -241,14 +245,15 @@ class Trainer:
         began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
         shown = dict[str, Pixels]()
 
-        def micro_batches() -> Iterator[MicroBatch]:
+        def micro_batches() -> Iterator[MicroBatch | MixedBatch]:
             while True:
                 with record_function("data"):
                     batch = next(feed)
+                images, labels = given = self.mixing.mixed(batch, self.progress.step)
                 if self.progress.step == 0 and self.world.is_main and not shown:
-                    shown.update(training_picture(batch.images, batch.labels, self.train_index))
+                    shown.update(training_picture(images, labels, self.train_index))
                 bad.extend(batch.bad)
-                yield batch.images, batch.labels
+                yield given
 
         try:
             result = self.engine.step(micro_batches(), lr, self.progress.step)
