@@ -36,6 +36,7 @@ KEYS = _by_word(
         "optim.lr": "learning_rate base_lr peak_lr max_lr initial_lr lr0 blr base_learning_rate lrate",
         "optim.weight_decay": "wd decay l2 weightdecay",
         "optim.betas": "beta beta1 beta2 momentum opt_betas",
+        "optim.ema_decay": "ema model_ema model_ema_decay ema_rate polyak weight_averaging average_decay swa",
         "optim.eps": "epsilon opt_eps",
         "optim.schedule": "sched scheduler lr_scheduler lr_schedule lr_decay_style scheduler_type",
         "optim.warmup_epochs": "warmup warmup_steps warmup_ratio warmup_iters num_warmup_steps lr_warmup_epochs",

@@ -20,6 +20,8 @@ ArchName = Literal["crate_demo", "crate_tiny", "crate_small", "crate_base", "cra
 Compile = Literal["auto"] | bool
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+WeightsKind = Literal["raw", "ema"]
+"""The weights that an optimizer has made, or their moving average."""
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -197,6 +199,10 @@ class OptimSection(Section):
         "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
     )
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from 0")
+    ema_decay: Decay = Field(
+        0.0,
+        description="decay per step of the average of the weights, which is evaluated and exported as well; 0: none",
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
 
@@ -221,6 +227,9 @@ class TrainSection(Section):
     )
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"
+    )
+    init_weights: WeightsKind | None = Field(
+        None, description='"ema": the moving average in the run or checkpoint begun from, instead of its weights'
     )
     compile: Compile = Field(
         "auto", description="torch.compile; auto: on GPUs that it supports; see training/compiling.py"
