@@ -38,7 +38,7 @@ from crate_dist.config import Recipe, load_recipe
 from crate_dist.launching.memory import parameters
 
 if TYPE_CHECKING:
-    from crate_dist.models.crate import CRATE
+    from crate_dist.models.transformer import Transformer
     from crate_dist.training.engine import Engine
 
 CLASSES = 1000
@@ -132,13 +132,13 @@ def engine_among(ranks: int, way: str, recipe: Recipe, narrow: bool = False) -> 
         yield Engine(model, recipe.model_copy(update={"train": train}), torch.device("cpu"), 1, 1)
 
 
-def with_small_images(recipe: Recipe, narrow: bool) -> CRATE:
+def with_small_images(recipe: Recipe, narrow: bool) -> Transformer:
     """Returns the recipe's model for images of SIDE pixels; narrow: and with matrices of WIDTH."""
     from crate_dist.models.build import model_config
-    from crate_dist.models.crate import CRATE
+    from crate_dist.models.transformer import Transformer
 
     config = dataclasses.replace(model_config(recipe.model, CLASSES), image_size=SIDE)
-    return CRATE(dataclasses.replace(config, dim=WIDTH, heads=HEADS) if narrow else config)
+    return Transformer(dataclasses.replace(config, dim=WIDTH, heads=HEADS) if narrow else config)
 
 
 # --- 2: host time ---------------------------------------------------------------------------------------------------
@@ -214,12 +214,12 @@ def parts(recipe: Recipe) -> list[Part]:
     import torch
 
     from crate_dist.models.build import model_config
-    from crate_dist.models.crate import CRATE
+    from crate_dist.models.transformer import Transformer
     from crate_dist.training.buckets import cut
     from crate_dist.training.zero import BUCKETS, SMALLEST_BUCKET
 
     with torch.device("meta"):
-        model = CRATE(model_config(recipe.model, CLASSES))
+        model = Transformer(model_config(recipe.model, CLASSES))
     named = [(name.split("."), p.numel()) for name, p in model.named_parameters()]
     starts = [0, *itertools.accumulate(size for _, size in named)]
     depth, found = model.config.depth, []

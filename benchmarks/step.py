@@ -48,7 +48,7 @@ from crate_dist.doctor.contestants import (
 from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.timing import in_turns
 from crate_dist.models.build import model_config
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.flops import forward_flops
 from crate_dist.world import World
 
@@ -153,7 +153,7 @@ def measured(name: str, given: argparse.Namespace, device: torch.device) -> Meas
     )
 
 
-def vit(config: CrateConfig) -> nn.Module:
+def vit(config: ModelConfig) -> nn.Module:
     """Returns timm's ViT of the same width, depth, heads and patches; its MLP makes it some four times as large."""
     from timm.models.vision_transformer import VisionTransformer
 

@@ -38,7 +38,7 @@ from crate_dist.evaluation.on_ranks import (
     run_on_ranks,
 )
 from crate_dist.files import write_whole
-from crate_dist.models.crate import Pool
+from crate_dist.models.config import Pool
 from crate_dist.world import World
 
 

@@ -234,10 +234,9 @@ def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Pa
         shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (clone / "runs").symlink_to(world / "runs")
     edits = {
-        "config/sections.py": ('ArchName = Literal["crate_demo",', 'ArchName = Literal["crate_demo", "crate_mini",'),
-        "models/sizes.py": (
+        "config/archs.py": (
             "= {\n",
-            '= {\n    "crate_mini": ArchDims(dim=192, depth=6, heads=6),\n',
+            '= {\n    "crate_mini": Arch(dim=192, depth=6, heads=6),\n',
         ),
     }
     for name, (before, after) in edits.items():

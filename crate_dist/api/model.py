@@ -20,7 +20,8 @@ from crate_dist.config import CONFIG_DIR, Recipe, WeightsKind, load_recipe
 from crate_dist.locations import location, redacted
 from crate_dist.models.adapt import adapt
 from crate_dist.models.build import initialise, model_config
-from crate_dist.models.crate import CRATE, CrateConfig, Intermediates
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.transformer import Intermediates, Transformer
 from crate_dist.models.weights.names import StateDict, WeightsError
 from crate_dist.run.folder import runs_in
 
@@ -30,7 +31,7 @@ _TAKES = (
 )
 
 
-class Model(CRATE):
+class Model(Transformer):
     """A CRATE, in fp32, with all that its run knew. Its state dict is that of a CRATE.
 
     preprocess: from pictures to what it reads
@@ -40,7 +41,7 @@ class Model(CRATE):
 
     def __init__(
         self,
-        config: CrateConfig,
+        config: ModelConfig,
         weights: StateDict,
         preprocess: Preprocess,
         name: str,
@@ -55,12 +56,12 @@ class Model(CRATE):
         self.preprocess, self.name, self.recipe = preprocess, name, recipe
         self.classes, self.class_names = classes, class_names or classes
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns logits (b, classes) of prepared images (b, 3, image_size, image_size); (classes,) of one without b.
 
         Raises ValueError when the images have another shape.
         """
-        return super().forward(images[None])[0] if images.ndim == 3 else super().forward(images)
+        return super().forward(images[None], keep)[0] if images.ndim == 3 else super().forward(images, keep)
 
     def intermediates(self, images: Tensor) -> Intermediates:
         """Does the same pass and returns what every layer made of the tokens, for images of any size in whole patches.
@@ -72,7 +73,7 @@ class Model(CRATE):
             return self.forward_intermediates(images)
         inside = self.forward_intermediates(images[None])
         projections, features = (tuple(each[0] for each in part) for part in (inside.projections, inside.features))
-        return Intermediates(inside.logits[0], projections, features, inside.grid)
+        return Intermediates(inside.logits[0], projections, features, inside.grid, inside.mixers)
 
     @torch.inference_mode()
     def predict(self, picture: Picture, top: int = 5) -> list[tuple[str, float]]:

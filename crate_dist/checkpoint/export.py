@@ -11,7 +11,7 @@ from crate_dist.config import Recipe
 from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
 from crate_dist.locations import name_above
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.card import write_card
 from crate_dist.models.weights.write import export_model
 from crate_dist.run.folder import MODELS, RunFolder
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def export(
     folder: RunFolder,
     recipe: Recipe,
-    config: CrateConfig,
+    config: ModelConfig,
     progress: Progress,
     steps_per_epoch: float,
     train: ShardIndex,

@@ -14,7 +14,7 @@ from crate_dist.config import RecipeError, WeightsKind
 from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
 from crate_dist.models.adapt import adapt
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import StateDict
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Origin:
 
 def begin_from(
     source: Path,
-    model: CRATE,
+    model: Transformer,
     classes: Sequence[str],
     head: Literal["auto", "new", "keep"] = "auto",
     heads: int | None = None,
@@ -91,7 +91,7 @@ def weights_digest(weights: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _same_classes(trained: Trained, model: CRATE, classes: Sequence[str]) -> bool:
+def _same_classes(trained: Trained, model: Transformer, classes: Sequence[str]) -> bool:
     if trained.model.config.num_classes != model.config.num_classes:
         return False
     return trained.classes is None or list(trained.classes) == list(classes)

@@ -14,7 +14,7 @@ from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
 from crate_dist.config import DataSection, ImageSection, Recipe, RecipeError, WeightsKind, recipe_of
 from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import WeightsError, check_fit
 from crate_dist.models.weights.read import load_model
 from crate_dist.run.folder import RunFolder, read_recipe, runs_in
@@ -29,7 +29,7 @@ class Trained:
     borrowed: where `classes` are the names of other data's, by position, as the model told "number"s, or none at all
     """
 
-    model: CRATE
+    model: Transformer
     data: DataSection
     images: ImageSection
     precision: str

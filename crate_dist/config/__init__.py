@@ -16,7 +16,6 @@ from crate_dist.config.recipe import recipes as recipes
 from crate_dist.config.sections import CACHE_VARIABLE as CACHE_VARIABLE
 from crate_dist.config.sections import DATA_VARIABLE as DATA_VARIABLE
 from crate_dist.config.sections import MIRROR_VARIABLE as MIRROR_VARIABLE
-from crate_dist.config.sections import ArchName as ArchName
 from crate_dist.config.sections import AugmentSection as AugmentSection
 from crate_dist.config.sections import ClusterSection as ClusterSection
 from crate_dist.config.sections import Colour as Colour

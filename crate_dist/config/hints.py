@@ -18,8 +18,14 @@ def _by_word(lines: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 KEYS = _by_word(
     {
-        "model.arch": "dim depth width hidden_size hidden_dim embed_dim layers num_layers n_layers heads num_heads "
-        "n_heads n_head n_layer n_embd model_size model_name",
+        "model.arch": "model_size model_name",
+        "model.width": "dim hidden_size hidden_dim embed_dim n_embd",
+        "model.depth": "layers num_layers n_layers n_layer",
+        "model.heads": "num_heads n_heads n_head",
+        "model.ratio": "mlp_ratio expansion overcomplete_ratio",
+        "model.mixer": "attention attn attn_layer",
+        "model.drop_path": "drop_path_rate stochastic_depth",
+        "model.layer_scale": "layerscale init_values eta",
         "model.image_size": "img_size input_size resolution crop_size size",
         "model.patch_size": "patch",
         "model.num_classes": "classes n_classes nb_classes n_class",

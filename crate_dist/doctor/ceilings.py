@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from crate_dist.config.archs import ARCHS
 from crate_dist.doctor.contestants import alone
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
 from crate_dist.models.matmul import linear
-from crate_dist.models.sizes import ARCHS
 from crate_dist.training.utilisation import published_flop_s
 
 KNOWN = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12}

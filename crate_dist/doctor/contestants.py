@@ -26,8 +26,8 @@ from crate_dist.doctor.stage import Setting
 from crate_dist.doctor.timing import synchronize
 from crate_dist.errors import UserError
 from crate_dist.models.build import build_model, model_config
-from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
+from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling
 from crate_dist.training.engine import Engine, MicroBatch
 from crate_dist.training.lion import Lion
@@ -186,7 +186,7 @@ def in_published_loop(model: nn.Module, recipe: Recipe, device: torch.device) ->
     return lambda batch: loop.step(normalize(batch[0]).contiguous(), batch[1])
 
 
-def is_compiled(model: CRATE) -> bool:
+def is_compiled(model: Transformer) -> bool:
     """Tells whether the layers run compiled."""
     return all(layer._compiled_call_impl is not None for layer in model.layers)
 

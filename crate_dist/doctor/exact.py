@@ -30,7 +30,7 @@ from crate_dist.doctor.contestants import SMALL, recipe_for, synthetic
 from crate_dist.doctor.published import CPU, PlainForm
 from crate_dist.doctor.stage import Finding
 from crate_dist.models.build import initialise, model_config
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.training.engine import Engine, MicroBatch
 
 FACTOR, ROUNDED_FACTOR = 3.0, 2.0
@@ -50,7 +50,7 @@ LOGITS = 5e-6
 class Case:
     """A model, a batch, and what fp64 says of them."""
 
-    model: CRATE
+    model: Transformer
     recipe: Recipe
     batch: MicroBatch
     exact: dict[str, Tensor]
@@ -79,7 +79,7 @@ def new_case(small: bool, seed: int) -> Case:
     return Case(model, recipe, batch, computed(PlainForm(copy_of(model).double()), recipe, batch, torch.float64))
 
 
-def new_model(small: bool, seed: int) -> tuple[CRATE, Recipe]:
+def new_model(small: bool, seed: int) -> tuple[Transformer, Recipe]:
     """Returns the model of a case, and the recipe of its steps."""
     overrides = ["model.pool=mean", *(SMALL if small else ())]
     recipe = recipe_for("crate_base", 32 if small else 8, "fp32", overrides=overrides)
@@ -93,9 +93,9 @@ def new_model(small: bool, seed: int) -> tuple[CRATE, Recipe]:
     return model, recipe
 
 
-def copy_of(model: CRATE) -> CRATE:
+def copy_of(model: Transformer) -> Transformer:
     """Returns a model of its own with the same weights."""
-    copied = CRATE(model.config)
+    copied = Transformer(model.config)
     copied.load_state_dict(model.state_dict())
     return copied
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
-from crate_dist.config import ArchName
+from crate_dist.config.archs import ARCHS
 from crate_dist.doctor.ceilings import TOKENS
 from crate_dist.doctor.contestants import prepare
 from crate_dist.doctor.correct import BACKENDS
 from crate_dist.doctor.stage import Finding, Setting
 from crate_dist.doctor.timing import in_turns, median_s
-from crate_dist.models.crate import ISTA
-from crate_dist.models.sizes import ARCHS
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.tokenwise.ista import ISTA
 
-SIZES: list[tuple[ArchName, int]] = [("crate_base", 256), ("crate_large", 128)]
-SMALL_SIZES: list[tuple[ArchName, int]] = [("crate_demo", 2)]
+SIZES: list[tuple[str, int]] = [("crate_base", 256), ("crate_large", 128)]
+SMALL_SIZES: list[tuple[str, int]] = [("crate_demo", 2)]
 
 
 def examine(setting: Setting) -> Iterator[Finding]:
@@ -64,11 +64,16 @@ def attention(shape: tuple[int, ...], device: torch.device) -> dict[str, Callabl
     return {"as training has it": lambda: back(scaled_dot_product_attention(w, w, w), weight, [w]), **ways}
 
 
+def of_width(dim: int) -> ModelConfig:
+    """Returns a model of one layer, whose parts may be built alone."""
+    return ModelConfig(dim=dim, depth=1, heads=1, image_size=16, patch_size=16, num_classes=1)
+
+
 def ista(tokens: int, dim: int, device: torch.device, compiled: bool) -> dict[str, Callable[[], object]]:
     """Returns ISTA as published, in two products and in one of (tokens, dim); compiled, the latter two."""
     z = torch.randn(1, tokens, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn_like(z)
-    forms = {name: ISTA(dim).to(device, torch.bfloat16) for name in ("two products", "one product")}
+    forms = {name: ISTA(of_width(dim)).to(device, torch.bfloat16) for name in ("two products", "one product")}
     forms["one product"].one_product = True
 
     def run(form: Callable[[Tensor], Tensor], dictionary: nn.Parameter) -> Callable[[], object]:

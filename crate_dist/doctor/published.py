@@ -18,12 +18,13 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 
 from crate_dist.config import Recipe, RecipeError
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.transformer import Transformer
 
 CPU = torch.device("cpu")
 
 
-def load_model(config: CrateConfig, reference: Path) -> nn.Module:
+def load_model(config: ModelConfig, reference: Path) -> nn.Module:
     """Returns its model, imported from a checkout of the published code. Raises RecipeError where there is none."""
     if not (reference / "model" / "crate.py").is_file():
         raise RecipeError(f"--reference {reference}: no model/crate.py there; give a checkout of the published code")
@@ -31,7 +32,7 @@ def load_model(config: CrateConfig, reference: Path) -> nn.Module:
     dims = {
         name: getattr(config, name) for name in ("image_size", "patch_size", "num_classes", "dim", "depth", "heads")
     }
-    model: nn.Module = importlib.import_module("model.crate").CRATE(**dims, dim_head=config.dim // config.heads)
+    model: nn.Module = importlib.import_module("model.crate").Transformer(**dims, dim_head=config.dim // config.heads)
     return model
 
 
@@ -41,7 +42,7 @@ class PlainForm(nn.Module):
     Z' = Z + W softmax(Wₖ Wₖᵀ / √p) Wₖ,  Wₖ = LN(Z) Uₖ        Z⁺ = ReLU(X + η (Dᵀ X - Dᵀ D X - λ)),  X = LN(Z')
     """
 
-    def __init__(self, model: CRATE) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 

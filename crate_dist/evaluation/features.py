@@ -19,7 +19,8 @@ from torch import Tensor
 from crate_dist.data.feed import Feed
 from crate_dist.data.loader import Batch
 from crate_dist.evaluation.on_ranks import CannotMeasure
-from crate_dist.models.crate import CRATE, Pool
+from crate_dist.models.config import Pool
+from crate_dist.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Features:
         return sum(self.sizes)
 
 
-def pooled(model: CRATE, images: Tensor, layer: int, pool: Pool) -> Tensor:
+def pooled(model: Transformer, images: Tensor, layer: int, pool: Pool) -> Tensor:
     """Returns features (b, d) of normalised images (b, 3, image_size, image_size) after layer 1 … depth."""
     z = model.embed(images)
     for block in model.layers[:layer]:

@@ -25,8 +25,8 @@ from crate_dist.data.loader import Batch, Normalize, eval_loader, eval_transform
 from crate_dist.data.workers import open_server
 from crate_dist.distributed import gather_objects, init_distributed, leave_distributed, lost_a_rank
 from crate_dist.errors import UserError
-from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import choose_kernels
+from crate_dist.models.transformer import Transformer
 from crate_dist.terminal import complain
 from crate_dist.world import World, detect_world
 
@@ -51,7 +51,7 @@ def check_output(path: Path | None) -> None:
 class Frozen:
     """A model in eval mode on this rank's device, and the way of images to it."""
 
-    model: CRATE
+    model: Transformer
     name: str
     world: World
     device: torch.device

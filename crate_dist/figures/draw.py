@@ -23,7 +23,7 @@ from crate_dist.figures.charts import Line, Panel, charts
 from crate_dist.figures.sheet import Sheet
 from crate_dist.figures.tables import Cell, attention_grid, coloured, picture_table
 from crate_dist.files import write_whole
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
 from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
 from crate_dist.whitebox.pca import Scale, picture_components
@@ -58,7 +58,7 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
     return f"{trained.name}, {len(pictures)} pictures", written
 
 
-def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, sheet: Sheet) -> list[Path]:
+def draw_attention(model: Transformer, pictures: Sequence[Picture], layer: int, sheet: Sheet) -> list[Path]:
     """Draws class-token attention of all heads over each picture in one layer (figure 4 of arXiv 2306.01129), its mean
     over the heads in every layer, and for each picture the grid of all layers and heads.
 
@@ -84,7 +84,7 @@ def draw_attention(model: CRATE, pictures: Sequence[Picture], layer: int, sheet:
     return [*written, sheet.save_numbers({p.name: m for p, m in rows}, "attention")]
 
 
-def draw_layers(model: CRATE, pictures: Sequence[Picture], sheet: Sheet) -> list[Path]:
+def draw_layers(model: Transformer, pictures: Sequence[Picture], sheet: Sheet) -> list[Path]:
     """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
     tensors = [picture.tensor for picture in pictures]
     if len({tensor.shape for tensor in tensors}) > 1:
@@ -110,7 +110,7 @@ def draw_layers(model: CRATE, pictures: Sequence[Picture], sheet: Sheet) -> list
 
 
 def draw_pca(
-    model: CRATE,
+    model: Transformer,
     pictures: Sequence[Picture],
     layer: int,
     threshold: float,
@@ -147,7 +147,7 @@ def draw_pca(
 
 
 def draw_masks(
-    model: CRATE,
+    model: Transformer,
     pictures: Sequence[Picture],
     layer: int,
     truths: Mapping[str, Mask],
@@ -208,7 +208,7 @@ def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequenc
     }
 
 
-def _on(model: CRATE, measure: Callable[..., Tensor], picture: Picture, *rest: int) -> NDArray[np.floating]:
+def _on(model: Transformer, measure: Callable[..., Tensor], picture: Picture, *rest: int) -> NDArray[np.floating]:
     images: Tensor = picture.tensor[None].to(next(model.parameters()).device)
     values: NDArray[np.floating] = measure(model, images, *rest).cpu().numpy()
     return values

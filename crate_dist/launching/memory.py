@@ -8,7 +8,7 @@ Not counted is what an allocator leaves unused between its blocks; `RESERVE` sta
 from __future__ import annotations
 
 from crate_dist.config import OptimSection, Recipe
-from crate_dist.models.sizes import ARCHS, ista_in_one_product
+from crate_dist.models.sizes import ista_in_one_product
 
 KEPT_PER_LAYER = 6
 """Tensors of the tokens' size: input, normalised input, projections, attention's output, its sum with the input, that
@@ -29,7 +29,7 @@ RESERVE = 0.12
 
 def parameters(recipe: Recipe, classes: int = 1000) -> int:
     """Counts the weights of the recipe's model."""
-    dims, patch, tokens = ARCHS[recipe.model.arch], _patch_values(recipe), _tokens(recipe)
+    dims, patch, tokens = recipe.model.parts(), _patch_values(recipe), _tokens(recipe)
     d = dims.dim
     layer = 2 * d * d + (d * d + d if dims.heads > 1 else 0) + 4 * d
     embedding = 2 * patch + patch * d + 3 * d + tokens * d + d
@@ -38,7 +38,7 @@ def parameters(recipe: Recipe, classes: int = 1000) -> int:
 
 def kept_bytes(recipe: Recipe, images: int) -> int:
     """Counts the bytes that autograd keeps of `images` images from the forward pass to the backward pass."""
-    dims, tokens, size = ARCHS[recipe.model.arch], _tokens(recipe) * images, _bytes(recipe)
+    dims, tokens, size = recipe.model.parts(), _tokens(recipe) * images, _bytes(recipe)
     of_products = 4 if recipe.train.precision == "fp32" else 2
     values, matrix = tokens * dims.dim, dims.dim**2 * of_products
     per_layer = values * (RESIDUALS * size + (_kept_per_layer(recipe, images) - RESIDUALS) * of_products)
@@ -56,7 +56,7 @@ def kept_bytes(recipe: Recipe, images: int) -> int:
 
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     """Counts the most bytes that a rank of `world_size` needs at a time."""
-    dims, size = ARCHS[recipe.model.arch], _bytes(recipe)
+    dims, size = recipe.model.parts(), _bytes(recipe)
     in_hand = IN_HAND + (_kept_per_layer(recipe, micro_batch) if recipe.train.recompute else 0)
     passing = kept_bytes(recipe, micro_batch) + in_hand * micro_batch * _tokens(recipe) * dims.dim * size
     arriving = parameters(recipe) * size / 8  # gradients of the bucket that the backward pass fills
@@ -91,7 +91,7 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
     fits = largest_micro_batch(recipe, world_size, card_gb * 1e9)
     line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"
     if need > card_gb * (1 - RESERVE):
-        depth = ARCHS[recipe.model.arch].depth
+        depth = recipe.model.parts().depth
         again = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": depth})})
         fits_again = largest_micro_batch(again, world_size, card_gb * 1e9)
         remedies = [f"--set train.micro_batch={fits}"] if fits else []
@@ -107,7 +107,7 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
 
 
 def _kept_per_layer(recipe: Recipe, images: int) -> int:
-    return KEPT_PER_LAYER + (not ista_in_one_product(images * _tokens(recipe), ARCHS[recipe.model.arch].dim))
+    return KEPT_PER_LAYER + (not ista_in_one_product(images * _tokens(recipe), recipe.model.parts().dim))
 
 
 def _patch_values(recipe: Recipe) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from crate_dist.models.build import find_arch
-from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
+from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.positions import interpolate_positions
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import StateDict, WeightsError
 
 
@@ -28,7 +29,7 @@ class Adapted:
     notes: tuple[str, ...]
 
 
-def adapt(state_dict: StateDict, source: CrateConfig, target: CrateConfig, new_head: bool) -> Adapted:
+def adapt(state_dict: StateDict, source: ModelConfig, target: ModelConfig, new_head: bool) -> Adapted:
     """Makes the weights of a model `source` fit a model `target`. Changes nothing that it is given.
 
     new_head: leaves out the head, its normalisation too, as the published fine-tuning code does
@@ -83,13 +84,13 @@ def resize_patch_embedding(state_dict: StateDict, old: int, new: int) -> dict[st
     }
 
 
-def _check_size(state_dict: StateDict, source: CrateConfig, target: CrateConfig) -> None:
+def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig) -> None:
     """Raises WeightsError that names every tensor which has another shape for its width, depth or heads."""
     if (source.dim, source.depth, source.heads) == (target.dim, target.depth, target.heads):
         return
     like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
     with torch.device("meta"):
-        expected = {name: t.shape for name, t in CRATE(replace(target, **like_source)).state_dict().items()}
+        expected = {name: t.shape for name, t in Transformer(replace(target, **like_source)).state_dict().items()}
     given = {name: t.shape for name, t in state_dict.items()}
     layers: dict[tuple[str, str], list[int]] = {}
     for name in [*given, *(name for name in expected if name not in given)]:
@@ -111,7 +112,7 @@ def _check_size(state_dict: StateDict, source: CrateConfig, target: CrateConfig)
     )
 
 
-def _size(config: CrateConfig) -> str:
+def _size(config: ModelConfig) -> str:
     return (
         f"{find_arch(config) or 'a model of its own size'} "
         f"(width {config.dim}, {config.depth} layers, {config.heads} heads)"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from crate_dist.models.sizes import ista_in_one_product
 
 if TYPE_CHECKING:
-    from crate_dist.models.crate import CrateConfig
+    from crate_dist.models.config import ModelConfig
 
 
-def forward_flops(config: CrateConfig, images: int) -> int:
+def forward_flops(config: ModelConfig, images: int) -> int:
     """Counts the operations of one forward pass of `images` images; with its backward pass, three times that."""
     n, d = config.num_tokens, config.dim
     tokens = images * n

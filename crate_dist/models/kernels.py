@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend
 
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 
 
 def choose_kernels() -> None:
@@ -24,7 +24,7 @@ def choose_kernels() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def attention_kernel(model: CRATE, device: torch.device, dtype: torch.dtype) -> str:
+def attention_kernel(model: Transformer, device: torch.device, dtype: torch.dtype) -> str:
     """Names the kernel that torch takes for the model's attention: "flash", "efficient" or "math"; a CPU has its own.
 
     dtype: of the products

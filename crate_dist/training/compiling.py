@@ -25,7 +25,7 @@ import torch
 
 from crate_dist.config import Compile
 from crate_dist.distributed import gather_objects
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.training.lion import Lion
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def should_compile(compile: Compile, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def compile_model(model: CRATE, passes: Callable[[], object], device: torch.device) -> bool:
+def compile_model(model: Transformer, passes: Callable[[], object], device: torch.device) -> bool:
     """Compiles the model's parts, and tries them. A collective.
 
     passes: runs all passes that are to be compiled, forward and backward, and changes no gradient and no weight; called
@@ -109,7 +109,7 @@ def compile_lion(optimizer: Lion, clips: bool, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _few_layers(model: CRATE) -> Iterator[None]:
+def _few_layers(model: Transformer) -> Iterator[None]:
     """Leaves a model its first layer and its last, of which only the first may be computed again when it is trained."""
     training, layers = model.training, model.layers
     model.layers = torch.nn.ModuleList(dict.fromkeys([layers[0], layers[-1]]))

@@ -35,9 +35,9 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
-from crate_dist.models.crate import CRATE
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
+from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling
 from crate_dist.training.averaging import Average
 from crate_dist.training.compiled_cache import check_node_folder
@@ -80,7 +80,9 @@ class StepResult:
 class Engine:
     """A model in training on this rank."""
 
-    def __init__(self, model: CRATE, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int) -> None:
+    def __init__(
+        self, model: Transformer, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int
+    ) -> None:
         self.recipe, self.device, self.accumulation = recipe, device, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
@@ -89,8 +91,11 @@ class Engine:
         model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
-        ways = "one product" if ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim) else "two"
-        logger.info("attention: %s; ISTA: %s", attention_kernel(model, device, products), ways)
+        if model.config.mixer in ("mssa", "attention"):
+            logger.info("attention: %s", attention_kernel(model, device, products))
+        if model.config.tokenwise == "ista":
+            one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
+            logger.info("ISTA: %s", "one product" if one else "two products")
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -115,9 +120,9 @@ class Engine:
                     compiling.compile_lion(optimizer, recipe.optim.grad_clip > 0, device)
 
     @property
-    def module(self) -> CRATE:
+    def module(self) -> Transformer:
         """The model with the weights of the products' precision."""
-        module: CRATE = self._engine.module
+        module: Transformer = self._engine.module
         return module
 
     def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:

@@ -30,7 +30,7 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import Left, gather_objects
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.training.compiling import eagerly
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
@@ -71,7 +71,7 @@ class Live:
         return self._every > 0 and (step == 1 or step % self._every == 0)
 
     def measure(
-        self, model: CRATE, step: int, monitor: Monitor, interrupt: Interrupt, unless_known: bool = False
+        self, model: Transformer, step: int, monitor: Monitor, interrupt: Interrupt, unless_known: bool = False
     ) -> bool:
         """Measures and writes on rank 0. All ranks call it: those that wait must not take it for a slow step.
 
@@ -101,7 +101,7 @@ class Live:
         return not gather_objects(left)[0]
 
     def _measured(
-        self, model: CRATE, step: int, interrupt: Interrupt
+        self, model: Transformer, step: int, interrupt: Interrupt
     ) -> tuple[dict[str, list[float]], dict[str, Pixels]]:
         self._batch = self._batch or first_images(self._index, self._recipe, interrupt.go_on)
         pixels, labels = self._batch

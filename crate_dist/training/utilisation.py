@@ -17,7 +17,7 @@ import torch
 
 from crate_dist.config import Recipe
 from crate_dist.distributed import gather_objects
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.flops import forward_flops
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Utilisation:
     Made on all ranks together: the peak is the sum of theirs, and unknown where one is.
     """
 
-    def __init__(self, config: CrateConfig, recipe: Recipe, micro_batch: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, recipe: Recipe, micro_batch: int, device: torch.device) -> None:
         self._work = 3 * forward_flops(config, micro_batch) / micro_batch
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         peaks = gather_objects(published_flop_s(name) if recipe.train.precision != "fp32" else None)

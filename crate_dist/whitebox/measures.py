@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_dist.models.crate import CRATE, CrateLayer
+from crate_dist.models.residuals.layer import Layer
+from crate_dist.models.transformer import Transformer
 
 QUANTIZATION = 0.01
 """ε² of the coding rate, squared error per token that a code may leave; the published code's value."""
@@ -108,7 +109,7 @@ class Profile:
 
 
 @torch.no_grad()
-def profile(model: CRATE, batches: Iterable[Tensor]) -> Profile:
+def profile(model: Transformer, batches: Iterable[Tensor]) -> Profile:
     """Measures every layer on batches of images (b, 3, height, width) of one size, in the model's dtype and place.
 
     Layer by layer, so that no more than one layer's tokens are held. Draws no random number, changes no weight.
@@ -126,7 +127,7 @@ def profile(model: CRATE, batches: Iterable[Tensor]) -> Profile:
 
 
 @torch.no_grad()
-def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
+def class_attention_maps(model: Transformer, images: Tensor) -> Tensor:
     """Returns where the class token looks, all layers: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
     with _evaluating(model):
         inside = model.forward_intermediates(images)
@@ -134,7 +135,7 @@ def class_attention_maps(model: CRATE, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def patch_projections(model: CRATE, images: Tensor, layer: int) -> Tensor:
+def patch_projections(model: Transformer, images: Tensor, layer: int) -> Tensor:
     """Returns w = Uᵀ LN(z) of one layer by patch, heads side by side: (b, 3, height, width) -> fp32 (b, rows, cols, d).
 
     MSSA's w is query, key and value at once, hence these are the keys that the published pictures are made of.
@@ -145,7 +146,7 @@ def patch_projections(model: CRATE, images: Tensor, layer: int) -> Tensor:
     return w[:, :, 1:].float().transpose(1, 2).flatten(2).unflatten(1, (rows, cols))
 
 
-def layer_gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def layer_gradient_norms(model: Transformer, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Returns ‖∂ loss / ∂ θ_ℓ‖₂ over the parameters of each layer ℓ, fp64 (L,), of the mean cross-entropy on images.
 
     A backward pass of its own: parameters' .grad are neither read nor written, and no hook on them runs.
@@ -161,7 +162,7 @@ def layer_gradient_norms(model: CRATE, images: Tensor, labels: Tensor, label_smo
 
 
 @contextmanager
-def _evaluating(model: CRATE) -> Iterator[None]:
+def _evaluating(model: Transformer) -> Iterator[None]:
     """Turns dropout off, and back to what it was afterwards."""
     training = model.training
     model.eval()
@@ -171,19 +172,19 @@ def _evaluating(model: CRATE) -> Iterator[None]:
         model.train(training)
 
 
-def _profile(model: CRATE, images: Tensor) -> Profile:
+def _profile(model: Transformer, images: Tensor) -> Profile:
     z = model.embed_any_size(images)
     rates, compressed, zeros, dead, active, coherences = [], [], [], [], [], []
     for layer in model.layers:
-        assert isinstance(layer, CrateLayer)
+        assert isinstance(layer, Layer)
         w = layer.project(z)
         rates.append(coding_rate(w))
-        compressed.append(coding_rate(layer.project(z + layer.mssa.attend(w))))
+        compressed.append(coding_rate(layer.project(layer.compress(z, w))))
         z = layer.update(z, w)
         zeros.append(zero_share(z))
         dead.append(dead_token_share(z))
         active.append((z > 0).flatten(0, 1).any(dim=0))
-        coherences.append(coherence(layer.ista.dictionary))
+        coherences.append(coherence(layer.get_parameter("ista.dictionary")))
     measured = (rates, compressed, zeros, dead, active, coherences)
     return Profile(*(torch.stack(values).cpu() for values in measured))
 

@@ -118,19 +118,21 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
     from crate_dist.doctor import correct, correct_step, waits
     from crate_dist.doctor.contestants import alone, made
     from crate_dist.doctor.exact import new_case
-    from crate_dist.models.crate import CRATE, ISTA
+    from crate_dist.models.tokenwise.ista import ISTA
+    from crate_dist.models.transformer import Transformer
     from crate_dist.training.engine import Engine
     from crate_dist.training.zero import Guard
 
     torch.set_num_threads(2)
     without_compiling()
     found: dict[str, list[str]] = {}
-    place, build, loss = CRATE._place, Engine.__init__, Engine.criterion
+    place, build, loss = Transformer._positions, Engine.__init__, Engine.criterion
 
-    def place_with_half_a_gradient(self: CRATE, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return place(self, patches, 0.5 * positions + 0.5 * positions.detach())
+    def positions_with_half_a_gradient(self: Transformer, rows: int, cols: int) -> torch.Tensor:
+        positions = place(self, rows, cols)
+        return 0.5 * positions + 0.5 * positions.detach()
 
-    def build_without_clipping(self: Engine, model: CRATE, recipe: Recipe, *rest: Any) -> None:
+    def build_without_clipping(self: Engine, model: Transformer, recipe: Recipe, *rest: Any) -> None:
         optim = recipe.optim.model_copy(update={"grad_clip": 0})
         build(self, model, recipe.model_copy(update={"optim": optim}), *rest)
 
@@ -144,7 +146,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
         plants: dict[str, tuple[Callable[[], Iterator[Finding]], dict[tuple[Any, str], Any]]] = {
             "half a gradient": (
                 lambda: correct.passes(case, given, device),
-                {(CRATE, "_place"): place_with_half_a_gradient},
+                {(Transformer, "_positions"): positions_with_half_a_gradient},
             ),
             "a wrong η": (
                 lambda: correct.passes(case, given, device),

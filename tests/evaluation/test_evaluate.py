@@ -25,7 +25,7 @@ from crate_dist.data.reader import BadSample
 from crate_dist.evaluate import Evaluation, evaluate, main
 from crate_dist.launching.preflight import check_init_from
 from crate_dist.models.build import build_model
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import to_reference
 from crate_dist.models.weights.write import export_model, export_reference
 from crate_dist.world import World
@@ -38,7 +38,7 @@ IMAGES = ImageSection(eval_crop=1.0)
 NO_IMAGES = {3, 4, 17, 18, 19, 36}
 
 
-def model() -> CRATE:
+def model() -> Transformer:
     return build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 4, seed=3).eval()
 
 
@@ -265,7 +265,7 @@ def test_weights_that_are_not_finite_have_no_accuracy(
     assert not (tmp_path / "out.json").exists()
 
 
-def trained_on(folder: Path, classes: list[str] | None) -> tuple[Path, CRATE]:
+def trained_on(folder: Path, classes: list[str] | None) -> tuple[Path, Transformer]:
     """A file of a model of six outputs, for classes of these names."""
     net = build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 6, seed=3).eval()
     meta = {"eval_crop": 1.0} | ({"classes": classes} if classes else {})

@@ -27,7 +27,8 @@ from crate_dist.evaluation import linear as linear_probe
 from crate_dist.evaluation.features import Features, extract, pooled
 from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.build import build_model
-from crate_dist.models.crate import CRATE, Pool
+from crate_dist.models.config import Pool
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.write import export_model
 from crate_dist.probe import main
 from crate_dist.world import World
@@ -40,7 +41,7 @@ CLASSES = 6
 L2S = [1e-1, 1e-4]
 
 
-def model(pool: Pool = "cls") -> CRATE:
+def model(pool: Pool = "cls") -> Transformer:
     return build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8, pool=pool), 4, seed=3).eval()
 
 

@@ -23,7 +23,7 @@ from crate_dist.evaluation.on_ranks import CannotMeasure, Frozen
 from crate_dist.evaluation.real import RealLabels
 from crate_dist.evaluation.throughput import measure_throughput
 from crate_dist.models.build import build_model
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.write import export_model
 from crate_dist.world import World
 from tests.conftest import casts, write_split
@@ -34,7 +34,7 @@ CROP = 0.5
 CPU = torch.device("cpu")
 
 
-def model(classes: list[str] | None, folder: Path, name: str = "model.pt") -> tuple[Path, CRATE]:
+def model(classes: list[str] | None, folder: Path, name: str = "model.pt") -> tuple[Path, Transformer]:
     """A file of a model of a thousand outputs, which has opinions."""
     net = build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 1000, seed=3).eval()
     torch.nn.init.normal_(net.head.linear.weight, std=0.5, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,9 @@ def tree(root: Path, classes: list[str], seed: int, suffix: str = "JPEG") -> lis
     return images
 
 
-def by_hand(net: CRATE, images: list[tuple[bytes, int]], competing: set[int], crop: float = CROP) -> dict[str, Any]:
+def by_hand(
+    net: Transformer, images: list[tuple[bytes, int]], competing: set[int], crop: float = CROP
+) -> dict[str, Any]:
     """Top-1 and loss where the outputs `competing` do."""
     transform = eval_transform(ImageSection(eval_crop=crop), 32)
     pixels = torch.from_numpy(np.stack([transform(image) for image, _ in images]))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from crate_dist.config import Recipe, load_recipe
+from crate_dist.config.archs import ARCHS
 from crate_dist.doctor.fake_cluster import fake_cluster
 from crate_dist.launching.memory import advice, kept_bytes, largest_micro_batch, parameters, state_bytes, step_bytes
 from crate_dist.models.build import build_model
-from crate_dist.models.sizes import ARCHS
 from crate_dist.training.engine import Engine
 
 
@@ -23,9 +23,9 @@ def recipe(arch: str = "crate_tiny", *overrides: str) -> Recipe:
 def test_the_parameters_are_counted_without_torch_as_torch_has_them(arch: str) -> None:
     with torch.device("meta"):
         from crate_dist.models.build import model_config
-        from crate_dist.models.crate import CRATE
+        from crate_dist.models.transformer import Transformer
 
-        model = CRATE(model_config(recipe(arch).model, 1000))
+        model = Transformer(model_config(recipe(arch).model, 1000))
     assert parameters(recipe(arch)) == sum(p.numel() for p in model.parameters())
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from crate_dist.config import ModelSection
 from crate_dist.models.adapt import adapt
 from crate_dist.models.build import build_model, initialise, model_config
-from crate_dist.models.crate import CRATE
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.read import load_model
 
@@ -44,7 +44,7 @@ def test_a_new_head_is_the_new_model_s_own_and_nothing_else_is(weights: dict[str
         "head.linear.bias",
     }
     assert adapted.notes == ("head new, 10 classes there and 3 here",)
-    CRATE(target).load_state_dict(adapted.state_dict, strict=False)
+    Transformer(target).load_state_dict(adapted.state_dict, strict=False)
 
 
 def test_positions_of_another_grid_are_interpolated_and_the_class_token_s_is_kept(weights: dict[str, Tensor]) -> None:
@@ -91,7 +91,7 @@ def test_patches_of_another_size_that_show_the_same_are_embedded_alike(weights: 
     target = replace(SOURCE, image_size=4 * new, patch_size=new)
     adapted = adapt(changed, SOURCE, target, new_head=False)
     assert adapted.notes == (f"patch embedding resized from 8 to {new} pixels",)
-    before, after = CRATE(SOURCE), CRATE(target)
+    before, after = Transformer(SOURCE), Transformer(target)
     before.load_state_dict(changed)
     after.load_state_dict(adapted.state_dict)
     coarse = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,10 @@ def test_weights_that_are_not_finite_are_named(weights: dict[str, Tensor]) -> No
 
 
 def test_adapted_features_are_those_of_the_source_up_to_the_head(weights: dict[str, Tensor]) -> None:
-    source, target = CRATE(SOURCE), build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 3, seed=9)
+    source, target = (
+        Transformer(SOURCE),
+        build_model(ModelSection(arch="crate_demo", image_size=32, patch_size=8), 3, seed=9),
+    )
     source.load_state_dict(weights)
     target.load_state_dict(adapt(weights, SOURCE, target.config, new_head=True).state_dict, strict=False)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from crate_dist.checkpoint.export import facts_of
 from crate_dist.config import load_recipe
 from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.models.build import initialise
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights import load_model
 from crate_dist.models.weights.card import card_path, model_card, write_card
 from crate_dist.models.weights.files import convert
@@ -22,7 +22,7 @@ from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.record import code_version
 from tests.data_prep import picture
 
-SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
+SMALL = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 
 
 def index_of(folder: Path, samples: int) -> ShardIndex:

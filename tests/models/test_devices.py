@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_dist.data.loader import Normalize
 from crate_dist.evaluation.knn import nearest
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.transformer import Transformer
 from crate_dist.training.lion import Lion
 from crate_dist.whitebox.measures import class_attention_maps, layer_gradient_norms, patch_projections, profile
 
-CONFIG = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3)
+CONFIG = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3)
 DEVICE = torch.device("meta")
 
 
@@ -32,9 +33,9 @@ class Fetches(TorchDispatchMode):
 
 
 @pytest.fixture
-def model() -> Iterator[CRATE]:
+def model() -> Iterator[Transformer]:
     with DEVICE:
-        model = CRATE(CONFIG).eval()
+        model = Transformer(CONFIG).eval()
     with Fetches():
         yield model
 
@@ -42,7 +43,7 @@ def model() -> Iterator[CRATE]:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("images", [1, 8])  # ISTA in two products, in one
-def test_an_evaluation_is_computed_where_the_model_is(model: CRATE, dtype: torch.dtype, images: int) -> None:
+def test_an_evaluation_is_computed_where_the_model_is(model: Transformer, dtype: torch.dtype, images: int) -> None:
     model.to(dtype).set_execution(images=images)
     pixels = torch.zeros(images, 16, 16, 3, dtype=torch.uint8)
     logits = model(Normalize((0.5,) * 3, (0.2,) * 3, DEVICE, dtype)(pixels))
@@ -50,7 +51,7 @@ def test_an_evaluation_is_computed_where_the_model_is(model: CRATE, dtype: torch
     assert logits.shape == (images, 7)
 
 
-def test_the_white_box_and_neighbours_too(model: CRATE) -> None:
+def test_the_white_box_and_neighbours_too(model: Transformer) -> None:
     images = torch.empty(2, 3, 24, 16, device=DEVICE)  # of another size: positions are interpolated
     assert profile(model, [images, images]).coding_rate.shape == (3, 4)
     assert class_attention_maps(model, images).is_meta
@@ -61,7 +62,7 @@ def test_the_white_box_and_neighbours_too(model: CRATE) -> None:
     assert nearest(bank, queries, 3, first=0).is_meta
 
 
-def test_a_tensor_that_stayed_on_the_cpu_is_seen(model: CRATE) -> None:
+def test_a_tensor_that_stayed_on_the_cpu_is_seen(model: Transformer) -> None:
     with pytest.raises(RuntimeError, match="device"):
         model(torch.empty(2, 3, 16, 16))
 
@@ -70,7 +71,7 @@ def test_a_tensor_that_stayed_on_the_cpu_is_seen(model: CRATE) -> None:
 @pytest.mark.parametrize("images", [1, 8])
 def test_a_step_makes_no_tensor_elsewhere(again: int, images: int) -> None:
     with DEVICE:
-        model = CRATE(replace(CONFIG, dropout=0.1)).train()
+        model = Transformer(replace(CONFIG, dropout=0.1)).train()
         batch, labels = torch.empty(images, 3, 16, 16), torch.empty(images, dtype=torch.int64)
     model.set_execution(recompute=again, images=images)
     optimizer = Lion(model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from crate_dist.checkpoint.trained import load_trained
 from crate_dist.config import ModelSection
 from crate_dist.models.build import build_model, initialise
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.__main__ import main
 from crate_dist.models.weights.files import describe
 from crate_dist.models.weights.names import (
@@ -36,7 +37,7 @@ from crate_dist.models.weights.write import export_model, export_reference, expo
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "crate_reference_checkpoint.pth.tar"
-SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
+SMALL = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_what_is_written_has_the_published_names_in_the_published_order() -> Non
     golden = torch.load(GOLDEN / "crate_parity.pt", weights_only=True)
     ours = from_reference(golden["state_dict"])
     assert_equal(to_reference(ours), golden["state_dict"])
-    assert infer_config(ours, heads=4) == CrateConfig(
+    assert infer_config(ours, heads=4) == ModelConfig(
         image_size=32, patch_size=8, num_classes=10, dim=48, depth=3, heads=4
     )
 
@@ -185,7 +186,7 @@ def test_the_published_training_code_resumes_from_what_is_written(
 def test_names_and_shapes_survive_at_any_dimensions(
     heads: int, width: int, depth: int, patch_size: int, side: int, num_classes: int
 ) -> None:
-    config = CrateConfig(
+    config = ModelConfig(
         image_size=side * patch_size,
         patch_size=patch_size,
         num_classes=num_classes,
@@ -249,9 +250,9 @@ def test_heads_of_a_published_size_need_not_be_given_and_are_said(
 
 def test_heads_of_a_published_width_at_other_patches_have_to_be_given(tmp_path: Path) -> None:
     """The published demo has the width of CRATE-B, patches of 8 pixels, and 6 heads."""
-    config = CrateConfig(image_size=16, patch_size=8, num_classes=10, dim=768, depth=12, heads=6)
+    config = ModelConfig(image_size=16, patch_size=8, num_classes=10, dim=768, depth=12, heads=6)
     with torch.device("meta"):
-        shapes = CRATE(config).state_dict()
+        shapes = Transformer(config).state_dict()
     state = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in shapes.items()}
     with pytest.raises(WeightsError, match=r"width 768 and depth 12 with patches of 8 pixels.*--heads"):
         infer_config(state)
@@ -285,7 +286,7 @@ def test_a_head_behind_the_published_one_is_joined_with_it_and_any_other_is_left
 
 
 def test_an_export_keeps_the_architecture_the_meta_and_the_dtype(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    config = CrateConfig(**{**vars(SMALL), "pool": "mean", "ista_step": 0.2, "ista_threshold": 0.05})
+    config = ModelConfig(**{**vars(SMALL), "pool": "mean", "ista_step": 0.2, "ista_threshold": 0.05})
     rounded = {name: tensor.bfloat16() for name, tensor in state.items()}
     export_model(tmp_path / "model.pt", config, rounded, {"step": 12, "top1": 0.5, "shape": (1, 2)})
     model, meta = load_model(tmp_path / "model.pt")
@@ -327,7 +328,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 def test_safetensors_carry_the_weights_the_architecture_and_the_meta(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "model.safetensors"
     meta = {"step": 12, "metrics": {"val/top1": 50.5}, "classes": ["käse", "wurst"]}
-    config = CrateConfig(**{**vars(SMALL), "pool": "mean"})
+    config = ModelConfig(**{**vars(SMALL), "pool": "mean"})
     export_safetensors(path, config, {name: tensor.bfloat16() for name, tensor in state.items()}, meta)
     model, found = load_model(path)  # heads and pool are in the file
     assert (model.config, found) == (config, meta)

@@ -22,9 +22,9 @@ from tests.ranks import REPOSITORY, train_to_the_end
 
 HERE = Path(__file__).parent
 _TINY = """
-from crate_dist.models.sizes import ARCHS, ArchDims
+from crate_dist.config.archs import ARCHS, Arch
 from crate_dist.train import main
-ARCHS["crate_demo"] = ArchDims(dim=8, depth=2, heads=2)
+ARCHS["crate_demo"] = Arch(dim=8, depth=2, heads=2)
 main()
 """
 

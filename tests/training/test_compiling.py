@@ -178,12 +178,13 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
-    from crate_dist.models.crate import CRATE, CrateConfig
+    from crate_dist.models.config import ModelConfig
+    from crate_dist.models.transformer import Transformer
     from crate_dist.models.weights.names import from_reference
 
     keep_in(cache)
     golden = torch.load(GOLDEN, weights_only=True)
-    model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
+    model = Transformer(ModelConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
     model.load_state_dict(from_reference(golden["state_dict"]))
     images = golden["images"]
     assert compiling.compile_model(model, lambda: model(images), device)

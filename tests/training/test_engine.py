@@ -36,14 +36,15 @@ def recipe(**optim: Any) -> Recipe:
 
 def golden_losses(world: World, device: torch.device, accumulation: int) -> list[float]:
     """Twelve Lion steps of the golden model through the engine, without clipping, in fp32."""
-    from crate_dist.models.crate import CRATE, CrateConfig
+    from crate_dist.models.config import ModelConfig
+    from crate_dist.models.transformer import Transformer
     from crate_dist.models.weights.names import from_reference
     from crate_dist.training.engine import Engine
 
     golden = torch.load(GOLDEN, weights_only=True)
     given, training = dict(golden["config"]), golden["train"]
     given.pop("dim_head")
-    model = CRATE(CrateConfig(**given))
+    model = Transformer(ModelConfig(**given))
     model.load_state_dict(from_reference(golden["state_dict"]))
     images, labels = training["images"], training["labels"]
     settings = recipe(

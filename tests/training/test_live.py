@@ -22,8 +22,8 @@ from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
-from crate_dist.models.crate import CRATE
 from crate_dist.models.flops import forward_flops
+from crate_dist.models.transformer import Transformer
 from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.live import Live, first_images
@@ -234,7 +234,7 @@ class Untold:
     def hold(self) -> None: ...
 
 
-def live(cast_shards: Path, small_recipe: Path, model: CRATE, steps: list[int]) -> Notes:
+def live(cast_shards: Path, small_recipe: Path, model: Transformer, steps: list[int]) -> Notes:
     """Measures of a model at these steps, on one rank; an epoch has 8.3 steps, the first of which is the warm-up."""
     recipe = load_recipe(small_recipe, data__root=str(cast_shards), log__whitebox_every_steps=10)
     world, index = World(0, 1, 0, 1, "127.0.0.1", 0, "test"), ShardIndex.load(cast_shards / "val")

@@ -17,7 +17,7 @@ from crate_dist.figures.__main__ import main
 from crate_dist.figures.sheet import Sheet
 from crate_dist.figures.tables import Cell, edges, picture_table
 from crate_dist.models.build import initialise
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.write import export_model
 from crate_dist.whitebox.pictures import Framing, PictureError, from_paths, read_mask
@@ -35,7 +35,7 @@ def golden() -> dict[str, Any]:
 def golden_files(golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The golden model as an export, and its images as the published vis_utils reads them."""
     folder = tmp_path_factory.mktemp("golden")
-    config = CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"})
+    config = ModelConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"})
     export_model(folder / "model.pt", config, from_reference(golden["state_dict"]))
     torch.save({"imgs": golden["images"]}, folder / "images.pt")
     return folder / "model.pt", folder / "images.pt"
@@ -51,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model(folder: Path, patch: int) -> Path:
-    config = CrateConfig(image_size=32, patch_size=patch, num_classes=4, dim=24, depth=3, heads=2)
+    config = ModelConfig(image_size=32, patch_size=patch, num_classes=4, dim=24, depth=3, heads=2)
     export_model(folder / f"patch{patch}.pt", config, initialise(config, seed=0).state_dict())
     return folder / f"patch{patch}.pt"
 

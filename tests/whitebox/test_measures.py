@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_dist.models.build import initialise
-from crate_dist.models.crate import CRATE, CrateConfig, CrateLayer
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.residuals.crate import CrateLayer
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import from_reference
 from crate_dist.whitebox.measures import (
     class_attention_maps,
@@ -24,7 +26,7 @@ from crate_dist.whitebox.measures import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
-SMALL = CrateConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3, dropout=0.5, emb_dropout=0.5)
+SMALL = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3, dropout=0.5, emb_dropout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def golden() -> dict[str, Any]:
 
 
 @pytest.fixture
-def model(golden: dict[str, Any]) -> CRATE:
-    model = CRATE(CrateConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
+def model(golden: dict[str, Any]) -> Transformer:
+    model = Transformer(ModelConfig(**{key: value for key, value in golden["config"].items() if key != "dim_head"}))
     model.load_state_dict(from_reference(golden["state_dict"]))
     return model
 
@@ -43,7 +45,7 @@ def images(*sides: int) -> Tensor:
     return torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
 
 
-def test_coding_rate_and_sparsity_are_those_of_the_published_code(model: CRATE, golden: dict[str, Any]) -> None:
+def test_coding_rate_and_sparsity_are_those_of_the_published_code(model: Transformer, golden: dict[str, Any]) -> None:
     seen = profile(model, [golden["images"]])
     means, stds = zip(*golden["coding_rate"], strict=True)
     assert seen.coding_rate.mean(dim=1).tolist() == pytest.approx(means, rel=1e-5)
@@ -54,13 +56,13 @@ def test_coding_rate_and_sparsity_are_those_of_the_published_code(model: CRATE, 
     assert seen.means()["coding_rate"] == pytest.approx(means, rel=1e-5)
 
 
-def test_class_attention_is_that_of_the_published_code(model: CRATE, golden: dict[str, Any]) -> None:
+def test_class_attention_is_that_of_the_published_code(model: Transformer, golden: dict[str, Any]) -> None:
     maps = class_attention_maps(model, golden["images"])
     assert maps.shape == (3, 4, 4, 4, 4)  # layers, images, heads, rows, columns
     assert torch.allclose(maps.flatten(-2), golden["attention"][:, :, :, 0, 1:], atol=1e-5)
 
 
-def test_in_one_batch_or_in_several_the_profile_is_the_same(model: CRATE, golden: dict[str, Any]) -> None:
+def test_in_one_batch_or_in_several_the_profile_is_the_same(model: Transformer, golden: dict[str, Any]) -> None:
     whole, parts = profile(model, [golden["images"]]), profile(model, list(golden["images"].split(1)))
     for name, tensor in vars(whole).items():
         assert torch.allclose(tensor.double(), getattr(parts, name).double(), rtol=1e-5), name
@@ -94,8 +96,8 @@ def test_a_layer_without_its_dictionary_is_seen_to_be_dead() -> None:
     with torch.no_grad():
         layer = model.layers[1]
         assert isinstance(layer, CrateLayer)
-        layer.ista.dictionary.zero_()
-        layer.ista_norm.weight.zero_()
+        layer.ista.dictionary.zero_()  # type: ignore[union-attr,operator]
+        layer.ista_norm.weight.zero_()  # type: ignore[union-attr,operator]
     seen = profile(model, [images(16, 16)])
     assert seen.zeros[:, 0].tolist()[1] == 1
     assert seen.dead_tokens.mean(dim=1).tolist()[1] == 1

@@ -16,7 +16,8 @@ import torch
 from crate_dist.config import new_names
 from crate_dist.files import write_whole
 from crate_dist.models.build import find_arch
-from crate_dist.models.crate import CRATE, CrateConfig
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.transformer import Transformer
 
 _LICENCE = "licence"
 _NO_LICENCE = "*to be named by whoever shares these weights*"
@@ -49,7 +50,7 @@ def card_path(weights: Path) -> Path:
     return weights.with_name(f"{stem}.md")
 
 
-def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> Path:
+def write_card(weights: Path, config: ModelConfig, meta: Mapping[str, Any]) -> Path:
     """Writes the card of a file of weights, whole or not at all, and returns where it stands.
 
     meta: as of the export; a licence that was filled in into the card that stands there is kept. Raises OSError.
@@ -61,7 +62,7 @@ def write_card(weights: Path, config: CrateConfig, meta: Mapping[str, Any]) -> P
     return path
 
 
-def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
+def model_card(name: str, config: ModelConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
     """Returns the text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
     title = _cell(meta.get("recipe") or find_arch(config) or "CRATE")
     parts = [
@@ -77,9 +78,9 @@ def model_card(name: str, config: CrateConfig, meta: Mapping[str, Any], licence:
     return "\n\n".join([*parts, "## Citation", _CITATIONS]) + "\n"
 
 
-def _origin(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _origin(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in CRATE(config).parameters())
+        parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
     yield (
         "architecture",
         f"{find_arch(config) or 'of no published size'}: {config.depth} layers of width {config.dim}, {config.heads} "
@@ -136,7 +137,7 @@ def _accuracy(meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "validation", f"top-1 {accuracy:.4g} %, the best of its run"
 
 
-def _loading(name: str, config: CrateConfig, meta: Mapping[str, Any]) -> str:
+def _loading(name: str, config: ModelConfig, meta: Mapping[str, Any]) -> str:
     side = config.image_size
     text = f"""\
 ```python

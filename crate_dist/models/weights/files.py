@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.models.build import find_arch
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.card import card_path, write_card
 from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.read import load_model, read_weights
@@ -67,7 +67,7 @@ def _printable(value: object) -> str:
 
 def convert(
     source: Path, target: Path, to: str, heads: int | None = None, bare_names: bool = False, force: bool = False
-) -> CrateConfig:
+) -> ModelConfig:
     """Writes the weights of a file in another format, and a card beside them where none stands or `force` is set.
 
     Returns the architecture, which the file written need not say.

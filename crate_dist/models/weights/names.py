@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import ImageSection
+from crate_dist.config.archs import ARCHS
 from crate_dist.errors import UserError
 from crate_dist.models.build import find_arch, find_published
-from crate_dist.models.crate import CHANNELS, CRATE, CrateConfig
-from crate_dist.models.sizes import ARCHS
+from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.transformer import Transformer
 
 FORMAT = "crate-dist/1"
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
-"""Fields of CrateConfig that leave no trace in the shapes."""
+"""Fields of ModelConfig that leave no trace in the shapes."""
 RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names")
 """Values of a run that decide how its model is evaluated, and what its predictions are called."""
 StateDict = Mapping[str, Tensor]
@@ -46,14 +47,14 @@ class WeightsError(UserError, ValueError):
     """Weights that cannot be used; the message names the file or the tensors and what would do."""
 
 
-def config_to_plain(config: CrateConfig) -> dict[str, Any]:
+def config_to_plain(config: ModelConfig) -> dict[str, Any]:
     """Returns the architecture as our files say it; `arch` is for people."""
     return {"arch": find_arch(config), **dataclasses.asdict(config)}
 
 
-def config_from_plain(plain: Mapping[str, Any]) -> CrateConfig:
+def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
     """Reads what config_to_plain returns. Raises TypeError, ValueError or AttributeError for anything else."""
-    return CrateConfig(**{key: value for key, value in plain.items() if key != "arch"})
+    return ModelConfig(**{key: value for key, value in plain.items() if key != "arch"})
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in _rename(state_dict, REFERENCE_NAMES).items()}
 
 
-def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig:
+def infer_config(state_dict: StateDict, heads: int | None = None) -> ModelConfig:
     """Finds the architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
 
     The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width,
@@ -120,7 +121,7 @@ def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig
             )
         heads = ARCHS[published].heads
     try:
-        return CrateConfig(
+        return ModelConfig(
             image_size=math.isqrt(max(tokens - 1, 0)) * patch_size,
             patch_size=patch_size,
             num_classes=num_classes,
@@ -132,12 +133,12 @@ def infer_config(state_dict: StateDict, heads: int | None = None) -> CrateConfig
         raise WeightsError(f"these weights fit no CRATE: {error}") from error
 
 
-def check_fit(state_dict: StateDict, config: CrateConfig) -> None:
+def check_fit(state_dict: StateDict, config: ModelConfig) -> None:
     """Raises WeightsError that names each tensor of `state_dict` which is missing, unexpected or of another shape."""
     if config.depth > len(state_dict):  # a file may say anything; a model so deep is not built to find out
         raise WeightsError(f"{len(state_dict)} tensors are too few for a CRATE of {config.depth:,} layers")
     with torch.device("meta"):
-        expected = CRATE(config).state_dict()
+        expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
     problems = [f"missing {name!r}" for name in expected if name in missing]
     problems += [f"unexpected {name!r}{_nearest(name, missing)}" for name in state_dict if name in unexpected]

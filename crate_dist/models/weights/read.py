@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from crate_dist.models.build import find_arch
-from crate_dist.models.crate import CRATE, CrateConfig, Pool
+from crate_dist.models.config import ModelConfig, Pool
+from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
@@ -55,18 +56,18 @@ class Weights:
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
     state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
     config: the architecture, where the file says it; meta: plain values that came along
-    told: where it does not, what it says of what the shapes leave open, by the names of CrateConfig
+    told: where it does not, what it says of what the shapes leave open, by the names of ModelConfig
     notes: what was changed in reading, in words
     """
 
     kind: str
     state_dict: dict[str, Tensor]
-    config: CrateConfig | None
+    config: ModelConfig | None
     meta: dict[str, Any]
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def architecture(self, heads: int | None = None) -> tuple[CrateConfig, tuple[str, ...]]:
+    def architecture(self, heads: int | None = None) -> tuple[ModelConfig, tuple[str, ...]]:
         """Returns the model that the weights fit, and what has to be said of how that and they were found.
 
         heads: of the model, for files that do not tell
@@ -109,7 +110,7 @@ def read_weights(path: str | Path) -> Weights:
     return _of_others("state dict", _tensors(path, content))
 
 
-def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[str, Any]]:
+def load_model(path: str | Path, heads: int | None = None) -> tuple[Transformer, dict[str, Any]]:
     """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
 
     heads: for weights of a size that was not published, in files that do not say it
@@ -123,7 +124,7 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[CRATE, dict[
     for note in notes:
         logger.warning("%s: %s", path, note)
     with torch.device("meta"):
-        model = CRATE(config)
+        model = Transformer(config)
     model.load_state_dict(weights.state_dict, assign=True)
     return model, weights.meta
 
@@ -144,7 +145,7 @@ def _of_others(
 
 
 def _is_possible(name: str, value: Any) -> bool:
-    """Returns whether a value of somebody's file could be that of a CrateConfig's field."""
+    """Returns whether a value of somebody's file could be that of a ModelConfig's field."""
     if name == "heads":
         return type(value) is int and value > 0
     if name == "pool":

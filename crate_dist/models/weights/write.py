@@ -14,7 +14,7 @@ from torch import Tensor
 from crate_dist.config import ImageSection
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
-from crate_dist.models.crate import CrateConfig
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_model(
-    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+    path: str | Path, config: ModelConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
 ) -> None:
     """Writes weights alone, such that load_model and torch.load(weights_only=True) read them.
 
@@ -49,7 +49,7 @@ def export_model(
 
 
 def export_safetensors(
-    path: str | Path, config: CrateConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
+    path: str | Path, config: ModelConfig, state_dict: StateDict, meta: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a safetensors file; architecture and `meta` are JSON in its header. Arguments and errors: export_model."""
     from safetensors.torch import save
@@ -68,7 +68,7 @@ def export_safetensors(
 
 def export_reference(
     path: str | Path,
-    config: CrateConfig,
+    config: ModelConfig,
     state_dict: StateDict,
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
@@ -106,10 +106,10 @@ def export_reference(
         torch.save(content, file)
 
 
-def _departures(config: CrateConfig, meta: Mapping[str, Any]) -> Iterator[str]:
+def _departures(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:
     """Says what the published code has as constants, which are our defaults, and this model has otherwise."""
     for name in ("pool", "ista_step", "ista_threshold"):
-        published, here = getattr(CrateConfig, name), getattr(config, name)
+        published, here = getattr(ModelConfig, name), getattr(config, name)
         if here != published:
             yield f"its {name} is {published}, this model's {here}"
     for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):

@@ -1,0 +1,56 @@
+"""What decides the function that a model computes. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crate_dist.config.archs import Arch
+
+Pool = Literal["cls", "mean"]
+CHANNELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Arch):
+    """Everything that decides the function which a model computes, up to its weights.
+
+    image_size, patch_size: side in pixels; pool: what the linear head reads, the class token or the mean of all tokens;
+    dropout: of the attention and its output; emb_dropout: of the embedded tokens; drop_path: share of the images for
+    which training leaves out a residual branch; ista_step: η; ista_threshold: λ.
+    Raises ValueError when patches do not tile the image, heads do not divide the width, or there is no class token to
+    be read.
+    """
+
+    image_size: int
+    patch_size: int
+    num_classes: int
+    pool: Pool = "cls"
+    dropout: float = 0.0
+    emb_dropout: float = 0.0
+    drop_path: float = 0.0
+    ista_step: float = 0.1
+    ista_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.dim % self.heads:
+            fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
+            raise ValueError(
+                f"width {self.dim} does not divide into {self.heads} heads; it does into {', '.join(fitting)}"
+            )
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f'pool is "cls" or "mean", not {self.pool!r}')
+        if self.head == "linear" and self.pool == "cls" and not self.class_token:
+            raise ValueError('there is no class token for the head to read; pool = "mean" reads the patches')
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image in the layers: the patches, and the class token where there is one."""
+        return self.num_patches + self.class_token

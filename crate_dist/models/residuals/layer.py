@@ -1,0 +1,72 @@
+"""What every residual pattern is made of."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from crate_dist.config.parts import MIXERS, TOKENWISE
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.mixers.mixer import Mixer
+from crate_dist.models.parts import find_part
+from crate_dist.models.tokenwise.tokenwise import TokenWise
+
+
+class Layer(nn.Module):
+    """A token mixer and a token-wise part, which both read normalised tokens.
+
+    Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._keys = list[str]()
+        for part in (find_part(MIXERS, config.mixer), find_part(TOKENWISE, config.tokenwise)):
+            self._keys.append(part.key)
+            self.add_module(f"{part.key}_norm", nn.LayerNorm(config.dim, eps=config.norm_eps))
+            self.add_module(part.key, part(config))
+
+    @property
+    def mixer(self) -> Mixer:
+        """The token mixer."""
+        return cast(Mixer, getattr(self, self._keys[0]))
+
+    @property
+    def tokenwise(self) -> TokenWise:
+        """The token-wise part."""
+        return cast(TokenWise, getattr(self, self._keys[1]))
+
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        """The norms before the one and before the other."""
+        return getattr(self, f"{self._keys[0]}_norm"), getattr(self, f"{self._keys[1]}_norm")
+
+    def project(self, z: Tensor) -> Tensor:
+        """Returns what `update` needs of the mixer: (b, n, d) -> (b, h, n, p)."""
+        return self.mixer.project(self.norms[0](z))
+
+    def compress(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns the tokens after the mixer, (b, n, d), from the layer's input z and w = project(z).
+
+        keep: drop path's factors of the mixer's branch and of the token-wise part's, (2, b); None: all ones
+        """
+        raise NotImplementedError
+
+    def reads(self, z: Tensor) -> Tensor:
+        """Returns what the token-wise part reads, (b, n, d), of the tokens after the mixer."""
+        normed: Tensor = self.norms[1](z)
+        return normed
+
+    def update(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns the layer's output, (b, n, d), from its input z and w = project(z). keep: as in `compress`"""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(b, n, d) -> (b, n, d)"""
+        return self.update(z, self.project(z), keep)
+
+
+def dropped(branch: Tensor, factors: Tensor | None) -> Tensor:
+    """Scales each image of a branch (b, n, d) by its factor (b,)."""
+    return branch if factors is None else branch * factors[:, None, None]
