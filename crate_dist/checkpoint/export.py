@@ -31,7 +31,7 @@ def export(
     val: ShardIndex | None,
     tenure: Tenure,
 ) -> None:
-    """Writes model-last.pt and model-best.pt, and where there is an average of the weights, that too: model-last-ema.pt ….
+    """Writes model-last.pt and model-best.pt, and averages of the weights where there are some.
 
     One whose checkpoint is damaged is not written, and the log says so.
     """
