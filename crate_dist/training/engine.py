@@ -35,6 +35,7 @@ from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
+from crate_dist.models.batch_norm import statistics, take_statistics
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
@@ -151,6 +152,7 @@ class Engine:
                 self._engine.step()
             losses.append(loss.detach())
             hits.append((logits.detach().argmax(dim=1) == labels).sum())
+        self._take_statistics()
         if self._average:
             self._average.update(self._partitions, self._buffers, self._zero.not_finite)
         self._raise_if(self._guard.note(step))
@@ -216,6 +218,7 @@ class Engine:
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
         torch.autograd.grad(self.loss((images, labels)), list(self.module.parameters()))
+        take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)
 
     def state(self) -> RankState:
@@ -258,6 +261,12 @@ class Engine:
         finally:
             for tensor, before in zip(seen, kept, strict=True):
                 tensor.data.copy_(before)
+
+    def _take_statistics(self) -> None:
+        """Has the running statistics of batch norm take up what all ranks have seen. A collective where there are any."""
+        if (seen := statistics(self.module)).numel():
+            dist.all_reduce(seen)
+            take_statistics(self.module, seen.masked_fill_(self._zero.not_finite > 0, 0.0))
 
     def _new_average(self) -> Average | None:
         decay = self.recipe.optim.ema_decay
