@@ -263,7 +263,7 @@ class Engine:
                 tensor.data.copy_(before)
 
     def _take_statistics(self) -> None:
-        """Has the running statistics of batch norm take up what all ranks have seen. A collective where there are any."""
+        """Has the running statistics of batch norm take up what all ranks have seen: a collective, if there are any."""
         if (seen := statistics(self.module)).numel():
             dist.all_reduce(seen)
             take_statistics(self.module, seen.masked_fill_(self._zero.not_finite > 0, 0.0))

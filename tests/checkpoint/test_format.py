@@ -77,7 +77,10 @@ def written(folder: Path, said: dict[str, Any]) -> Path:
         ),
         ({"groups": [{"names": ["a", "a"], "shapes": [[3], [3]]}], "partitions": [4]}, "parameters have the same name"),
         ({"buffers": {"m": [2]}}, "does not list the files of 2 ranks, and buffers.pt"),
-        ({"buffers": {"a": [2]}, "files": {**manifest()["files"], "buffers.pt": FILE}}, "parameters have the same name"),
+        (
+            {"buffers": {"a": [2]}, "files": {**manifest()["files"], "buffers.pt": FILE}},
+            "parameters have the same name",
+        ),
         ({"kinds": ["exp_avg"]}, r"kinds are \['exp_avg'\], expected names with fp32"),
         ({"tenure": [1]}, r"tenure is \[1\]: Input should be a valid integer"),
         ({"data": {"train": [1, 2], "val": None}}, r"data\.train is \[1, 2\]: Input should be a valid dictionary"),
