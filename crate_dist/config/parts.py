@@ -7,14 +7,19 @@ from __future__ import annotations
 
 STEMS = {
     "patches": "stems.patches.PatchEmbedding",  # CRATE: LayerNorm, Linear, LayerNorm
+    "linear": "stems.linear.LinearStem",  # CRATE-α, ViT: one map with a bias, which is a convolution
 }
 
 MIXERS = {
     "mssa": "mixers.mssa.MSSA",  # CRATE
+    "attention": "mixers.attention.Attention",  # ViT
 }
 
 TOKENWISE = {
     "ista": "tokenwise.ista.ISTA",  # CRATE
+    "odl": "tokenwise.odl.ODL",  # CRATE-α
+    "odl_coupled": "tokenwise.odl.CoupledODL",  # the same before its dictionaries are decoupled
+    "mlp": "tokenwise.mlp.MLP",  # ViT, ToST
 }
 
 RESIDUALS = {
@@ -24,4 +29,12 @@ RESIDUALS = {
 
 HEADS = {
     "linear": "heads.linear.LinearHead",  # LayerNorm and Linear of the class token, or of the tokens' mean
+    "mean_patches": "heads.mean_patches.MeanPatches",  # LayerNorm and Linear of the patches' mean
+    "mean_patches_twice": "heads.mean_patches.MeanPatchesTwice",  # its norm applied twice, as CRATE's code does to ViT
+}
+
+INITS = {
+    "crate": "initial.draw_crate",  # as torch draws them
+    "alpha": "initial.draw_alpha",  # as CRATE-α's training code
+    "vit": "initial.draw_vit",  # as timm for its ViT
 }

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_dist.config.parts import HEADS, RESIDUALS, STEMS
+from crate_dist.config.parts import HEADS, INITS, RESIDUALS, STEMS
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
@@ -97,6 +97,8 @@ class Transformer(nn.Module):
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
         self.head = find_part(HEADS, config.head)(config)
+        if not next(self.parameters()).is_meta:
+            find_part(INITS, config.init)(self)
         self.set_execution()
 
     def set_execution(self, *, recompute: int = 0, autocast: bool = False, images: int = 1) -> None:
