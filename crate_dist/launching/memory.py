@@ -55,10 +55,10 @@ def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
-    """Finds the largest micro-batch that fits a card and divides a rank's share of the global batch; 0: none."""
-    share = recipe.train.global_batch // world_size
-    room = card_bytes * (1 - RESERVE)
-    return next((n for n in range(share, 0, -1) if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
+    """Finds the largest micro-batch that fits a card, divides a rank's share, and holds whole groups; 0: none."""
+    share, group = recipe.train.global_batch // world_size, recipe.train.group
+    room, sizes = card_bytes * (1 - RESERVE), range(share // group * group, 0, -group)
+    return next((n for n in sizes if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
 
 
 def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
@@ -84,13 +84,18 @@ def _advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -
             remedies.append(f"--set train.recompute={depth} --set train.micro_batch={fits_again}")
         what = " or ".join(remedies)
         return f"{line}, which is too much; " + (
-            f"{what} fits" if what else "not even one image would fit: take a larger card, or a smaller model"
+            f"{what} fits" if what else f"not even {least_of(recipe)} would fit: take a larger card, or a smaller model"
         )
     return line if fits <= micro_batch else f"{line}; --set train.micro_batch={fits} would fit as well"
 
 
 def _config(recipe: Recipe, classes: int = 1000) -> ModelConfig:
     return model_config(recipe.model, recipe.model.num_classes or classes)
+
+
+def least_of(recipe: Recipe) -> str:
+    """Says what a micro-batch holds at the least."""
+    return "one image" if recipe.train.group == 1 else f"one group of {recipe.train.group} images"
 
 
 def _bytes(recipe: Recipe) -> int:

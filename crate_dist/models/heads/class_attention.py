@@ -60,6 +60,9 @@ class ClassAttentionBlock(nn.Module):
     LN2 of all tokens is the published `tokens_norm=True`, which all its models have. There is no drop path in here.
     """
 
+    attention_scale: nn.Parameter | None
+    mlp_scale: nn.Parameter | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
