@@ -88,14 +88,15 @@ def forward_flops(config: ModelConfig, images: int) -> int:
 def step_flops(config: ModelConfig, images: int) -> int:
     """Counts the operations of a forward and a backward pass of `images` images; what is computed again counts once.
 
-    The backward pass of a product has two of its size: three times the forward pass, less one of the first map of the
-    pixels, of which no gradient is needed unless a norm with weights comes before. Raises NotKnown.
+    The backward pass of a product has two of its size: three times the forward pass, less one of each map whose input
+    has no gradient, the pixels where no norm with weights comes before, and Fourier features. Raises NotKnown.
     """
-    first = {
+    pixels = {
         "linear": CHANNELS * config.patch_size**2 * config.num_patches * config.dim,
         "convolutions": 9 * CHANNELS * (config.image_size // 2) ** 2 * _widths(config)[1],
     }
-    return 3 * forward_flops(config, images) - 2 * images * first.get(config.stem, 0)
+    positions = _rule("positions", config.positions)(config, images).flops
+    return 3 * forward_flops(config, images) - 2 * images * pixels.get(config.stem, 0) - positions
 
 
 def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int = 0) -> int:
@@ -256,7 +257,8 @@ def _class_attention(c: ModelConfig, images: int) -> Cost:
     attention = looks + _product(images, d, d, bias=True) * 4
     mlp = _product(images, d, hidden, bias=True) + _product(images, hidden, d, bias=True)
     block = attention + mlp + Cost(4 * d + 2 * d * scaled, stream=tokens * d)
-    patches = Cost(stream=(1 + scaled) * tokens * d, single=2 * tokens)  # which change in the first block alone
+    # Patches change in the first block alone; MLP keeps a view of all tokens where it reads the class token.
+    patches = Cost(stream=(2 + scaled) * tokens * d, single=2 * tokens)
     return block * 2 + patches + _linear_head(c, images) + Cost(d)
 
 
