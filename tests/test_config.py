@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe
 from crate_dist.config.__main__ import put_into, settings
+from crate_dist.config.keys import RENAMED
 from crate_dist.run.folder import RunFolder, read_recipe
 
 RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
@@ -109,8 +110,9 @@ def test_a_run_from_before_the_keys_were_divided_goes_on(tmp_path: Path) -> None
     folder.open(recipe)
     folder.metrics.write_text("{}\n")
     raw = tomllib.loads(folder.recipe_file.read_text())
-    for section in ("order", "augment", "images"):
-        raw["data"] |= raw.pop(section)
+    for section in ("order", "augment", "images"):  # of their keys, those that there were then
+        table = raw.pop(section)
+        raw["data"] |= {key: value for key, value in table.items() if f"data.{key}" in RENAMED}
     folder.recipe_file.write_text(tomli_w.dumps(raw))
     assert read_recipe(folder.path).deciding_values() == recipe.deciding_values()
     with pytest.raises(RecipeError, match=r"another recipe:\n  order.window: 17 there, 256 now\nto continue"):
