@@ -179,7 +179,8 @@ class Trainer:
             self.last_step,
         )
         if self.world.is_main:
-            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
+            lines = listing(parameter_groups(model, self.recipe.optim))
+            logger.info("\n  ".join([f"{self.recipe.optim.name} of", *lines]))
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
