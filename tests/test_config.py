@@ -10,7 +10,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe
+from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe, new_names
 from crate_dist.config.__main__ import put_into, settings
 from crate_dist.config.keys import RENAMED
 from crate_dist.run.folder import RunFolder, read_recipe
@@ -120,6 +120,33 @@ def test_a_run_from_before_the_keys_were_divided_goes_on(tmp_path: Path) -> None
     folder.open(recipe)
     assert read_recipe(folder.path) == recipe
     assert "[order]" in folder.recipe_file.read_text()
+
+
+@pytest.mark.parametrize(("before", "now"), [("true", "all"), ("false", "matrices")])
+def test_which_weights_decay_is_understood_as_it_was_said_before(tmp_path: Path, before: str, now: str) -> None:
+    older = tmp_path / "older.toml"
+    older.write_text(OLD_NAMES.replace("[optim]", f"[optim]\ndecay_all = {before}"))
+    assert load_recipe(older).optim.decay == load_recipe("demo", [f"optim.decay_all={before}"]).optim.decay == now
+    assert new_names({"optim.decay_all": before == "true"}) == {"optim.decay": now}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.min_lr=1"], r"min_lr 1 is above lr 0\.\d+, the highest learning rate; 0\.\d+ or less would do"),
+        (["optim.warmup_lr=1"], "warmup_lr 1 is above lr"),
+        (["optim.cooldown_epochs=2"], "cooldown_epochs 2 at min_lr 0 would change no weight; give a min_lr above 0"),
+        (
+            ["optim.cooldown_epochs=9", "optim.min_lr=1e-6", "train.epochs=9"],
+            "leave none to the schedule; at most 8 would",
+        ),
+        (["optim.layer_decay=1.1"], "less than or equal to 1"),
+        (["optim.decay=norms"], "optim.decay: Input should be 'all', 'matrices', 'weights' or 'kernels', not 'norms'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("demo", overrides)
 
 
 def test_the_command_line_wins_over_the_file() -> None:
