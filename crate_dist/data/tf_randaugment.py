@@ -1,6 +1,6 @@
-"""RandAugment as CRATE-α fine-tuned with it, big_vision's `randaug` in its "timm" form; what TensorFlow computes, in NumPy.
+"""RandAugment as CRATE-α was fine-tuned with it: what its TensorFlow code computes, in NumPy.
 
-As timm's increasing set it has 15 operations, applied in half of the cases, with normal noise on the magnitude. What is
+That code is big_vision's, changed to be more like timm's. As timm's increasing set it has 15 operations, applied in half of the cases, with normal noise on the magnitude. What is
 its own, as published:
 
     noise      drawn once for each of `ops`, and not held below 10
@@ -140,7 +140,7 @@ def _posterize(image: Pixels, dropped: int, _: Fill) -> Pixels:
 
 
 def _solarize(image: Pixels, lowered: int, _: Fill) -> Pixels:
-    return np.where(image.astype(int) < 256 - lowered, image, 255 - image)
+    return np.where(image < (256 - lowered) % 256, image, 255 - image)  # the threshold is a byte as published
 
 
 def _solarize_add(image: Pixels, more: int, _: Fill) -> Pixels:
