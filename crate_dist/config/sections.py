@@ -225,9 +225,37 @@ class AugmentSection(Section):
         (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
+    randaugment: Literal["torchvision", "timm", "timm_increasing", "crate_alpha"] = Field(
+        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+    )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
-    randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
+    randaugment_magnitude: int = Field(
+        14, ge=0, le=30, description="strength of these operations; to 30 for torchvision's, to 10 for the others"
+    )
+    randaugment_std: float = Field(
+        0.0, ge=0, description="standard deviation of the normal noise on it; not for torchvision's"
+    )
+    color_jitter: float = Field(
+        0.0, ge=0, description="largest change of brightness, contrast and saturation, as a share of each; 0: none"
+    )
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+    erase_mode: Literal["mean", "pixel"] = Field(
+        "mean", description='what is there then: the mean colour, or "pixel": normal noise, as timm has it'
+    )
+
+    @model_validator(mode="after")
+    def _within_its_set(self) -> Self:
+        if self.randaugment == "torchvision" and self.randaugment_std:
+            raise ValueError(
+                f"randaugment_std {self.randaugment_std:g}: torchvision's RandAugment has no noise; "
+                'randaugment = "timm", "timm_increasing" and "crate_alpha" have'
+            )
+        if self.randaugment != "torchvision" and self.randaugment_magnitude > 10:
+            raise ValueError(
+                f"randaugment_magnitude {self.randaugment_magnitude}: {self.randaugment!r} has magnitudes up to 10; "
+                "9 is what published recipes have"
+            )
+        return self
 
 
 class MixSection(Section):
