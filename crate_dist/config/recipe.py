@@ -69,6 +69,15 @@ class Recipe(Section):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
+    def _epochs_before_the_cooldown(self) -> Self:
+        if self.optim.cooldown_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.cooldown_epochs {self.optim.cooldown_epochs} are the last of train.epochs {self.train.epochs}, "
+                f"and leave none to the schedule; at most {self.train.epochs - 1} would"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _partners_to_mix_with(self) -> Self:
         if self.mix.enabled and self.train.group == 1:
             batch = self.train.global_batch

@@ -97,10 +97,11 @@ class TrainBatches:
         self._reader = self._reader or ShardReader(self.index, self.samples)
         self._reader.at(number)
         positions = self.share.positions(self.order, number)
-        samples, epochs = self.order.samples(positions), positions // self.order.num_samples
+        samples, epochs, repeats = self.order.views(positions)
 
         def decode(data: bytes, place: int, out: Pixels) -> None:
-            self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
+            drawn_from = int(epochs[place]), int(samples[place]), int(repeats[place])
+            self.transform(data, sample_rng(self.order.seed, *drawn_from), out)
 
         slot = number % len(self.slots.array)
         return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode), samples)

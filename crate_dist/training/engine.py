@@ -92,8 +92,11 @@ class Engine:
         model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
-        ways = "one product" if ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim) else "two"
-        logger.info("attention: %s; ISTA: %s", attention_kernel(model, device, products), ways)
+        if model.config.mixer in ("mssa", "attention"):
+            logger.info("attention: %s", attention_kernel(model, device, products))
+        if model.config.tokenwise == "ista":
+            one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
+            logger.info("ISTA: %s", "one product" if one else "two products")
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -130,7 +133,7 @@ class Engine:
         """
         self.seed_dropout(step)
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         if not self.module.training:
             self._engine.train()
         losses, hits = list[torch.Tensor](), list[torch.Tensor]()
@@ -303,7 +306,7 @@ def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
     there = checkpoint.manifest.shapes
     here = {name: [*shape] for group in layouts for name, shape in zip(group.names, group.shapes, strict=True)}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    what = "groups the parameters otherwise, as another optim.decay_all does"
+    what = "groups the parameters otherwise, as another optim.decay or optim.layer_decay does"
     if names:
         parts = (f"{one} {where}" for one, where in ((there.get(names[0]), "there"), (here.get(names[0]), "here")))
         what = f"holds another model: {names[0]} is {', '.join(parts)}, and so are {len(names) - 1} more"

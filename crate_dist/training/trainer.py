@@ -24,7 +24,7 @@ from crate_dist.data.feed import Feed
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
-from crate_dist.data.order import Order
+from crate_dist.data.order import training_order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.data.workers import workers_of_rank
@@ -43,7 +43,7 @@ from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
 from crate_dist.training.mixing import MixedBatch, Mixing
-from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.optim import Schedule, learning_rate, listing, parameter_groups
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.profiler import StepTrace
 from crate_dist.training.samples import SHOWN, mistakes_picture, training_picture
@@ -94,8 +94,9 @@ class Trainer:
         if len(set(gather_objects(self.data.digest))) > 1:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
-        self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
-        self.last_step = recipe.train.last_step(self.train_index.num_samples)
+        views = recipe.order.repeats * self.train_index.num_samples
+        self.schedule = Schedule(recipe.train.epochs, views, recipe.train.global_batch)
+        self.last_step = recipe.train.last_step(views)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
@@ -182,6 +183,8 @@ class Trainer:
             self.progress.step,
             self.last_step,
         )
+        if self.world.is_main:
+            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
@@ -230,7 +233,7 @@ class Trainer:
     def loader(self, workers: int) -> TrainLoader:
         """Returns this rank's micro-batches from the current step on, made by `workers` processes; 0: by this one."""
         recipe, step = self.recipe, self.progress.step
-        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        order = training_order(self.train_index.shard_sizes, recipe)
         transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
         return TrainLoader(self.train_index, order, self.share, transform, workers, step)
 
