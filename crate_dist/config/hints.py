@@ -46,6 +46,7 @@ KEYS = _by_word(
         "optim.lr": "learning_rate base_lr peak_lr max_lr initial_lr lr0 blr base_learning_rate lrate",
         "optim.weight_decay": "wd l2 weightdecay",
         "optim.betas": "beta beta1 beta2 momentum opt_betas",
+        "optim.ema_decay": "ema model_ema model_ema_decay ema_rate polyak weight_averaging average_decay swa",
         "optim.eps": "epsilon opt_eps",
         "optim.schedule": "sched scheduler lr_scheduler lr_schedule lr_decay_style scheduler_type",
         "optim.decay": "no_decay wd_mults no_weight_decay filter_bias_and_bn bias_decay norm_decay",

@@ -25,6 +25,8 @@ DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
 ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
+WeightsKind = Literal["raw", "ema"]
+"""The weights that an optimizer has made, or their moving average."""
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -294,6 +296,10 @@ class OptimSection(Section):
     )
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from warmup_lr")
     cooldown_epochs: int = Field(0, ge=0, description="last ones of train.epochs, at min_lr, after the schedule's end")
+    ema_decay: Decay = Field(
+        0.0,
+        description="decay per step of the average of the weights, which is evaluated and exported as well; 0: none",
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
 
@@ -337,6 +343,9 @@ class TrainSection(Section):
     )
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"
+    )
+    init_weights: WeightsKind | None = Field(
+        None, description='"ema": the moving average in the run or checkpoint begun from, instead of its weights'
     )
     compile: Compile = Field(
         "auto", description="torch.compile; auto: on GPUs that it supports; see training/compiling.py"

@@ -43,14 +43,14 @@ def state_bytes(recipe: Recipe, world_size: int) -> float:
     """Counts the bytes that a rank holds from one step to the next.
 
     All weights, and a flat vector of all gradients; of this rank's part, in fp32, the summed gradients, the master
-    weights and what the optimizer keeps.
+    weights, what the optimizer keeps, and the average of the weights where the recipe has one.
     """
     part = 4 + 4 + 4 * _states(recipe.optim)
     return parameters(recipe) * (2 * _bytes(recipe) + part / world_size)
 
 
 def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
-    """Counts the bytes of a checkpoint's tensors: master weights, and what the optimizer keeps, all in fp32."""
+    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32."""
     return parameters(recipe, classes) * 4 * (1 + _states(recipe.optim))
 
 
@@ -96,4 +96,4 @@ def _bytes(recipe: Recipe) -> int:
 
 
 def _states(optim: OptimSection) -> int:
-    return 2 if optim.name == "adamw" else 1
+    return (2 if optim.name == "adamw" else 1) + (optim.ema_decay > 0)

@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -223,6 +223,15 @@ class Zero2(DeepSpeedZeroOptimizer):
             if self._ranks > 1:
                 dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
         self._sums_are_old = True
+
+    @torch.no_grad()
+    def show(self, partitions: Sequence[Tensor]) -> None:
+        """Has the model see other weights than the master weights: those in the ranks' partitions. A collective."""
+        for part, flat in zip(partitions, self.bit16_groups_flat, strict=True):
+            rounded = flat[self._rank * part.numel() : (self._rank + 1) * part.numel()]
+            rounded.copy_(part)
+            if self._ranks > 1:
+                dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
 
 
 class Guard:

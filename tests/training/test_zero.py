@@ -182,7 +182,7 @@ def test_a_reduction_that_comes_as_late_as_it_may_changes_no_weight() -> None:
     assert equal(trained(LateDevice, 4), trained(fake.WithStreams, 4))
 
 
-@pytest.mark.parametrize("optim", [{"optim__name": "lion"}, ADAMW], ids=str)
+@pytest.mark.parametrize("optim", [{"optim__name": "lion", "optim__ema_decay": 0.9}, ADAMW], ids=str)
 def test_a_step_that_is_not_finite_and_all_after_it_change_nothing_and_it_is_named(optim: dict[str, Any]) -> None:
     with fake_cluster(1):
         engine = engine_on(recipe_for(1, **optim))
