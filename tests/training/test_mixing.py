@@ -237,7 +237,7 @@ def on_this_rank(world: World, device: torch.device, shards: Path, folder: Path)
 @pytest.fixture(scope="module")
 def found(cast_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Steps]]:
     """What was trained, by how, and of each rank its part; that of more than one micro-batch was on two ranks."""
-    every = {}
+    every: dict[str, list[Steps]] = {}
     for ranks in (1, 2):
         parts = spawn(on_this_rank, ranks, cast_shards / "train", tmp_path_factory.mktemp("saved"))
         every |= {name: [part[name] for part in parts] for name in parts[0]}
