@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -213,6 +214,23 @@ def test_a_batch_that_does_not_divide_says_which_numbers_would() -> None:
         RecipeError, match=r"2048 does not divide over 24 ranks; it does over 4, 8, 16, 32.*=2040 or 2064"
     ):
         derive_batch(2048, 24, 128)
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 512), st.integers(1, 32))
+def test_every_micro_batch_holds_groups_whole(groups: int, world_size: int, largest: int, group: int) -> None:
+    if groups % world_size:
+        with pytest.raises(RecipeError, match=f"not divide over {world_size} ranks.*these ranks take") as refused:
+            derive_batch(groups * group, world_size, largest, group)
+        would = int(re.findall(r"\d+", str(refused.value))[-1])
+        assert derive_batch(would, world_size, would, group)
+    elif largest < group:
+        with pytest.raises(RecipeError, match=f"no room for a group of {group}; --set train.micro_batch={group} has"):
+            derive_batch(groups * group, world_size, largest, group)
+    else:
+        micro, accumulation = derive_batch(groups * group, world_size, largest, group)
+        assert micro * accumulation * world_size == groups * group
+        assert micro <= largest
+        assert micro % group == 0
 
 
 def test_only_what_decides_the_result_is_held_against_a_resume() -> None:
