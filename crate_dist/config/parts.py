@@ -7,14 +7,19 @@ from __future__ import annotations
 
 STEMS = {
     "patches": "stems.patches.PatchEmbedding",  # CRATE: LayerNorm, Linear, LayerNorm
+    "convolutions": "stems.convolutions.ConvolutionStem",  # ToST, CBT: 3 x 3 of stride 2, batch norm, GELU
 }
 
 MIXERS = {
     "mssa": "mixers.mssa.MSSA",  # CRATE
+    "tssa": "mixers.tssa.TSSA",  # ToST
+    "cbsa": "mixers.cbsa.CBSA",  # CBT, its grid of patches shifted by one, as published
+    "cbsa_aligned": "mixers.cbsa.AlignedCBSA",  # the same with the grid in its place
 }
 
 TOKENWISE = {
     "ista": "tokenwise.ista.ISTA",  # CRATE
+    "mlp": "tokenwise.mlp.MLP",  # ToST, ViT
 }
 
 RESIDUALS = {
@@ -24,4 +29,5 @@ RESIDUALS = {
 
 HEADS = {
     "linear": "heads.linear.LinearHead",  # LayerNorm and Linear of the class token, or of the tokens' mean
+    "class_attention": "heads.class_attention.ClassAttentionHead",  # ToST: a class token that reads the patches
 }
