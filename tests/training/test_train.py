@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crate_dist.checkpoint.format import CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.checkpoint.trained import load_trained
-from crate_dist.config import load_recipe
+from crate_dist.config import WeightsKind, load_recipe
 from crate_dist.models.weights.names import WeightsError
 from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
@@ -94,7 +94,8 @@ def test_the_average_of_the_weights_is_evaluated_decides_which_is_best_and_is_ex
     seen = look(run, Queue({}), disk=False)
     assert (seen.top1, seen.ema_top1, seen.best_top1) == (last["val/top1"], last["val/ema_top1"], best.best_top1)
     assert f"of the weights themselves {last['val/top1']:.2f} % at step 25" in report(folder)
-    for kind, name in (("raw", "last"), ("ema", "last-ema")):
+    kinds: dict[WeightsKind, str] = {"raw": "last", "ema": "last-ema"}
+    for kind, name in kinds.items():
         for source in (run, folder.model(name)):
             model = load_trained(source, weights=kind).model
             assert same(dict(model.state_dict()), weights(run, name)), source
