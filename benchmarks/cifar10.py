@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from crate_dist.config import Recipe, RecipeError, load_recipe
 from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
-from crate_dist.data.order import Order
+from crate_dist.data.order import training_order
 from crate_dist.data.splits import open_splits
 from crate_dist.distributed import init_distributed, leave_distributed
 from crate_dist.files import write_whole
@@ -171,8 +171,8 @@ def compare(recipe: Recipe, reference: Path, steps: int, device: torch.device) -
     train_index, val_index = open_splits(recipe)
     assert val_index is not None
     batch, side, workers = recipe.train.global_batch, recipe.model.image_size, recipe.data.workers or 0
-    schedule = Schedule(recipe.train.epochs, train_index.num_samples, batch)
-    order = Order(train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+    schedule = Schedule(recipe.train.epochs, recipe.order.repeats * train_index.num_samples, batch)
+    order = training_order(train_index.shard_sizes, recipe)
     transform = train_transform(recipe.augment, recipe.images, side)
     batches = TrainLoader(train_index, order, Share(0, 1, batch, batch), transform, workers)
     as_tested = eval_transform(recipe.images, side)

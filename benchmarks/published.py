@@ -32,11 +32,12 @@ def seeded_loop(recipe: Recipe, classes: int, reference: Path) -> Loop:
     Raises RecipeError when the loop cannot follow the recipe, and as load_model does.
     """
     optim = recipe.optim
-    if optim.schedule != "reference" or optim.grad_clip or not optim.decay_all or recipe.train.precision != "fp32":
+    there = {"schedule": "reference", "grad_clip": 0, "decay": "all", "layer_decay": 1, "min_lr": 0, "warmup_lr": 0}
+    if any(getattr(optim, key) != value for key, value in there.items()) or recipe.train.precision != "fp32":
         raise RecipeError(
             f"{recipe.name}: the published loop changes its rate once per epoch, clips no gradient, decays all "
-            "weights and computes in fp32 on a CPU; give a recipe with optim.schedule=reference, "
-            "optim.grad_clip=0, optim.decay_all=true and train.precision=fp32"
+            "weights and computes in fp32 on a CPU; give a recipe with "
+            f"{', '.join(f'optim.{key}={value}' for key, value in there.items())} and train.precision=fp32"
         )
     random.seed(recipe.train.seed)
     torch.manual_seed(recipe.train.seed)

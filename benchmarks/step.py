@@ -12,7 +12,7 @@ Steps are queued without waiting, --queued at a time between two events, and the
 number. CPU seconds are those of all threads: what a step costs on a machine where other work takes part of the wall
 clock. Peak memory is the device's for the contestant alone; on a CPU that of a process of its own.
 
-FLOPs are those of models/flops.py: matrix products alone, 2 per multiply-add, in the fewest that the mathematics
+FLOPs are those of models/costs.py: matrix products alone, 2 per multiply-add, in the fewest that the mathematics
 needs: one that is saved is not counted as work done. The backward pass counts twice the forward. MFU is that over the
 rate of a large matrix product on the same device in the same run.
 """
@@ -49,7 +49,7 @@ from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.timing import in_turns
 from crate_dist.models.build import model_config
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.flops import forward_flops
+from crate_dist.models.costs import forward_flops
 from crate_dist.world import World
 
 VIT = "ViT of timm"

@@ -18,7 +18,7 @@ from crate_dist.config import DataSection, Recipe
 from crate_dist.data.decode import BadImage, Pixels, open_image, reason, rgb
 from crate_dist.data.index import INDEX_JSON, ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, assemble, train_transform
-from crate_dist.data.order import Int64, Order
+from crate_dist.data.order import Int64, Views, training_order
 from crate_dist.data.reader import ShardReader
 from crate_dist.data.splits import open_split
 from crate_dist.data.transforms import sample_rng
@@ -59,9 +59,9 @@ class Shards(Dataset[tuple[Any, int]]):
     def order(self, recipe: Recipe, epoch: int = 0) -> list[int]:
         """Returns the samples in the order in which a run of the recipe sees them in an epoch: a DataLoader's sampler.
 
-        Every sample is there once. Neither the number of GPUs nor that of workers has a say in it.
+        Every sample is there order.repeats times. Neither the number of GPUs nor that of workers has a say in it.
         """
-        return _samples(self.index, recipe, epoch).tolist()
+        return _views(self.index, recipe, epoch).samples.tolist()
 
     def as_trained(self, recipe: Recipe, epoch: int = 0) -> AsTrained:
         """Returns the data set whose item n is what a run of the recipe sees at position n of an epoch."""
@@ -77,7 +77,7 @@ class AsTrained(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, index: ShardIndex, recipe: Recipe, epoch: int) -> None:
         self.index, self.seed, self.epoch = index, recipe.train.seed, epoch
-        self.samples = _samples(index, recipe, epoch)
+        self.samples, _, self._repeats = _views(index, recipe, epoch)
         self._transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, torch.device("cpu"), torch.float32)
         self._readers = _Readers(index)
@@ -87,8 +87,9 @@ class AsTrained(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         """Raises IndexError; ShardError where so many samples in a row do not decode that none can stand in."""
-        sample = self.samples[_within(position, len(self))]
-        rng = sample_rng(self.seed, self.epoch, int(sample))
+        position = _within(position, len(self))
+        sample = self.samples[position]
+        rng = sample_rng(self.seed, self.epoch, int(sample), int(self._repeats[position]))
         pixels = np.empty((1, self._transform.size, self._transform.size, 3), dtype=np.uint8)
 
         def decode(data: bytes, _: int, out: Pixels) -> None:
@@ -141,10 +142,10 @@ def _decoded(data: bytes) -> Image.Image:
     return picture
 
 
-def _samples(index: ShardIndex, recipe: Recipe, epoch: int) -> Int64:
-    """Returns the samples of an epoch in the recipe's order, int64 (samples,)."""
-    order = Order(index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
-    return order.samples(epoch * order.num_samples + np.arange(order.num_samples))
+def _views(index: ShardIndex, recipe: Recipe, epoch: int) -> Views:
+    """Returns an epoch in the recipe's order."""
+    order = training_order(index.shard_sizes, recipe)
+    return order.views(epoch * order.epoch_size + np.arange(order.epoch_size))
 
 
 def _within(number: int, count: int) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+HALVINGS = {4: 2, 8: 3, 16: 4}
+"""Convolutions of stride 2 that make a patch, by its size in pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
@@ -33,7 +36,7 @@ class Arch:
     head_norm_eps: float = 1e-5
     out_bias: bool = True
     layer_scale: float = 0.0
-    init: str = "crate"
+    init: str = "parts"
 
 
 _ALPHA_BASE = Arch(
@@ -61,6 +64,31 @@ _VIT_TINY = Arch(
     init="vit",
 )
 
+
+def _cbt(dim: int, depth: int, heads: int) -> Arch:
+    """CBT (arXiv 2509.16875): CRATE's layer with CBSA in it, and ToST's stem."""
+    return Arch(dim=dim, depth=depth, heads=heads, stem="convolutions", mixer="cbsa")
+
+
+def _tost(dim: int, depth: int, heads: int) -> Arch:
+    """Returns a ToST (arXiv 2412.17810): TSSA and MLP, whose class token comes behind the layers."""
+    return Arch(
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        stem="convolutions",
+        positions="fourier",
+        class_token=False,
+        mixer="tssa",
+        tokenwise="mlp",
+        residual="pre_norm",
+        head="class_attention",
+        norm_eps=1e-6,
+        head_norm_eps=1e-6,
+        layer_scale=1.0 if depth < 24 else 1e-5,
+    )
+
+
 # Parameters at 224 pixels, patch 16, 1,000 classes.
 ARCHS: dict[str, Arch] = {
     "crate_demo": Arch(dim=96, depth=4, heads=4),
@@ -73,4 +101,29 @@ ARCHS: dict[str, Arch] = {
     "crate_alpha_huge": replace(_ALPHA_BASE, dim=1280, depth=32, heads=16),  # 526.82 M at patch 14
     "vit_tiny": _VIT_TINY,  # 5.72 M
     "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
+    "cbt_tiny": _cbt(192, 12, 3),  # 1.79 M
+    "cbt_small": _cbt(384, 12, 6),  # 6.67 M
+    "cbt_base": _cbt(768, 12, 12),  # 25.69 M
+    "cbt_large": _cbt(1024, 24, 16),  # 83.05 M
+    "tost_tiny_12": _tost(192, 12, 4),  # 5.77 M
+    "tost_small_12": _tost(384, 12, 8),  # 22.59 M
+    "tost_tiny_24": _tost(192, 24, 4),  # 10.22 M
+    "tost_small_24": _tost(384, 24, 8),  # 40.34 M
+    "tost_medium_24": _tost(512, 24, 8),  # 71.48 M
+    "tost_large_24": _tost(768, 24, 16),  # 160.3 M
 }
+
+
+def check_patches(arch: Arch, patch_size: int) -> None:
+    """Raises ValueError when the stem has no such patches, or its convolutions' widths are no whole numbers."""
+    if arch.stem != "convolutions":
+        return
+    if patch_size not in HALVINGS:
+        sizes = ", ".join(map(str, HALVINGS))
+        raise ValueError(f"the stem of convolutions halves the image: patch_size is one of {sizes}, not {patch_size}")
+    narrowest = 2 ** (HALVINGS[patch_size] - 1)
+    if arch.dim % narrowest:
+        raise ValueError(
+            f"the stem's first convolution is of width {arch.dim} / {narrowest} for patches of {patch_size} pixels; "
+            f"{arch.dim // narrowest * narrowest or narrowest} would divide"
+        )

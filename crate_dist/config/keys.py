@@ -24,7 +24,11 @@ _MOVED_OUT_OF_DATA = {
     "augment": ("crop_scale", "crop_ratio", "flip", "randaugment_ops", "randaugment_magnitude", "erase"),
     "images": ("resize_filter", "mean", "std", "eval_fit", "eval_crop"),
 }
-RENAMED = {f"data.{key}": f"{section}.{key}" for section, keys in _MOVED_OUT_OF_DATA.items() for key in keys}
+_DECAY_ALL = "optim.decay_all"
+RENAMED = {
+    _DECAY_ALL: "optim.decay",
+    **{f"data.{key}": f"{section}.{key}" for section, keys in _MOVED_OUT_OF_DATA.items() for key in keys},
+}
 """Keys of recipes, run folders and weights from before, and what they are called now."""
 
 
@@ -32,9 +36,16 @@ class RecipeError(UserError, ValueError):
     """A recipe or an override that cannot be used; the message says what was given and what would do."""
 
 
+def renamed(key: str, value: Any) -> tuple[str, Any]:
+    """Returns a key's name of today, and the value that says there what the given one said."""
+    if key == _DECAY_ALL and isinstance(value, bool):
+        value = "all" if value else "matrices"
+    return RENAMED.get(key, key), value
+
+
 def new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the same values by section.key, under the names that the keys have now."""
-    return {RENAMED.get(key, key): value for key, value in flat.items()}
+    return dict(renamed(key, value) for key, value in flat.items())
 
 
 def rename(raw: dict[str, Any], origin: str) -> None:
@@ -47,7 +58,7 @@ def rename(raw: dict[str, Any], origin: str) -> None:
         target = raw.setdefault(now, {})
         if not isinstance(target, dict) or name in target:
             raise RecipeError(f"{origin}: {old} is called {new} now, and cannot stand beside it")
-        target[name] = table.pop(key)
+        target[name] = renamed(old, table.pop(key))[1]
         notes.append(f"{old} -> {new}")
     if notes:
         _note(f"{origin}: keys that have new names: {', '.join(notes)}")
@@ -57,7 +68,7 @@ def assign(raw: dict[str, Any], key: str, value: Any, known: Mapping[str, str], 
     """Sets a nested value by its flat key, which may be an old one. Raises RecipeError for one that is not known."""
     if key in RENAMED:
         _note(f"{origin}: {key} is called {RENAMED[key]} now")
-        key = RENAMED[key]
+        key, value = renamed(key, value)
     if key not in known:
         raise RecipeError(f"{origin}: {unknown_key(key, known)}")
     *sections, last = key.split(".")
@@ -150,4 +161,4 @@ def explain(item: ErrorDetails, known: Mapping[str, str], origins: Mapping[str, 
             else "Input should be one word"
         )
     given = "" if item["type"] == "value_error" else f", not {item['input']!r}"
-    return f"{origin}: {key}: {message}{given}"
+    return f"{origin}: {key + ': ' if key else ''}{message}{given}"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch
+from crate_dist.config.archs import ARCHS, Arch, check_patches
 from crate_dist.config.keys import RecipeError, nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
@@ -21,8 +21,10 @@ CACHE_VARIABLE = "CRATE_CACHE"
 MIRROR_VARIABLE = "CRATE_MIRROR"
 
 Compile = Literal["auto"] | bool
+DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -160,6 +162,7 @@ class ModelSection(Section):
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
             )
+        check_patches(self.parts(), self.patch_size)
         return self
 
 
@@ -204,6 +207,10 @@ class OrderSection(Section):
 
     lanes: Positive = Field(64, description="streams of shards that are read side by side; lowered to divide the batch")
     window: Positive = Field(4096, description="samples that are shuffled together within a lane")
+    repeats: Positive = Field(
+        1,
+        description="views of every sample in an epoch, each augmented anew; see data/repeats.py",
+    )
 
 
 class AugmentSection(Section):
@@ -219,6 +226,26 @@ class AugmentSection(Section):
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
     randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+
+
+class MixSection(Section):
+    """The mixing of training images by twos, of which one step in its whole does either; see training/mixing.py."""
+
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="α of mixup: two images blended, λ of the first, λ from Beta(α, α); 0: none; often 0.8",
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="α of cutmix: a box of another image pasted, λ of the area left; 0: none; often 1.0"
+    )
+    switch: Fraction = Field(0.5, description="share of the mixed steps that take cutmix, where both have an α")
+    probability: Fraction = Field(1.0, description="share of the steps that mix at all")
+
+    @property
+    def enabled(self) -> bool:
+        """Says whether any step mixes."""
+        return self.mixup + self.cutmix > 0 and self.probability > 0
 
 
 class ImageSection(Section):
@@ -242,18 +269,48 @@ class OptimSection(Section):
 
     name: Literal["lion", "adamw"] = Field("lion", description="the optimizer")
     lr: float = Field(gt=0, description="the highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="the learning rate that the schedule falls to")
+    warmup_lr: float = Field(0.0, ge=0, description="the learning rate that the warm-up rises from")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each layer to the one before it: the head has the full rate, the "
+        "stem that to the power of depth + 1",
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay: multiplied by the learning rate")
-    decay_all: bool = Field(True, description="also decay norms, biases and embeddings, as the paper does")
+    decay: DecayRule = Field(
+        "all",
+        description='parameters with weight decay; "matrices": those with two dimensions; "weights": more than one, '
+        'but not class token and positions, as timm; "kernels": of linear maps and convolutions, as CRATE-α',
+    )
     betas: tuple[Decay, Decay] | None = Field(
         None, description="decay rates of the moments; unset: lion (0.9, 0.99), adamw (0.9, 0.999)"
     )
     eps: float = Field(1e-8, gt=0, description="adamw's, added to the denominator")
-    schedule: Literal["cosine", "reference"] = Field(
-        "cosine", description='"reference": the minimum of warm-up and cosine, changed once per epoch'
+    schedule: ScheduleName = Field(
+        "cosine",
+        description='by steps "cosine" and "big_vision" (CRATE-α\'s); by epochs "reference" (CRATE\'s and CBT\'s), '
+        '"timm", and "deit" (ToST\'s: timm\'s, an epoch late)',
     )
-    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from 0")
+    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from warmup_lr")
+    cooldown_epochs: int = Field(0, ge=0, description="last ones of train.epochs, at min_lr, after the schedule's end")
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
+
+    @model_validator(mode="after")
+    def _below_the_peak(self) -> Self:
+        for name in ("min_lr", "warmup_lr"):
+            if (given := getattr(self, name)) > self.lr:
+                raise ValueError(
+                    f"{name} {given:g} is above lr {self.lr:g}, the highest learning rate; {self.lr:g} or less would do"
+                )
+        if self.cooldown_epochs and not self.min_lr:
+            raise ValueError(
+                f"cooldown_epochs {self.cooldown_epochs} at min_lr 0 would change no weight; give a min_lr above 0, "
+                "or cooldown_epochs = 0"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -261,7 +318,12 @@ class TrainSection(Section):
 
     global_batch: Positive = Field(description="images per step on all ranks together")
     micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
-    epochs: Positive = Field(description="times that every training image is seen")
+    group: Positive = Field(
+        1,
+        description="neighbouring images of the order that every micro-batch holds whole: [mix] takes partners, and "
+        "batch norm its statistics, among them; divides both batches",
+    )
+    epochs: Positive = Field(description="times that every training image is seen, order.repeats times each")
     max_steps: Positive | None = Field(
         None, description="steps after which training stops early, with the schedule as for all epochs"
     )
@@ -284,9 +346,24 @@ class TrainSection(Section):
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
     )
 
-    def last_step(self, samples: int) -> int:
-        """Returns the step at which a run over so many training images is complete: the schedule's, or max_steps."""
-        steps = -(-self.epochs * samples // self.global_batch)
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if rest := self.global_batch % self.group:
+            below = self.global_batch - rest
+            would = [str(n) for n in (below, below + self.group) if n]
+            raise ValueError(
+                f"global_batch {self.global_batch} is no multiple of group {self.group}; {' or '.join(would)} would be"
+            )
+        if self.micro_batch < self.group:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} has no room for a group of {self.group} images, which it must hold "
+                f"whole; micro_batch {self.group} would, or a smaller group, which changes the result"
+            )
+        return self
+
+    def last_step(self, views: int) -> int:
+        """Returns the step at which a run with so many images in an epoch is complete: the schedule's, or max_steps."""
+        steps = -(-self.epochs * views // self.global_batch)
         return min(steps, self.max_steps or steps)
 
 

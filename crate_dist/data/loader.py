@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """Images, uint8 (n, height, width, 3), and their labels, int64 (n,).
 
     bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
-    samples: int64 (n,), their numbers in a split that is evaluated
+    samples: int64 (n,), their numbers in the split, those that the order asks for
     """
 
     images: torch.Tensor
@@ -75,6 +75,7 @@ class _Filled(NamedTuple):
     labels: Int64
     bad: list[BadSample]
     replaced: list[int]
+    samples: Int64
 
 
 class TrainBatches:
@@ -96,13 +97,14 @@ class TrainBatches:
         self._reader = self._reader or ShardReader(self.index, self.samples)
         self._reader.at(number)
         positions = self.share.positions(self.order, number)
-        samples, epochs = self.order.samples(positions), positions // self.order.num_samples
+        samples, epochs, repeats = self.order.views(positions)
 
         def decode(data: bytes, place: int, out: Pixels) -> None:
-            self.transform(data, sample_rng(self.order.seed, int(epochs[place]), int(samples[place])), out)
+            drawn_from = int(epochs[place]), int(samples[place]), int(repeats[place])
+            self.transform(data, sample_rng(self.order.seed, *drawn_from), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode))
+        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode), samples)
 
 
 class EvalBatches:
@@ -133,7 +135,11 @@ class EvalBatches:
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(slot, *assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
+
+        def decode(data: bytes, _: int, out: Pixels) -> None:
+            self.transform(data, out)
+
+        return _Filled(slot, *assemble(self._reader, samples, images, decode), samples)
 
 
 class TrainLoader(Iterator[Batch]):
@@ -156,8 +162,8 @@ class TrainLoader(Iterator[Batch]):
         )
 
     def __next__(self) -> Batch:
-        slot, labels, bad, replaced = next(self._filled)
-        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced)
+        slot, labels, bad, replaced, samples = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced, samples)
 
 
 class EvalLoader:
@@ -177,10 +183,10 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for number, (slot, labels, bad, replaced) in enumerate(filled):
+        for slot, labels, bad, replaced, samples in filled:
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, replaced, self._batches.samples(number))
+            yield Batch(images, torch.from_numpy(labels), bad, replaced, samples)
 
 
 def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:

@@ -12,16 +12,21 @@ A rank takes neighbouring lanes, so a node reads few shards at a time and reads 
 the two lanes that share a shard reach it at the same time. Memory is bounded by shards, not by samples.
 
 Epochs follow each other without a gap: a global batch may begin in one epoch and end in the next, so that every
-epoch visits every sample exactly once and nothing is dropped.
+epoch visits every sample exactly once and nothing is dropped. With repeated augmentation it visits every sample the
+same number of times, see repeats.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from crate_dist.config import Recipe
+from crate_dist.data.repeats import Repeats
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
@@ -44,6 +49,14 @@ def permutation(size: int, *key: int) -> Int64:
     return np.argsort(hash64(*key, np.arange(size, dtype=np.int64)), kind="stable")
 
 
+class Views(NamedTuple):
+    """What stands at some positions, each (n,): the sample, the epoch, and which of the sample's views in the epoch."""
+
+    samples: Int64
+    epochs: Int64
+    repeats: Int64
+
+
 class Order:
     """The map from global positions to sample ids.
 
@@ -53,14 +66,25 @@ class Order:
     seed: of the run
     lanes: parts of the stream that are read side by side
     window: samples that are shuffled together within a lane, the bound on what a lane keeps in page cache
+    repeats: the views of each sample in an epoch
+
+    num_samples: without repeats; epoch_size: positions of an epoch, with them
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | Int64, seed: int, lanes: int = 64, window: int = 4096) -> None:
+    def __init__(
+        self,
+        shard_sizes: Sequence[int] | Int64,
+        seed: int,
+        lanes: int = 64,
+        window: int = 4096,
+        repeats: Repeats = Repeats(),  # noqa: B008  frozen
+    ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if not self.num_samples or lanes < 1 or window < 1:
             raise ValueError(f"an order needs samples, lanes and a window; not {self.num_samples}, {lanes}, {window}")
-        self.seed, self.lanes, self.window = seed, lanes, window
+        self.seed, self.lanes, self.window, self.repeats = seed, lanes, window, repeats
+        self.epoch_size = repeats.count * self.num_samples
         self._shard_starts = np.cumsum(self.shard_sizes) - self.shard_sizes
         sizes = self.num_samples // lanes + (np.arange(lanes) < self.num_samples % lanes)
         self._lane_sizes = sizes.astype(np.int64)
@@ -68,21 +92,28 @@ class Order:
         self._lane_windows = -(-self._lane_sizes // window)
 
     def samples(self, positions: Int64) -> Int64:
-        """Returns the sample ids at global positions (epoch * num_samples + position in the epoch), both (n,)."""
-        positions = np.asarray(positions, dtype=np.int64)
+        """Returns the sample ids at global positions (epoch * epoch_size + position in the epoch), both (n,)."""
+        return self.views(positions).samples
+
+    def views(self, positions: Int64) -> Views:
+        """Returns what stands at global positions (n,)."""
+        epochs, positions = np.divmod(np.asarray(positions, dtype=np.int64), self.epoch_size)
+        positions, repeats = self.repeats.views(positions, self.num_samples, self.lanes)
         ids = np.empty_like(positions)
-        epochs = positions // self.num_samples
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = self._epoch_samples(int(epoch), positions[here] % self.num_samples)
-        return ids
+            ids[here] = self._epoch_samples(int(epoch), positions[here])
+        return Views(ids, epochs, repeats)
 
     def batch_positions(self, step: int, global_batch: int) -> Int64:
         """Returns the global positions of a step's batch, (global_batch,), neighbours in a lane standing together.
 
-        Cut into equal contiguous parts it gives each rank its lanes; the whole does not depend on the cut.
+        Cut into equal contiguous parts it gives each rank its lanes; the whole does not depend on the cut. Repeats
+        stand in the order of the lanes already, and sorting them would bring a sample's views together.
         """
         positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+        if self.repeats.count > 1:
+            return positions
         return positions[np.argsort(positions % self.num_samples % self.lanes, kind="stable")]
 
     def _epoch_samples(self, epoch: int, position: Int64) -> Int64:
@@ -114,6 +145,12 @@ class Order:
         """Returns the epoch's shards in their order, and the place in the stream at which each ends."""
         shards = permutation(len(self.shard_sizes), self.seed, epoch)
         return shards, np.cumsum(self.shard_sizes[shards])
+
+
+def training_order(shard_sizes: Sequence[int] | Int64, recipe: Recipe) -> Order:
+    """Returns the order in which a run of the recipe visits these shards."""
+    repeats = Repeats(recipe.order.repeats, 1, recipe.train.global_batch)
+    return Order(shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window, repeats)
 
 
 @lru_cache(maxsize=512)

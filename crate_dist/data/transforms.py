@@ -2,8 +2,8 @@
 
 What a recipe adds to crop and flip is in augment.py.
 
-All randomness comes from a generator that is seeded by (seed, epoch, sample), so that a resumed run, another number
-of workers or another cluster sees the same pixels. Crop and flip follow torchvision's RandomResizedCrop and
+All randomness comes from a generator that is seeded by (seed, epoch, sample, repeat), so that a resumed run, another
+number of workers or another cluster sees the same pixels. Crop and flip follow torchvision's RandomResizedCrop and
 RandomHorizontalFlip; EXIF orientation is not applied, as ImageNet's users expect.
 
 Training takes the fast path: libjpeg-turbo for the crop, torch's antialiased resize on uint8, which computes what
@@ -106,13 +106,14 @@ class EvalTransform:
         return out
 
 
-def sample_rng(seed: int, epoch: int, sample: int) -> random.Random:
-    """Seeds the generator of one sample in one epoch. Only `random()` is used: it is stable over Python versions.
+def sample_rng(seed: int, epoch: int, sample: int, repeat: int = 0) -> random.Random:
+    """Seeds the generator of one view of a sample in one epoch.
 
-    The seed is order.hash64(seed, epoch, sample, 1), in Python's integers: for single numbers some 20 times as fast.
+    Only `random()` is used: it is stable over Python versions. The seed is order.hash64(seed, epoch, sample,
+    1 + repeat), in Python's integers: for single numbers some 20 times as fast.
     """
     state = 0
-    for part in (seed, epoch, sample, 1):
+    for part in (seed, epoch, sample, 1 + repeat):
         state = _mix(state ^ _mix((part + 0x9E3779B97F4A7C15) & _64_BITS))
     return random.Random(state)
 

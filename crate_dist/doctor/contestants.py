@@ -135,7 +135,7 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
     model = build_model(recipe.model, CLASSES, seed=0).to(device, dtype)
     batch, autocast = recipe.train.global_batch, recipe.train.precision == "autocast"
     model.set_execution(recompute=recipe.train.recompute, autocast=autocast, images=batch)
-    [group] = parameter_groups(model, recipe.optim.model_copy(update={"decay_all": True}))
+    [group] = parameter_groups(model, recipe.optim.model_copy(update={"decay": "all", "layer_decay": 1.0}))
     weights = list(model.parameters())
     master = nn.Parameter(torch.cat([p.detach().float().flatten() for p in weights]))
     copies = [

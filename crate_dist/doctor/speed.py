@@ -1,7 +1,7 @@
 """How fast a training step is, beside a plain loop and the published code, and whether its memory is what we say.
 
 Steps are queued without waiting, some at a time, between events, in turns with those they are compared with; medians of
-the rounds. MFU: the operations that must be computed (models/flops.py), three times the forward pass's, over the rate
+the rounds. MFU: the operations that must be computed (models/costs.py), three times the forward pass's, over the rate
 of a product of 8192³ in bf16. The published loop is that of its main.py: fp16 under autocast, with a GradScaler, Lion
 of lion-pytorch, eager. Without a checkout of the published code (--reference) its formulation in plain PyTorch stands
 in, and is named so.
@@ -39,7 +39,7 @@ from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.timing import host_median_s, in_turns, median_s, queued
 from crate_dist.launching.memory import RESERVE, step_bytes
 from crate_dist.models.build import model_config
-from crate_dist.models.flops import forward_flops
+from crate_dist.models.costs import forward_flops
 
 EXPECTED = {
     ("H200", "crate_base at 256"): 8000.0,

@@ -26,7 +26,7 @@ import tomli_w
 
 from crate_dist.arguments import whole_number
 from crate_dist.config import Recipe, RecipeError
-from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_value
+from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_value, renamed
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
 from crate_dist.launching.site import NO_SITE, Site
@@ -91,7 +91,7 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
     grid: dict[str, Sequence[Any]] = {}
     for origin, key, values in [*_of_file(arguments), *map(_parsed, arguments.grid), *_of_seeds(arguments)]:
         assign({}, key, None, _KNOWN, origin)
-        key = RENAMED.get(key, key)
+        old, key = key, RENAMED.get(key, key)
         if shared := next((why for name, why in _SHARED.items() if f"{key}.".startswith(f"{name}.")), None):
             raise RecipeError(f"{origin}: {key} cannot be in a grid: {shared}; start such runs one by one")
         if not isinstance(values, list) or not values:
@@ -103,7 +103,7 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
             )
         if key in given:
             raise RecipeError(f"{given[key]} and {origin}: give one of them")
-        given[key], grid[key] = origin, values
+        given[key], grid[key] = origin, [renamed(old, value)[1] for value in values]
     if not (arguments.arch or arguments.config):
         raise RecipeError(f'{arguments.grid_file} names no recipe: --arch NAME does, or recipe = "NAME" in it')
     count = math.prod(map(len, grid.values()))

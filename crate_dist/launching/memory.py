@@ -1,24 +1,15 @@
 """Estimates from shapes the GPU memory of a training step. Imports no torch: a login node asks it.
 
-Counted is what autograd keeps of a forward pass (per layer six or seven tensors of the size of the tokens), what a
-backward pass has in hand at a time, and the state of ZeRO-2. A test holds the first against what torch really keeps.
-Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
+Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and
+the state of ZeRO-2. All functions raise costs.NotKnown for a model with a part that has no rule there. Not counted is
+what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
 """
 
 from __future__ import annotations
 
 from crate_dist.config import OptimSection, Recipe
-from crate_dist.models.sizes import ista_in_one_product
-
-KEPT_PER_LAYER = 6
-"""Tensors of the tokens' size: input, normalised input, projections, attention's output, its sum with the input, that
-normalised. In two products, ISTA's residual is one more; in one, its matrix, of the weights' size."""
-
-RESIDUALS = 2
-"""Of these, those that autocast leaves in fp32: a layer's input, and its sum with attention's output."""
-
-ROUNDED = 4
-"""Copies in bf16 of a layer's matrices that autocast makes and keeps: of ISTA's dictionary, two."""
+from crate_dist.models import costs
+from crate_dist.models.config import ModelConfig, model_config
 
 IN_HAND = 6
 """Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
@@ -29,37 +20,22 @@ RESERVE = 0.12
 
 def parameters(recipe: Recipe, classes: int = 1000) -> int:
     """Counts the weights of the recipe's model."""
-    dims, patch, tokens = recipe.model.parts(), _patch_values(recipe), _tokens(recipe)
-    d = dims.dim
-    layer = 2 * d * d + (d * d + d if dims.heads > 1 else 0) + 4 * d
-    embedding = 2 * patch + patch * d + 3 * d + tokens * d + d
-    return dims.depth * layer + embedding + 2 * d + (d + 1) * (recipe.model.num_classes or classes)
+    return costs.parameters(_config(recipe, classes))
 
 
 def kept_bytes(recipe: Recipe, images: int) -> int:
     """Counts the bytes that autograd keeps of `images` images from the forward pass to the backward pass."""
-    dims, tokens, size = recipe.model.parts(), _tokens(recipe) * images, _bytes(recipe)
-    of_products = 4 if recipe.train.precision == "fp32" else 2
-    values, matrix = tokens * dims.dim, dims.dim**2 * of_products
-    per_layer = values * (RESIDUALS * size + (_kept_per_layer(recipe, images) - RESIDUALS) * of_products)
-    per_layer += (4 + dims.heads) * tokens * 4
-    if ista_in_one_product(tokens, dims.dim):
-        per_layer += matrix
-    patch, classes = _patch_values(recipe), recipe.model.num_classes or 1000
-    embedding = (tokens - images) * (patch * (size + of_products) + dims.dim * of_products)
-    if recipe.train.precision == "autocast":
-        per_layer += ROUNDED * matrix
-        embedding += (patch + classes) * dims.dim * of_products  # the matrices of embedding and head
-    again = min(recipe.train.recompute, dims.depth)
-    return (dims.depth - again) * per_layer + again * values * size + embedding
+    return costs.kept_bytes(_config(recipe), images, recipe.train.precision, recipe.train.recompute)
 
 
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     """Counts the most bytes that a rank of `world_size` needs at a time."""
-    dims, size = recipe.model.parts(), _bytes(recipe)
-    in_hand = IN_HAND + (_kept_per_layer(recipe, micro_batch) if recipe.train.recompute else 0)
-    passing = kept_bytes(recipe, micro_batch) + in_hand * micro_batch * _tokens(recipe) * dims.dim * size
-    arriving = parameters(recipe) * size / 8  # gradients of the bucket that the backward pass fills
+    config, precision = _config(recipe), recipe.train.precision
+    in_hand = IN_HAND * micro_batch * config.num_tokens * config.dim * _bytes(recipe)
+    if recipe.train.recompute:
+        in_hand += costs.kept_bytes(config, micro_batch, precision) // config.depth  # of the layer computed again
+    passing = kept_bytes(recipe, micro_batch) + in_hand
+    arriving = parameters(recipe) * _bytes(recipe) / 8  # gradients of the bucket that the backward pass fills
     return round(passing + arriving + state_bytes(recipe, world_size))
 
 
@@ -79,10 +55,10 @@ def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
-    """Finds the largest micro-batch that fits a card and divides a rank's share of the global batch; 0: none."""
-    share = recipe.train.global_batch // world_size
-    room = card_bytes * (1 - RESERVE)
-    return next((n for n in range(share, 0, -1) if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
+    """Finds the largest micro-batch that fits a card, divides a rank's share, and holds whole groups; 0: none."""
+    share, group = recipe.train.global_batch // world_size, recipe.train.group
+    room, sizes = card_bytes * (1 - RESERVE), range(share // group * group, 0, -group)
+    return next((n for n in sizes if share % n == 0 and step_bytes(recipe, n, world_size) <= room), 0)
 
 
 def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
@@ -101,21 +77,18 @@ def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) ->
             remedies.append(f"--set train.recompute={depth} --set train.micro_batch={fits_again}")
         what = " or ".join(remedies)
         return f"{line}, which is too much; " + (
-            f"{what} fits" if what else "not even one image would fit: take a larger card, or a smaller model"
+            f"{what} fits" if what else f"not even {least_of(recipe)} would fit: take a larger card, or a smaller model"
         )
     return line if fits <= micro_batch else f"{line}; --set train.micro_batch={fits} would fit as well"
 
 
-def _kept_per_layer(recipe: Recipe, images: int) -> int:
-    return KEPT_PER_LAYER + (not ista_in_one_product(images * _tokens(recipe), recipe.model.parts().dim))
+def _config(recipe: Recipe, classes: int = 1000) -> ModelConfig:
+    return model_config(recipe.model, recipe.model.num_classes or classes)
 
 
-def _patch_values(recipe: Recipe) -> int:
-    return 3 * recipe.model.patch_size**2
-
-
-def _tokens(recipe: Recipe) -> int:
-    return (recipe.model.image_size // recipe.model.patch_size) ** 2 + 1
+def least_of(recipe: Recipe) -> str:
+    """Says what a micro-batch holds at the least."""
+    return "one image" if recipe.train.group == 1 else f"one group of {recipe.train.group} images"
 
 
 def _bytes(recipe: Recipe) -> int:

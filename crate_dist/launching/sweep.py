@@ -63,7 +63,7 @@ def why_idle(recipe: Recipe, folder: RunFolder, queue: Sequence[QueuedJob] = ())
     data = manifest.data["train"] if manifest and manifest.data else None
     if not manifest or not data or not folder.model("last").exists():
         return ""
-    if manifest.progress.step < recipe.train.last_step(data["samples"]):
+    if manifest.progress.step < recipe.train.last_step(recipe.order.repeats * data["samples"]):
         return ""
     folder.check(recipe)
     return f"complete at step {manifest.progress.step}"

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import torch
 
 from crate_dist.config import ModelSection
 from crate_dist.config.archs import ARCHS, Arch
-from crate_dist.models.config import ModelConfig
+from crate_dist.models.config import ModelConfig, model_config
 from crate_dist.models.transformer import Transformer
-
-
-def model_config(section: ModelSection, num_classes: int) -> ModelConfig:
-    """Returns the architecture that a recipe's [model] means, on data with `num_classes` classes.
-
-    Raises ValueError when the recipe names fewer classes than the data has, or parts that do not go together.
-    """
-    if section.num_classes is not None and section.num_classes < num_classes:
-        raise ValueError(
-            f"model.num_classes is {section.num_classes}, but the data has {num_classes} classes; "
-            "leave it unset, or name at least as many"
-        )
-    return ModelConfig(
-        **asdict(section.parts()),
-        image_size=section.image_size,
-        patch_size=section.patch_size,
-        num_classes=section.num_classes or num_classes,
-        pool=section.pool,
-        dropout=section.dropout,
-        emb_dropout=section.emb_dropout,
-        drop_path=section.drop_path,
-        ista_step=section.ista_step,
-        ista_threshold=section.ista_threshold,
-    )
 
 
 def build_model(section: ModelSection, num_classes: int, seed: int) -> Transformer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-from crate_dist.config.archs import Arch
+from crate_dist.config import ModelSection
+from crate_dist.config.archs import Arch, check_patches
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
@@ -18,8 +19,8 @@ class ModelConfig(Arch):
     image_size, patch_size: side in pixels; pool: what the linear head reads, the class token or the mean of all tokens;
     dropout: of the attention and its output; emb_dropout: of the embedded tokens; drop_path: share of the images for
     which training leaves out a residual branch; ista_step: η; ista_threshold: λ.
-    Raises ValueError when patches do not tile the image, heads do not divide the width, or there is no class token to
-    be read.
+    Raises ValueError when patches do not tile the image or the stem has none of the size, heads do not divide the
+    width, or there is no class token to be read, or one too many.
     """
 
     image_size: int
@@ -35,6 +36,7 @@ class ModelConfig(Arch):
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        check_patches(self, self.patch_size)
         if self.dim % self.heads:
             fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
             raise ValueError(
@@ -44,6 +46,8 @@ class ModelConfig(Arch):
             raise ValueError(f'pool is "cls" or "mean", not {self.pool!r}')
         if self.head == "linear" and self.pool == "cls" and not self.class_token:
             raise ValueError('there is no class token for the head to read; pool = "mean" reads the patches')
+        if self.head == "class_attention" and self.class_token:
+            raise ValueError("the head of class attention brings the class token: class_token = false in the layers")
 
     @property
     def num_patches(self) -> int:
@@ -54,3 +58,27 @@ class ModelConfig(Arch):
     def num_tokens(self) -> int:
         """Tokens per image in the layers: the patches, and the class token where there is one."""
         return self.num_patches + self.class_token
+
+
+def model_config(section: ModelSection, num_classes: int) -> ModelConfig:
+    """Returns the architecture that a recipe's [model] means, on data with `num_classes` classes.
+
+    Raises ValueError when the recipe names fewer classes than the data has, or parts that do not go together.
+    """
+    if section.num_classes is not None and section.num_classes < num_classes:
+        raise ValueError(
+            f"model.num_classes is {section.num_classes}, but the data has {num_classes} classes; "
+            "leave it unset, or name at least as many"
+        )
+    return ModelConfig(
+        **asdict(section.parts()),
+        image_size=section.image_size,
+        patch_size=section.patch_size,
+        num_classes=section.num_classes or num_classes,
+        pool=section.pool,
+        dropout=section.dropout,
+        emb_dropout=section.emb_dropout,
+        drop_path=section.drop_path,
+        ista_step=section.ista_step,
+        ista_threshold=section.ista_threshold,
+    )

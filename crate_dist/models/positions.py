@@ -1,12 +1,13 @@
-"""Interpolates learned positions to another grid of patches than the one they were learned on."""
+"""Positions of patches: learned ones, fitted to other grids, and Fourier features, which any grid has."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
 
 def interpolate_positions(pos_embedding: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,3 +33,44 @@ def interpolate_positions(pos_embedding: Tensor, grid: tuple[int, int]) -> Tenso
     square = rearrange(pos_embedding[:, 1:], "1 (row col) d -> 1 d row col", row=side).float()
     resized = F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=False, antialias=True)
     return cat((pos_embedding[:, :1], rearrange(resized, "1 d row col -> 1 (row col) d").to(pos_embedding)), dim=1)
+
+
+_HIDDEN = 32
+_TEMPERATURE = 10_000
+
+
+class FourierPositions(nn.Module):
+    """A linear map of sines and cosines of a patch's row and column (DETR, arXiv 2005.12872; so in XCiT and ToST).
+
+    Rows and columns are counted from 1 and brought to the interval from 0 to 2π, whatever the grid. The features of
+    one grid are kept, and no part of the state: they are a function of it.
+    """
+
+    features: Tensor
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        # A convolution's map, as published, by its first values too: not the narrow ones of the other maps.
+        self.proj = nn.Linear(2 * _HIDDEN, dim)
+        self.register_buffer("features", fourier_features(grid), persistent=False)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Returns the positions of rows x columns patches, (1, rows * columns, d)."""
+        features = self.features if grid == self.grid else fourier_features(grid).to(self.features)
+        return self.proj(features)
+
+
+def fourier_features(grid: tuple[int, int]) -> Tensor:
+    """Returns sines and cosines of rows, then of columns, at 16 frequencies each: fp32 (1, rows * columns, 64), CPU.
+
+    The angle of frequency i is 2π row / rows / 10000^(i / 16); sines and cosines alternate.
+    """
+    with torch.device("cpu"):  # also where a model is built on "meta": no file of weights has them
+        rates = _TEMPERATURE ** -(torch.arange(0, _HIDDEN, 2, dtype=torch.float64) / _HIDDEN)
+        sides = [torch.arange(1, side + 1, dtype=torch.float64) * (2 * math.pi / side) for side in grid]
+        rows, columns = (
+            torch.stack(((angle := side[:, None] * rates).sin(), angle.cos()), dim=-1).flatten(1) for side in sides
+        )
+        every = (rows[:, None].expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1))
+        return cat(every, dim=-1).flatten(0, 1)[None].float()

@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crate_dist.config.parts import HEADS, INITS, RESIDUALS, STEMS
+from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.initial import drawn
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
-from crate_dist.models.positions import interpolate_positions
+from crate_dist.models.positions import FourierPositions, interpolate_positions
 from crate_dist.models.residuals.layer import Layer
 
 
@@ -72,12 +75,6 @@ class Intermediates:
         return found
 
 
-def _drawn(*shape: int) -> Tensor:
-    """Draws what torch.randn would; nothing on the device "meta", where torch imports sympy for it, half a second."""
-    empty = torch.empty(shape)
-    return empty if empty.is_meta else empty.normal_()
-
-
 class Transformer(nn.Module):
     """An image classifier of the family: CRATE, or what a recipe puts in the place of its parts.
 
@@ -90,27 +87,37 @@ class Transformer(nn.Module):
         self.config = config
         self.patch_embed = find_part(STEMS, config.stem)(config)
         if config.positions == "learned":
-            self.pos_embedding = nn.Parameter(_drawn(1, config.num_tokens, config.dim))
+            self.pos_embedding = nn.Parameter(drawn(1, config.num_tokens, config.dim))
+        else:
+            side = config.image_size // config.patch_size
+            self.positions = FourierPositions(config.dim, (side, side))
         if config.class_token:
-            self.cls_token = nn.Parameter(_drawn(1, 1, config.dim))
+            self.cls_token = nn.Parameter(drawn(1, 1, config.dim))
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
         self.head = find_part(HEADS, config.head)(config)
+        self._mixers_grid = (config.image_size // config.patch_size,) * 2
         if not next(self.parameters()).is_meta:
             find_part(INITS, config.init)(self)
         self.set_execution()
 
-    def set_execution(self, *, recompute: int = 0, autocast: bool = False, images: int = 1) -> None:
+    def set_execution(
+        self, *, recompute: int = 0, autocast: bool = False, images: int = 1, group: int | None = None
+    ) -> None:
         """Decides how `forward` computes its function, which is no part of the architecture.
 
         recompute: layers, from the first, that keep only their input for the backward pass, and are computed again
         autocast: products in bf16 though weights and tokens are fp32, as torch.autocast has it
         images: how many there are at a time, which decides between equal ways to compute for all passes to come
+        group: neighbouring images of which batch norm takes its statistics in training; None: all that there are
         """
         self._recompute, self._autocast = recompute, autocast
         for layer in self._layers():
             layer.tokenwise.plan(images * self.config.num_tokens)
+        for module in self.modules():
+            if isinstance(module, GroupedBatchNorm):
+                module.group = group
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
         """Returns the context in which `forward` computes: torch.autocast to bf16, or none."""
@@ -141,14 +148,22 @@ class Transformer(nn.Module):
 
     def _place(self, images: Tensor) -> Tensor:
         """Embeds images whose sides are whole patches, and gives the tokens their positions."""
+        grid = self._grid(images)
+        if grid != self._mixers_grid:
+            for layer in self._layers():
+                layer.mixer.set_grid(*grid)
+            self._mixers_grid = grid
         patches = self.patch_embed(images)
         if self.config.class_token:
             patches = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
-        return self.emb_dropout(patches + self._positions(*self._grid(images)))
+        return self.emb_dropout(patches + self._positions(*grid))
 
     def _positions(self, rows: int, cols: int) -> Tensor:
         """Returns what is added to the tokens of rows x cols patches, (1, n, d)."""
-        return interpolate_positions(self.pos_embedding, (rows, cols))
+        if self.config.positions == "learned":
+            return interpolate_positions(self.pos_embedding, (rows, cols))
+        positions: Tensor = self.positions((rows, cols))
+        return F.pad(positions, (0, 0, int(self.config.class_token), 0))  # a class token has no place
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size

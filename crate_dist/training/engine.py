@@ -38,9 +38,10 @@ from crate_dist.errors import UserError
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
-from crate_dist.training import compiling
+from crate_dist.training import compiling, drop_path
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
+from crate_dist.training.mixing import MixedBatch, Targets
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
 from crate_dist.training.zero import Guard, initialize
 
@@ -68,8 +69,8 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss, the mean over this rank's samples, of which `hits` got the highest logit at their label; gradient norm, of
-    all ranks before clipping. 0-d, on the device."""
+    """Loss, the mean over this rank's samples, of which `hits` got the highest logit at their label, of mixed ones at
+    that of the larger share; gradient norm, of all ranks before clipping. 0-d, on the device."""
 
     loss: torch.Tensor
     hits: torch.Tensor
@@ -82,7 +83,8 @@ class Engine:
     def __init__(
         self, model: Transformer, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int
     ) -> None:
-        self.recipe, self.device, self.accumulation = recipe, device, accumulation
+        self.recipe, self.device = recipe, device
+        self.micro_batch, self.accumulation = micro_batch, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
@@ -122,7 +124,7 @@ class Engine:
         module: Transformer = self._engine.module
         return module
 
-    def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
+    def step(self, batches: Iterator[MicroBatch | MixedBatch], lr: float, step: int) -> StepResult:
         """Takes one optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
 
         Holds one of them at a time. Raises NotFinite on every rank when the gradients of this step, or on a GPU of the
@@ -131,15 +133,15 @@ class Engine:
         """
         self.seed_dropout(step)
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         if not self.module.training:
             self._engine.train()
         losses, hits = list[torch.Tensor](), list[torch.Tensor]()
-        for _ in range(self.accumulation):
+        for part in range(self.accumulation):
             self._zero.own_time.begin()
             batch = next(batches)
             with record_function("forward"):
-                logits, labels = self._logits(batch, self._engine)
+                logits, labels = self._logits(batch, self._engine, self.kept_branches(step, part))
                 loss = self.criterion(logits, labels)
             with record_function("backward"):
                 self._engine.backward(loss)
@@ -147,7 +149,8 @@ class Engine:
             with record_function("optimizer"):
                 self._engine.step()
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(dim=1) == labels).sum())
+            heavier = labels.heavier if isinstance(labels, Targets) else labels
+            hits.append((logits.detach().argmax(dim=1) == heavier).sum())
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), torch.stack(hits).sum(), self._zero.grad_norm)
 
@@ -179,18 +182,32 @@ class Engine:
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
-    def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Returns the mean loss of a micro-batch, 0-d, in the model's mode."""
-        return self.criterion(*self._logits(batch, self.module))
+    def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
+        """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
+        rate = self.recipe.model.drop_path
+        if not rate:
+            return None
+        first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
+        branches, seed = 2 * self.module.config.depth, self.recipe.train.seed
+        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device, self.dtype)
 
-    def _logits(self, batch: MicroBatch, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, batch: MicroBatch | MixedBatch, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the mean loss of a micro-batch, 0-d, in the model's mode. kept: drop path's factors"""
+        return self.criterion(*self._logits(batch, self.module, kept))
+
+    def _logits(
+        self, batch: MicroBatch | MixedBatch, model: nn.Module, kept: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | Targets]:
         """Returns fp32 logits (n, classes), and the labels (n,) beside them. model: DeepSpeed's, within a step."""
         images, labels = batch
-        return model(self._normalize(images)).float(), labels.to(self.device, non_blocking=True)
+        return model(self._normalize(images), kept).float(), labels.to(self.device, non_blocking=True)
 
-    def criterion(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor | Targets) -> torch.Tensor:
         """Returns the mean loss, 0-d, of logits (n, classes) and labels (n,)."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.optim.label_smoothing)
+        smoothing = self.recipe.optim.label_smoothing
+        if isinstance(labels, Targets):
+            return labels.cross_entropy(logits, smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -210,7 +227,7 @@ class Engine:
         images = torch.zeros(micro_batch, side, side, 3, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
-        torch.autograd.grad(self.loss((images, labels)), list(self.module.parameters()))
+        torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
         self.predict(images)
 
     def state(self) -> RankState:
@@ -289,7 +306,7 @@ def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
     there = checkpoint.manifest.shapes
     here = {name: [*shape] for group in layouts for name, shape in zip(group.names, group.shapes, strict=True)}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    what = "groups the parameters otherwise, as another optim.decay_all does"
+    what = "groups the parameters otherwise, as another optim.decay or optim.layer_decay does"
     if names:
         parts = (f"{one} {where}" for one, where in ((there.get(names[0]), "there"), (here.get(names[0]), "here")))
         what = f"holds another model: {names[0]} is {', '.join(parts)}, and so are {len(names) - 1} more"

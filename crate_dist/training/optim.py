@@ -1,9 +1,14 @@
-"""Parameter groups, AdamW and Lion, and the learning rate as a pure function of the step."""
+"""Parameter groups, AdamW and Lion, and the learning rate as a pure function of the step.
+
+AdamW is what optax chains as clip_by_global_norm, scale_by_adam, add_decayed_weights and the learning rate, as CRATE-α
+trains: decay is decoupled, and multiplied by the rate.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +20,16 @@ from crate_dist.training.lion import Lion
 
 STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The tensors, as large as the weights, that each optimizer keeps."""
+
+DECAYED: dict[str, Callable[[str, nn.Parameter, nn.Module], bool]] = {
+    "all": lambda name, p, owner: True,
+    "matrices": lambda name, p, owner: p.ndim == 2,
+    "weights": lambda name, p, owner: p.ndim > 1 and name not in ("cls_token", "pos_embedding"),
+    "kernels": lambda name, p, owner: p.ndim > 1 and isinstance(owner, (nn.Linear, nn.Conv1d, nn.Conv2d)),
+}
+"""optim.decay: whether a parameter, of a name and directly in a module, has weight decay."""
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 # torch asks its compiler to stay out of this method, and imports it for that: a second of every start. Nothing that is
 # compiled here calls it.
@@ -50,33 +65,78 @@ class Schedule:
 
 
 def learning_rate(step: int, optim: OptimSection, schedule: Schedule) -> float:
-    """Returns the rate of the step that follows `step` completed ones.
+    """Returns the rate of the step that follows `step` completed ones; with optim.layer_decay, the head's.
 
-    cosine: rises linearly over optim.warmup_epochs, then falls along half a cosine to 0 at the last step.
-    reference: the reference code's min((epoch + 1) / warm-up, half a cosine over all epochs), constant within an epoch.
+    All rise linearly to lr over warmup_epochs, fall along half a cosine to min_lr, and stay there for cooldown_epochs:
+
+    cosine: by steps; the first is already above warmup_lr, and the cosine begins behind the warm-up
+    big_vision: by steps, the same but for the first one, at warmup_lr, and whole numbers of steps; CRATE-α's code
+    reference: by epochs; the minimum of the rise and of a cosine that begins at once; CRATE's code, and CBT's
+    timm: by epochs; the first is at warmup_lr, and the warm-up takes the place of the cosine's first epochs
+    deit: the same an epoch late, so that two are at warmup_lr; what DeiT's loop, and ToST's, makes of timm's
     """
-    if optim.schedule == "reference":
-        epoch = schedule.epochs_completed(step)
-        rise = (epoch + 1) / optim.warmup_epochs if optim.warmup_epochs else 1.0
-        return optim.lr * min(rise, (1 + math.cos(math.pi * epoch / schedule.epochs)) / 2)
-    warmup = optim.warmup_epochs * schedule.steps_per_epoch
-    if step < warmup:
-        return optim.lr * min((step + 1) / warmup, 1.0)
-    progress = (step - warmup) / max(schedule.total_steps - warmup, 1)
-    return optim.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    warmup, epochs = optim.warmup_epochs, schedule.epochs - optim.cooldown_epochs
+    epoch = schedule.epochs_completed(step)
+
+    def up(share: float) -> float:
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * min(share, 1.0)
+
+    def down(angle: float) -> float:
+        return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(min(angle, math.pi))) / 2
+
+    match optim.schedule:
+        case "cosine":
+            begin, end = warmup * schedule.steps_per_epoch, schedule.epoch_end(epochs)
+            return up((step + 1) / begin) if step < begin else down(math.pi * ((step - begin) / max(end - begin, 1)))
+        case "big_vision":
+            begin, end = (round(number * schedule.steps_per_epoch) for number in (warmup, epochs))
+            return up(step / begin) if step < begin else down(math.pi * ((step - begin) / max(end - begin, 1)))
+        case "reference":
+            return min(up((epoch + 1) / warmup if warmup else 1.0), down(math.pi * epoch / epochs))
+        case "deit":
+            epoch = max(epoch - 1, 0)
+    return up(epoch / warmup) if epoch < warmup else down(math.pi * epoch / epochs)
 
 
-def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, object]]:
-    """Returns one group with weight decay; with decay_all off, a second one without for norms, biases and tokens.
+def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
+    """Returns groups of parameters that share weight_decay and lr_factor, each with the `names` of its own, in order.
 
-    Each group carries the `names` of its parameters, in order.
+    optim.decay says which have weight decay. optim.layer_decay multiplies the rate of each layer that is one further
+    from the head (BEiT: Bao et al. 2022, arXiv 2106.08254): 1 for the head, least for all that is before the layers.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if optim.decay_all:
-        return [_group(named, optim.weight_decay)]
-    matrices = [(name, p) for name, p in named if p.ndim == 2]
-    others = [(name, p) for name, p in named if p.ndim != 2]
-    return [_group(matrices, optim.weight_decay), _group(others, 0.0)]
+    numbers = {name: int(found[1]) for name, _ in named if (found := _LAYER.match(name))}
+    depth = max(numbers.values(), default=-1) + 1
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        below_head = 0 if name.startswith("head.") else depth - numbers.get(name, -1)
+        factor = optim.layer_decay**below_head
+        decays = DECAYED[optim.decay](name, parameter, model.get_submodule(name.rpartition(".")[0]))
+        fresh = {"params": [], "names": [], "weight_decay": optim.weight_decay if decays else 0.0, "lr_factor": factor}
+        group = groups.setdefault((factor, not decays), fresh)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def listing(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns lines on the weight decay and the factor of the learning rate of all parameters, layers in one line."""
+    groups, kinds = list(groups), dict[tuple[str, float], list[tuple[str, float]]]()
+    if len(groups) == 1:
+        return [f"all parameters: weight decay {groups[0]['weight_decay']:g}"]
+    for group in groups:
+        for name in group["names"]:
+            found = _LAYER.match(name)
+            pattern, number = (f"layers.{{}}.{name[found.end() :]}", found[1]) if found else (name, "")
+            kinds.setdefault((pattern, group["weight_decay"]), []).append((number, group["lr_factor"]))
+    lines = []
+    for (pattern, decay), members in kinds.items():
+        (first, least), (last, most) = members[0], members[-1]
+        name = pattern.format(first if first == last else f"{first}-{last}")
+        rate = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+        lines.append((name, f"weight decay {decay:g}", f"learning rate x {rate}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) -> Optimizer:
@@ -87,11 +147,3 @@ def build_optimizer(groups: Iterable[dict[str, object]], optim: OptimSection) ->
     if optim.name == "lion":
         return Lion(list(groups), optim.lr, optim.betas or (0.9, 0.99))
     return AdamW(list(groups), lr=optim.lr, betas=optim.betas or (0.9, 0.999), eps=optim.eps, fused=True)
-
-
-def _group(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict[str, object]:
-    return {
-        "params": [parameter for _, parameter in named],
-        "names": [name for name, _ in named],
-        "weight_decay": weight_decay,
-    }

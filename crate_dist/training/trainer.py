@@ -24,7 +24,7 @@ from crate_dist.data.feed import Feed
 from crate_dist.data.identity import DataIdentity
 from crate_dist.data.index import ShardError
 from crate_dist.data.loader import Share, TrainLoader, eval_loader, eval_transform, train_transform
-from crate_dist.data.order import Order
+from crate_dist.data.order import training_order
 from crate_dist.data.reader import BadSample
 from crate_dist.data.splits import open_splits
 from crate_dist.data.workers import workers_of_rank
@@ -42,7 +42,8 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
-from crate_dist.training.optim import Schedule, learning_rate
+from crate_dist.training.mixing import MixedBatch, Mixing
+from crate_dist.training.optim import Schedule, learning_rate, listing, parameter_groups
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.profiler import StepTrace
 from crate_dist.training.samples import SHOWN, mistakes_picture, training_picture
@@ -85,18 +86,22 @@ class Trainer:
         self.damaged: list[str] = []
         self.mirroring = Mirroring(folder, recipe, world, interrupt, watchdog, tenure)
         found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
-        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        micro_batch, accumulation = derive_batch(
+            recipe.train.global_batch, world.world_size, recipe.train.micro_batch, recipe.train.group
+        )
         self.train_index, self.val_index = open_splits(recipe)
         self.data = DataIdentity.of(self.train_index, self.val_index)
         if len(set(gather_objects(self.data.digest))) > 1:
             raise ShardError("the ranks read different indexes: the shards were replaced just now; start again")
         self.progress = progress_on(self.data, found, folder, world, accept_changed_data) if found else Progress(step=0)
-        self.schedule = Schedule(recipe.train.epochs, self.train_index.num_samples, recipe.train.global_batch)
-        self.last_step = recipe.train.last_step(self.train_index.num_samples)
+        views = recipe.order.repeats * self.train_index.num_samples
+        self.schedule = Schedule(recipe.train.epochs, views, recipe.train.global_batch)
+        self.last_step = recipe.train.last_step(views)
         if self.progress.step > self.last_step:  # fewer samples or train.max_steps than before: the run is over
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
         self.workers = workers_of_rank(recipe.data.workers, world.cores)
+        self.mixing = Mixing(recipe)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         startup.mark("checkpoint and index")
         watchdog.beat("building the engine", COMPILING)
@@ -178,6 +183,8 @@ class Trainer:
             self.progress.step,
             self.last_step,
         )
+        if self.world.is_main:
+            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
@@ -226,7 +233,7 @@ class Trainer:
     def loader(self, workers: int) -> TrainLoader:
         """Returns this rank's micro-batches from the current step on, made by `workers` processes; 0: by this one."""
         recipe, step = self.recipe, self.progress.step
-        order = Order(self.train_index.shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window)
+        order = training_order(self.train_index.shard_sizes, recipe)
         transform = train_transform(recipe.augment, recipe.images, recipe.model.image_size)
         return TrainLoader(self.train_index, order, self.share, transform, workers, step)
 
@@ -238,14 +245,15 @@ class Trainer:
         began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
         shown = dict[str, Pixels]()
 
-        def micro_batches() -> Iterator[MicroBatch]:
+        def micro_batches() -> Iterator[MicroBatch | MixedBatch]:
             while True:
                 with record_function("data"):
                     batch = next(feed)
+                images, labels = given = self.mixing.mixed(batch, self.progress.step)
                 if self.progress.step == 0 and self.world.is_main and not shown:
-                    shown.update(training_picture(batch.images, batch.labels, self.train_index))
+                    shown.update(training_picture(images, labels, self.train_index))
                 bad.extend(batch.bad)
-                yield batch.images, batch.labels
+                yield given
 
         try:
             result = self.engine.step(micro_batches(), lr, self.progress.step)

@@ -1,7 +1,7 @@
 """What a run makes of its devices: operations per second, their share of the published peak (MFU), and peak memory.
 
 Model FLOPs utilisation is the definition of PaLM (arXiv 2204.02311, appendix B): the operations that the mathematics
-needs, see models/flops.py, over those that the devices could do in the same time. What is computed again counts once.
+needs, see models/costs.py, over those that the devices could do in the same time. What is computed again counts once.
 The denominator is the dense bf16 rate that the GPU's maker publishes, of the whole device at its full power, which no
 program reaches; a large matrix product comes to some 0.7 of it. Nobody publishes one for a CPU, and a recipe in fp32
 computes by another rate: there MFU is left out, and operations per second are told alone.
@@ -18,7 +18,7 @@ import torch
 from crate_dist.config import Recipe
 from crate_dist.distributed import gather_objects
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.flops import forward_flops
+from crate_dist.models.costs import forward_flops
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from crate_dist.config import ModelSection
 from crate_dist.models import matmul as products
 from crate_dist.models.build import ARCHS, build_model, find_arch, initialise, model_config
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.flops import forward_flops
+from crate_dist.models.costs import forward_flops
 from crate_dist.models.mixers.mssa import MSSA
 from crate_dist.models.residuals.crate import CrateLayer
 from crate_dist.models.tokenwise.ista import ISTA

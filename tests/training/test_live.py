@@ -22,7 +22,7 @@ from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
-from crate_dist.models.flops import forward_flops
+from crate_dist.models.costs import forward_flops
 from crate_dist.models.transformer import Transformer
 from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder

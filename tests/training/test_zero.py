@@ -26,7 +26,7 @@ from tests.conftest import SMALL_RECIPE
 from tests.ranks import REPOSITORY, spawn
 
 CPU = torch.device("cpu")
-ADAMW = {"optim__name": "adamw", "optim__decay_all": "false"}
+ADAMW = {"optim__name": "adamw", "optim__decay": "matrices"}
 ACCUMULATION = 2
 
 

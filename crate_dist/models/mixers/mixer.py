@@ -15,6 +15,12 @@ class Mixer(nn.Module):
 
     key: ClassVar[str]
 
+    def set_grid(self, rows: int, cols: int) -> None:
+        """Is told how many rows and columns of patches the tokens have from now on.
+
+        Raises ValueError when the mixer does not take such a grid.
+        """
+
     def project(self, z: Tensor) -> Tensor:
         """Returns what `attend` needs of tokens (b, n, d): where there are subspaces, the coordinates (b, h, n, p)."""
         raise NotImplementedError
