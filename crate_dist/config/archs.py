@@ -39,6 +39,31 @@ class Arch:
     init: str = "parts"
 
 
+def _cbt(dim: int, depth: int, heads: int) -> Arch:
+    """CBT (arXiv 2509.16875): CRATE's layer with CBSA in it, and ToST's stem."""
+    return Arch(dim=dim, depth=depth, heads=heads, stem="convolutions", mixer="cbsa")
+
+
+def _tost(dim: int, depth: int, heads: int) -> Arch:
+    """Returns a ToST (arXiv 2412.17810): TSSA and MLP, whose class token comes behind the layers."""
+    return Arch(
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        stem="convolutions",
+        positions="fourier",
+        class_token=False,
+        mixer="tssa",
+        tokenwise="mlp",
+        residual="pre_norm",
+        head="class_attention",
+        norm_eps=1e-6,
+        head_norm_eps=1e-6,
+        layer_scale=1.0 if depth < 24 else 1e-5,
+        init="tost",
+    )
+
+
 _ALPHA_BASE = Arch(
     dim=768,
     depth=12,
@@ -64,31 +89,6 @@ _VIT_TINY = Arch(
     init="vit",
 )
 
-
-def _cbt(dim: int, depth: int, heads: int) -> Arch:
-    """CBT (arXiv 2509.16875): CRATE's layer with CBSA in it, and ToST's stem."""
-    return Arch(dim=dim, depth=depth, heads=heads, stem="convolutions", mixer="cbsa")
-
-
-def _tost(dim: int, depth: int, heads: int) -> Arch:
-    """Returns a ToST (arXiv 2412.17810): TSSA and MLP, whose class token comes behind the layers."""
-    return Arch(
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        stem="convolutions",
-        positions="fourier",
-        class_token=False,
-        mixer="tssa",
-        tokenwise="mlp",
-        residual="pre_norm",
-        head="class_attention",
-        norm_eps=1e-6,
-        head_norm_eps=1e-6,
-        layer_scale=1.0 if depth < 24 else 1e-5,
-    )
-
-
 # Parameters at 224 pixels, patch 16, 1,000 classes.
 ARCHS: dict[str, Arch] = {
     "crate_demo": Arch(dim=96, depth=4, heads=4),
@@ -96,11 +96,6 @@ ARCHS: dict[str, Arch] = {
     "crate_small": Arch(dim=576, depth=12, heads=12),  # 13.12 M
     "crate_base": Arch(dim=768, depth=12, heads=12),  # 22.80 M
     "crate_large": Arch(dim=1024, depth=24, heads=16),  # 77.64 M
-    "crate_alpha_base": _ALPHA_BASE,  # 72.33 M
-    "crate_alpha_large": replace(_ALPHA_BASE, dim=1024, depth=24, heads=16),  # 253.65 M at patch 14
-    "crate_alpha_huge": replace(_ALPHA_BASE, dim=1280, depth=32, heads=16),  # 526.82 M at patch 14
-    "vit_tiny": _VIT_TINY,  # 5.72 M
-    "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
     "cbt_tiny": _cbt(192, 12, 3),  # 1.79 M
     "cbt_small": _cbt(384, 12, 6),  # 6.67 M
     "cbt_base": _cbt(768, 12, 12),  # 25.69 M
@@ -111,6 +106,11 @@ ARCHS: dict[str, Arch] = {
     "tost_small_24": _tost(384, 24, 8),  # 40.34 M
     "tost_medium_24": _tost(512, 24, 8),  # 71.48 M
     "tost_large_24": _tost(768, 24, 16),  # 160.3 M
+    "crate_alpha_base": _ALPHA_BASE,  # 72.33 M
+    "crate_alpha_large": replace(_ALPHA_BASE, dim=1024, depth=24, heads=16),  # 253.65 M at patch 14
+    "crate_alpha_huge": replace(_ALPHA_BASE, dim=1280, depth=32, heads=16),  # 526.82 M at patch 14
+    "vit_tiny": _VIT_TINY,  # 5.72 M
+    "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
 }
 
 

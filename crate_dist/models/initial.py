@@ -1,32 +1,13 @@
-"""First weights: what the published training codes draw, where it is not what torch draws of itself."""
+"""First weights: what the published training codes draw, where it is not what the parts draw of themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _STD = 0.02
-_Layer = TypeVar("_Layer", bound=nn.Linear)
-
-
-def narrow(layer: _Layer) -> _Layer:
-    """Draws a linear map's weights from a normal distribution of standard deviation 0.02, biases 0; returns the map."""
-    draw_narrow(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def draw_narrow(parameter: Tensor) -> None:
-    """Draws from a normal distribution of standard deviation 0.02, cut off at ±2 as the published codes have it.
-
-    Draws nothing on the device "meta", where torch imports sympy for it, half a second.
-    """
-    if not parameter.is_meta:
-        nn.init.trunc_normal_(parameter, std=_STD)
 
 
 def drawn(*shape: int) -> Tensor:
@@ -45,9 +26,9 @@ def draw_alpha(model: nn.Module) -> None:
     Linear maps are normal and without bias, that of the patches uniform of variance 2 / fan-in; ODL draws its own.
     """
     _draw(model, nn.init.normal_)
-    for layer in _linear_maps(model, "patch_embed"):
-        nn.init.kaiming_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for linear in _linear_maps(model, "patch_embed"):
+        nn.init.kaiming_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
 
 def draw_vit(model: nn.Module) -> None:
@@ -55,12 +36,20 @@ def draw_vit(model: nn.Module) -> None:
     _draw(model, nn.init.trunc_normal_)
 
 
+def draw_tost(model: nn.Module) -> None:
+    """Draws as ToST's code: as ViT, but the class token too; convolutions and the map of positions stay as torch's."""
+    _draw(model, nn.init.trunc_normal_)
+    for name, parameter in model.named_parameters():
+        if name.endswith("cls_token"):
+            nn.init.trunc_normal_(parameter, std=_STD)
+
+
 def _draw(model: nn.Module, normal: Callable[..., Tensor]) -> None:
     """Draws linear maps of layers and head, and positions, of standard deviation 0.02; a class token of almost zero."""
-    for layer in (*_linear_maps(model, "layers"), *_linear_maps(model, "head")):
-        normal(layer.weight, std=_STD)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for linear in (*_linear_maps(model, "layers"), *_linear_maps(model, "head")):
+        normal(linear.weight, std=_STD)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     for name, parameter in model.named_parameters():
         if name == "pos_embedding":
             normal(parameter, std=_STD)
