@@ -16,8 +16,8 @@ def drawn(*shape: int) -> Tensor:
     return empty if empty.is_meta else empty.normal_()
 
 
-def draw_crate(model: nn.Module) -> None:
-    """Leaves everything as the parts drew it: what CRATE's code does."""
+def leave(model: nn.Module) -> None:
+    """Leaves everything as the parts drew it."""
 
 
 def draw_alpha(model: nn.Module) -> None:
@@ -26,7 +26,7 @@ def draw_alpha(model: nn.Module) -> None:
     Linear maps are normal and without bias, that of the patches uniform of variance 2 / fan-in; ODL draws its own.
     """
     _draw(model, nn.init.normal_)
-    for linear in _linear_maps(model.get_submodule("patch_embed")):
+    for linear in _linear_maps(model, "patch_embed"):
         nn.init.kaiming_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
 
@@ -46,11 +46,10 @@ def draw_tost(model: nn.Module) -> None:
 
 def _draw(model: nn.Module, normal: Callable[..., Tensor]) -> None:
     """Draws linear maps of layers and head, and positions, of standard deviation 0.02; a class token of almost zero."""
-    for part in ("layers", "head"):
-        for linear in _linear_maps(model.get_submodule(part)):
-            normal(linear.weight, std=_STD)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+    for linear in (*_linear_maps(model, "layers"), *_linear_maps(model, "head")):
+        normal(linear.weight, std=_STD)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     for name, parameter in model.named_parameters():
         if name == "pos_embedding":
             normal(parameter, std=_STD)
@@ -58,5 +57,5 @@ def _draw(model: nn.Module, normal: Callable[..., Tensor]) -> None:
             nn.init.normal_(parameter, std=1e-6)
 
 
-def _linear_maps(part: nn.Module) -> Iterator[nn.Linear]:
-    return (module for module in part.modules() if isinstance(module, nn.Linear))
+def _linear_maps(model: nn.Module, part: str) -> Iterator[nn.Linear]:
+    return (module for module in model.get_submodule(part).modules() if isinstance(module, nn.Linear))
