@@ -1,7 +1,7 @@
 """RandAugment as CRATE-α was fine-tuned with it: what its TensorFlow code computes, in NumPy.
 
-That code is big_vision's, changed to be more like timm's. As timm's increasing set it has 15 operations, applied in half of the cases, with normal noise on the magnitude. What is
-its own, as published:
+That code is big_vision's, changed to be more like timm's. As timm's increasing set it has 15 operations, applied in
+half of the cases, with normal noise on the magnitude. What is its own, as published:
 
     noise      drawn once for each of `ops`, and not held below 10
     contrast   towards a grey of height * width / 256, 196 at 224 pixels, for the mean of the picture
@@ -140,7 +140,7 @@ def _posterize(image: Pixels, dropped: int, _: Fill) -> Pixels:
 
 
 def _solarize(image: Pixels, lowered: int, _: Fill) -> Pixels:
-    return np.where(image < (256 - lowered) % 256, image, 255 - image)  # the threshold is a byte as published
+    return np.where(image < np.uint8((256 - lowered) % 256), image, 255 - image)  # the threshold is a byte as published
 
 
 def _solarize_add(image: Pixels, more: int, _: Fill) -> Pixels:
