@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from crate_dist.config.archs import ARCHS, Arch, check_patches
 from crate_dist.config.keys import RecipeError, nearest
-from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
 
 DATA_VARIABLE = "CRATE_DATA"
@@ -112,7 +112,7 @@ class ModelSection(Section):
     """The model: an architecture by name, a row of config/archs.py, and what is to be otherwise; its resolution."""
 
     arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
-    width: Positive | None = Field(None, description="features of a token; unset, as all keys to layer_scale: arch's")
+    width: Positive | None = Field(None, description="features of a token; unset, as all keys to init: arch's")
     depth: Positive | None = Field(None, description="number of layers")
     heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
     ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")
@@ -129,6 +129,7 @@ class ModelSection(Section):
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
     )
+    init: Annotated[str | None, _one_of(INITS)] = Field(None, description=f"first weights: {_list(INITS)}")
     image_size: Positive = Field(224, description="side of the square images, in pixels")
     patch_size: Positive = Field(16, description="side of the square patches, in pixels; divides image_size")
     num_classes: Positive | None = Field(
