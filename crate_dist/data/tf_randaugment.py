@@ -140,7 +140,8 @@ def _posterize(image: Pixels, dropped: int, _: Fill) -> Pixels:
 
 
 def _solarize(image: Pixels, lowered: int, _: Fill) -> Pixels:
-    return np.where(image < np.uint8((256 - lowered) % 256), image, 255 - image)  # the threshold is a byte as published
+    threshold = np.uint8((256 - lowered) % 256)  # a byte as published
+    return np.where(image < threshold, image, np.uint8(255) - image)
 
 
 def _solarize_add(image: Pixels, more: int, _: Fill) -> Pixels:
