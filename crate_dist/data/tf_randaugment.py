@@ -135,7 +135,7 @@ def _equalize(image: Pixels, *_: object) -> Pixels:
 
 
 def _posterize(image: Pixels, dropped: int, _: Fill) -> Pixels:
-    shift = min(4 + dropped, 7)  # TensorFlow shifts a byte by no more
+    shift = np.uint8(min(4 + dropped, 7))  # TensorFlow shifts a byte by no more
     return image >> shift << shift
 
 
