@@ -268,6 +268,6 @@ def test_the_recipes_have_the_published_fine_tuning_code_s_values(data: str) -> 
     assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("adamw", 5e-5, 0.01, None)
     assert (optim.schedule, optim.warmup_epochs, optim.grad_clip, optim.label_smoothing) == ("cosine", 0, 0, 0)
     assert (train.global_batch, train.epochs, recipe.model.image_size) == (256, 200, 224)
-    assert augmentations(recipe.augment, recipe.images.mean) == (RandAugment(ops=2, magnitude=14),)
+    assert augmentations(recipe.augment, recipe.images) == (RandAugment(ops=2, magnitude=14),)
     assert (recipe.images.eval_fit, recipe.augment.crop_scale, recipe.augment.flip) == ("stretch", (0.08, 1.0), 0.5)
     assert recipe.images.resize_filter == "bilinear"
