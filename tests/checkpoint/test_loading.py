@@ -180,7 +180,7 @@ def fail_while_a_save_is_under_way(world: World, device: torch.device, folder: P
     saver = saving.Saver(folder, LAYOUTS, world, keep=3, max_failures=3)
     write = saving._write_file
 
-    def slowly(path: Path, state: checkpoint.RankState) -> tuple[StoredFile | None, str]:
+    def slowly(path: Path, state: checkpoint.RankState | checkpoint.Buffers) -> tuple[StoredFile | None, str]:
         time.sleep(1.0)
         return write(path, state)
 
