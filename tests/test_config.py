@@ -139,7 +139,7 @@ def test_which_weights_decay_is_understood_as_it_was_said_before(tmp_path: Path,
         (["optim.cooldown_epochs=2"], "cooldown_epochs 2 at min_lr 0 would change no weight; give a min_lr above 0"),
         (
             ["optim.cooldown_epochs=9", "optim.min_lr=1e-6", "train.epochs=9"],
-            "leave none to the schedule; at most 8 would",
+            "leave none for the rate to fall in; less than 7 would",
         ),
         (["optim.layer_decay=1.1"], "less than or equal to 1"),
         (["optim.decay=norms"], "optim.decay: Input should be 'all', 'matrices', 'weights' or 'kernels', not 'norms'"),
