@@ -34,7 +34,12 @@ KEYS = _by_word(
         "data.workers": "num_workers n_workers nworkers loader_workers dataloader_num_workers",
         "augment.flip": "hflip horizontal_flip random_flip",
         "augment.erase": "reprob random_erasing random_erase cutout",
-        "augment.randaugment_ops augment.randaugment_magnitude": "aa auto_augment autoaugment randaugment rand_augment",
+        "augment.erase_mode": "remode",
+        "augment.randaugment augment.randaugment_ops augment.randaugment_magnitude": "aa auto_augment autoaugment "
+        "rand_augment randaug",
+        "augment.randaugment_std": "mstd magnitude_std",
+        "augment.color_jitter": "jitter colour_jitter colorjitter",
+        "order.repeats": "repeated_aug aug_repeats num_repeats repeated_augmentation re_sample",
         "augment.crop_scale": "scale rrc_scale",
         "mix.mixup": "mixup_alpha mixup_a",
         "mix.cutmix": "cutmix_alpha cutmix_a",

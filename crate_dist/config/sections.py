@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from crate_dist.config.archs import ARCHS, Arch, check_patches
 from crate_dist.config.keys import RecipeError, nearest
-from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
 
 DATA_VARIABLE = "CRATE_DATA"
@@ -110,7 +110,7 @@ class ModelSection(Section):
     """The model: an architecture by name, a row of config/archs.py, and what is to be otherwise; its resolution."""
 
     arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
-    width: Positive | None = Field(None, description="features of a token; unset, as all keys to layer_scale: arch's")
+    width: Positive | None = Field(None, description="features of a token; unset, as all keys to init: arch's")
     depth: Positive | None = Field(None, description="number of layers")
     heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
     ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")
@@ -127,6 +127,7 @@ class ModelSection(Section):
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
     )
+    init: Annotated[str | None, _one_of(INITS)] = Field(None, description=f"first weights: {_list(INITS)}")
     image_size: Positive = Field(224, description="side of the square images, in pixels")
     patch_size: Positive = Field(16, description="side of the square patches, in pixels; divides image_size")
     num_classes: Positive | None = Field(
@@ -224,9 +225,37 @@ class AugmentSection(Section):
         (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
+    randaugment: Literal["torchvision", "timm", "timm_increasing", "crate_alpha"] = Field(
+        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+    )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
-    randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
+    randaugment_magnitude: int = Field(
+        14, ge=0, le=30, description="strength of these operations; to 30 for torchvision's, to 10 for the others"
+    )
+    randaugment_std: float = Field(
+        0.0, ge=0, description="standard deviation of the normal noise on it; not for torchvision's"
+    )
+    color_jitter: float = Field(
+        0.0, ge=0, description="largest change of brightness, contrast and saturation, as a share of each; 0: none"
+    )
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+    erase_mode: Literal["mean", "pixel"] = Field(
+        "mean", description='what is there then: the mean colour, or "pixel": normal noise, as timm has it'
+    )
+
+    @model_validator(mode="after")
+    def _within_its_set(self) -> Self:
+        if self.randaugment == "torchvision" and self.randaugment_std:
+            raise ValueError(
+                f"randaugment_std {self.randaugment_std:g}: torchvision's RandAugment has no noise; "
+                'randaugment = "timm", "timm_increasing" and "crate_alpha" have'
+            )
+        if self.randaugment != "torchvision" and self.randaugment_magnitude > 10:
+            raise ValueError(
+                f"randaugment_magnitude {self.randaugment_magnitude}: {self.randaugment!r} has magnitudes up to 10; "
+                "9 is what published recipes have"
+            )
+        return self
 
 
 class MixSection(Section):

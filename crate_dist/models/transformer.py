@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_dist.config.parts import HEADS, RESIDUALS, STEMS
+from crate_dist.config.parts import HEADS, INITS, RESIDUALS, STEMS
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.initial import drawn
@@ -98,6 +98,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
         self.head = find_part(HEADS, config.head)(config)
         self._mixers_grid = (config.image_size // config.patch_size,) * 2
+        if not next(self.parameters()).is_meta:
+            find_part(INITS, config.init)(self)
         self.set_execution()
 
     def set_execution(

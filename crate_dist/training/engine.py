@@ -90,8 +90,9 @@ class Engine:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        precision = recipe.train.precision
-        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
+        precision, group = recipe.train.precision, recipe.train.group
+        again, rounded = recipe.train.recompute, precision == "autocast"
+        model.set_execution(recompute=again, autocast=rounded, images=micro_batch, group=group)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
         if model.config.mixer in ("mssa", "attention"):
@@ -99,6 +100,8 @@ class Engine:
         if model.config.tokenwise == "ista":
             one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
             logger.info("ISTA: %s", "one product" if one else "two products")
+        if model.config.stem == "convolutions":
+            logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]

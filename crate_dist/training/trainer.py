@@ -185,7 +185,8 @@ class Trainer:
             self.last_step,
         )
         if self.world.is_main:
-            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
+            lines = listing(parameter_groups(model, self.recipe.optim))
+            logger.info("\n  ".join([f"{self.recipe.optim.name} of", *lines]))
             warn_of_short_run(self.recipe.optim.ema_decay, self.last_step)
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
