@@ -53,7 +53,7 @@ def adapt(state_dict: StateDict, source: ModelConfig, target: ModelConfig, new_h
     wrong = [name for name, tensor in state_dict.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise WeightsError(f"not finite: {', '.join(wrong)}")
-    taken = {name: t.float() for name, t in state_dict.items() if not name.startswith(left_out or "\0")}
+    taken = {name: t.float() for name, t in state_dict.items() if not name.startswith(left_out)}
     notes = []
     if source.patch_size != target.patch_size:
         taken |= resize_patch_embedding(taken, source.patch_size, target.patch_size)
@@ -123,7 +123,7 @@ def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig,
         expected = {name: t.shape for name, t in Transformer(replace(target, **like_source)).state_dict().items()}
     given = {name: t.shape for name, t in state_dict.items()}
     differ = {name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name)}
-    if source.heads == target.heads and all(name.startswith(left_out or "\0") for name in differ):
+    if source.heads == target.heads and all(name.startswith(left_out) for name in differ):
         return
     layers: dict[tuple[str, str], list[int]] = {}
     for name in [*given, *(name for name in expected if name not in given)]:
