@@ -372,8 +372,10 @@ class TrainSection(Section):
         description='precision of the products; master weights are fp32. "autocast": bf16 products, all else fp32',
     )
     init_from: Path | None = Field(None, description="a run, a checkpoint or a file of weights to begin from")
-    init_head: Literal["auto", "new", "keep"] = Field(
-        "auto", description='head of the model begun from; "auto": a new one when the classes differ in number or names'
+    init_head: Literal["auto", "new", "keep", "map"] = Field(
+        "auto",
+        description='head of the model begun from; "auto": a new one when the classes differ in number or names; '
+        '"map": its rows of the same classes, by id, and new ones for others',
     )
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"
