@@ -66,20 +66,27 @@ def _printable(value: object) -> str:
 
 
 def convert(
-    source: Path, target: Path, to: str, heads: int | None = None, bare_names: bool = False, force: bool = False
+    source: Path,
+    target: Path,
+    to: str,
+    heads: int | None = None,
+    bare_names: bool = False,
+    force: bool = False,
+    average: bool = False,
 ) -> ModelConfig:
     """Writes the weights of a file in another format, and a card beside them where none stands or `force` is set.
 
     Returns the architecture, which the file written need not say.
 
     to: "crate-dist", "reference" or "safetensors"; bare_names: no "module." in the published code's names
+    average: takes the moving average of the weights, where `source` has one beside them
     Raises WeightsError when `source` cannot be used, or `target` exists and is not to be replaced; OSError.
     """
     if target.exists() and not force:
         raise WeightsError(f"{target} exists; --force replaces it")
     if not target.absolute().parent.is_dir():
         raise WeightsError(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
-    model, meta = load_model(source, heads)
+    model, meta = load_model(source, heads, average)
     if to == "reference":
         export_reference(target, model.config, model.state_dict(), meta, "" if bare_names else "module.")
     else:
