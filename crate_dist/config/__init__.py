@@ -26,3 +26,4 @@ from crate_dist.config.sections import MixSection as MixSection
 from crate_dist.config.sections import ModelSection as ModelSection
 from crate_dist.config.sections import OptimSection as OptimSection
 from crate_dist.config.sections import ResizeFilter as ResizeFilter
+from crate_dist.config.sections import WeightsKind as WeightsKind

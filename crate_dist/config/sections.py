@@ -25,6 +25,8 @@ DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
 ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
+WeightsKind = Literal["raw", "ema"]
+"""The weights that an optimizer has made, or their moving average."""
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -223,9 +225,37 @@ class AugmentSection(Section):
         (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
+    randaugment: Literal["torchvision", "timm", "timm_increasing", "crate_alpha"] = Field(
+        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+    )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
-    randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
+    randaugment_magnitude: int = Field(
+        14, ge=0, le=30, description="strength of these operations; to 30 for torchvision's, to 10 for the others"
+    )
+    randaugment_std: float = Field(
+        0.0, ge=0, description="standard deviation of the normal noise on it; not for torchvision's"
+    )
+    color_jitter: float = Field(
+        0.0, ge=0, description="largest change of brightness, contrast and saturation, as a share of each; 0: none"
+    )
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+    erase_mode: Literal["mean", "pixel"] = Field(
+        "mean", description='what is there then: the mean colour, or "pixel": normal noise, as timm has it'
+    )
+
+    @model_validator(mode="after")
+    def _within_its_set(self) -> Self:
+        if self.randaugment == "torchvision" and self.randaugment_std:
+            raise ValueError(
+                f"randaugment_std {self.randaugment_std:g}: torchvision's RandAugment has no noise; "
+                'randaugment = "timm", "timm_increasing" and "crate_alpha" have'
+            )
+        if self.randaugment != "torchvision" and self.randaugment_magnitude > 10:
+            raise ValueError(
+                f"randaugment_magnitude {self.randaugment_magnitude}: {self.randaugment!r} has magnitudes up to 10; "
+                "9 is what published recipes have"
+            )
+        return self
 
 
 class MixSection(Section):
@@ -295,6 +325,10 @@ class OptimSection(Section):
     )
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from warmup_lr")
     cooldown_epochs: int = Field(0, ge=0, description="last ones of train.epochs, at min_lr, after the schedule's end")
+    ema_decay: Decay = Field(
+        0.0,
+        description="decay per step of the average of the weights, which is evaluated and exported as well; 0: none",
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
 
@@ -338,6 +372,9 @@ class TrainSection(Section):
     )
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"
+    )
+    init_weights: WeightsKind | None = Field(
+        None, description='"ema": the moving average in the run or checkpoint begun from, instead of its weights'
     )
     compile: Compile = Field(
         "auto", description="torch.compile; auto: on GPUs that it supports; see training/compiling.py"

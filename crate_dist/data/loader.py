@@ -191,7 +191,7 @@ class EvalLoader:
 
 def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
     """Returns what makes a training image of `size` pixels as a recipe says."""
-    further = augmentations(augment, images.mean)
+    further = augmentations(augment, images)
     return TrainTransform(size, augment.crop_scale, augment.crop_ratio, augment.flip, further, images.resize_filter)
 
 

@@ -1,8 +1,8 @@
 """Estimates from shapes the GPU memory of a training step. Imports no torch: a login node asks it.
 
-Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and
-the state of ZeRO-2. All functions raise costs.NotKnown for a model with a part that has no rule there. Not counted is
-what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the context of CUDA.
+Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and the
+state of ZeRO-2. Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the
+context of CUDA. For a model with a part that has no rule in costs.py all functions but `advice` raise its NotKnown.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def state_bytes(recipe: Recipe, world_size: int) -> float:
     """Counts the bytes that a rank holds from one step to the next.
 
     All weights, and a flat vector of all gradients; of this rank's part, in fp32, the summed gradients, the master
-    weights and what the optimizer keeps.
+    weights, what the optimizer keeps, and the average of the weights where the recipe has one.
     """
     part = 4 + 4 + 4 * _states(recipe.optim)
     return parameters(recipe) * (2 * _bytes(recipe) + part / world_size)
 
 
 def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
-    """Counts the bytes of a checkpoint's tensors: master weights, and what the optimizer keeps, all in fp32."""
+    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32."""
     return parameters(recipe, classes) * 4 * (1 + _states(recipe.optim))
 
 
@@ -63,6 +63,13 @@ def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> i
 
 def advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
     """Says in a line what the recipe's micro-batch needs, and what would fit a card of `card_gb` GB."""
+    try:
+        return _advice(recipe, micro_batch, world_size, card_gb)
+    except costs.NotKnown as unknown:
+        return str(unknown)
+
+
+def _advice(recipe: Recipe, micro_batch: int, world_size: int, card_gb: float) -> str:
     need = step_bytes(recipe, micro_batch, world_size) / 1e9
     fits = largest_micro_batch(recipe, world_size, card_gb * 1e9)
     line = f"micro-batch {micro_batch} needs about {need:.1f} GB of {card_gb:g}"
@@ -96,4 +103,4 @@ def _bytes(recipe: Recipe) -> int:
 
 
 def _states(optim: OptimSection) -> int:
-    return 2 if optim.name == "adamw" else 1
+    return (2 if optim.name == "adamw" else 1) + (optim.ema_decay > 0)

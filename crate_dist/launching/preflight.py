@@ -99,6 +99,11 @@ def preflight(
     except RecipeError as error:
         goes_on = restored or (not start_over and os.access(run_dir, os.X_OK) and folder.has_begun())
         problems.append(str(error).partition("; these ranks take")[0] if goes_on else str(error))
+    if recipe.model.parts().stem == "convolutions" and recipe.train.group == 1:
+        problems.append(
+            "the stem of convolutions has batch norm, whose statistics are taken over train.group images, which is 1; "
+            "--set train.group=32 or more gives it some, and every micro-batch holds as many"
+        )
     try:
         train, val = open_data(recipe)
     except UserError as error:
@@ -184,7 +189,10 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
         raise RecipeError(
             f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint, nor a file of weights"
         )
-    there, here = read_recipe(run.path).model, recipe.model
+    begun_from = read_recipe(run.path)
+    if recipe.train.init_weights == "ema" and not begun_from.optim.ema_decay:
+        raise RecipeError(f"{given}: this run has no average of its weights, for which train.init_weights=ema asks")
+    there, here = begun_from.model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(
             f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "

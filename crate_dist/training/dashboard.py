@@ -21,11 +21,12 @@ MEASURES = {
     "whitebox/gradient_norm": "gradient norm",
 }
 """What is measured of every layer -> its title."""
+_OF_BOTH = {"loss": "loss", "top-1 [%]": "top1"}
 
 
 def charts(named: Tag) -> dict[str, dict[str, str]]:
     """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts."""
-    pairs = {"loss": ("train/loss", "val/loss"), "top-1 [%]": ("train/top1", "val/top1")}
+    pairs = {title: (f"train/{name}", f"val/{name}", f"val/ema_{name}") for title, name in _OF_BOTH.items()}
     return {
         "train and val": {title: "|".join(map(named, names)) for title, names in pairs.items()},
         "white box, layer by layer": {title: named(f"{name}/layer-") + r"\d+" for name, title in MEASURES.items()},

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,16 +29,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
-from crate_dist.checkpoint.loading import Checkpoint, RankState
+from crate_dist.checkpoint.format import AVERAGE, WEIGHTS, CheckpointError, GroupLayout
+from crate_dist.checkpoint.loading import Buffers, Checkpoint, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
+from crate_dist.models.batch_norm import statistics, take_statistics
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling, drop_path
+from crate_dist.training.averaging import Average
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
 from crate_dist.training.mixing import MixedBatch, Targets
@@ -88,8 +90,9 @@ class Engine:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        precision = recipe.train.precision
-        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
+        precision, group = recipe.train.precision, recipe.train.group
+        again, rounded = recipe.train.recompute, precision == "autocast"
+        model.set_execution(recompute=again, autocast=rounded, images=micro_batch, group=group)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
         if model.config.mixer in ("mssa", "attention"):
@@ -97,6 +100,8 @@ class Engine:
         if model.config.tokenwise == "ista":
             one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
             logger.info("ISTA: %s", "one product" if one else "two products")
+        if model.config.stem == "convolutions":
+            logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -110,6 +115,8 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
+        self._buffers = {name: t for name, t in self.module.state_dict().items() if name not in shapes}
+        self._average = self._new_average()
         self._whole_batch = 0
         if compiling.should_compile(recipe.train.compile, device):
             passes = partial(self._try_passes, micro_batch, recipe.model.image_size)
@@ -151,6 +158,9 @@ class Engine:
             losses.append(loss.detach())
             heavier = labels.heavier if isinstance(labels, Targets) else labels
             hits.append((logits.detach().argmax(dim=1) == heavier).sum())
+        self._take_statistics()
+        if self._average:
+            self._average.update(self._partitions, self._buffers, self._zero.not_finite)
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), torch.stack(hits).sum(), self._zero.grad_norm)
 
@@ -228,6 +238,7 @@ class Engine:
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
         torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
+        take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)
 
     def state(self) -> RankState:
@@ -239,7 +250,47 @@ class Engine:
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
+        if self._average:
+            state[AVERAGE] = self._average.partitions
         return state
+
+    def buffers(self) -> Buffers:
+        """Returns what the model keeps beside its weights, and the average of that; views on the live tensors."""
+        if not self._buffers:
+            return {}
+        return {WEIGHTS: self._buffers, **({AVERAGE: self._average.buffers} if self._average else {})}
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the recipe asks for an average of the weights."""
+        return self._average is not None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the module compute with the average of the weights; then with the weights again, bit for bit as before.
+
+        Only entering is a collective, so that one rank's error there cannot make the others wait.
+        """
+        assert self._average is not None
+        seen = [*self._zero.bit16_groups_flat, *self._buffers.values()]
+        kept = [tensor.clone() for tensor in seen]
+        try:
+            self._zero.show(self._average.partitions)
+            _copy(self._average.buffers, self._buffers)
+            yield
+        finally:
+            for tensor, before in zip(seen, kept, strict=True):
+                tensor.data.copy_(before)
+
+    def _take_statistics(self) -> None:
+        """Has the running statistics of batch norm take up what all ranks have seen: a collective, if there are any."""
+        if (seen := statistics(self.module)).numel():
+            dist.all_reduce(seen)
+            take_statistics(self.module, seen.masked_fill_(self._zero.not_finite > 0, 0.0))
+
+    def _new_average(self) -> Average | None:
+        decay = self.recipe.optim.ema_decay
+        return Average(self._partitions, self._buffers, decay) if decay else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up weights and optimizer state that any number of ranks saved. A collective.
@@ -252,19 +303,35 @@ class Engine:
         if there != here:
             raise CheckpointError(_other_model(checkpoint, self.layouts))
         kinds = {WEIGHTS, *STATE_KEYS[self.recipe.optim.name]}
-        if kinds != set(checkpoint.manifest.kinds):
+        if kinds != {*checkpoint.manifest.kinds} - {AVERAGE}:
             raise CheckpointError(
                 f"{checkpoint.path} holds {checkpoint.manifest.kinds}, "
                 f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
             )
+        if {name: [*tensor.shape] for name, tensor in self._buffers.items()} != checkpoint.manifest.buffers:
+            raise CheckpointError(
+                f"{checkpoint.path} holds other buffers than the recipe's model has: {[*checkpoint.manifest.buffers]} "
+                f"there, {[*self._buffers]} here"
+            )
         reader = checkpoint.reader()
         self._fill_partitions(reader.copy)
+        _copy(reader.buffers(WEIGHTS), self._buffers)
+        self._average = self._new_average()
+        averaged = AVERAGE in checkpoint.manifest.kinds
+        if self._average and averaged:
+            _copy(reader.buffers(AVERAGE), self._average.buffers)
+        elif self._average:
+            logger.warning("%s has no average of the weights: it begins with the weights there", checkpoint.path)
+        elif averaged:
+            logger.warning("%s has an average of the weights, and optim.ema_decay is 0: it ends", checkpoint.path)
         for group, part in enumerate(self._partitions):
-            optimizer_state = self._optimizer_state(part, checkpoint.step)
-            for kind in STATE_KEYS[self.recipe.optim.name]:
+            held = self._optimizer_state(part, checkpoint.step)
+            if self._average and averaged:
+                held = {**held, AVERAGE: self._average.partitions[group]}
+            for kind in held.keys() & checkpoint.manifest.kinds:
                 staging = torch.empty(part.numel(), dtype=torch.float32)
                 reader.copy(kind, group, self._start(part), staging)
-                optimizer_state[kind].copy_(staging)
+                held[kind].copy_(staging)
 
     @property
     def _partitions(self) -> list[torch.Tensor]:
@@ -314,6 +381,11 @@ def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
         f"{checkpoint.path} {what}; give the recipe that it was saved with, or another --run-dir, or --start-over, "
         "which sets the run aside"
     )
+
+
+def _copy(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in here.items():
+        tensor.copy_(there[name])
 
 
 def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:

@@ -35,6 +35,7 @@ from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training import compiling
+from crate_dist.training.averaging import warn_of_short_run
 from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.engine import Engine, MicroBatch, NotFinite
 from crate_dist.training.finite import post_mortem
@@ -107,7 +108,7 @@ class Trainer:
         watchdog.beat("building the engine", COMPILING)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
         if recipe.train.init_from and not found:
-            how = recipe.train.init_head, recipe.train.init_heads
+            how = recipe.train.init_head, recipe.train.init_heads, recipe.train.init_weights
             origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
             if world.is_main:
                 tenure.check()
@@ -184,7 +185,9 @@ class Trainer:
             self.last_step,
         )
         if self.world.is_main:
-            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
+            lines = listing(parameter_groups(model, self.recipe.optim))
+            logger.info("\n  ".join([f"{self.recipe.optim.name} of", *lines]))
+            warn_of_short_run(self.recipe.optim.ema_decay, self.last_step)
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
@@ -347,24 +350,30 @@ class Trainer:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
+        averaged = None
         try:
             tallies = [mistakes] if self.world.is_main else []
             result = evaluate(predict, batches, self.device, tallies, leave=lambda: self.interrupt.heard)
+            if self.engine.has_average:
+                with self.engine.averaged():
+                    averaged = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
         except Left:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
         self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
         pictures = mistakes_picture(mistakes.found(), self.val_index)
+        values = result.scalars() | (averaged.scalars("ema_") if averaged else {})
         seconds = time.perf_counter() - began
-        self.monitor.evaluation(self.progress.step, result.scalars(), seconds, result.unreadable, pictures)
-        best = result.better_than(self.progress.best_top1)
+        self.monitor.evaluation(self.progress.step, values, seconds, result.unreadable, pictures)
+        judged = averaged or result
+        best = judged.better_than(self.progress.best_top1)
         self.progress = replace(
             self.progress,
             evaluated_at=self.progress.step,
-            best_top1=result.top1 if best else self.progress.best_top1,
+            best_top1=judged.top1 if best else self.progress.best_top1,
             best_step=self.progress.step if best else self.progress.best_step,
-            metrics=result.scalars(),
+            metrics=values,
         )
         return True
 
@@ -372,10 +381,10 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, about = self.engine.state(), self.recipe.deciding_values()
+        state, buffers, about = self.engine.state(), self.engine.buffers(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
         names = list(self.train_index.class_names)
-        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, class_names=names, **data))
+        self.monitor.saved(self.saver.save(state, self.progress, buffers, recipe=about, class_names=names, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:

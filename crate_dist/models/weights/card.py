@@ -87,6 +87,8 @@ def _origin(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "steps", meta.get("step")
     epochs = meta.get("epochs", meta.get("epoch"))
     yield "epochs", f"{epochs:.4g}" if isinstance(epochs, (int, float)) else epochs
+    if isinstance(decay := meta.get("ema_decay"), float):
+        yield "weights", f"their exponential moving average over the training, decay {decay:g} per step"
     yield from _accuracy(meta)
     yield "precision in training", meta.get("precision")
     code = meta.get("code")
