@@ -195,7 +195,13 @@ def test_first_weights_have_the_published_distribution() -> None:
 def _checkpoint(golden: dict[str, Any], **other: Any) -> dict[str, Any]:
     """Returns what ToST's main.py saves: Namespace, moments and an average, here of weights that are one more."""
     weights = golden["state_dict"]
-    options = {"model": "tost_cab_tiny_12_p8", "input_size": 32, "opt_betas": None, "lr": 1e-3, "cutmix_minmax": None}
+    options = {
+        "model": "tost_cab_tiny_12_p8",
+        "input_size": 32,
+        "opt_betas": None,
+        "lr": 1e-3,
+        "model_ema_decay": 0.99996,
+    }
     return {
         "model": weights,
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
@@ -215,11 +221,13 @@ def test_a_published_checkpoint_is_read_with_the_options_of_its_command(
     model, meta = load_model(path)
     assert model.config == SMALL
     assert (meta["arch"], meta["epoch"]) == ("tost_cab_tiny_12_p8", 399)
-    assert "convert --average takes that" in caplog.text
+    assert "model_ema; --weights ema would take that" in caplog.text
     with torch.no_grad():
         assert off(model.eval()(golden["images"]), golden["logits"]) < 1e-5
-    averaged = read_weights(path, average=True)
+    averaged = read_weights(path, weights="ema")
     assert torch.equal(averaged.state_dict["head.cls_token"], golden["state_dict"]["cls_token"] + 1)
+    assert averaged.meta["ema_decay"] == 0.99996
+    assert not read_weights(path, weights="raw").notes
     assert "image_size" in describe(path)
 
 
@@ -228,11 +236,11 @@ def test_the_average_is_converted_when_asked_for_and_missed_when_not_there(
 ) -> None:
     path, out = tmp_path / "checkpoint.pth", tmp_path / "average.pt"
     torch.save(_checkpoint(golden), path)
-    main(["convert", str(path), str(out), "--to", "crate-dist", "--average"])
+    main(["convert", str(path), str(out), "--to", "crate-dist", "--weights", "ema"])
     assert torch.equal(load_model(out)[0].state_dict()["head.cls_token"], golden["state_dict"]["cls_token"] + 1)
     torch.save(golden["state_dict"], path)
-    with pytest.raises(WeightsError, match="no moving average"):
-        read_weights(path, average=True)
+    with pytest.raises(WeightsError, match="'ema' weights were asked for"):
+        read_weights(path, weights="ema")
 
 
 def test_what_is_written_has_the_published_names_and_order_and_comes_back(

@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from crate_dist.config import WeightsKind
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
@@ -91,13 +92,21 @@ class Weights:
         return config, (*self.notes, taken)
 
 
-def read_weights(path: str | Path, average: bool = False) -> Weights:
+def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
     """Reads a file of any of the kinds above.
 
-    average: takes the moving average of the weights, where a published code's file has one beside them
-    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no tensors.
+    weights: "ema": their moving average, where a training code's checkpoint has one beside them
+    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no such tensors.
     """
-    path = Path(path)
+    found = _read(Path(path), weights)
+    there = "ema" if "ema_decay" in found.meta else "raw"
+    if weights not in (None, there):
+        what = "their moving average" if there == "ema" else "them as they are, or does not say more"
+        raise WeightsError(f"{weights!r} weights were asked for, and {path} has {what}; a run may have both")
+    return found
+
+
+def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if _is_safetensors(path):
         return _read_safetensors(path)
     content = open_file(path)
@@ -105,37 +114,40 @@ def read_weights(path: str | Path, average: bool = False) -> Weights:
         raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
     if "format" in content:
         return _read_export(path, content)
-    averages = next((key for key in _AVERAGES if isinstance(content.get(key), Mapping)), None)
-    if average and averages is None:
-        raise WeightsError(f"{path} has no moving average of its weights, under {' or '.join(_AVERAGES)}")
+    average = next((key for key in _AVERAGES if isinstance(content.get(key), Mapping)), None)
     for key in _STATE_DICTS:
-        if isinstance(content.get(key), Mapping):
-            taken = averages if average and averages else key
-            weights = _of_checkpoint(_tensors(path, content[taken]), key, content)
-            if averages is None:
-                return weights
-            other = f"taken from {averages}" if average else f"{averages} is there too: convert --average takes that"
-            return replace(weights, notes=(*weights.notes, f"moving average of the weights: {other}"))
+        if not isinstance(content.get(key), Mapping):
+            continue
+        if kind == "ema" and average:
+            weights = _of_checkpoint(_tensors(path, content[average]), key, content)
+            return replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+        weights = _of_checkpoint(_tensors(path, content[key]), key, content)
+        if kind or not average:
+            return weights
+        note = f"beside its weights stands their moving average, {average}; --weights ema would take that"
+        return replace(weights, notes=(*weights.notes, note))
     return _of_others("state dict", _tensors(path, content))
 
 
-def load_model(path: str | Path, heads: int | None = None, average: bool = False) -> tuple[Transformer, dict[str, Any]]:
+def load_model(
+    path: str | Path, heads: int | None = None, weights: WeightsKind | None = None
+) -> tuple[Transformer, dict[str, Any]]:
     """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
 
-    heads: for weights of a size that was not published, in files that do not say it; average: as of `read_weights`
+    heads: for weights of a size that was not published, in files that do not say it; weights: as of `read_weights`
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
     """
-    weights = read_weights(path, average)
+    found = read_weights(path, weights)
     try:
-        config, notes = weights.architecture(heads)
+        config, notes = found.architecture(heads)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     for note in notes:
         logger.warning("%s: %s", path, note)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(weights.state_dict, assign=True)
-    return model, weights.meta
+    model.load_state_dict(found.state_dict, assign=True)
+    return model, found.meta
 
 
 def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
