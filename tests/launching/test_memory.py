@@ -63,7 +63,13 @@ def bytes_of_tensors() -> int:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 def test_what_one_rank_of_eight_holds_between_steps_was_foretold(precision: str, optimizer: str) -> None:
-    settings = recipe("crate_tiny", f"train.precision={precision}", f"optim.name={optimizer}", "train.global_batch=8")
+    settings = recipe(
+        "crate_tiny",
+        f"train.precision={precision}",
+        f"optim.name={optimizer}",
+        "train.global_batch=8",
+        f"optim.ema_decay={0.9 * (optimizer == 'adamw')}",
+    )
     before = bytes_of_tensors()
     with fake_cluster(8):
         engine = Engine(build_model(settings.model, 1000, seed=0), settings, torch.device("cpu"), 1, 1)
