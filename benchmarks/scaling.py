@@ -232,10 +232,10 @@ def parts(recipe: Recipe) -> list[Part]:
 def model(given: argparse.Namespace, recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """Prints and returns the weak scaling of nodes of GPUs: ZeRO-2 in both ways, and DDP with fp32 gradients."""
     from crate_dist.models.build import model_config
-    from crate_dist.models.costs import forward_flops
+    from crate_dist.models.costs import step_flops
     from crate_dist.training.zero import RANKS_REDUCED_TO
 
-    work = 3 * forward_flops(model_config(recipe.model, CLASSES), given.micro_batch)
+    work = step_flops(model_config(recipe.model, CLASSES), given.micro_batch)
     compute_s = (given.step_ms or work / (given.mfu * given.peak_tflops * 1e12) * 1e3) / 1e3
     origin = "measured" if given.step_ms else f"{given.mfu:.0%} of {given.peak_tflops:g} TFLOP/s, ASSUMED"
     print(

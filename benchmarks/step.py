@@ -49,7 +49,7 @@ from crate_dist.doctor.profiling import profiled
 from crate_dist.doctor.timing import in_turns
 from crate_dist.models.build import model_config
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.costs import forward_flops
+from crate_dist.models.costs import step_flops
 from crate_dist.world import World
 
 VIT = "ViT of timm"
@@ -68,7 +68,7 @@ def compare(given: argparse.Namespace, device: torch.device) -> int:
     """Measures and prints."""
     running = {name: measured(name, given, device) for name in contestants(given)}
     recipe = Contestant(OURS).recipe(given.arch, given.batch, tuple(given.overrides))
-    flops = 3 * forward_flops(model_config(recipe.model, CLASSES), given.batch)
+    flops = step_flops(model_config(recipe.model, CLASSES), given.batch)
     side = 8192 if device.type == "cuda" else 2048
     dtype = torch.float32 if given.precision == "fp32" else torch.bfloat16
     rate = product_flop_s(device, side, side, side, dtype)

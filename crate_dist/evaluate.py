@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     def prepare() -> _Prepared:
         check_output(arguments.json)
         check_output(arguments.csv)
-        trained = load_trained(arguments.model, arguments.heads)
+        trained = load_trained(arguments.model, arguments.heads, arguments.weights)
         sets = open_sets(arguments.data, arguments.also, arguments.split, trained, arguments.all_classes)
         if sets[0].corruptions and (dropped := [option for option in _OF_DATA if _is_given(arguments, option)]):
             raise CannotMeasure(

@@ -72,7 +72,7 @@ def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
         raise CannotMeasure(
             f"--train-split and --split are both {arguments.split!r}: every sample would find itself; give two"
         )
-    trained = load_trained(arguments.model, arguments.heads)
+    trained = load_trained(arguments.model, arguments.heads, arguments.weights)
     names = arguments.train_split, arguments.split
     train, val = (open_split(arguments.data, name, trained.data) for name in names)
     check_same_classes(train, val)

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.gpu_memory_gb:
             world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
-            micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch)
+            micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch, train.group)
             show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
         if arguments.dry_run:
             _show_script(executor, recipes)

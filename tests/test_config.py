@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe
+from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe, new_names
 from crate_dist.config.__main__ import put_into, settings
+from crate_dist.config.keys import RENAMED
 from crate_dist.run.folder import RunFolder, read_recipe
 
 RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
@@ -109,8 +111,9 @@ def test_a_run_from_before_the_keys_were_divided_goes_on(tmp_path: Path) -> None
     folder.open(recipe)
     folder.metrics.write_text("{}\n")
     raw = tomllib.loads(folder.recipe_file.read_text())
-    for section in ("order", "augment", "images"):
-        raw["data"] |= raw.pop(section)
+    for section in ("order", "augment", "images"):  # of their keys, those that there were then
+        table = raw.pop(section)
+        raw["data"] |= {key: value for key, value in table.items() if f"data.{key}" in RENAMED}
     folder.recipe_file.write_text(tomli_w.dumps(raw))
     assert read_recipe(folder.path).deciding_values() == recipe.deciding_values()
     with pytest.raises(RecipeError, match=r"another recipe:\n  order.window: 17 there, 256 now\nto continue"):
@@ -118,6 +121,33 @@ def test_a_run_from_before_the_keys_were_divided_goes_on(tmp_path: Path) -> None
     folder.open(recipe)
     assert read_recipe(folder.path) == recipe
     assert "[order]" in folder.recipe_file.read_text()
+
+
+@pytest.mark.parametrize(("before", "now"), [("true", "all"), ("false", "matrices")])
+def test_which_weights_decay_is_understood_as_it_was_said_before(tmp_path: Path, before: str, now: str) -> None:
+    older = tmp_path / "older.toml"
+    older.write_text(OLD_NAMES.replace("[optim]", f"[optim]\ndecay_all = {before}"))
+    assert load_recipe(older).optim.decay == load_recipe("demo", [f"optim.decay_all={before}"]).optim.decay == now
+    assert new_names({"optim.decay_all": before == "true"}) == {"optim.decay": now}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.min_lr=1"], r"min_lr 1 is above lr 0\.\d+, the highest learning rate; 0\.\d+ or less would do"),
+        (["optim.warmup_lr=1"], "warmup_lr 1 is above lr"),
+        (["optim.cooldown_epochs=2"], "cooldown_epochs 2 at min_lr 0 would change no weight; give a min_lr above 0"),
+        (
+            ["optim.cooldown_epochs=9", "optim.min_lr=1e-6", "train.epochs=9"],
+            "leave none to the schedule; at most 8 would",
+        ),
+        (["optim.layer_decay=1.1"], "less than or equal to 1"),
+        (["optim.decay=norms"], "optim.decay: Input should be 'all', 'matrices', 'weights' or 'kernels', not 'norms'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("demo", overrides)
 
 
 def test_the_command_line_wins_over_the_file() -> None:
@@ -184,6 +214,23 @@ def test_a_batch_that_does_not_divide_says_which_numbers_would() -> None:
         RecipeError, match=r"2048 does not divide over 24 ranks; it does over 4, 8, 16, 32.*=2040 or 2064"
     ):
         derive_batch(2048, 24, 128)
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 512), st.integers(1, 32))
+def test_every_micro_batch_holds_groups_whole(groups: int, world_size: int, largest: int, group: int) -> None:
+    if groups % world_size:
+        with pytest.raises(RecipeError, match=f"not divide over {world_size} ranks.*these ranks take") as refused:
+            derive_batch(groups * group, world_size, largest, group)
+        would = int(re.findall(r"\d+", str(refused.value))[-1])
+        assert derive_batch(would, world_size, would, group)
+    elif largest < group:
+        with pytest.raises(RecipeError, match=f"no room for a group of {group}; --set train.micro_batch={group} has"):
+            derive_batch(groups * group, world_size, largest, group)
+    else:
+        micro, accumulation = derive_batch(groups * group, world_size, largest, group)
+        assert micro * accumulation * world_size == groups * group
+        assert micro <= largest
+        assert micro % group == 0
 
 
 def test_only_what_decides_the_result_is_held_against_a_resume() -> None:

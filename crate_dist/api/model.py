@@ -16,7 +16,7 @@ from torch import Tensor
 from crate_dist.api.preprocess import Picture, Preprocess
 from crate_dist.checkpoint.format import CheckpointError
 from crate_dist.checkpoint.trained import load_trained
-from crate_dist.config import CONFIG_DIR, Recipe, load_recipe
+from crate_dist.config import CONFIG_DIR, Recipe, WeightsKind, load_recipe
 from crate_dist.locations import location, redacted
 from crate_dist.models.adapt import adapt
 from crate_dist.models.build import initialise, model_config
@@ -32,7 +32,7 @@ _TAKES = (
 
 
 class Model(Transformer):
-    """A CRATE, in fp32, with all that its run knew. Its state dict is that of a CRATE.
+    """A model of the family, in fp32, with all that its run knew. Its state dict is that of a Transformer.
 
     preprocess: from pictures to what it reads
     classes: ids in the order of the logits; class_names: the same for people; None where nobody told them
@@ -82,7 +82,8 @@ class Model(Transformer):
         Classes are called by their names, those of one name with their ids, too; by their numbers where nobody told
         names. Raises as Preprocess does.
         """
-        images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
+        weights = self.head.linear.weight
+        images = self.preprocess(picture).to(weights.device, weights.dtype)
         likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
         times, ids = Counter(self.class_names), dict(enumerate(self.classes or ()))
         names = {  # of fewer, perhaps: a head may have room for more
@@ -100,6 +101,7 @@ def load(
     classes: SupportsIndex | Sequence[str] | None = None,
     image_size: int | None = None,
     heads: int | None = None,
+    weights: WeightsKind | None = None,
 ) -> Model:
     """Opens what was trained: an fp32 model on the CPU, in evaluation mode.
 
@@ -109,18 +111,19 @@ def load(
     classes: of a new head in place of the trained one, their number or names, to fine-tune it
     image_size: another resolution, in pixels, to whose patches positions are interpolated
     heads: of attention, for files of weights that do not tell them
+    weights: "ema": the moving average of a run's or a checkpoint's weights; "raw", or nothing: these themselves
 
     Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged; ValueError, TypeError
     for an image_size or classes that no model can have.
     """
     path = _existing(source)
     try:
-        trained = load_trained(path, heads)
+        trained = load_trained(path, heads, weights)
     except WeightsError as error:
         if path.is_dir():
             raise
         raise WeightsError(f"{error}; {_TAKES}") from error
-    old, weights = trained.model.config, trained.model.state_dict()
+    old, state_dict = trained.model.config, trained.model.state_dict()
     names, class_names = trained.classes, trained.class_names
     side = old.image_size if image_size is None else operator.index(image_size)
     if side < 1 or side % old.patch_size:
@@ -134,10 +137,10 @@ def load(
         (number, names), class_names = _head_of(classes), None
         config = replace(config, num_classes=number)
     if config != old:
-        adapted = adapt(weights, old, config, new_head=classes is not None)
-        weights = initialise(config, seed=0).state_dict() | adapted.state_dict
+        adapted = adapt(state_dict, old, config, new_head=classes is not None)
+        state_dict = initialise(config, seed=0).state_dict() | adapted.state_dict
     preprocess = Preprocess(config.image_size, trained.images)
-    return Model(config, weights, preprocess, trained.name, trained.recipe, names, class_names)
+    return Model(config, state_dict, preprocess, trained.name, trained.recipe, names, class_names)
 
 
 def create(recipe: str | Path | Recipe, classes: SupportsIndex | Sequence[str], *, seed: int | None = None) -> Model:

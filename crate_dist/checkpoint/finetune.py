@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from crate_dist.checkpoint.trained import Trained, class_ids_are_numbers, load_trained
-from crate_dist.config import RecipeError
+from crate_dist.config import RecipeError, WeightsKind
 from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
 from crate_dist.models.adapt import adapt
@@ -35,6 +35,7 @@ def begin_from(
     classes: Sequence[str],
     head: Literal["auto", "new", "keep"] = "auto",
     heads: int | None = None,
+    kind: WeightsKind | None = None,
 ) -> Origin:
     """Copies the weights of a run, a checkpoint or a file into a model that is freshly initialised. A collective.
 
@@ -42,13 +43,13 @@ def begin_from(
     head: "new" and "keep" as they say; "auto" keeps the head where the classes are the same. A file that knows only
     how many classes it has, as all of the published code's, is believed to know the same ones, and so are classes that
     have numbers for names on both sides; the log says so.
-    heads: of MSSA, where a file of weights does not tell how many
+    heads: of MSSA, where a file of weights does not tell how many; kind: of weights, see load_trained
 
     Raises RecipeError: on every rank, when one of them cannot use the weights, or they do not all find the same ones.
     """
     problem, digest, adapted = "", "", None
     try:
-        trained = load_trained(source, heads)
+        trained = load_trained(source, heads, kind)
         weights = trained.model.state_dict()
         digest = weights_digest(weights)
         new_head = head == "new" or (head == "auto" and not _same_classes(trained, model, classes))

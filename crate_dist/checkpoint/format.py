@@ -4,15 +4,16 @@
         manifest.json     step, world size, parameter groups, recipe, and a digest of every other file and of itself
         rank-00000.pt     this rank's partition of the fp32 master weights and of the optimizer's state
         rank-00001.pt     …
+        buffers.pt        what is no weight and the same on all ranks, of a model that has such
 
 ZeRO flattens each parameter group and cuts the flat vector into equal parts, one per rank, padding the last. So the
 files of a checkpoint are consecutive pieces of one vector per group and per kind of state, and a rank of any other
 world size copies from them the interval that is its own.
 
-A kind is nothing but a name in `kinds`: an average of the weights would be one more, and is read and resharded as the
-others are. Tensors that are the same on all ranks, as buffers, would stand once, in one more entry of `files`, which
-`_files_of` then names, with their names and shapes in a field of Manifest beside `groups`. A program that does not
-know the field would lose them, so a manifest that has it says a higher version, and one that has not says 1.
+A kind is nothing but a name in `kinds`: the average of the weights is one more, and is read and resharded as the others
+are. Buffers, as batch normalisation has them, stand once, written by rank 0, their names and shapes in the manifest;
+where there is an average of the weights, there is one of them. A program that does not know of buffers would lose them,
+so a manifest that has some says version 2, and any other 1.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from crate_dist.files import write_whole
 from crate_dist.run.checkpoints import checkpoint_names
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+BUFFERS = "buffers.pt"
 HEAD = "head.linear.bias"
 """The parameter that has one number per class."""
 WEIGHTS = "fp32"
 """The kind of state that every checkpoint has: the master weights."""
+AVERAGE = "ema"
+"""The kind that one has where the recipe asks for it: the moving average of the weights."""
 
 _MOST_PADDING = 4096  # elements per rank; DeepSpeed pads to two
 _BYTES = 4  # per element of the fp32 weights, of which the files hold all
@@ -76,7 +80,8 @@ class Progress:
     """The state of a run beside its weights. The data pipeline's whole state is the step.
 
     step: optimizer steps done; evaluated_at: step of the last evaluation, -1 for none
-    best_top1: best validation accuracy so far, in per cent; best_step: when it was reached
+    best_top1: best validation accuracy so far, in per cent, of the average of the weights where there is one
+    best_step: when it was reached
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -102,6 +107,7 @@ class Manifest:
     world_size: ranks that saved it; tenure: which holder of the run folder did, see run/lock.py
     groups, partitions: the flat vectors, and elements of each per rank; kinds: of state, one vector per group each
     files: by name; recipe: the values that decide the result
+    buffers: shapes by name; empty: the model has none
     classes: ids in the order of the labels; class_names: the same for people
     data: facts that tell one split from another, see data/identity.py
     """
@@ -114,6 +120,7 @@ class Manifest:
     kinds: Sequence[_Text]
     files: Mapping[str, StoredFile]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Mapping[_Text, Sequence[_Count]] = field(default_factory=dict)
     classes: Sequence[_Text] | None = None
     data: Mapping[str, Mapping[str, Any] | None] | None = None
     class_names: Sequence[_Text] | None = None
@@ -141,6 +148,9 @@ def manifest_digest(said: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes a manifest with its version and its digest. Raises OSError."""
     said = {"version": FORMAT_VERSION, **asdict(manifest)}
+    if not manifest.buffers:
+        del said["buffers"]
+        said["version"] = 1
     write_whole(folder / MANIFEST, json.dumps({**said, "digest": manifest_digest(said)}, indent=1))
 
 
@@ -152,8 +162,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        if said["version"] != FORMAT_VERSION:
-            problem = f"has format {said['version']!r}, which this program does not know: it reads {FORMAT_VERSION}"
+        if said["version"] not in range(1, FORMAT_VERSION + 1):
+            problem = (
+                f"has format {said['version']!r}, which this program does not know: it reads 1 to {FORMAT_VERSION}"
+            )
         elif said["digest"] != manifest_digest(said):
             problem = "does not have the digest in it"
         else:
@@ -200,9 +212,9 @@ def other_head(run: Path, manifest: Manifest, classes: int) -> str:
 
 def _contradiction(manifest: Manifest) -> str:
     """Says what no save writes, though each value alone might be right; "" for nothing."""
-    files, ranks = manifest.files, manifest.world_size
-    if len(files) != ranks or files.keys() != _files_of(ranks):
-        return f"it does not list the files of {ranks} ranks"
+    files, ranks, beside = manifest.files, manifest.world_size, {BUFFERS} if manifest.buffers else set()
+    if len(files) != ranks + len(beside) or files.keys() != _files_of(ranks) | beside:
+        return f"it does not list the files of {ranks} ranks" + (f", and {BUFFERS}" if beside else "")
     if WEIGHTS not in manifest.kinds:
         return f"kinds are {manifest.kinds!r}, expected names with {WEIGHTS} among them"
     if len(manifest.groups) != len(manifest.partitions):
@@ -213,7 +225,7 @@ def _contradiction(manifest: Manifest) -> str:
         least = -(-group.numel // ranks)
         if not max(least, 1) <= partition <= least + _MOST_PADDING:
             return f"partitions.{number} is {partition!r}, and {ranks} of them are to hold {group.numel} elements"
-    names = [name for group in manifest.groups for name in group.names]
+    names = [*manifest.buffers, *(name for group in manifest.groups for name in group.names)]
     if len(set(names)) < len(names):
         return "two of its parameters have the same name"
     elements, there = sum(group.numel for group in manifest.groups), sum(file.bytes for file in files.values())

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 from crate_dist.checkpoint.format import (
+    AVERAGE,
+    BUFFERS,
     MANIFEST,
     WEIGHTS,
     CheckpointError,
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 RankState = dict[str, list[torch.Tensor]]
 """Kind of state ("fp32", "exp_avg", …) -> this rank's flat partition of it, one per parameter group."""
+Buffers = dict[str, dict[str, torch.Tensor]]
+"""Kind ("fp32": the model's own, "ema": their average) -> buffers by name, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,12 @@ class Checkpoint:
         return StateReader(self)
 
     def weights(self, kind: str = WEIGHTS) -> dict[str, torch.Tensor]:
-        """Reads the fp32 master weights by parameter name, or another kind of state; views on one vector per group."""
-        reader, weights = self.reader(), dict[str, torch.Tensor]()
+        """Reads the fp32 master weights by parameter name, or another kind of state; views on one vector per group.
+
+        Of the weights and their average the buffers too: a state dict of the model.
+        """
+        reader = self.reader()
+        weights = reader.buffers(kind) if kind in (WEIGHTS, AVERAGE) else {}
         for number, group in enumerate(self.manifest.groups):
             flat = torch.empty(group.numel)
             reader.copy(kind, number, 0, flat)
@@ -115,13 +123,22 @@ class StateReader:
             out[position - start : position - start + count].copy_(piece)
             position += count
 
+    def buffers(self, kind: str) -> dict[str, torch.Tensor]:
+        """Reads the model's buffers by name, or their average, which is of the kind AVERAGE."""
+        shapes, path = self._checkpoint.manifest.buffers, self._checkpoint.path / BUFFERS
+        if not shapes:
+            return {}
+        said = _load(path)
+        found = said.get(kind) if isinstance(said, dict) else None
+        there = {n: [*getattr(t, "shape", "?")] for n, t in found.items()} if isinstance(found, dict) else {}
+        if found is None or there != {name: [*shape] for name, shape in shapes.items()}:
+            raise CheckpointError(f"{path} does not hold the buffers of {kind} that its manifest names")
+        return dict(found)
+
     def _rank(self, rank: int) -> RankState:
         if rank not in self._files:
             path = self._checkpoint.path / rank_file(rank)
-            try:
-                state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            except pickle.UnpicklingError:
-                raise CheckpointError(f"{path} holds more than tensors, and is not opened") from None
+            state = _load(path)
             self._check(path, state)
             self._files[rank] = state
         return self._files[rank]
@@ -133,6 +150,13 @@ class StateReader:
             parts = state.get(kind) if isinstance(state, dict) else None
             if not isinstance(parts, list) or [getattr(part, "shape", None) for part in parts] != lengths:
                 raise CheckpointError(f"{path} does not hold the partitions of {kind} that its manifest names")
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} holds more than tensors, and is not opened") from None
 
 
 def find_newest(folder: Path, world: World, damaged: list[str] | None = None) -> Checkpoint | None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.checkpoint.format import (
+    BUFFERS,
     WEIGHTS,
     CheckpointError,
     GroupLayout,
@@ -27,7 +28,7 @@ from crate_dist.checkpoint.format import (
     rank_file,
     write_manifest,
 )
-from crate_dist.checkpoint.loading import Checkpoint, RankState, list_checkpoints
+from crate_dist.checkpoint.loading import Buffers, Checkpoint, RankState, list_checkpoints
 from crate_dist.distributed import gather_objects, host_group
 from crate_dist.files import sync_folder
 from crate_dist.run.checkpoints import UNFINISHED, checkpoint_names, note_published, step_name, unfinished_name
@@ -81,19 +82,23 @@ class Saver:
         if world.is_main:
             _sweep(folder, tenure)
         self._host: RankState = {}
+        self._host_buffers: Buffers = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.failures = 0
         self._saved: Saved | None = None
 
-    def save(self, state: RankState, progress: Progress, **about: Any) -> Saved | None:
-        """Copies `state` and returns, leaving the rest to a thread; returns the save before it if that succeeded.
+    def save(self, state: RankState, progress: Progress, buffers: Buffers | None = None, **about: Any) -> Saved | None:
+        """Copies the state and returns, leaving the rest to a thread; returns the save before it if that succeeded.
 
         A collective only in that it waits for the save before. Raises CheckpointError as `wait` does.
         """
         before = self.wait()
         began = time.perf_counter()
         self._copy(state)
+        if self._world.is_main:
+            kinds = (buffers or {}).items()
+            self._host_buffers = {kind: {n: t.to("cpu", copy=True) for n, t in of.items()} for kind, of in kinds}
         stall_s = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(progress, about, began, stall_s), name="saver", daemon=True
@@ -145,7 +150,7 @@ class Saver:
         self._error = None
         try:
             to = self._folder, self._host, self._layouts, progress, self._world, self._group, self._tenure
-            saved = publish(*to, **about)
+            saved = publish(*to, self._host_buffers, **about)
             if self._world.is_main:
                 prune(self._folder, self._keep, progress, self._tenure, self._damaged)
                 self._published()
@@ -163,11 +168,12 @@ def publish(
     world: World,
     group: dist.ProcessGroup | None = None,
     tenure: Tenure = ALONE,
+    buffers: Buffers | None = None,
     **about: Any,
 ) -> Checkpoint:
     """Writes a checkpoint and makes it visible by one rename, after every rank has agreed. A collective of `group`.
 
-    state: partitions on the CPU; tenure: rank 0's; about: recipe, classes and data, as Manifest has them
+    state: partitions on the CPU; tenure, buffers: rank 0's; about: recipe, classes and data, as Manifest has them
 
     Raises
     ------
@@ -187,8 +193,15 @@ def publish(
     final, beside, no_folder, number = gather_objects((final, beside, no_folder, tenure.number), group)[0]
     if no_folder:
         raise CheckpointError(f"checkpoint of step {progress.step} was not saved: {no_folder}")
-    outcomes = gather_objects(_write_rank_file(beside / rank_file(world.rank), state), group)
+    outcomes = gather_objects(_write_file(beside / rank_file(world.rank), state), group)
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
+    files = {rank_file(rank): file for rank, (file, _) in enumerate(outcomes) if file}
+    if world.is_main and buffers and not failures:
+        file, text = _write_file(beside / BUFFERS, buffers)
+        if file:
+            files[BUFFERS] = file
+        else:
+            failures = [f"rank 0: {text}"]
     manifest = Manifest(
         world_size=world.world_size,
         tenure=number,
@@ -196,7 +209,8 @@ def publish(
         groups=layouts,
         partitions=[part.numel() for part in state[WEIGHTS]],
         kinds=sorted(state),
-        files={rank_file(rank): file for rank, (file, _) in enumerate(outcomes) if file},
+        files=files,
+        buffers={name: [*tensor.shape] for name, tensor in (buffers or {}).get(WEIGHTS, {}).items()},
         **about,
     )
     if not failures and world.is_main:
@@ -295,8 +309,8 @@ class _Digesting:
         self._file.flush()
 
 
-def _write_rank_file(path: Path, state: RankState) -> tuple[StoredFile | None, str]:
-    """Writes one rank's state and returns (the file, "") or (None, what went wrong)."""
+def _write_file(path: Path, state: RankState | Buffers) -> tuple[StoredFile | None, str]:
+    """Writes tensors and returns (the file, "") or (None, what went wrong)."""
     try:
         with path.open("wb") as file:
             digesting = _Digesting(file)

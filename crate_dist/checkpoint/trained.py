@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from crate_dist.checkpoint.format import HEAD, MANIFEST, CheckpointError
+from crate_dist.checkpoint.format import AVERAGE, HEAD, MANIFEST, WEIGHTS, CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints, open_checkpoint
-from crate_dist.config import DataSection, ImageSection, Recipe, RecipeError, recipe_of
+from crate_dist.config import DataSection, ImageSection, Recipe, RecipeError, WeightsKind, recipe_of
 from crate_dist.errors import UserError
 from crate_dist.models.build import build_model
 from crate_dist.models.transformer import Transformer
@@ -40,14 +40,20 @@ class Trained:
     borrowed: Literal["number", "position"] | None = None
 
 
-def load_trained(source: Path, heads: int | None = None) -> Trained:
+def load_trained(source: Path, heads: int | None = None, weights: WeightsKind | None = None) -> Trained:
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
-    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, or damaged.
+    weights: "ema": the average of a checkpoint's weights; "raw": these themselves, as without; of a file: what must be
+    in it
+    Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, damaged, or without such weights.
     """
     if not source.is_dir():
         model, meta = load_model(source, heads)
+        there = "ema" if "ema_decay" in meta else "raw"
+        if weights not in (None, there):
+            what = "their moving average" if there == "ema" else "them as they are, or does not say more"
+            raise WeightsError(f"{weights!r} weights were asked for, and {source} has {what}; a run may have both")
         known = {key: meta[key] for key in ImageSection.model_fields if key in meta}
         try:
             images = ImageSection(**known)
@@ -74,19 +80,26 @@ def load_trained(source: Path, heads: int | None = None) -> Trained:
     if problem := saved.damaged():
         raise CheckpointError(f"{problem}; it is damaged: give an older checkpoint, or the weights in model-last.pt")
     recipe = read_recipe(RunFolder.of_checkpoint(saved.path).path)
+    kind = AVERAGE if weights == "ema" else WEIGHTS
+    if kind not in saved.manifest.kinds:
+        raise CheckpointError(
+            f"'ema' weights were asked for, and {saved.path} has no moving average of the weights: its run had "
+            "optim.ema_decay = 0; 'raw' are the weights themselves"
+        )
     head = saved.manifest.shapes.get(HEAD, [])
     if len(head) != 1:
         raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no vector in it")
-    model, weights = build_model(recipe.model, head[0], seed=0), saved.weights()
+    model, state_dict = build_model(recipe.model, head[0], seed=0), saved.weights(kind)
     try:
-        check_fit(weights, model.config)
+        check_fit(state_dict, model.config)
     except WeightsError as error:
         raise CheckpointError(f"{saved.path / MANIFEST} does not fit the recipe of its run: {error}") from error
-    model.load_state_dict(weights)
+    model.load_state_dict(state_dict)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
     classes = _names(saved.manifest.classes), _names(saved.manifest.class_names)
-    return Trained(model, recipe.data, recipe.images, recipe.train.precision, str(saved.path), *classes, recipe)
+    name = f"{saved.path}{', average of the weights' if weights == 'ema' else ''}"
+    return Trained(model, recipe.data, recipe.images, recipe.train.precision, name, *classes, recipe)
 
 
 def find_layer(asked: int | None, depth: int) -> int:

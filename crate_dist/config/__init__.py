@@ -22,6 +22,8 @@ from crate_dist.config.sections import Colour as Colour
 from crate_dist.config.sections import Compile as Compile
 from crate_dist.config.sections import DataSection as DataSection
 from crate_dist.config.sections import ImageSection as ImageSection
+from crate_dist.config.sections import MixSection as MixSection
 from crate_dist.config.sections import ModelSection as ModelSection
 from crate_dist.config.sections import OptimSection as OptimSection
 from crate_dist.config.sections import ResizeFilter as ResizeFilter
+from crate_dist.config.sections import WeightsKind as WeightsKind

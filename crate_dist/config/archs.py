@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HALVINGS = {4: 2, 8: 3, 16: 4}
 """Convolutions of stride 2 that make a patch, by its size in pixels."""
@@ -18,6 +18,7 @@ class Arch:
     class_token: whether one goes through the layers, before the patches
     norm_eps, head_norm_eps: added to the variance by the layers' norms and by the head's
     out_bias: whether the mixer's output has a bias; layer_scale: first value of γ, which scales branches; 0: no γ
+    init: whose first weights, by the names in config/parts.py
     """
 
     dim: int
@@ -35,6 +36,7 @@ class Arch:
     head_norm_eps: float = 1e-5
     out_bias: bool = True
     layer_scale: float = 0.0
+    init: str = "crate"
 
 
 def _cbt(dim: int, depth: int, heads: int) -> Arch:
@@ -58,8 +60,34 @@ def _tost(dim: int, depth: int, heads: int) -> Arch:
         norm_eps=1e-6,
         head_norm_eps=1e-6,
         layer_scale=1.0 if depth < 24 else 1e-5,
+        init="tost",
     )
 
+
+_ALPHA_BASE = Arch(
+    dim=768,
+    depth=12,
+    heads=12,
+    stem="linear",
+    tokenwise="odl",
+    residual="pre_norm",
+    norm_eps=1e-6,
+    out_bias=False,
+    init="alpha",
+)
+_VIT_TINY = Arch(
+    dim=192,
+    depth=12,
+    heads=3,
+    stem="linear",
+    mixer="attention",
+    tokenwise="mlp",
+    residual="pre_norm",
+    head="mean_patches_twice",
+    norm_eps=1e-6,
+    head_norm_eps=1e-6,
+    init="vit",
+)
 
 # Parameters at 224 pixels, patch 16, 1,000 classes.
 ARCHS: dict[str, Arch] = {
@@ -78,6 +106,11 @@ ARCHS: dict[str, Arch] = {
     "tost_small_24": _tost(384, 24, 8),  # 40.34 M
     "tost_medium_24": _tost(512, 24, 8),  # 71.48 M
     "tost_large_24": _tost(768, 24, 16),  # 160.3 M
+    "crate_alpha_base": _ALPHA_BASE,  # 72.33 M
+    "crate_alpha_large": replace(_ALPHA_BASE, dim=1024, depth=24, heads=16),  # 253.65 M at patch 14
+    "crate_alpha_huge": replace(_ALPHA_BASE, dim=1280, depth=32, heads=16),  # 526.82 M at patch 14
+    "vit_tiny": _VIT_TINY,  # 5.72 M
+    "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
 }
 
 

@@ -161,4 +161,4 @@ def explain(item: ErrorDetails, known: Mapping[str, str], origins: Mapping[str, 
             else "Input should be one word"
         )
     given = "" if item["type"] == "value_error" else f", not {item['input']!r}"
-    return f"{origin}: {key}: {message}{given}"
+    return f"{origin}: {key + ': ' if key else ''}{message}{given}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 STEMS = {
     "patches": "stems.patches.PatchEmbedding",  # CRATE: LayerNorm, Linear, LayerNorm
     "convolutions": "stems.convolutions.ConvolutionStem",  # ToST, CBT: 3 x 3 of stride 2, batch norm, GELU
+    "linear": "stems.linear.LinearStem",  # CRATE-α, ViT: one map with a bias, which is a convolution
 }
 
 MIXERS = {
@@ -15,11 +16,14 @@ MIXERS = {
     "tssa": "mixers.tssa.TSSA",  # ToST
     "cbsa": "mixers.cbsa.CBSA",  # CBT, its grid of patches shifted by one, as published
     "cbsa_aligned": "mixers.cbsa.AlignedCBSA",  # the same with the grid in its place
+    "attention": "mixers.attention.Attention",  # ViT
 }
 
 TOKENWISE = {
     "ista": "tokenwise.ista.ISTA",  # CRATE
-    "mlp": "tokenwise.mlp.MLP",  # ToST, ViT
+    "odl": "tokenwise.odl.ODL",  # CRATE-α
+    "odl_coupled": "tokenwise.odl.CoupledODL",  # the same before its dictionaries are decoupled
+    "mlp": "tokenwise.mlp.MLP",  # ViT, ToST
 }
 
 RESIDUALS = {
@@ -30,4 +34,13 @@ RESIDUALS = {
 HEADS = {
     "linear": "heads.linear.LinearHead",  # LayerNorm and Linear of the class token, or of the tokens' mean
     "class_attention": "heads.class_attention.ClassAttentionHead",  # ToST: a class token that reads the patches
+    "mean_patches": "heads.mean_patches.MeanPatches",  # LayerNorm and Linear of the patches' mean
+    "mean_patches_twice": "heads.mean_patches.MeanPatchesTwice",  # its norm applied twice, as CRATE's code does to ViT
+}
+
+INITS = {
+    "crate": "initial.draw_crate",  # as torch draws them
+    "alpha": "initial.draw_alpha",  # as CRATE-α's training code
+    "vit": "initial.draw_vit",  # as timm for its ViT
+    "tost": "initial.draw_tost",  # as ToST's code
 }

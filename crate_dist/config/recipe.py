@@ -32,6 +32,7 @@ from crate_dist.config.sections import (
     DataSection,
     ImageSection,
     LogSection,
+    MixSection,
     ModelSection,
     OptimSection,
     OrderSection,
@@ -42,7 +43,7 @@ from crate_dist.config.sections import (
 from crate_dist.locations import is_private, location, may_run_a_command, redacted
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-_DECIDING = ("model", "data", "order", "augment", "images", "optim", "train")
+_DECIDING = ("model", "data", "order", "augment", "mix", "images", "optim", "train")
 _WITHOUT_INFLUENCE = {
     "data": {"root", "cache_dir", "cache_gb", "workers", "max_bad_fraction"},
     "train": {"micro_batch", "max_steps", "compile", "recompute"},
@@ -58,6 +59,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     order: OrderSection = OrderSection()
     augment: AugmentSection = AugmentSection()
+    mix: MixSection = MixSection()
     images: ImageSection = ImageSection()
     optim: OptimSection
     train: TrainSection
@@ -72,6 +74,17 @@ class Recipe(Section):
             raise ValueError(
                 f"optim.cooldown_epochs {self.optim.cooldown_epochs} are the last of train.epochs {self.train.epochs}, "
                 f"and leave none to the schedule; at most {self.train.epochs - 1} would"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _partners_to_mix_with(self) -> Self:
+        if self.mix.enabled and self.train.group == 1:
+            batch = self.train.global_batch
+            would = [str(n) for n in (2, 4, 8, 16, 32, 64) if batch % n == 0] or [str(batch)]
+            raise ValueError(
+                "[mix] takes an image's partner among train.group neighbours, which is 1; "
+                f"--set train.group={would[-1]} gives it some, and {', '.join(would)} divide the global batch"
             )
         return self
 
@@ -205,24 +218,32 @@ def find_recipe(source: str | Path) -> Path:
     raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), known)}; there are: {', '.join(known)}")
 
 
-def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int) -> tuple[int, int]:
+def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int, group: int = 1) -> tuple[int, int]:
     """Returns (micro_batch, accumulation) with micro_batch * accumulation * world_size == global_batch.
 
     The micro-batch is the largest that fits and divides, so that the recipe's global batch holds on any cluster.
+    group: neighbouring images that stay together in one micro-batch
     Raises RecipeError when the ranks do not divide the global batch, naming the numbers that would.
     """
-    share, rest = divmod(global_batch, world_size)
-    if rest or not share:
-        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+    groups, left = divmod(global_batch, group)
+    share, rest = divmod(groups, world_size)
+    if left or rest or not share:
+        fitting = [n for n in range(1, groups + 1) if global_batch % (n * group) == 0]
         ranks = [str(n) for n in sorted(sorted(fitting, key=lambda n: abs(n - world_size))[:4])]
-        batches = [str(n * world_size) for n in sorted({max(share, 1), share + 1})]
+        batches = [str(n * world_size * group) for n in sorted({max(share, 1), share + 1})]
+        whole = f" in whole groups of {group}" if group > 1 else ""
         raise RecipeError(
-            f"a global batch of {global_batch} does not divide over {world_size} ranks; "
+            f"a global batch of {global_batch} does not divide over {world_size} ranks{whole}; "
             f"it does over {', '.join(ranks)}; "
             f"these ranks take --set train.global_batch={' or '.join(batches)}"
         )
-    micro = next(n for n in range(min(share, largest_micro_batch), 0, -1) if share % n == 0)
-    return micro, share // micro
+    if largest_micro_batch < group:
+        raise RecipeError(
+            f"a micro-batch of at most {largest_micro_batch} images has no room for a group of {group}; "
+            f"--set train.micro_batch={group} has"
+        )
+    micro = next(n for n in range(min(share, largest_micro_batch // group), 0, -1) if share % n == 0)
+    return micro * group, share // micro
 
 
 _ONLY_FROM_THE_USER: Mapping[str, Mapping[str, str]] = {

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from crate_dist.config.archs import ARCHS, Arch, check_patches
 from crate_dist.config.keys import RecipeError, nearest
-from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
 
 DATA_VARIABLE = "CRATE_DATA"
@@ -25,6 +25,8 @@ DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
 ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
+WeightsKind = Literal["raw", "ema"]
+"""The weights that an optimizer has made, or their moving average."""
 TrackerName = Literal["tensorboard", "wandb"]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -108,7 +110,7 @@ class ModelSection(Section):
     """The model: an architecture by name, a row of config/archs.py, and what is to be otherwise; its resolution."""
 
     arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
-    width: Positive | None = Field(None, description="features of a token; unset, as all keys to layer_scale: arch's")
+    width: Positive | None = Field(None, description="features of a token; unset, as all keys to init: arch's")
     depth: Positive | None = Field(None, description="number of layers")
     heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
     ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")
@@ -125,6 +127,7 @@ class ModelSection(Section):
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
     )
+    init: Annotated[str | None, _one_of(INITS)] = Field(None, description=f"first weights: {_list(INITS)}")
     image_size: Positive = Field(224, description="side of the square images, in pixels")
     patch_size: Positive = Field(16, description="side of the square patches, in pixels; divides image_size")
     num_classes: Positive | None = Field(
@@ -222,9 +225,57 @@ class AugmentSection(Section):
         (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
+    randaugment: Literal["torchvision", "timm", "timm_increasing", "crate_alpha"] = Field(
+        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+    )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
-    randaugment_magnitude: int = Field(14, ge=0, le=30, description="strength of these operations")
+    randaugment_magnitude: int = Field(
+        14, ge=0, le=30, description="strength of these operations; to 30 for torchvision's, to 10 for the others"
+    )
+    randaugment_std: float = Field(
+        0.0, ge=0, description="standard deviation of the normal noise on it; not for torchvision's"
+    )
+    color_jitter: float = Field(
+        0.0, ge=0, description="largest change of brightness, contrast and saturation, as a share of each; 0: none"
+    )
     erase: Fraction = Field(0.0, description="share of the images that lose a rectangle")
+    erase_mode: Literal["mean", "pixel"] = Field(
+        "mean", description='what is there then: the mean colour, or "pixel": normal noise, as timm has it'
+    )
+
+    @model_validator(mode="after")
+    def _within_its_set(self) -> Self:
+        if self.randaugment == "torchvision" and self.randaugment_std:
+            raise ValueError(
+                f"randaugment_std {self.randaugment_std:g}: torchvision's RandAugment has no noise; "
+                'randaugment = "timm", "timm_increasing" and "crate_alpha" have'
+            )
+        if self.randaugment != "torchvision" and self.randaugment_magnitude > 10:
+            raise ValueError(
+                f"randaugment_magnitude {self.randaugment_magnitude}: {self.randaugment!r} has magnitudes up to 10; "
+                "9 is what published recipes have"
+            )
+        return self
+
+
+class MixSection(Section):
+    """The mixing of training images by twos, of which one step in its whole does either; see training/mixing.py."""
+
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="α of mixup: two images blended, λ of the first, λ from Beta(α, α); 0: none; often 0.8",
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="α of cutmix: a box of another image pasted, λ of the area left; 0: none; often 1.0"
+    )
+    switch: Fraction = Field(0.5, description="share of the mixed steps that take cutmix, where both have an α")
+    probability: Fraction = Field(1.0, description="share of the steps that mix at all")
+
+    @property
+    def enabled(self) -> bool:
+        """Says whether any step mixes."""
+        return self.mixup + self.cutmix > 0 and self.probability > 0
 
 
 class ImageSection(Section):
@@ -274,6 +325,10 @@ class OptimSection(Section):
     )
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises from warmup_lr")
     cooldown_epochs: int = Field(0, ge=0, description="last ones of train.epochs, at min_lr, after the schedule's end")
+    ema_decay: Decay = Field(
+        0.0,
+        description="decay per step of the average of the weights, which is evaluated and exported as well; 0: none",
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     label_smoothing: Fraction = Field(0.1, description="share of each target that is spread over all classes")
 
@@ -297,6 +352,11 @@ class TrainSection(Section):
 
     global_batch: Positive = Field(description="images per step on all ranks together")
     micro_batch: Positive = Field(128, description="largest batch that one device takes at a time")
+    group: Positive = Field(
+        1,
+        description="neighbouring images of the order that every micro-batch holds whole: [mix] takes partners, and "
+        "batch norm its statistics, among them; divides both batches",
+    )
     epochs: Positive = Field(description="times that every training image is seen, order.repeats times each")
     max_steps: Positive | None = Field(
         None, description="steps after which training stops early, with the schedule as for all epochs"
@@ -313,12 +373,30 @@ class TrainSection(Section):
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"
     )
+    init_weights: WeightsKind | None = Field(
+        None, description='"ema": the moving average in the run or checkpoint begun from, instead of its weights'
+    )
     compile: Compile = Field(
         "auto", description="torch.compile; auto: on GPUs that it supports; see training/compiling.py"
     )
     recompute: int = Field(
         0, ge=0, description="layers computed again in the backward pass instead of kept: less memory, same numbers"
     )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if rest := self.global_batch % self.group:
+            below = self.global_batch - rest
+            would = [str(n) for n in (below, below + self.group) if n]
+            raise ValueError(
+                f"global_batch {self.global_batch} is no multiple of group {self.group}; {' or '.join(would)} would be"
+            )
+        if self.micro_batch < self.group:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} has no room for a group of {self.group} images, which it must hold "
+                f"whole; micro_batch {self.group} would, or a smaller group, which changes the result"
+            )
+        return self
 
     def last_step(self, views: int) -> int:
         """Returns the step at which a run with so many images in an epoch is complete: the schedule's, or max_steps."""

@@ -20,7 +20,9 @@ import functools
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from crate_dist.data.loader import HELD_BATCHES, Batch, TrainLoader
@@ -74,6 +76,12 @@ class Feed(Iterator[Batch]):
         batch = next(self._batches, None)
         self.wait_s += time.perf_counter() - began
         return batch
+
+
+def to_device(array: np.ndarray[Any, Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns a copy of what the host has computed; no wait for the device."""
+    tensor = torch.from_numpy(array).to(dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @functools.cache

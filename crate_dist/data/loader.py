@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """Images, uint8 (n, height, width, 3), and their labels, int64 (n,).
 
     bad: the samples that did not decode; replaced: the rows, from 0, in which another sample stands in for one
-    samples: int64 (n,), their numbers in a split that is evaluated
+    samples: int64 (n,), their numbers in the split, those that the order asks for
     """
 
     images: torch.Tensor
@@ -75,6 +75,7 @@ class _Filled(NamedTuple):
     labels: Int64
     bad: list[BadSample]
     replaced: list[int]
+    samples: Int64
 
 
 class TrainBatches:
@@ -103,7 +104,7 @@ class TrainBatches:
             self.transform(data, sample_rng(self.order.seed, *drawn_from), out)
 
         slot = number % len(self.slots.array)
-        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode))
+        return _Filled(slot, *assemble(self._reader, samples, self.slots.array[slot], decode), samples)
 
 
 class EvalBatches:
@@ -134,7 +135,11 @@ class EvalBatches:
         samples, slot = self.samples(number), number % len(self.slots.array)
         assert samples is not None
         images = self.slots.array[slot]
-        return _Filled(slot, *assemble(self._reader, samples, images, lambda data, _, out: self.transform(data, out)))
+
+        def decode(data: bytes, _: int, out: Pixels) -> None:
+            self.transform(data, out)
+
+        return _Filled(slot, *assemble(self._reader, samples, images, decode), samples)
 
 
 class TrainLoader(Iterator[Batch]):
@@ -157,8 +162,8 @@ class TrainLoader(Iterator[Batch]):
         )
 
     def __next__(self) -> Batch:
-        slot, labels, bad, replaced = next(self._filled)
-        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced)
+        slot, labels, bad, replaced, samples = next(self._filled)
+        return Batch(self.slots[slot], torch.from_numpy(labels), bad, replaced, samples)
 
 
 class EvalLoader:
@@ -178,15 +183,15 @@ class EvalLoader:
             else map(self._batches.__getitem__, range(count))
         )
         pinned = torch.cuda.is_available()
-        for number, (slot, labels, bad, replaced) in enumerate(filled):
+        for slot, labels, bad, replaced, samples in filled:
             images = torch.empty((len(labels), *slots.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
             images.copy_(slots[slot, : len(labels)])
-            yield Batch(images, torch.from_numpy(labels), bad, replaced, self._batches.samples(number))
+            yield Batch(images, torch.from_numpy(labels), bad, replaced, samples)
 
 
 def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
     """Returns what makes a training image of `size` pixels as a recipe says."""
-    further = augmentations(augment, images.mean)
+    further = augmentations(augment, images)
     return TrainTransform(size, augment.crop_scale, augment.crop_ratio, augment.flip, further, images.resize_filter)
 
 

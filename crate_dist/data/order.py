@@ -149,7 +149,7 @@ class Order:
 
 def training_order(shard_sizes: Sequence[int] | Int64, recipe: Recipe) -> Order:
     """Returns the order in which a run of the recipe visits these shards."""
-    repeats = Repeats(recipe.order.repeats, 1, recipe.train.global_batch)
+    repeats = Repeats(recipe.order.repeats, recipe.train.group, recipe.train.global_batch)
     return Order(shard_sizes, recipe.train.seed, recipe.lanes, recipe.order.window, repeats)
 
 

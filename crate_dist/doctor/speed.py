@@ -39,7 +39,7 @@ from crate_dist.doctor.stage import SMALL_NOTE, Finding, Setting
 from crate_dist.doctor.timing import host_median_s, in_turns, median_s, queued
 from crate_dist.launching.memory import RESERVE, step_bytes
 from crate_dist.models.build import model_config
-from crate_dist.models.costs import forward_flops
+from crate_dist.models.costs import step_flops
 
 EXPECTED = {
     ("H200", "crate_base at 256"): 8000.0,
@@ -145,7 +145,7 @@ def compared(
     seconds = {one: median_s(each) for one, each in taken.items()}
     for one, step_s in seconds.items():
         name, peak = f"{size}, {one.name(reference)}", running[one].peak
-        flops = 3 * forward_flops(model_config(recipes[one].model, CLASSES), batch)
+        flops = step_flops(model_config(recipes[one].model, CLASSES), batch)
         facts: dict[str, Any] = {
             "MFU": flops / step_s / rate,
             "step_ms": 1000 * step_s,

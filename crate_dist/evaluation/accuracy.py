@@ -166,9 +166,9 @@ class Evaluation:
     unreadable: int
     bad: tuple[BadSample, ...]
 
-    def scalars(self) -> dict[str, float]:
-        """Returns the numbers under their names in TensorBoard."""
-        return {"val/top1": self.top1, "val/top5": self.top5, "val/loss": self.loss}
+    def scalars(self, of: str = "") -> dict[str, float]:
+        """Returns the numbers under their names in metrics.jsonl; of: "ema_" for the averaged weights."""
+        return {f"val/{of}top1": self.top1, f"val/{of}top5": self.top5, f"val/{of}loss": self.loss}
 
     def better_than(self, top1: float) -> bool:
         """Tells whether this is the model to keep. Of scores that are no numbers some class is the best too."""

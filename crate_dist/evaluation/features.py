@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from crate_dist.data.feed import Feed
 from crate_dist.data.loader import Batch
 from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.models.config import ModelConfig, Pool
-from crate_dist.models.heads.head import Head
 from crate_dist.models.transformer import Transformer
 
 
@@ -67,10 +65,9 @@ def pooled(model: Transformer, images: Tensor, layer: int, pool: Pool | None = N
     z = model.embed(images)
     for block in model.layers[:layer]:
         z = block(z)
-    head = cast(Head, model.head)
     if pool is None:
-        return head.features(z)
-    features: Tensor = head.norm(z.mean(dim=1) if pool == "mean" else z[:, 0])
+        return model.head.features(z)
+    features: Tensor = model.head.norm(z.mean(dim=1) if pool == "mean" else z[:, 0])
     return features
 
 

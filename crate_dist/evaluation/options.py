@@ -106,6 +106,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--workers", type=whole_number(0), default=2, metavar="N", help="loader processes per rank [%(default)s]"
     )
     parser.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
+    parser.add_argument(
+        "--weights", choices=["raw", "ema"], help="of a run or checkpoint: ema, their moving average in training [raw]"
+    )
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
 

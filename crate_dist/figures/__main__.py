@@ -58,6 +58,9 @@ def _parser() -> Parser:
     common.add_argument("--split", default="val", help="folder in it [%(default)s]")
     common.add_argument("--count", type=positive, metavar="N", help="the first N pictures [layers: 64, others: 4]")
     common.add_argument("--heads", type=positive, metavar="N", help="of the model, where its file does not tell")
+    common.add_argument(
+        "--weights", choices=["raw", "ema"], help="of a run or checkpoint: ema, their moving average in training [raw]"
+    )
     common.add_argument("--size", type=positive, metavar="PIXELS", help="short side [as the model was trained]")
     layered = Parser(add_help=False)
     layered.add_argument("--layer", type=int, metavar="N", help="counted from 1; -1: the last [-1]")

@@ -41,7 +41,7 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
 
     Raises UserError: the model, the pictures or what is asked of them cannot be.
     """
-    trained = load_trained(options.model, options.heads)
+    trained = load_trained(options.model, options.heads, options.weights)
     pictures = _pictures(options, trained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device, torch.float32).eval()

@@ -9,6 +9,7 @@ import sys
 from crate_dist.config import Recipe
 from crate_dist.launching.memory import checkpoint_bytes, step_bytes
 from crate_dist.launching.preflight import Preflight
+from crate_dist.models.costs import NotKnown
 from crate_dist.terminal import labelled, near
 from crate_dist.wording import size
 
@@ -26,9 +27,11 @@ def show(text: str, verbatim: bool = False) -> None:
 
 def summary(recipe: Recipe, run: Preflight) -> str:
     """Returns lines on the data, the batch, the memory that a rank needs, and the room that checkpoints take."""
-    need = step_bytes(recipe, run.micro_batch, run.world_size)
+    try:
+        need, saved = step_bytes(recipe, run.micro_batch, run.world_size), checkpoint_bytes(recipe, run.classes)
+    except NotKnown as unknown:
+        return f"{run}\n{labelled('memory', str(unknown))}"
     kept = recipe.checkpoint.keep + 1  # the best one
-    saved = checkpoint_bytes(recipe, run.classes)
     there = next(path for path in (run.folder.path, *run.folder.path.parents) if path.exists())
     free = shutil.disk_usage(there).free
     # One more is written before the oldest goes.

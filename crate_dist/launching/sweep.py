@@ -16,6 +16,7 @@ from crate_dist.errors import UserError
 from crate_dist.files import whole_lines
 from crate_dist.launching.grid import Grid
 from crate_dist.launching.preflight import Preflight, preflight
+from crate_dist.run.checkpoints import judged_top1
 from crate_dist.run.folder import RunFolder, read_recipe
 from crate_dist.slurm.nodes import world_sizes
 from crate_dist.slurm.queue import NoAnswer, QueuedJob, is_here, my_jobs
@@ -135,7 +136,7 @@ def results_table(run_dirs: Sequence[Path]) -> str:
         best = -1.0
         for line in _lines(RunFolder(run_dir)):
             newest |= line
-            best = max(best, line.get("val/top1", -1.0))
+            best = max(best, judged_top1(line))
         losses = [f"{newest[key]:.4f}" if key in newest else NONE for key in ("train/loss", "val/loss")]
         settings = [_shown(values[number]) for values in apart.values()]
         cells = [

@@ -31,13 +31,3 @@ def find_arch(config: ModelConfig) -> str | None:
     """Returns the name of the architecture with the width, depth, heads and parts of `config`, or None."""
     parts = Arch(**{field.name: getattr(config, field.name) for field in fields(Arch)})
     return next((name for name, known in ARCHS.items() if known == parts), None)
-
-
-def find_published(dim: int, depth: int, patch_size: int) -> str | None:
-    """Returns the published size with this width and depth, which all have patches of 16 pixels, or None.
-
-    The demo of its segmentation (`CRATE_base_demo`) has the width and depth of CRATE-B at patches of 8 pixels, and half
-    as many heads: a size tells the heads at 16 alone.
-    """
-    sizes = ((name, known) for name, known in ARCHS.items() if name != "crate_demo" and patch_size == 16)
-    return next((name for name, known in sizes if (known.dim, known.depth) == (dim, depth)), None)

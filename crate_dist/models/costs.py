@@ -28,10 +28,10 @@ class Cost:
 
     parameters: values that are learned
     flops: of matrix products and convolutions alone, 2 per multiply-add, in the fewest that the mathematics needs: what
-        is saved is not counted as work done, and so a saved product shows as a higher MFU, never as a lower one. A
-        backward pass counts twice its forward pass; what is computed again counts once
-    stream, products, single, rounded: values that autograd keeps for the backward pass: in the type of the weights (the
-        tokens between parts); in that of matrix products; in fp32 always; of the matrices that autocast rounds to bf16
+        is saved is not counted as work done, and so a saved product shows as a higher MFU, never as a lower one
+    stream, products, single, widened, rounded: values that autograd keeps for the backward pass: in the type of the
+        weights, as the tokens between parts are; in that of matrix products; in fp32 always; in fp32 where products are
+        in bf16, and so a copy; of matrices that autocast rounds to bf16. Autocast is a GPU's, where norms read fp32
     """
 
     parameters: int = 0
@@ -39,6 +39,7 @@ class Cost:
     stream: int = 0
     products: int = 0
     single: int = 0
+    widened: int = 0
     rounded: int = 0
 
     def __add__(self, other: Cost) -> Cost:
@@ -49,8 +50,9 @@ class Cost:
 
     def kept_bytes(self, precision: str) -> int:
         """Counts the bytes that autograd keeps. precision: "fp32", "bf16" or "autocast", as in [train]"""
-        stream, products, rounded = {"fp32": (4, 4, 0), "bf16": (2, 2, 0), "autocast": (4, 2, 2)}[precision]
-        return stream * self.stream + products * self.products + 4 * self.single + rounded * self.rounded
+        sizes = {"fp32": (4, 4, 4, 0, 0), "bf16": (2, 2, 4, 4, 0), "autocast": (4, 2, 4, 4, 2)}[precision]
+        values = (self.stream, self.products, self.single, self.widened, self.rounded)
+        return sum(size * count for size, count in zip(sizes, values, strict=True))
 
 
 Rule = Callable[[ModelConfig, int], Cost]
@@ -64,10 +66,11 @@ def costs(config: ModelConfig, images: int) -> dict[str, Cost]:
     and the tokens between their parts) and "head". Raises NotKnown.
     """
     stem = _rule("stem", config.stem)(config, images) + _rule("positions", config.positions)(config, images)
-    layers = {part: _rule(part, getattr(config, part)) for part in ("mixer", "tokenwise", "residual")}
     return {
         "stem": stem,
-        **{part: rule(config, images) * config.depth for part, rule in layers.items()},
+        "mixer": _rule("mixer", config.mixer)(config, images) * config.depth,
+        "tokenwise": _rule("tokenwise", config.tokenwise)(config, images) * config.depth,
+        "residual": _rule("residual", config.residual)(config, images),
         "head": _rule("head", config.head)(config, images),
     }
 
@@ -78,11 +81,22 @@ def parameters(config: ModelConfig) -> int:
 
 
 def forward_flops(config: ModelConfig, images: int) -> int:
-    """Counts the operations of one forward pass of `images` images; with its backward pass, three times that.
-
-    Raises NotKnown.
-    """
+    """Counts the operations of one forward pass of `images` images. Raises NotKnown."""
     return sum(cost.flops for cost in costs(config, images).values())
+
+
+def step_flops(config: ModelConfig, images: int) -> int:
+    """Counts the operations of a forward and a backward pass of `images` images; what is computed again counts once.
+
+    The backward pass of a product has two of its size: three times the forward pass, less one of each map whose input
+    has no gradient, the pixels where no norm with weights comes before, and Fourier features. Raises NotKnown.
+    """
+    pixels = {
+        "linear": CHANNELS * config.patch_size**2 * config.num_patches * config.dim,
+        "convolutions": 9 * CHANNELS * (config.image_size // 2) ** 2 * _widths(config)[1],
+    }
+    positions = _rule("positions", config.positions)(config, images).flops
+    return 3 * forward_flops(config, images) - 2 * images * pixels.get(config.stem, 0) - positions
 
 
 def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int = 0) -> int:
@@ -120,7 +134,7 @@ def _product(tokens: int, d_in: int, d_out: int, *, bias: bool = False) -> Cost:
 
 def _patches(c: ModelConfig, images: int) -> Cost:
     patches, values = images * c.num_patches, CHANNELS * c.patch_size**2
-    norms = Cost(2 * values + 2 * c.dim, stream=patches * values, single=patches * (c.dim + 4))
+    norms = Cost(2 * values + 2 * c.dim, stream=patches * (values + c.dim), single=4 * patches)
     return _product(patches, values, c.dim, bias=True) + norms
 
 
@@ -129,20 +143,29 @@ def _linear_stem(c: ModelConfig, images: int) -> Cost:
 
 
 def _convolutions(c: ModelConfig, images: int) -> Cost:
-    halvings = c.patch_size.bit_length() - 1
-    widths = [CHANNELS, *(c.dim >> (halvings - number) for number in range(1, halvings + 1))]
     total, side = Cost(products=images * CHANNELS * c.image_size**2), c.image_size
-    for number, (before, after) in enumerate(pairwise(widths), 1):
+    for before, after in pairwise(_widths(c)):
         side //= 2
         out, weights = images * side**2 * after, 9 * before * after
         # Kept: what batch norm reads; but for the last, also what GELU reads and the next convolution.
-        total += Cost(weights + 2 * after, 18 * out * before, products=out * (1 if number == halvings else 3))
-        total += Cost(rounded=weights)
+        total += Cost(
+            weights + 2 * after, 18 * out * before, products=out * (1 if after == c.dim else 3), rounded=weights
+        )
     return total
 
 
+def _widths(c: ModelConfig) -> list[int]:
+    """Returns the channels before and after each convolution of the stem."""
+    halvings = c.patch_size.bit_length() - 1
+    return [CHANNELS, *(c.dim >> (halvings - number) for number in range(1, halvings + 1))]
+
+
 def _learned(c: ModelConfig, images: int) -> Cost:
-    return Cost((c.num_tokens + c.class_token) * c.dim, stream=_values(c, images))
+    return Cost((c.num_tokens + c.class_token) * c.dim)
+
+
+def _fourier(c: ModelConfig, images: int) -> Cost:
+    return _product(c.num_patches, 64, c.dim, bias=True) + Cost(c.class_token * c.dim)  # of one grid, for all images
 
 
 def _mssa(c: ModelConfig, images: int) -> Cost:
@@ -156,6 +179,13 @@ def _attention(c: ModelConfig, images: int) -> Cost:
     tokens, d = _tokens(c, images), c.dim
     attention = Cost(flops=4 * tokens * c.num_tokens * d, products=3 * tokens * d, single=tokens * c.heads)
     return _product(tokens, d, 3 * d, bias=True) + attention + _product(tokens, d, d, bias=c.out_bias)
+
+
+def _tssa(c: ModelConfig, images: int) -> Cost:
+    tokens, d = _tokens(c, images), c.dim
+    # w, and what it is multiplied by; w and its squares in fp32; of each head: Π, and four steps to it and to the gate.
+    statistics = Cost(c.heads, products=2 * tokens * d, single=tokens * d + 4 * tokens * c.heads, widened=tokens * d)
+    return _product(tokens, d, d, bias=True) + statistics + _product(tokens, d, d, bias=c.out_bias)
 
 
 def _cbsa(c: ModelConfig, images: int) -> Cost:
@@ -173,10 +203,9 @@ def _cbsa(c: ModelConfig, images: int) -> Cost:
 
 def _ista(c: ModelConfig, images: int) -> Cost:
     tokens, d = _tokens(c, images), c.dim
-    output = Cost(stream=tokens * d)  # of which ReLU's backward pass sees the sign
     if ista_in_one_product(tokens, d):
-        return _product(tokens, d, d) + output + Cost(flops=2 * d**3, products=d * d, rounded=d * d)
-    return _product(tokens, d, d) * 2 + output + Cost(-d * d)
+        return _product(tokens, d, d) + Cost(flops=2 * d**3, products=d * d, rounded=d * d)
+    return _product(tokens, d, d) * 2 + Cost(-d * d)
 
 
 def _odl(c: ModelConfig, images: int, dictionaries: int = 2) -> Cost:
@@ -195,31 +224,55 @@ def _mlp(c: ModelConfig, images: int) -> Cost:
     return _product(tokens, d, hidden, bias=True) + gelu + _product(tokens, hidden, d, bias=True)
 
 
-def _norms(c: ModelConfig, images: int) -> Cost:
-    return Cost(4 * c.dim, single=4 * _tokens(c, images))
-
-
 def _crate(c: ModelConfig, images: int) -> Cost:
-    # What the second norm reads; what the next layer reads is kept by ISTA as its output, and by others not.
-    between = 1 if c.tokenwise == "ista" else 2
-    return _norms(c, images) + Cost(stream=between * _values(c, images))
+    # The norms read a layer's input and the sum. ISTA's output is kept as such, and but for the last is the next input.
+    last = c.tokenwise == "ista" or _read_in_place(c)
+    return _norms(c, images) + Cost(stream=(2 * c.depth + last) * _values(c, images))
 
 
 def _pre_norm(c: ModelConfig, images: int) -> Cost:
     scaled = c.layer_scale > 0  # the gradient of γ needs the branch
-    return _norms(c, images) + Cost(2 * c.dim * scaled, stream=(4 if scaled else 2) * _values(c, images))
+    kept = 4 if scaled else 2 + (c.tokenwise == "ista")
+    values = (kept * c.depth + _read_in_place(c)) * _values(c, images)
+    return _norms(c, images) + Cost(2 * c.dim * scaled * c.depth, stream=values)
+
+
+def _read_in_place(c: ModelConfig) -> bool:
+    """Returns whether the head keeps a view of the last layer's output, and thereby all of it."""
+    return c.head == "linear" and c.pool == "cls"
+
+
+def _norms(c: ModelConfig, images: int) -> Cost:
+    return Cost(4 * c.dim, single=4 * _tokens(c, images)) * c.depth
 
 
 def _linear_head(c: ModelConfig, images: int) -> Cost:
     return _product(images, c.dim, c.num_classes, bias=True) + Cost(2 * c.dim, stream=images * c.dim)
 
 
+def _class_attention(c: ModelConfig, images: int) -> Cost:
+    d, tokens, hidden, scaled = c.dim, images * (c.num_patches + 1), round(c.ratio * c.dim), c.layer_scale > 0
+    # Products of the class token alone but for two, of its looks: one with each head, for keys and for values.
+    looks = Cost(flops=4 * tokens * c.heads * d, products=tokens * (d + c.heads), single=tokens * (c.heads + 2))
+    attention = looks + _product(images, d, d, bias=True) * 4
+    mlp = _product(images, d, hidden, bias=True) + _product(images, hidden, d, bias=True)
+    block = attention + mlp + Cost(4 * d + 2 * d * scaled, stream=tokens * d)
+    # Patches change in the first block alone; MLP keeps a view of all tokens where it reads the class token.
+    patches = Cost(stream=(2 + scaled) * tokens * d, single=2 * tokens)
+    return block * 2 + patches + _linear_head(c, images) + Cost(d)
+
+
 RULES: dict[str, dict[str, Rule]] = {
     "stem": {"patches": _patches, "linear": _linear_stem, "convolutions": _convolutions},
-    "positions": {"learned": _learned},
-    "mixer": {"mssa": _mssa, "attention": _attention, "cbsa": _cbsa, "cbsa_aligned": _cbsa},
+    "positions": {"learned": _learned, "fourier": _fourier},
+    "mixer": {"mssa": _mssa, "tssa": _tssa, "cbsa": _cbsa, "cbsa_aligned": _cbsa, "attention": _attention},
     "tokenwise": {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp},
     "residual": {"crate": _crate, "pre_norm": _pre_norm},
-    "head": {"linear": _linear_head, "mean_patches": _linear_head, "mean_patches_twice": _linear_head},
+    "head": {
+        "linear": _linear_head,
+        "mean_patches": _linear_head,
+        "mean_patches_twice": _linear_head,
+        "class_attention": _class_attention,
+    },
 }
 """Key of [model] -> name of a part, as in config/parts.py -> its rule."""

@@ -51,7 +51,6 @@ class FourierPositions(nn.Module):
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        # A convolution's map, as published, by its first values too: not the narrow ones of the other maps.
         self.proj = nn.Linear(2 * _HIDDEN, dim)
         self.register_buffer("features", fourier_features(grid), persistent=False)
 

@@ -4,9 +4,9 @@
 
 is the coding rate in nats (arXiv 2306.01129, section 2.3, and its figure 3), measured as the published code does: with
 ε² = 0.01 and tokens of length 1, so that it tells how far tokens spread and not how long they are.
-R^c = Σ_k R(U_kᵀ LN(Z)) is that of the tokens in each subspace, and R(LN(Z)) that of the tokens themselves. Where the
-subspaces' dimensions add up to the tokens' d, both are d / 2 log(1 + 1 / ε²) at most, and both are that for tokens
-that fill the space evenly.
+R^c = Σ_k R(U_kᵀ LN(Z)) is that of the tokens in each subspace, and R(LN(Z)) that of the tokens themselves, as the mixer
+reads them. Their difference is not taken: in either the tokens have length 1 anew, and where they are fewer than their
+features, R is bounded by their number and R^c is not.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_dist.config.parts import HEADS, RESIDUALS, STEMS
+from crate_dist.config.parts import HEADS, INITS, RESIDUALS, STEMS
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.heads.head import Head
 from crate_dist.models.initial import drawn
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
@@ -104,8 +105,10 @@ class Transformer(nn.Module):
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
-        self.head = find_part(HEADS, config.head)(config)
+        self.head: Head = find_part(HEADS, config.head)(config)
         self._mixers_grid = (config.image_size // config.patch_size,) * 2
+        if not next(self.parameters()).is_meta:
+            find_part(INITS, config.init)(self)
         self.set_execution()
 
     def set_execution(

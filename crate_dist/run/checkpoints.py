@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from crate_dist.files import write_whole
 
@@ -33,6 +35,14 @@ def checkpoint_names(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
+
+
+def judged_top1(values: Mapping[str, Any]) -> float:
+    """Returns the top-1 by which the best checkpoint is told, of an evaluation by the names of metrics.jsonl.
+
+    It is that of the average of the weights where there is one; -1 where there was no evaluation.
+    """
+    return float(values.get("val/ema_top1", values.get("val/top1", -1.0)))
 
 
 def newest_step(folder: Path) -> int:

@@ -21,6 +21,8 @@ _OVERVIEW = {
     "val/loss": "Loss, val",
     "train/top1": "Top-1, train",
     "val/top1": "Top-1, val",
+    "val/ema_loss": "Loss, val, EMA",
+    "val/ema_top1": "Top-1, val, EMA",
     "speed/data_wait_fraction": "data wait",
     "run/left_h": "hours left",
     "speed/images_per_s": "images per s",

@@ -19,7 +19,8 @@ failed-start-…/      files of starts that never made a step, left by a start w
 logs/                rank-00000.log …, one per rank
 slurm/               submitit's files
 code/                the code that its starts ran; see run/snapshot.py
-model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them
+model-last.pt        the weights alone, and model-last.md, their card; model-best.pt and .md beside them, and, where
+                     the recipe has the weights averaged, model-last-ema.pt and model-best-ema.pt
 """
 
 from __future__ import annotations
@@ -36,12 +37,17 @@ from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
 from crate_dist.run.record import Record
 
+MODELS = ("best", "last", "best-ema", "last-ema")
+"""The weights that a complete run exports: of two checkpoints, and the averages in them, where there are any."""
+
 STOP_REQUEST = "stop-requested.json"
 """The file by which a person asks a run to save and end; while it is there, no launcher starts the ranks again."""
 
 EVENTS = "events.out.tfevents."
 """How the names of TensorBoard's files begin, by which it finds them."""
 
+_MAY_BEGIN_OR_END = "optim.ema_decay"
+"""What trains beside the run, and has no say in it: it may be switched on and off, but be no other one."""
 _BEFORE_A_RUN = ("slurm", "logs", "lock", "run.lock")
 
 
@@ -85,7 +91,7 @@ class RunFolder:
         return sorted(self.tensorboard.glob(f"{EVENTS}*"))
 
     def model(self, which: str) -> Path:
-        """Returns the file of the exported weights, `which` being "last" or "best"."""
+        """Returns the file of the exported weights, `which` being one of MODELS."""
         return self.path / f"model-{which}.pt"
 
     def log_file(self, rank: int) -> Path:
@@ -215,6 +221,8 @@ def differing_values(there: Recipe, here: Recipe) -> list[str]:
     """Returns a line for each value that decides the result and is another one in the other recipe."""
     before, now = there.deciding_values(), here.deciding_values()
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if not (before[_MAY_BEGIN_OR_END] and now[_MAY_BEGIN_OR_END]):
+        keys = [key for key in keys if key != _MAY_BEGIN_OR_END]
     return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 
 

@@ -13,22 +13,30 @@ def nodes_used(recipe: Recipe) -> dict[int, int]:
     given, ranks, batch = recipe.cluster.node_counts, recipe.cluster.ranks_per_node, recipe.train.global_batch
     if len(given) == 1:
         return {given[0]: given[0]}
-    fitting = [n for n in range(1, batch // ranks + 1) if batch % (n * ranks) == 0]
+    fitting = _fitting(recipe)
     if not set(fitting) & set(given):
         near = sorted(sorted(fitting, key=lambda n: abs(n - given[-1]))[:4])
         others = f"; with {ranks} ranks on each, {', '.join(map(str, near))} would" if near else ""
-        raise RecipeError(f"a global batch of {batch} divides over no number of {recipe.cluster.nodes} nodes{others}")
+        whole = f" in whole groups of {recipe.train.group}" if recipe.train.group > 1 else ""
+        raise RecipeError(
+            f"a global batch of {batch}{whole} divides over no number of {recipe.cluster.nodes} nodes{others}"
+        )
     return {n: max(fit for fit in fitting if fit <= n) for n in given}
 
 
 def dividing_nodes(recipe: Recipe) -> str:
     """Says which numbers of nodes near the one asked for divide the global batch; empty: that one does, or none."""
-    given, ranks, batch = recipe.cluster.node_counts, recipe.cluster.ranks_per_node, recipe.train.global_batch
-    fitting = [n for n in range(1, batch // ranks + 1) if batch % (n * ranks) == 0]
+    given, fitting = recipe.cluster.node_counts, _fitting(recipe)
     if len(given) > 1 or given[0] in fitting or not fitting:
         return ""
     *first, last = map(str, sorted(sorted(fitting, key=lambda n: abs(n - given[0]))[:3]))
     return f"--nodes {', '.join(first)} or {last} would do" if first else f"--nodes {last} would do"
+
+
+def _fitting(recipe: Recipe) -> list[int]:
+    """Returns all numbers of nodes whose ranks divide the global batch, into whole groups of train.group images."""
+    batch, least = recipe.train.global_batch, recipe.cluster.ranks_per_node * recipe.train.group
+    return [n for n in range(1, batch // least + 1) if batch % (n * least) == 0]
 
 
 def world_sizes(recipe: Recipe) -> tuple[int, int]:

@@ -78,7 +78,12 @@ class Console:
         if not self._world.is_main:
             return
         self._values |= values
-        text = f"top-1 {values['val/top1']:.2f} %, top-5 {values['val/top5']:.2f} %, loss {values['val/loss']:.4f}"
+        kinds = {"": "", "ema_": "; of the averaged weights "} if "val/ema_top1" in values else {"": ""}
+        text = "".join(
+            f"{what}top-1 {values[f'val/{of}top1']:.2f} %, top-5 {values[f'val/{of}top5']:.2f} %, "
+            f"loss {values[f'val/{of}loss']:.4f}"
+            for of, what in kinds.items()
+        )
         text += f"; {unreadable} samples could not be read and do not count" if unreadable else ""
         logger.info("epoch %.4g, evaluation: %s", step / self._schedule.steps_per_epoch, text)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,18 +29,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from crate_dist.checkpoint.format import WEIGHTS, CheckpointError, GroupLayout
-from crate_dist.checkpoint.loading import Checkpoint, RankState
+from crate_dist.checkpoint.format import AVERAGE, WEIGHTS, CheckpointError, GroupLayout
+from crate_dist.checkpoint.loading import Buffers, Checkpoint, RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
+from crate_dist.models.batch_norm import statistics, take_statistics
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
-from crate_dist.training import compiling
+from crate_dist.training import compiling, drop_path
+from crate_dist.training.averaging import Average
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
+from crate_dist.training.mixing import MixedBatch, Targets
 from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
 from crate_dist.training.zero import Guard, initialize
 
@@ -68,8 +71,8 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss, the mean over this rank's samples, of which `hits` got the highest logit at their label; gradient norm, of
-    all ranks before clipping. 0-d, on the device."""
+    """Loss, the mean over this rank's samples, of which `hits` got the highest logit at their label, of mixed ones at
+    that of the larger share; gradient norm, of all ranks before clipping. 0-d, on the device."""
 
     loss: torch.Tensor
     hits: torch.Tensor
@@ -82,12 +85,14 @@ class Engine:
     def __init__(
         self, model: Transformer, recipe: Recipe, device: torch.device, micro_batch: int, accumulation: int
     ) -> None:
-        self.recipe, self.device, self.accumulation = recipe, device, accumulation
+        self.recipe, self.device = recipe, device
+        self.micro_batch, self.accumulation = micro_batch, accumulation
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self._normalize = Normalize(recipe.images.mean, recipe.images.std, device, self.dtype)
         self._dropout = recipe.model.dropout > 0 or recipe.model.emb_dropout > 0
-        precision = recipe.train.precision
-        model.set_execution(recompute=recipe.train.recompute, autocast=precision == "autocast", images=micro_batch)
+        precision, group = recipe.train.precision, recipe.train.group
+        again, rounded = recipe.train.recompute, precision == "autocast"
+        model.set_execution(recompute=again, autocast=rounded, images=micro_batch, group=group)
         choose_kernels()
         products = torch.float32 if precision == "fp32" else torch.bfloat16
         if model.config.mixer in ("mssa", "attention"):
@@ -95,6 +100,8 @@ class Engine:
         if model.config.tokenwise == "ista":
             one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
             logger.info("ISTA: %s", "one product" if one else "two products")
+        if model.config.stem == "convolutions":
+            logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.layouts = [_layout(group, shapes) for group in groups]
@@ -108,6 +115,8 @@ class Engine:
         self._fill_partitions(
             lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
         )
+        self._buffers = {name: t for name, t in self.module.state_dict().items() if name not in shapes}
+        self._average = self._new_average()
         self._whole_batch = 0
         if compiling.should_compile(recipe.train.compile, device):
             passes = partial(self._try_passes, micro_batch, recipe.model.image_size)
@@ -122,7 +131,7 @@ class Engine:
         module: Transformer = self._engine.module
         return module
 
-    def step(self, batches: Iterator[MicroBatch], lr: float, step: int) -> StepResult:
+    def step(self, batches: Iterator[MicroBatch | MixedBatch], lr: float, step: int) -> StepResult:
         """Takes one optimizer step on `accumulation` micro-batches, at learning rate `lr`. A collective.
 
         Holds one of them at a time. Raises NotFinite on every rank when the gradients of this step, or on a GPU of the
@@ -135,11 +144,11 @@ class Engine:
         if not self.module.training:
             self._engine.train()
         losses, hits = list[torch.Tensor](), list[torch.Tensor]()
-        for _ in range(self.accumulation):
+        for part in range(self.accumulation):
             self._zero.own_time.begin()
             batch = next(batches)
             with record_function("forward"):
-                logits, labels = self._logits(batch, self._engine)
+                logits, labels = self._logits(batch, self._engine, self.kept_branches(step, part))
                 loss = self.criterion(logits, labels)
             with record_function("backward"):
                 self._engine.backward(loss)
@@ -147,7 +156,11 @@ class Engine:
             with record_function("optimizer"):
                 self._engine.step()
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(dim=1) == labels).sum())
+            heavier = labels.heavier if isinstance(labels, Targets) else labels
+            hits.append((logits.detach().argmax(dim=1) == heavier).sum())
+        self._take_statistics()
+        if self._average:
+            self._average.update(self._partitions, self._buffers, self._zero.not_finite)
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), torch.stack(hits).sum(), self._zero.grad_norm)
 
@@ -179,18 +192,32 @@ class Engine:
         if self._dropout:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
-    def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Returns the mean loss of a micro-batch, 0-d, in the model's mode."""
-        return self.criterion(*self._logits(batch, self.module))
+    def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
+        """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
+        rate = self.recipe.model.drop_path
+        if not rate:
+            return None
+        first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
+        branches, seed = 2 * self.module.config.depth, self.recipe.train.seed
+        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device, self.dtype)
 
-    def _logits(self, batch: MicroBatch, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, batch: MicroBatch | MixedBatch, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the mean loss of a micro-batch, 0-d, in the model's mode. kept: drop path's factors"""
+        return self.criterion(*self._logits(batch, self.module, kept))
+
+    def _logits(
+        self, batch: MicroBatch | MixedBatch, model: nn.Module, kept: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | Targets]:
         """Returns fp32 logits (n, classes), and the labels (n,) beside them. model: DeepSpeed's, within a step."""
         images, labels = batch
-        return model(self._normalize(images)).float(), labels.to(self.device, non_blocking=True)
+        return model(self._normalize(images), kept).float(), labels.to(self.device, non_blocking=True)
 
-    def criterion(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor | Targets) -> torch.Tensor:
         """Returns the mean loss, 0-d, of logits (n, classes) and labels (n,)."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.optim.label_smoothing)
+        smoothing = self.recipe.optim.label_smoothing
+        if isinstance(labels, Targets):
+            return labels.cross_entropy(logits, smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -210,7 +237,8 @@ class Engine:
         images = torch.zeros(micro_batch, side, side, 3, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
-        torch.autograd.grad(self.loss((images, labels)), list(self.module.parameters()))
+        torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
+        take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)
 
     def state(self) -> RankState:
@@ -222,7 +250,47 @@ class Engine:
         state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
         for kind in STATE_KEYS[self.recipe.optim.name]:
             state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
+        if self._average:
+            state[AVERAGE] = self._average.partitions
         return state
+
+    def buffers(self) -> Buffers:
+        """Returns what the model keeps beside its weights, and the average of that; views on the live tensors."""
+        if not self._buffers:
+            return {}
+        return {WEIGHTS: self._buffers, **({AVERAGE: self._average.buffers} if self._average else {})}
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the recipe asks for an average of the weights."""
+        return self._average is not None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the module compute with the average of the weights; then with the weights again, bit for bit as before.
+
+        Only entering is a collective, so that one rank's error there cannot make the others wait.
+        """
+        assert self._average is not None
+        seen = [*self._zero.bit16_groups_flat, *self._buffers.values()]
+        kept = [tensor.clone() for tensor in seen]
+        try:
+            self._zero.show(self._average.partitions)
+            _copy(self._average.buffers, self._buffers)
+            yield
+        finally:
+            for tensor, before in zip(seen, kept, strict=True):
+                tensor.data.copy_(before)
+
+    def _take_statistics(self) -> None:
+        """Has the running statistics of batch norm take up what all ranks have seen: a collective, if there are any."""
+        if (seen := statistics(self.module)).numel():
+            dist.all_reduce(seen)
+            take_statistics(self.module, seen.masked_fill_(self._zero.not_finite > 0, 0.0))
+
+    def _new_average(self) -> Average | None:
+        decay = self.recipe.optim.ema_decay
+        return Average(self._partitions, self._buffers, decay) if decay else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up weights and optimizer state that any number of ranks saved. A collective.
@@ -235,19 +303,35 @@ class Engine:
         if there != here:
             raise CheckpointError(_other_model(checkpoint, self.layouts))
         kinds = {WEIGHTS, *STATE_KEYS[self.recipe.optim.name]}
-        if kinds != set(checkpoint.manifest.kinds):
+        if kinds != {*checkpoint.manifest.kinds} - {AVERAGE}:
             raise CheckpointError(
                 f"{checkpoint.path} holds {checkpoint.manifest.kinds}, "
                 f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
             )
+        if {name: [*tensor.shape] for name, tensor in self._buffers.items()} != checkpoint.manifest.buffers:
+            raise CheckpointError(
+                f"{checkpoint.path} holds other buffers than the recipe's model has: {[*checkpoint.manifest.buffers]} "
+                f"there, {[*self._buffers]} here"
+            )
         reader = checkpoint.reader()
         self._fill_partitions(reader.copy)
+        _copy(reader.buffers(WEIGHTS), self._buffers)
+        self._average = self._new_average()
+        averaged = AVERAGE in checkpoint.manifest.kinds
+        if self._average and averaged:
+            _copy(reader.buffers(AVERAGE), self._average.buffers)
+        elif self._average:
+            logger.warning("%s has no average of the weights: it begins with the weights there", checkpoint.path)
+        elif averaged:
+            logger.warning("%s has an average of the weights, and optim.ema_decay is 0: it ends", checkpoint.path)
         for group, part in enumerate(self._partitions):
-            optimizer_state = self._optimizer_state(part, checkpoint.step)
-            for kind in STATE_KEYS[self.recipe.optim.name]:
+            held = self._optimizer_state(part, checkpoint.step)
+            if self._average and averaged:
+                held = {**held, AVERAGE: self._average.partitions[group]}
+            for kind in held.keys() & checkpoint.manifest.kinds:
                 staging = torch.empty(part.numel(), dtype=torch.float32)
                 reader.copy(kind, group, self._start(part), staging)
-                optimizer_state[kind].copy_(staging)
+                held[kind].copy_(staging)
 
     @property
     def _partitions(self) -> list[torch.Tensor]:
@@ -297,6 +381,11 @@ def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
         f"{checkpoint.path} {what}; give the recipe that it was saved with, or another --run-dir, or --start-over, "
         "which sets the run aside"
     )
+
+
+def _copy(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in here.items():
+        tensor.copy_(there[name])
 
 
 def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:

@@ -20,6 +20,7 @@ from crate_dist.distributed import gather_objects
 from crate_dist.errors import UserError
 from crate_dist.training.compiling import eagerly
 from crate_dist.training.engine import Engine, NotFinite
+from crate_dist.training.mixing import Mixing
 from crate_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -33,16 +34,17 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
 
     batches: of this rank from that step on. Each rank looks for the first in which it can be seen, and logs its samples
     """
-    source, place, keys = batches.source, None, list[str]()
+    source, mixing, place, keys = batches.source, Mixing(engine.recipe), None, list[str]()
     first = step * source.share.accumulation
     looking = partial(watchdog.beat, f"looking for what is not finite in step {step + 1}", _PATIENCE)
     looking()
     engine.seed_dropout(step)
     try:
-        for number, (images, labels, *_) in enumerate(islice(batches, source.share.accumulation), start=first):
+        for number, batch in enumerate(islice(batches, source.share.accumulation), start=first):
             looking()
+            given, kept = mixing.mixed(batch, step), engine.kept_branches(step, number - first)
             with eagerly():
-                place = where_not_finite(engine.module, partial(engine.loss, (images, labels)))
+                place = where_not_finite(engine.module, partial(engine.loss, given, kept))
             if place:
                 reader = ShardReader(source.index)
                 named = (reader.describe(sample, "") for sample in source.samples(number).tolist())

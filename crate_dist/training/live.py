@@ -5,10 +5,9 @@ whatever whitebox/measures.py finds that the model has, of CRATE
 
     coding_rate         R^c of what MSSA reads, nats              zeros          share of zeros after ISTA
     coding_rate_change  what MSSA makes of it, less what it read  dead_tokens    share of tokens that are all zero
-    token_coding_rate   R of the tokens that it reads             dead_features  share that no token of any image uses
-    rate_reduction      the latter less R^c                       coherence      of the dictionary
-    subspace_coherence, orthonormality_error of the U_k           out_alignment  cosine of W and [U_1 … U_K]
-    gradient_norm       ‖∂ loss / ∂ θ_ℓ‖₂ on these images
+    token_coding_rate   R of the tokens that it reads, nats       dead_features  share that no token of any image uses
+    subspace_coherence, orthonormality_error of the U_k           coherence      of the dictionary
+    out_alignment       cosine of W and [U_1 … U_K]               gradient_norm  ‖∂ loss / ∂ θ_ℓ‖₂ on these images
 
 and as pictures the profile over the layers and where the class token looks, or whatever else the mixer shows; what the
 model cannot have is said in the log once. docs/models.md has a table of them all.

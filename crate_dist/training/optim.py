@@ -24,7 +24,7 @@ STATE_KEYS = {"lion": ("exp_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
 DECAYED: dict[str, Callable[[str, nn.Parameter, nn.Module], bool]] = {
     "all": lambda name, p, owner: True,
     "matrices": lambda name, p, owner: p.ndim == 2,
-    "weights": lambda name, p, owner: p.ndim > 1 and name not in ("cls_token", "pos_embedding"),
+    "weights": lambda name, p, owner: p.ndim > 1 and name.rpartition(".")[2] not in ("cls_token", "pos_embedding"),
     "kernels": lambda name, p, owner: p.ndim > 1 and isinstance(owner, (nn.Linear, nn.Conv1d, nn.Conv2d)),
 }
 """optim.decay: whether a parameter, of a name and directly in a module, has weight decay."""

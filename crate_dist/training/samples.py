@@ -10,6 +10,7 @@ from crate_dist.data.decode import Pixels
 from crate_dist.data.index import ShardIndex
 from crate_dist.evaluation.accuracy import class_text
 from crate_dist.evaluation.mistakes import Mistake
+from crate_dist.training.mixing import Targets
 from crate_dist.whitebox.sheets import Captioned, captioned
 
 SHOWN = 12
@@ -17,10 +18,19 @@ TRAINING, MISTAKES = "samples/training", "samples/mistakes"
 """The names of these pictures."""
 
 
-def training_picture(images: torch.Tensor, labels: torch.Tensor, index: ShardIndex) -> dict[str, Pixels]:
-    """Draws the first images of a micro-batch, uint8 (n, height, width, 3), each with its label's class."""
-    pixels, classes = images[:SHOWN].cpu().numpy(), labels[:SHOWN].tolist()
-    shown = [Captioned(one, (_named(index, label),)) for one, label in zip(pixels, classes, strict=True)]
+def training_picture(images: torch.Tensor, labels: torch.Tensor | Targets, index: ShardIndex) -> dict[str, Pixels]:
+    """Draws the first images of a micro-batch, (n, height, width, 3) from 0 to 255, each with its label's class.
+
+    Mixed ones have both their classes, and the share of each.
+    """
+    pixels = images[:SHOWN].round().to(torch.uint8).cpu().numpy()
+    if isinstance(labels, Targets):
+        both = zip(labels.labels[:SHOWN].tolist(), labels.others[:SHOWN].tolist(), strict=True)
+        shares = labels.share, 1 - labels.share
+        said = [tuple(f"{s:.0%}  {_named(index, one)}" for s, one in zip(shares, pair, strict=True)) for pair in both]
+    else:
+        said = [(_named(index, label),) for label in labels[:SHOWN].tolist()]
+    shown = [Captioned(one, text) for one, text in zip(pixels, said, strict=True)]
     return {
         TRAINING: captioned(shown, "training images as the model sees them: cropped and augmented, with their labels")
     }

@@ -35,6 +35,7 @@ from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import Tenure
 from crate_dist.training import compiling
+from crate_dist.training.averaging import warn_of_short_run
 from crate_dist.training.compiled_cache import CompiledCache
 from crate_dist.training.engine import Engine, MicroBatch, NotFinite
 from crate_dist.training.finite import post_mortem
@@ -42,6 +43,7 @@ from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.live import Live
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.mirroring import Mirroring
+from crate_dist.training.mixing import MixedBatch, Mixing
 from crate_dist.training.optim import Schedule, learning_rate, listing, parameter_groups
 from crate_dist.training.out_of_memory import out_of_memory
 from crate_dist.training.profiler import StepTrace
@@ -85,7 +87,9 @@ class Trainer:
         self.damaged: list[str] = []
         self.mirroring = Mirroring(folder, recipe, world, interrupt, watchdog, tenure)
         found = checkpoint.find_newest(folder.checkpoints, world, self.damaged)
-        micro_batch, accumulation = derive_batch(recipe.train.global_batch, world.world_size, recipe.train.micro_batch)
+        micro_batch, accumulation = derive_batch(
+            recipe.train.global_batch, world.world_size, recipe.train.micro_batch, recipe.train.group
+        )
         self.train_index, self.val_index = open_splits(recipe)
         self.data = DataIdentity.of(self.train_index, self.val_index)
         if len(set(gather_objects(self.data.digest))) > 1:
@@ -98,12 +102,13 @@ class Trainer:
             logger.warning("step %d is behind the last one, %d: nothing to train", self.progress.step, self.last_step)
             self.last_step = self.progress.step
         self.workers = workers_of_rank(recipe.data.workers, world.cores)
+        self.mixing = Mixing(recipe)
         self.share = Share(world.rank, world.world_size, recipe.train.global_batch, micro_batch)
         startup.mark("checkpoint and index")
         watchdog.beat("building the engine", COMPILING)
         model = build_model(recipe.model, self.train_index.num_classes, recipe.train.seed)
         if recipe.train.init_from and not found:
-            how = recipe.train.init_head, recipe.train.init_heads
+            how = recipe.train.init_head, recipe.train.init_heads, recipe.train.init_weights
             origin = begin_from(recipe.train.init_from, model, self.train_index.classes, *how)
             if world.is_main:
                 tenure.check()
@@ -180,7 +185,9 @@ class Trainer:
             self.last_step,
         )
         if self.world.is_main:
-            logger.info("optimizer: %s", "\n    ".join(listing(parameter_groups(model, self.recipe.optim))))
+            lines = listing(parameter_groups(model, self.recipe.optim))
+            logger.info("\n  ".join([f"{self.recipe.optim.name} of", *lines]))
+            warn_of_short_run(self.recipe.optim.ema_decay, self.last_step)
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "
@@ -241,14 +248,15 @@ class Trainer:
         began, waited, bad = time.perf_counter(), feed.wait_s, list[BadSample]()
         shown = dict[str, Pixels]()
 
-        def micro_batches() -> Iterator[MicroBatch]:
+        def micro_batches() -> Iterator[MicroBatch | MixedBatch]:
             while True:
                 with record_function("data"):
                     batch = next(feed)
+                images, labels = given = self.mixing.mixed(batch, self.progress.step)
                 if self.progress.step == 0 and self.world.is_main and not shown:
-                    shown.update(training_picture(batch.images, batch.labels, self.train_index))
+                    shown.update(training_picture(images, labels, self.train_index))
                 bad.extend(batch.bad)
-                yield batch.images, batch.labels
+                yield given
 
         try:
             result = self.engine.step(micro_batches(), lr, self.progress.step)
@@ -342,24 +350,30 @@ class Trainer:
             self.watchdog.beat("evaluating")
             return self.engine.predict(images)
 
+        averaged = None
         try:
             tallies = [mistakes] if self.world.is_main else []
             result = evaluate(predict, batches, self.device, tallies, leave=lambda: self.interrupt.heard)
+            if self.engine.has_average:
+                with self.engine.averaged():
+                    averaged = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
         except Left:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
             return False
         self.interrupt.hold()
         self.monitor.bad.add_unreadable(result.bad, result.problem(self.recipe.data.max_bad_fraction))
         pictures = mistakes_picture(mistakes.found(), self.val_index)
+        values = result.scalars() | (averaged.scalars("ema_") if averaged else {})
         seconds = time.perf_counter() - began
-        self.monitor.evaluation(self.progress.step, result.scalars(), seconds, result.unreadable, pictures)
-        best = result.better_than(self.progress.best_top1)
+        self.monitor.evaluation(self.progress.step, values, seconds, result.unreadable, pictures)
+        judged = averaged or result
+        best = judged.better_than(self.progress.best_top1)
         self.progress = replace(
             self.progress,
             evaluated_at=self.progress.step,
-            best_top1=result.top1 if best else self.progress.best_top1,
+            best_top1=judged.top1 if best else self.progress.best_top1,
             best_step=self.progress.step if best else self.progress.best_step,
-            metrics=result.scalars(),
+            metrics=values,
         )
         return True
 
@@ -367,10 +381,10 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, about = self.engine.state(), self.recipe.deciding_values()
+        state, buffers, about = self.engine.state(), self.engine.buffers(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
         names = list(self.train_index.class_names)
-        self.monitor.saved(self.saver.save(state, self.progress, recipe=about, class_names=names, **data))
+        self.monitor.saved(self.saver.save(state, self.progress, buffers, recipe=about, class_names=names, **data))
         self.saved_at = self.progress.step
 
     def finish_saving(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from crate_dist.config import Recipe
 from crate_dist.distributed import gather_objects
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.costs import forward_flops
+from crate_dist.models.costs import NotKnown, step_flops
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,12 @@ class Utilisation:
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, micro_batch: int, device: torch.device) -> None:
-        self._work = 3 * forward_flops(config, micro_batch) / micro_batch
+        self._work, self._peak = 0.0, None
+        try:
+            self._work = step_flops(config, micro_batch) / micro_batch
+        except NotKnown as unknown:
+            logger.info("operations per second and MFU are left out: %s", unknown)
+            return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         peaks = gather_objects(published_flop_s(name) if recipe.train.precision != "fp32" else None)
         known = [peak for peak in peaks if peak]
@@ -68,7 +73,12 @@ class Utilisation:
             logger.info("MFU is left out: no peak is known of %s in %s", name, recipe.train.precision)
 
     def scalars(self, images_per_s: float) -> dict[str, float]:
-        """Returns TFLOP/s per rank and, where the peak is known, MFU from 0 to 1. images_per_s: of all ranks"""
+        """Returns TFLOP/s per rank and, where the peak is known, MFU from 0 to 1; nothing of a model that is not known.
+
+        images_per_s: of all ranks
+        """
+        if not self._work:
+            return {}
         rate = images_per_s * self._work
         values = {"speed/tflop_s_per_rank": rate / self._ranks / 1e12}
         return {**values, "speed/mfu": rate / self._peak} if self._peak else values

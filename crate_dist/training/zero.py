@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,8 @@ deepspeed.ops.__compatible_ops__ = {}
 
 RANKS_REDUCED_TO = 16
 """The most ranks at which each gradient is reduced to its owner. In larger jobs that would be many small messages, and
-take longer than sending twice as much in few, by the model of benchmarks/scaling.py."""
+take longer than sending twice as much in few, by the model of benchmarks/scaling.py. Parameter groups share no message:
+where there is a pair of them for each layer, as with optim.layer_decay, the ranks are counted once for each pair."""
 
 BUCKETS, SMALLEST_BUCKET = 8, 1 << 20
 """In how many parts gradients are reduced, and the fewest elements of one: the first are on their way while the last
@@ -224,6 +225,15 @@ class Zero2(DeepSpeedZeroOptimizer):
                 dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
         self._sums_are_old = True
 
+    @torch.no_grad()
+    def show(self, partitions: Sequence[Tensor]) -> None:
+        """Has the model see other weights than the master weights: those in the ranks' partitions. A collective."""
+        for part, flat in zip(partitions, self.bit16_groups_flat, strict=True):
+            rounded = flat[self._rank * part.numel() : (self._rank + 1) * part.numel()]
+            rounded.copy_(part)
+            if self._ranks > 1:
+                dist.all_gather_into_tensor(flat, rounded, group=self.dp_process_group)
+
 
 class Guard:
     """Tells the host which step was not taken, without its waiting for the one that runs."""
@@ -276,13 +286,19 @@ def initialize(
     engine, zero, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=_config(recipe, micro_batch, accumulation, max(parameters // BUCKETS, SMALLEST_BUCKET)),
+        config=_config(
+            recipe,
+            micro_batch,
+            accumulation,
+            max(parameters // BUCKETS, SMALLEST_BUCKET),
+            to_owners=dist.get_world_size() * max(len(optimizer.param_groups) // 2, 1) <= RANKS_REDUCED_TO,
+        ),
         dist_init_required=False,
     )
     return engine, zero
 
 
-def _config(recipe: Recipe, micro_batch: int, accumulation: int, bucket: int) -> dict[str, Any]:
+def _config(recipe: Recipe, micro_batch: int, accumulation: int, bucket: int, to_owners: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -296,7 +312,7 @@ def _config(recipe: Recipe, micro_batch: int, accumulation: int, bucket: int) ->
             "reduce_bucket_size": bucket,
             # A gradient goes to the rank that owns it, not to all: two thirds of the traffic, and one message more per
             # rank, which in a large job would be many small ones.
-            "use_multi_rank_bucket_allreduce": dist.get_world_size() > RANKS_REDUCED_TO,
+            "use_multi_rank_bucket_allreduce": not to_owners,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crate_dist.files import lines_backwards, whole_lines
+from crate_dist.run.checkpoints import judged_top1
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.rank_logs import Said, rank_logs, said_backwards
 
@@ -35,7 +36,7 @@ _JOB_ENDED = re.compile(
 class Values:
     """The newest values of a run; None for what it has not measured.
 
-    epoch: of `step`; steps_per_epoch: not rounded; top1, best_top1: per cent
+    epoch: of `step`; steps_per_epoch: not rounded; top1, best_top1: per cent; ema_top1: of the average of the weights
     """
 
     step: int | None = None
@@ -45,6 +46,7 @@ class Values:
     images_per_s: float | None = None
     data_wait_fraction: float | None = None
     top1: float | None = None
+    ema_top1: float | None = None
     best_top1: float | None = None
     best_step: int | None = None
     samples: int | None = None
@@ -65,8 +67,8 @@ def newest_values(folder: RunFolder, global_batch: int, saved: dict[str, Any]) -
             evaluations.append(line)
         if report and int(line.get("step", 0)) <= int(saved.get("step", -1)):
             break  # what is further up, the checkpoint knows
-    best = {"val/top1": saved.get("best_top1", -1.0), "step": saved.get("best_step", -1)}
-    best = max([best, *reversed(evaluations)], key=lambda line: float(line["val/top1"]))
+    before = {"val/top1": saved.get("best_top1", -1.0), "step": saved.get("best_step", -1)}
+    best = max([before, *reversed(evaluations)], key=judged_top1)
     last = evaluations[0] if evaluations else saved.get("metrics", {})
     epoch = report.get("train/epoch")
     samples = round(report["step"] * global_batch / epoch) if epoch else None
@@ -78,7 +80,8 @@ def newest_values(folder: RunFolder, global_batch: int, saved: dict[str, Any]) -
         images_per_s=report.get("speed/images_per_s"),
         data_wait_fraction=report.get("speed/data_wait_fraction"),
         top1=last.get("val/top1"),
-        best_top1=best["val/top1"] if best["step"] >= 0 else None,
+        ema_top1=last.get("val/ema_top1"),
+        best_top1=judged_top1(best) if best["step"] >= 0 else None,
         best_step=best["step"] if best["step"] >= 0 else None,
         samples=samples,
     )

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from crate_dist.run.checkpoints import judged_top1
 from crate_dist.run.dashboard import how_to_watch
-from crate_dist.run.folder import RunFolder
+from crate_dist.run.folder import MODELS, RunFolder
 from crate_dist.run.ledger import LedgerTotals
 from crate_dist.run.rank_logs import restarts
 from crate_dist.watching.history import metrics_lines
@@ -54,12 +55,21 @@ def _accuracy(run: Run, measured: Sequence[Mapping[str, Any]]) -> Iterator[tuple
     if run.best_top1 is None or last is None:
         yield "loss", f"{run.loss:.4f}, of training" if run.loss is not None else NONE
         return
-    beside = f", top-5 {last['val/top5']:.2f} %, loss {last['val/loss']:.4f}"
+    of = "ema_" if "val/ema_top1" in last else ""
+    beside = f", top-5 {last[f'val/{of}top5']:.2f} %, loss {last[f'val/{of}loss']:.4f}"
     if last["step"] == run.best_step:
         yield "top-1", f"{run.best_top1:.2f} % at step {run.best_step:,}, the best{beside}"
     else:
         yield "top-1", f"{run.best_top1:.2f} % at step {run.best_step:,}, the best"
-        yield "", f"{last['val/top1']:.2f} % at step {last['step']:,}, the newest{beside}"
+        yield "", f"{judged_top1(last):.2f} % at step {last['step']:,}, the newest{beside}"
+    if of:
+        yield (
+            "",
+            (
+                f"of the averaged weights; of the weights themselves {last['val/top1']:.2f} % at step "
+                f"{last['step']:,}, top-5 {last['val/top5']:.2f} %, loss {last['val/loss']:.4f}"
+            ),
+        )
 
 
 def _speed(measured: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +99,7 @@ def _restarts(folder: RunFolder, totals: LedgerTotals) -> Iterator[tuple[str, st
 
 
 def _places(folder: RunFolder) -> Iterator[tuple[str, str]]:
-    weights = [str(path) for which in ("best", "last") if (path := folder.model(which)).exists()]
+    weights = [str(path) for which in MODELS if (path := folder.model(which)).exists()]
     if weights:
         yield "weights", ", ".join(weights)
     yield "checkpoints", str(folder.checkpoints)

@@ -71,6 +71,7 @@ class Run:
     images_per_s: float | None = None
     data_wait_fraction: float | None = None
     top1: float | None = None
+    ema_top1: float | None = None
     best_top1: float | None = None
     best_step: int | None = None
     left_s: float | None = None
@@ -192,6 +193,7 @@ def _with_progress(run: Run, folder: RunFolder, recipe: Mapping[str, Any]) -> Ru
         images_per_s=values.images_per_s,
         data_wait_fraction=values.data_wait_fraction,
         top1=values.top1,
+        ema_top1=values.ema_top1,
         best_top1=values.best_top1,
         best_step=values.best_step,
     )

@@ -31,6 +31,8 @@ def in_full(run: Run) -> str:
     if run.data_wait_fraction is not None:
         speed += f", {share(run.data_wait_fraction)} of the time waiting for data"
     top1 = NONE if run.top1 is None else f"{run.top1:.2f} %"
+    if run.ema_top1 is not None:
+        top1 += f", of the averaged weights {run.ema_top1:.2f} %"
     if run.best_top1 is not None:
         top1 += f", best {run.best_top1:.2f} % at step {run.best_step:,}"
     checkpoint = NONE

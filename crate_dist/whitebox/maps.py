@@ -82,7 +82,7 @@ def token_maps(model: Transformer, images: Tensor) -> Maps:
                 even.append(torch.full(seen.shape[:2], 1 / seen.shape[1], device=seen.device))
             maps.append(seen[..., first:].unflatten(-1, (rows, cols)))
             z = layer.update(z, w)
-        head = model.head.attention(z) if hasattr(model.head, "attention") else None
+        head = model.head.attention(z)
     looks = "attention of the class token" if first else "attention of all patches"
     what = looks if kind == "attention" else "membership of the patches"
     shown = None if head is None else head[..., 1:].unflatten(-1, (rows, cols))

@@ -23,8 +23,8 @@ from crate_dist.models.rates import Measures, coding_rate, dead_token_share, zer
 from crate_dist.models.residuals.layer import Layer
 from crate_dist.models.transformer import Transformer
 
-_OF_SUBSPACES = ("coding_rate", "coding_rate_change", "rate_reduction")
-_OF_CODES = ("zeros", "dead_tokens", "dead_features")
+_OF_SUBSPACES = ("coding_rate", "coding_rate_change", "subspace_coherence", "orthonormality_error", "out_alignment")
+_OF_CODES = ("zeros", "dead_tokens", "dead_features", "coherence")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Profile:
         return {name: self.mean(name).tolist() for name in self.values}
 
     def what_is_missing(self) -> list[str]:
-        """Returns sentences such as "MLP makes no sparse code: no zeros, dead_tokens, dead_features"."""
+        """Returns sentences such as "MLP makes no sparse code: no zeros, dead_tokens, dead_features, coherence"."""
         reasons = dict[str, list[str]]()
         for name, why in self.missing.items():
             reasons.setdefault(why, []).append(name)
@@ -162,7 +162,6 @@ def _rates(layer: Layer, reads: Tensor, w: Tensor, compressed: Tensor) -> Measur
         "coding_rate": rate,
         "coding_rate_change": coding_rate(after) - rate,
         "token_coding_rate": tokens,
-        "rate_reduction": tokens - rate,
     }
 
 

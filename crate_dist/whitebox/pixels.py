@@ -93,7 +93,7 @@ def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
         title, nonzero = f"non-zeros after {seen.tokenwise} [%]{note}", 100 - 100 * seen.mean("zeros").numpy()
         _curve(draw, middle, unit, title, nonzero, 100 * seen.std("zeros").numpy(), ORANGE)
     else:
-        words, place = seen.missing["zeros"].replace(": ", ":\n"), (1.5 * middle * unit, _PROFILE[1] / 2 * unit)
+        words, place = seen.missing["zeros"].replace(" (", "\n("), (1.5 * middle * unit, _PROFILE[1] / 2 * unit)
         draw.text(place, words, "black", ImageFont.load_default(11 * unit), anchor="mm", align="center")
     return np.asarray(sheet.resize((width, height), Image.Resampling.BOX))
 

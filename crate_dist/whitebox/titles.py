@@ -6,7 +6,6 @@ _TITLES = {
     "coding_rate": "coding rate of what {mixer} reads [nats]",
     "coding_rate_change": "change of the coding rate by {mixer} [nats]",
     "token_coding_rate": "coding rate of the tokens [nats]",
-    "rate_reduction": "coding rate of the tokens less that in the subspaces [nats]",
     "zeros": "share of zeros in the code of {tokenwise}",
     "dead_tokens": "share of dead tokens",
     "dead_features": "share of dead features",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def written(folder: Path, said: dict[str, Any]) -> Path:
             "more than files of 200 bytes hold",
         ),
         ({"groups": [{"names": ["a", "a"], "shapes": [[3], [3]]}], "partitions": [4]}, "parameters have the same name"),
+        ({"buffers": {"m": [2]}}, "does not list the files of 2 ranks, and buffers.pt"),
+        (
+            {"buffers": {"a": [2]}, "files": {**manifest()["files"], "buffers.pt": FILE}},
+            "parameters have the same name",
+        ),
         ({"kinds": ["exp_avg"]}, r"kinds are \['exp_avg'\], expected names with fp32"),
         ({"tenure": [1]}, r"tenure is \[1\]: Input should be a valid integer"),
         ({"data": {"train": [1, 2], "val": None}}, r"data\.train is \[1, 2\]: Input should be a valid dictionary"),
@@ -107,6 +113,12 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     )
     write_manifest(tmp_path, whole)
     assert read_manifest(tmp_path) == whole
+    assert json.loads((tmp_path / "manifest.json").read_text()).items() >= {"version": 1, "partitions": [6]}.items()
+    with_buffers = replace(whole, buffers={"m": [2]}, files={**whole.files, "buffers.pt": StoredFile(9, "0" * 64)})
+    write_manifest(tmp_path, with_buffers)
+    assert read_manifest(tmp_path) == with_buffers
+    said = json.loads((tmp_path / "manifest.json").read_text())
+    assert said["version"] == 2, "a program that would lose the buffers is to refuse them"
 
 
 def test_what_older_manifests_do_not_say_is_not_missed_and_what_a_later_version_says_is_not_guessed(
@@ -114,8 +126,8 @@ def test_what_older_manifests_do_not_say_is_not_missed_and_what_a_later_version_
 ) -> None:
     older = open_checkpoint(written(tmp_path, manifest())).manifest
     assert (older.tenure, older.classes, older.data) == (0, None, None)
-    with pytest.raises(CheckpointError, match="has format 2, which this program does not know: it reads 1"):
-        open_checkpoint(written(tmp_path, {**manifest(), "version": 2, "buffers": {"names": ["m"], "shapes": [[2]]}}))
+    with pytest.raises(CheckpointError, match="has format 3, which this program does not know: it reads 1 to 2"):
+        open_checkpoint(written(tmp_path, {**manifest(), "version": 3}))
 
 
 def test_a_launcher_passes_over_what_a_run_passes_over(tmp_path: Path) -> None:

@@ -178,13 +178,13 @@ def save_where_rank_1_cannot_write(world: World, device: torch.device, folder: P
 
 def fail_while_a_save_is_under_way(world: World, device: torch.device, folder: Path) -> list[str]:
     saver = saving.Saver(folder, LAYOUTS, world, keep=3, max_failures=3)
-    write = saving._write_rank_file
+    write = saving._write_file
 
-    def slowly(path: Path, state: checkpoint.RankState) -> tuple[StoredFile | None, str]:
+    def slowly(path: Path, state: checkpoint.RankState | checkpoint.Buffers) -> tuple[StoredFile | None, str]:
         time.sleep(1.0)
         return write(path, state)
 
-    saving._write_rank_file = slowly
+    saving._write_file = slowly
     saver.save(partitioned(10, world.rank, world.world_size), Progress(step=10))
     saver.leave()
     return [path.name for path in folder.iterdir()]

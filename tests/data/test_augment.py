@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 
 from crate_dist.config import AugmentSection, ImageSection
-from crate_dist.data.augment import RandAugment, RandomErasing, augmentations, operations
+from crate_dist.data.augment import RandomErasing, augmentations
 from crate_dist.data.decode import Pixels
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
+from crate_dist.data.randaugment import RandAugment, operations
 from crate_dist.data.transforms import EvalTransform, TrainTransform, sample_rng
 from tests.conftest import png
 
 WIDTH, HEIGHT = 56, 40
-MEAN = ImageSection().mean
+IMAGES = ImageSection()
 
 # CRC-32 of what torchvision 0.28 makes of picture() with Pillow: at magnitudes 14 and 30, where signed of either sign.
 TORCHVISION = {
@@ -121,7 +122,7 @@ def test_rectangles_have_the_share_the_areas_and_the_colour_that_were_asked_for(
             assert (pixels != 0).any(axis=-1).sum() == (bottom - top) * (right - left)
     assert 430 < len(areas) < 570
     assert 0.015 < min(areas) < max(areas) < 0.35
-    (mean_colour,) = augmentations(AugmentSection(erase=0.25), MEAN)
+    (mean_colour,) = augmentations(AugmentSection(erase=0.25), IMAGES)
     assert mean_colour == RandomErasing(0.25, (124, 116, 104))
 
 
@@ -133,7 +134,7 @@ class Draws(random.Random):
 
 
 def test_only_random_is_drawn() -> None:
-    transform = TrainTransform(32, augment=augmentations(AugmentSection(randaugment_ops=2, erase=0.5), MEAN))
+    transform = TrainTransform(32, augment=augmentations(AugmentSection(randaugment_ops=2, erase=0.5), IMAGES))
     for number in range(30):
         transform(png(picture()), Draws(number))
 
@@ -141,7 +142,7 @@ def test_only_random_is_drawn() -> None:
 def test_they_come_behind_crop_and_flip_and_leave_these_as_they_are() -> None:
     seen: list[Pixels] = []
     data = png(picture())
-    with_both = augmentations(AugmentSection(randaugment_ops=1, erase=1.0), MEAN)
+    with_both = augmentations(AugmentSection(randaugment_ops=1, erase=1.0), IMAGES)
     for number in range(20):
         plain = TrainTransform(32)(data, sample_rng(0, 0, number))
         changed = TrainTransform(32, augment=(lambda pixels, _: seen.append(pixels.copy()), *with_both))(
@@ -149,7 +150,7 @@ def test_they_come_behind_crop_and_flip_and_leave_these_as_they_are() -> None:
         )
         assert np.array_equal(seen[-1], plain)
         assert not np.array_equal(changed, plain)
-    assert augmentations(AugmentSection(), MEAN) == ()
+    assert augmentations(AugmentSection(), IMAGES) == ()
 
 
 def test_augmented_pixels_are_the_same_at_any_number_of_workers_and_after_a_resume(cast_shards: Path) -> None:

@@ -21,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_dist.config import ModelSection
 from crate_dist.models import matmul as products
-from crate_dist.models.build import ARCHS, build_model, find_arch, find_published, initialise, model_config
+from crate_dist.models.build import ARCHS, build_model, find_arch, initialise, model_config
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.costs import forward_flops
+from crate_dist.models.costs import forward_flops, step_flops
 from crate_dist.models.mixers.mssa import MSSA
 from crate_dist.models.residuals.crate import CrateLayer
 from crate_dist.models.tokenwise.ista import ISTA
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.families import FAMILIES
 from crate_dist.models.weights.names import from_reference, to_reference
 from crate_dist.models.weights.write import export_reference
 
@@ -140,9 +141,12 @@ def test_the_sizes_have_the_published_numbers_of_parameters(arch: str, millions:
 
 
 def test_every_arch_of_the_recipes_is_known_and_told_from_its_shape() -> None:
-    for name, dims in ARCHS.items():
-        assert find_published(dims.dim, dims.depth, 16) == (None if name == "crate_demo" else name)
-        assert find_published(dims.dim, dims.depth, 8) is None
+    for family in FAMILIES:
+        for name, patches in family.sizes.items():
+            assert {family.published(ARCHS[name].dim, ARCHS[name].depth, patch) for patch in patches} == {name}
+            assert family.published(ARCHS[name].dim, ARCHS[name].depth, 7) is None
+    assert all(family.published(96, 4, 16) is None for family in FAMILIES)  # the demo's
+    for name in ARCHS:
         assert find_arch(model_config(ModelSection(arch=name), 10)) == name
 
 
@@ -284,7 +288,7 @@ def test_the_way_that_takes_fewer_operations_is_chosen_once_for_all_passes() -> 
     assert counted[8] == forward_flops(config, 8)
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
-    assert counter.get_total_flops() == 3 * forward_flops(config, 8)
+    assert counter.get_total_flops() == step_flops(config, 8)
 
 
 def test_a_single_head_has_no_output_projection_and_mean_pooling_reads_all_tokens() -> None:

@@ -371,7 +371,7 @@ def test_safetensors_that_are_damaged_or_say_what_cannot_be_are_refused(
         ({"crate_dist": "crate-dist/1", "model": json.dumps(plain), "meta": "{"}, "no whole crate-dist/1 export"),
         (
             {"crate_dist": "crate-dist/1", "model": json.dumps(plain | {"depth": 10**12}), "meta": "{}"},
-            "too few for a CRATE of 1,000,000,000,000 layers",
+            "too few for a model of 1,000,000,000,000 layers",
         ),
     ]:
         safetensors.torch.save_file(state, path, about)

@@ -326,6 +326,7 @@ if __name__ == "__main__":
 def test_a_whole_run_compiles_nothing_after_its_start(tmp_path: Path, cast_shards: Path, small_recipe: Path) -> None:
     (tmp_path / "run.py").write_text(WHOLE_RUN)
     settings = ["train.compile=true", "train.max_steps=4", "log.eval_every_epochs=1", "log.whitebox_every_steps=2"]
+    settings += ["mix.mixup=0.8", "mix.cutmix=1.0", "train.group=3", "model.drop_path=0.2"]
     arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
     arguments += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}

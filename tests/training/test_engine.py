@@ -120,8 +120,8 @@ def load_and_save(world: World, device: torch.device, settings: Recipe, source: 
 
 @pytest.mark.parametrize(
     ("optim", "world_sizes"),
-    [({"name": "lion"}, (1, 3, 4)), ({"name": "adamw", "decay_all": False}, (2, 8))],
-    ids=["lion", "adamw with two groups"],
+    [({"name": "lion"}, (1, 3, 4)), ({"name": "adamw", "decay": "matrices", "layer_decay": 0.5}, (2, 8))],
+    ids=["lion", "adamw with two groups of each layer"],
 )
 def test_what_four_ranks_saved_any_number_of_ranks_holds_bit_for_bit(
     tmp_path: Path, optim: dict[str, Any], world_sizes: tuple[int, ...]

@@ -22,7 +22,7 @@ from crate_dist.config import load_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
-from crate_dist.models.costs import forward_flops
+from crate_dist.models.costs import step_flops
 from crate_dist.models.transformer import Transformer
 from crate_dist.run.dashboard import address
 from crate_dist.run.folder import RunFolder
@@ -194,7 +194,7 @@ def test_the_ledger_knows_what_it_cost(runs: dict[str, Path]) -> None:
 @pytest.mark.spawn
 def test_every_line_tells_what_the_devices_do_and_hold(runs: dict[str, Path]) -> None:
     model = build_model(load_recipe(runs["on"] / "recipe.toml").model, 4, seed=0)
-    work = 3 * forward_flops(model.config, 6) / 6
+    work = step_flops(model.config, 6) / 6
     for line in (line for line in lines(runs["on"]) if "train/loss" in line):
         assert line["speed/tflop_s_per_rank"] == pytest.approx(line["speed/images_per_s"] * work / 2 / 1e12)
         assert 0.1 < line["memory/host_peak_gb"] < 10

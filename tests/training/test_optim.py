@@ -235,6 +235,24 @@ def test_a_scale_divides_the_gradients_as_clipping_does(name: Literal["lion", "a
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+def test_adamw_is_what_crate_alpha_chains_of_optax() -> None:
+    """scale_by_adam(0.9, 0.95), add_decayed_weights(0.1), then the rate, in fp64, its mean not kept in bf16."""
+    optim = OptimSection(name="adamw", lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    weight = torch.nn.Parameter(vectors(0)[1])
+    optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], optim)
+    exact = weight.detach().double()
+    mean, square = torch.zeros_like(exact), torch.zeros_like(exact)
+    for count in range(1, 6):
+        gradient = vectors(count)[1]
+        mean, square = 0.9 * mean + 0.1 * gradient.double(), 0.95 * square + 0.05 * gradient.double() ** 2
+        update = mean / (1 - 0.9**count) / ((square / (1 - 0.95**count)).sqrt() + 1e-8) + 0.1 * exact
+        optimizer.param_groups[0]["lr"] = rate = optim.lr / count
+        exact = exact - rate * update
+        weight.grad = gradient
+        optimizer.step()
+    assert torch.allclose(weight.double(), exact, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["lion", "adamw"])
 def test_a_step_that_found_what_is_not_finite_changes_nothing_and_one_that_did_not_everything(
     name: Literal["lion", "adamw"],

@@ -168,6 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_checkpoint_intact(
 ) -> None:
     arguments: list[object] = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
     arguments += ["--set", "optim.lr=1e30", "--set", "optim.warmup_epochs=0", "--set", "checkpoint.every_steps=1"]
+    arguments += ["--set", "mix.mixup=0.8", "--set", "train.group=2", "--set", "model.drop_path=0.1"]
     with Training(arguments, world_size=2) as stopped:
         assert stopped.wait() == [1, 1]
         output = stopped.output()

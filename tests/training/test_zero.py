@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crate_dist.checkpoint.format import CheckpointError, Progress
+from crate_dist.checkpoint.loading import open_checkpoint
+from crate_dist.checkpoint.saving import publish
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.doctor import fake_cluster as fake
 from crate_dist.doctor.fake_cluster import counted, fake_cluster
@@ -95,6 +98,43 @@ def test_other_precisions_and_optimizers_wait_as_little(settings: dict[str, Any]
     assert found.waits == {"event": 2}
 
 
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_each_layer_moves_at_its_own_rate_and_decays_by_its_rule(name: str) -> None:
+    """The first step of either is the rate times the sign of the gradient, whatever that is; Lion's takes all."""
+    given: dict[str, Any] = {
+        "optim__name": name,
+        "optim__weight_decay": 0.5,
+        "optim__decay": "kernels",
+        "optim__layer_decay": 0.5,
+    }
+    with fake_cluster(1):
+        engine = engine_on(recipe_for(1, train__precision="fp32", **given))
+        before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        engine.step(batches(0), 1e-3, 0)
+        after, depth = dict(engine.module.named_parameters()), engine.module.config.depth
+    factors = {
+        "head.linear.weight": 1.0,
+        "patch_embed.proj.weight": 0.5 ** (depth + 1),
+        "cls_token": 0.5 ** (depth + 1),
+    }
+    factors |= {
+        f"layers.{n}.{p}": 0.5 ** (depth - n) for n in range(depth) for p in ("ista.dictionary", "mssa.out.weight")
+    }
+    for parameter, factor in factors.items():
+        decay = 0.5 if parameter.endswith("weight") else 0.0
+        moved = after[parameter] - before[parameter] * (1 - 1e-3 * factor * decay)
+        assert moved.abs().max().item() == pytest.approx(1e-3 * factor, rel=1e-3)
+
+
+def test_a_checkpoint_of_another_layer_decay_is_refused_with_the_setting_s_name(tmp_path: Path) -> None:
+    with fake_cluster(1):
+        engine = engine_on(recipe_for(1, optim__layer_decay=0.5))
+        publish(tmp_path, engine.state(), engine.layouts, Progress(step=0), World(0, 1, 0, 1, "", 0, "test"))
+        other = engine_on(recipe_for(1))
+        with pytest.raises(CheckpointError, match=r"groups the parameters otherwise, as another .* optim.layer_decay"):
+            other.load(open_checkpoint(tmp_path / "step-00000000"))
+
+
 def test_what_the_host_looks_at_is_counted() -> None:
     with fake_cluster(2), counted() as found:
         bool(torch.ones(()) > 0)
@@ -106,16 +146,21 @@ def test_what_the_host_looks_at_is_counted() -> None:
     assert found.messages[0].sent == 400
 
 
-@pytest.mark.parametrize("ranks", [8, 128])
-def test_every_gradient_is_sent_once_per_micro_batch_in_few_messages(ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "settings", "most"),
+    [(8, {}, 8 + 8), (128, {}, 8), (8, {"optim__decay": "weights", "optim__layer_decay": 0.75}, 2 * (12 + 2))],
+)
+def test_every_gradient_is_sent_once_per_micro_batch_in_few_messages(
+    ranks: int, settings: dict[str, Any], most: int
+) -> None:
     with fake_cluster(ranks):
-        engine = engine_on(recipe_for(ranks, "crate_base"))
+        engine = engine_on(recipe_for(ranks, "crate_base", **settings))
         with counted() as found:
             engine.step(batches(0), 1e-4, 0)
         parameters = sum(p.numel() for p in engine.module.parameters())
     reductions = [message for message in found.messages if "reduce" in message.kind and message.bytes > 64]
     assert sum(message.bytes for message in reductions) == ACCUMULATION * 2 * parameters
-    assert len(reductions) <= ACCUMULATION * (8 + ranks if ranks == 8 else 8)
+    assert len(reductions) <= ACCUMULATION * most
 
 
 class Late(TorchDispatchMode):
@@ -182,7 +227,7 @@ def test_a_reduction_that_comes_as_late_as_it_may_changes_no_weight() -> None:
     assert equal(trained(LateDevice, 4), trained(fake.WithStreams, 4))
 
 
-@pytest.mark.parametrize("optim", [{"optim__name": "lion"}, ADAMW], ids=str)
+@pytest.mark.parametrize("optim", [{"optim__name": "lion", "optim__ema_decay": 0.9}, ADAMW], ids=str)
 def test_a_step_that_is_not_finite_and_all_after_it_change_nothing_and_it_is_named(optim: dict[str, Any]) -> None:
     with fake_cluster(1):
         engine = engine_on(recipe_for(1, **optim))

@@ -18,7 +18,7 @@ from crate_dist.checkpoint.mirror.record import Copied, Mirrored, MirrorRecord, 
 from crate_dist.data.index import ShardError
 from crate_dist.data.remote.store import Stopped
 from crate_dist.run.checkpoints import checkpoint_names, newest_step, step_name
-from crate_dist.run.folder import EVENTS, RunFolder
+from crate_dist.run.folder import EVENTS, MODELS, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +167,7 @@ def run_files(folder: RunFolder, exported: bool = False) -> dict[str, Path]:
     paths = [folder.recipe_file, folder.record_file, folder.metrics, folder.ledger, folder.bad_samples]
     paths += folder.event_files()
     if exported:
-        paths += [
-            path for kind in ("last", "best") for path in (folder.model(kind), folder.model(kind).with_suffix(".md"))
-        ]
+        paths += [path for kind in MODELS for path in (folder.model(kind), folder.model(kind).with_suffix(".md"))]
     return {str(path.relative_to(folder.path)): path for path in paths if path.is_file()}
 
 

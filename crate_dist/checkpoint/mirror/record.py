@@ -41,8 +41,8 @@ _MOST_BYTES = 64 * 2**20
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
 _OBJECT = re.compile(rf"step-\d{{8,}}(\.\d+)?\.[0-9a-f]{{4,32}}/{_WORD}")
 _LOCAL = re.compile(
-    r"checkpoints/step-\d{8,}(\.\d+)?/(manifest\.json|rank-\d{5}\.pt)|(metrics|ledger|bad_samples)\.jsonl|run\.json|"
-    r"recipe\.toml|model-(last|best)\.(pt|md)|(tensorboard/)?events\.out\.tfevents\.[^/\0]{1,200}"
+    r"checkpoints/step-\d{8,}(\.\d+)?/(manifest\.json|rank-\d{5}\.pt|buffers\.pt)|(metrics|ledger|bad_samples)\.jsonl|run\.json|"
+    r"recipe\.toml|model-(last|best)(-ema)?\.(pt|md)|(tensorboard/)?events\.out\.tfevents\.[^/\0]{1,200}"
 )
 """The files of a run folder that a record may name: nothing leads out of it, and none of them is run."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.heads.head import Head
-from crate_dist.models.initial import draw_narrow, narrow
+from crate_dist.models.initial import drawn
 from crate_dist.models.matmul import Linear
 from crate_dist.models.tokenwise.mlp import MLP
 
@@ -27,8 +27,8 @@ class ClassAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = narrow(Linear(config.dim, 3 * config.dim))
-        self.out = narrow(Linear(config.dim, config.dim))
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.out = Linear(config.dim, config.dim)
         self.map_dropout = nn.Dropout(config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -95,11 +95,10 @@ class ClassAttentionHead(Head):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        draw_narrow(self.cls_token)
+        self.cls_token = nn.Parameter(drawn(1, 1, config.dim))
         self.blocks = nn.ModuleList(ClassAttentionBlock(config) for _ in range(_BLOCKS))
         self.norm = nn.LayerNorm(config.dim, eps=config.head_norm_eps)
-        self.linear = narrow(nn.Linear(config.dim, config.num_classes))
+        self.linear = nn.Linear(config.dim, config.num_classes)
 
     def begin(self, z: Tensor) -> Tensor:
         """Puts the class token before patches (b, n, d): (b, 1 + n, d)."""

@@ -7,7 +7,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.initial import narrow
 from crate_dist.models.matmul import Linear
 from crate_dist.models.mixers.mixer import SubspaceMixer
 from crate_dist.models.rates import Measures, entropy
@@ -39,9 +38,9 @@ class TSSA(SubspaceMixer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.subspaces = narrow(Linear(config.dim, config.dim))
+        self.subspaces = Linear(config.dim, config.dim)
         self.temperature = nn.Parameter(torch.ones(config.heads, 1))
-        self.out = narrow(Linear(config.dim, config.dim, bias=config.out_bias))
+        self.out = Linear(config.dim, config.dim, bias=config.out_bias)
         self.gate_dropout = nn.Dropout(config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -18,30 +18,12 @@ from crate_dist.files import write_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.families import PARTS, family_that_computes
+from crate_dist.models.weights.families.crate import FAMILY as CRATE
 
 _LICENCE = "licence"
 _NO_LICENCE = "*to be named by whoever shares these weights*"
 _ENDINGS = (".pth.tar", ".safetensors", ".pth", ".pt")
-_CITATIONS = """\
-```bibtex
-@inproceedings{yu2023whitebox,
-  title     = {White-Box Transformers via Sparse Rate Reduction},
-  author    = {Yu, Yaodong and Buchanan, Sam and Pai, Druv and Chu, Tianzhe and Wu, Ziyang and Tong, Shengbang and
-               Haeffele, Benjamin D. and Ma, Yi},
-  booktitle = {Advances in Neural Information Processing Systems},
-  volume    = {36},
-  year      = {2023},
-  note      = {arXiv:2306.01129}
-}
-
-@article{yu2023compression,
-  title   = {White-Box Transformers via Sparse Rate Reduction: Compression Is All There Is?},
-  author  = {Yu, Yaodong and Buchanan, Sam and Pai, Druv and Chu, Tianzhe and Wu, Ziyang and Tong, Shengbang and
-             Bai, Hao and Zhai, Yuexiang and Haeffele, Benjamin D. and Ma, Yi},
-  journal = {arXiv preprint arXiv:2311.13110},
-  year    = {2023}
-}
-```"""
 
 
 def card_path(weights: Path) -> Path:
@@ -64,18 +46,25 @@ def write_card(weights: Path, config: ModelConfig, meta: Mapping[str, Any]) -> P
 
 def model_card(name: str, config: ModelConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
     """Returns the text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
-    title = _cell(meta.get("recipe") or find_arch(config) or "CRATE")
+    family = family_that_computes(config)
+    own = family or CRATE
+    title = _cell(meta.get("recipe") or find_arch(config) or own.name)
     parts = [
         f"# {title}",
-        f"A [CRATE](https://arxiv.org/abs/2306.01129) image classifier for {config.num_classes:,} classes, trained "
-        "or converted with crate-dist.",
+        f"A [{own.name}](https://arxiv.org/abs/{own.paper}) image classifier for {config.num_classes:,} classes, "
+        f"trained or converted with crate-dist.{'' if family else _composed(config)}",
         _table([*_origin(config, meta), (_LICENCE, licence)]),
         "## Loading",
         _loading(name, config, meta),
     ]
     if isinstance(values := meta.get("recipe_values"), Mapping):
         parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(new_names(values).items())])]
-    return "\n\n".join([*parts, "## Citation", _CITATIONS]) + "\n"
+    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{own.citation}\n```"]) + "\n"
+
+
+def _composed(config: ModelConfig) -> str:
+    """Says what a model is made of that no published code computes."""
+    return f" Its parts are nobody's together: {', '.join(f'{part} {getattr(config, part)}' for part in PARTS)}."
 
 
 def _origin(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -98,6 +87,8 @@ def _origin(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "steps", meta.get("step")
     epochs = meta.get("epochs", meta.get("epoch"))
     yield "epochs", f"{epochs:.4g}" if isinstance(epochs, (int, float)) else epochs
+    if isinstance(decay := meta.get("ema_decay"), float):
+        yield "weights", f"their exponential moving average over the training, decay {decay:g} per step"
     yield from _accuracy(meta)
     yield "precision in training", meta.get("precision")
     code = meta.get("code")

@@ -1,4 +1,4 @@
-"""Names and shapes of the weights of a CRATE, here and in the published code, and the architecture that they tell."""
+"""Names and shapes of weights, here and in the published code, and the architecture that they tell."""
 
 from __future__ import annotations
 
@@ -15,32 +15,19 @@ from torch import Tensor
 from crate_dist.config import ImageSection
 from crate_dist.config.archs import ARCHS
 from crate_dist.errors import UserError
-from crate_dist.models.build import find_arch, find_published
+from crate_dist.models.build import find_arch
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.families import family_of
+from crate_dist.models.weights.families.family import Family, StateDict
 
 FORMAT = "crate-dist/1"
+_IMAGE_SIZE = 224
+"""Pixels: taken for the side of images where positions are no weights, and images of any size fit."""
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
 """Fields of ModelConfig that leave no trace in the shapes."""
 RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names")
 """Values of a run that decide how its model is evaluated, and what its predictions are called."""
-StateDict = Mapping[str, Tensor]
-
-# Ours and the published code's names; {} stands for the number of the layer.
-REFERENCE_NAMES = {
-    "pos_embedding": "pos_embedding",
-    "cls_token": "cls_token",
-    "patch_embed.norm_in": "to_patch_embedding.1",
-    "patch_embed.proj": "to_patch_embedding.2",
-    "patch_embed.norm_out": "to_patch_embedding.3",
-    "layers.{}.mssa_norm": "transformer.layers.{}.0.norm",
-    "layers.{}.mssa.subspaces": "transformer.layers.{}.0.fn.qkv",
-    "layers.{}.mssa.out": "transformer.layers.{}.0.fn.to_out.0",
-    "layers.{}.ista_norm": "transformer.layers.{}.1.norm",
-    "layers.{}.ista.dictionary": "transformer.layers.{}.1.fn.weight",
-    "head.norm": "mlp_head.0",
-    "head.linear": "mlp_head.1",
-}
 
 
 class WeightsError(UserError, ValueError):
@@ -58,9 +45,15 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
-    """Renames the published code's tensors to ours; "module." is dropped, unknown names are kept as they are."""
-    table = {theirs: ours for ours, theirs in REFERENCE_NAMES.items()}
-    return _rename({name.removeprefix("module."): tensor for name, tensor in state_dict.items()}, table)
+    """Renames a published code's tensors to ours; "module." is dropped, unknown names are kept as they are."""
+    return recognised(state_dict)[0]
+
+
+def recognised(state_dict: StateDict) -> tuple[dict[str, Tensor], Family, bool]:
+    """Does as `from_reference`: (our tensors, their family, whether their names were the published code's)."""
+    bare = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    family, published = family_of(bare)
+    return family.to_ours(bare) if published else bare, family, published
 
 
 def join_classifier_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str]:
@@ -86,57 +79,54 @@ def join_classifier_heads(state_dict: StateDict) -> tuple[dict[str, Tensor], str
 
 
 def to_reference(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
-    """Renames our tensors to the published code's, with `prefix` ("module." or nothing) before each."""
-    return {prefix + name: tensor for name, tensor in _rename(state_dict, REFERENCE_NAMES).items()}
+    """Renames our tensors to their family's published ones, with `prefix` ("module." or nothing) before each."""
+    return family_of(state_dict)[0].to_theirs(state_dict, prefix)
 
 
-def infer_config(state_dict: StateDict, heads: int | None = None) -> ModelConfig:
+def infer_config(state_dict: StateDict, heads: int | None = None, family: Family | None = None) -> ModelConfig:
     """Finds the architecture of weights under crate-dist's names, as far as shapes tell it, with defaults for the rest.
 
-    The number of heads leaves no trace in the shapes: it is `heads`, or that of the published size with this width,
-    depth and patch. Raises WeightsError when neither is at hand or when the weights are not those of a CRATE.
+    Where the number of heads leaves no trace in the shapes it is `heads`, or that of the published size with this
+    width, depth and patch. family: theirs; None: the one that their names tell
+    Raises WeightsError when neither is at hand or when the weights are not those of a family.
     """
+    family = family or family_of(state_dict)[0]
 
     def shape(name: str, ndim: int) -> torch.Size:
         if name not in state_dict:
             near = _nearest(name, state_dict)
-            raise WeightsError(f"these are not the weights of a CRATE: there is no {name!r}{near}")
+            raise WeightsError(f"these are not the weights of a {family.name}: there is no {name!r}{near}")
         if state_dict[name].ndim != ndim:
             raise WeightsError(f"{name} has shape {tuple(state_dict[name].shape)}; expected {ndim} axes")
         return state_dict[name].shape
 
-    _, tokens, dim = shape("pos_embedding", 3)
-    patch_size = math.isqrt(shape("patch_embed.proj.weight", 2)[1] // CHANNELS)
-    num_classes = shape("head.linear.weight", 2)[0]
-    shape("layers.0.mssa.subspaces.weight", 2)
+    row, told = family.row(next(iter(family.sizes))), family.tells(state_dict)
+    tokens = shape("pos_embedding", 3)[1] if row.positions == "learned" else None
+    num_classes, dim = shape("head.linear.weight", 2)
+    for mark in family.marks:
+        shape(mark, state_dict[mark].ndim if mark in state_dict else 0)
     depth = len({match[0] for name in state_dict if (match := re.match(r"layers\.\d+\.", name))})
-    if "layers.0.mssa.out.weight" not in state_dict:
-        heads = heads or 1  # a single head has no output projection
+    patch_size = told.pop("patch_size", 0) or math.isqrt(shape("patch_embed.proj.weight", 2)[1] // CHANNELS)
+    published = family.published(dim, depth, patch_size)
+    heads = heads or told.pop("heads", None) or (ARCHS[published].heads if published else None)
     if heads is None:
-        published = find_published(dim, depth, patch_size)
-        if published is None:
-            raise WeightsError(
-                f"no published CRATE has width {dim} and depth {depth} with patches of {patch_size} pixels, and the "
-                "number of heads cannot be read off the weights; give it (heads=, --heads)"
-            )
-        heads = ARCHS[published].heads
-    try:
-        return ModelConfig(
-            image_size=math.isqrt(max(tokens - 1, 0)) * patch_size,
-            patch_size=patch_size,
-            num_classes=num_classes,
-            dim=dim,
-            depth=depth,
-            heads=heads,
+        raise WeightsError(
+            f"no published {family.name} has width {dim} and depth {depth} with patches of {patch_size} pixels, and "
+            "the number of heads cannot be read off the weights; give it (heads=, --heads)"
         )
+    sides = _IMAGE_SIZE // max(patch_size, 1) if tokens is None else math.isqrt(max(tokens - row.class_token, 0))
+    parts = dataclasses.asdict(family.row(published) if published else row)
+    parts |= {"dim": dim, "depth": depth, "heads": heads, "patch_size": patch_size, "num_classes": num_classes} | told
+    try:
+        return ModelConfig(image_size=sides * patch_size, **parts)
     except (ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"these weights fit no CRATE: {error}") from error
+        raise WeightsError(f"these weights fit no {family.name}: {error}") from error
 
 
 def check_fit(state_dict: StateDict, config: ModelConfig) -> None:
     """Raises WeightsError that names each tensor of `state_dict` which is missing, unexpected or of another shape."""
     if config.depth > len(state_dict):  # a file may say anything; a model so deep is not built to find out
-        raise WeightsError(f"{len(state_dict)} tensors are too few for a CRATE of {config.depth:,} layers")
+        raise WeightsError(f"{len(state_dict)} tensors are too few for a model of {config.depth:,} layers")
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
@@ -150,19 +140,6 @@ def check_fit(state_dict: StateDict, config: ModelConfig) -> None:
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise WeightsError("the weights do not fit the model:\n" + "\n".join(f"  {line}" for line in shown))
-
-
-def _rename(state_dict: StateDict, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Renames by the first row of `table` whose left side is a whole module path at its start."""
-    rows = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"), new) for old, new in table.items()]
-
-    def rename(name: str) -> str:
-        for pattern, new in rows:
-            if match := pattern.match(name):
-                return new.format(*match.groups()) + name[match.end() :]
-        return name
-
-    return {rename(name): tensor for name, tensor in state_dict.items()}
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

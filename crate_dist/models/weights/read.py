@@ -1,12 +1,12 @@
-"""Reads weights: our model-only exports, and every checkpoint that the published code writes.
+"""Reads weights: our model-only exports, and every checkpoint that the published codes write.
 
     crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
-    the published training code's      {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    CRATE's training code's            {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
     its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
-    a bare state dict, a safetensors file of any origin
+    a bare state dict as CRATE-α's, a safetensors file of any origin
 
-each under crate-dist's names or the published code's, with or without the "module." of DataParallel and
-DistributedDataParallel. Files are opened with weights_only=True, so that no code in them runs.
+each under crate-dist's names or those of a family's published code (`families/`), with or without the "module." of
+DataParallel and DistributedDataParallel. Files are opened with weights_only=True, so that no code in them runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
@@ -33,20 +34,15 @@ from crate_dist.models.weights.names import (
     WeightsError,
     check_fit,
     config_from_plain,
-    from_reference,
     infer_config,
     join_classifier_heads,
+    recognised,
 )
 
 logger = logging.getLogger(__name__)
 
-_STATE_DICTS = {"state_dict": "reference", "model": "reference fine-tuning", "net": "reference fine-tuning"}
+_STATE_DICTS = ("state_dict", "model", "net")
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
-_PREPARED = {
-    "reference": {"resize_filter": "bilinear"},
-    "reference fine-tuning": {"resize_filter": "bilinear", "eval_fit": "stretch"},
-}
-"""The published code's preparation of images to be evaluated, where it is not our recipes' default."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class Weights:
     config: the architecture, where the file says it; meta: plain values that came along
     told: where it does not, what it says of what the shapes leave open, by the names of ModelConfig
     notes: what was changed in reading, in words
+    family: whose names they had
     """
 
     kind: str
@@ -66,6 +63,7 @@ class Weights:
     meta: dict[str, Any]
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    family: Family | None = None
 
     def architecture(self, heads: int | None = None) -> tuple[ModelConfig, tuple[str, ...]]:
         """Returns the model that the weights fit, and what has to be said of how that and they were found.
@@ -77,7 +75,7 @@ class Weights:
         told = self.config.heads if self.config else self.told.get("heads")
         if None not in (heads, told) and heads != told:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
-        config = self.config or replace(infer_config(self.state_dict, heads or told), **self.told)
+        config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
         check_fit(self.state_dict, config)
         if heads or told or config.heads == 1:
             return config, self.notes
@@ -101,12 +99,9 @@ def read_weights(path: str | Path) -> Weights:
         raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
     if "format" in content:
         return _read_export(path, content)
-    for key, kind in _STATE_DICTS.items():
+    for key in _STATE_DICTS:
         if isinstance(content.get(key), Mapping):
-            state = _tensors(path, content[key])
-            plain = _PREPARED[kind] | {name: _plain(content[name]) for name in _KEPT if name in content}
-            told = {name: content[name] for name in UNSEEN if _is_possible(name, content.get(name))}
-            return _of_others(kind, state, plain, told)
+            return _of_checkpoint(_tensors(path, content[key]), key, content)
     return _of_others("state dict", _tensors(path, content))
 
 
@@ -129,19 +124,25 @@ def load_model(path: str | Path, heads: int | None = None) -> tuple[Transformer,
     return model, weights.meta
 
 
-def _of_others(
-    kind: str,
-    state: Mapping[str, Tensor],
-    meta: dict[str, Any] | None = None,
-    told: Mapping[str, Any] | None = None,
-) -> Weights:
-    """Renames tensors of others. meta: None for tensors alone; the published code's are known by their names."""
-    renamed = from_reference(state)
-    if meta is None:
-        published = any(name not in state and f"module.{name}" not in state for name in renamed)
-        meta = dict(_PREPARED["reference"]) if published else {}
-    state_dict, note = join_classifier_heads(renamed)
-    return Weights(kind, state_dict, None, meta, told or {}, (note,) if note else ())
+def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
+    """Reads a checkpoint of somebody's training, `content`, whose weights stand under `key`."""
+    renamed, family, _ = recognised(state)
+    trained = key == (family.key or "state_dict")
+    meta = dict(family.evaluated if trained else family.fine_tuned)
+    meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
+    told = {name: content[name] for name in UNSEEN if _is_possible(name, content.get(name))}
+    return _joined("reference" if trained else "reference fine-tuning", renamed, family, meta, told)
+
+
+def _of_others(kind: str, state: Mapping[str, Tensor]) -> Weights:
+    """Reads tensors alone; those of a published code are known by their names."""
+    renamed, family, published = recognised(state)
+    return _joined(kind, renamed, family, dict(family.evaluated) if published else {}, {})
+
+
+def _joined(kind: str, state: StateDict, family: Family, meta: dict[str, Any], told: Mapping[str, Any]) -> Weights:
+    state_dict, note = join_classifier_heads(state)
+    return Weights(kind, state_dict, None, meta, told, (note,) if note else (), family)
 
 
 def _is_possible(name: str, value: Any) -> bool:

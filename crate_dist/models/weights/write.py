@@ -15,14 +15,16 @@ from crate_dist.config import ImageSection
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.weights.families import PARTS, family_that_computes
+from crate_dist.models.weights.families.family import Family
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
     UNSEEN,
     StateDict,
+    WeightsError,
     check_fit,
     config_to_plain,
-    to_reference,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,43 +75,54 @@ def export_reference(
     meta: Mapping[str, Any] | None = None,
     prefix: str = "module.",
 ) -> None:
-    """Writes what the published code's training script writes and reads back with --resume, and what it leaves out.
+    """Writes what the family's published code reads, and beside it, where there is a place, what that leaves out.
 
-    That is what no shape tells of the architecture, and how the run prepared images and called its classes. Reading
-    gives it back; the published code looks at what it knows, and the log says where it would compute something else.
-
-    Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e, and training goes
-    on with new moments.
+    A bare state dict is all that CRATE-α's reads. The training code of the others reads a checkpoint back with
+    --resume, and there stands what no shape tells of the architecture, and how the run prepared images and called its
+    classes. Reading gives it back; the published code looks at what it knows, and the log says where it would compute
+    something else. Its optimizer has hyperparameters and no moments, which weights alone do not have: enough for -e,
+    and training goes on with new moments.
 
     meta: "epoch", "arch" and "best_acc1" are taken from it where they are given, else what our runs say of these
-    prefix: "module." as the published code expects it, whose models are always wrapped; "" for the bare class
-    Raises WeightsError when the weights do not fit `config`, OSError.
+    prefix: "module." as a training code expects it, whose models are always wrapped; "" for the bare class
+    Raises WeightsError when the weights do not fit `config`, or no published code has its parts; OSError.
     """
     check_fit(state_dict, config)
+    family = family_that_computes(config)
+    if family is None:
+        parts = ", ".join(f"{part} {getattr(config, part)}" for part in PARTS)
+        raise WeightsError(f"no published code computes this model ({parts}); the other formats hold it as it is")
     meta = meta or {}
-    arch = find_arch(config)
-    accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
-    epoch = int(meta.get("epoch", meta.get("epochs", 0)))
-    recipe = meta.get("recipe_values")
-    content = {
-        "epoch": epoch,
-        "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", "CRATE")),
-        "state_dict": to_reference(_compact(state_dict), prefix),
-        "best_acc1": torch.tensor(float(accuracy)),
-        **{name: getattr(config, name) for name in UNSEEN},
-        **_fresh_optimizer(len(state_dict), epoch, recipe if isinstance(recipe, Mapping) else {}),
-        **{key: meta[key] for key in RECORDED if key in meta},
-    }
-    for departure in _departures(config, meta):
+    weights = family.to_theirs(_compact(state_dict), prefix if family.key else "")
+    content = weights if family.key is None else _checkpoint(family, weights, config, meta)
+    for departure in _departures(family, config, meta):
         logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
     with written_whole(Path(path)) as file:
         torch.save(content, file)
 
 
-def _departures(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:
+def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what CRATE's training code would have saved with these weights, and what it would have left out."""
+    arch = find_arch(config)
+    accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
+    epoch = int(meta.get("epoch", meta.get("epochs", 0)))
+    recipe = meta.get("recipe_values")
+    return {
+        "epoch": epoch,
+        "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", family.name)),
+        str(family.key): weights,
+        "best_acc1": torch.tensor(float(accuracy)),
+        **{name: getattr(config, name) for name in UNSEEN},
+        **_fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **{key: meta[key] for key in RECORDED if key in meta},
+    }
+
+
+def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:
     """Says what the published code has as constants, which are our defaults, and this model has otherwise."""
-    for name in ("pool", "ista_step", "ista_threshold"):
-        published, here = getattr(ModelConfig, name), getattr(config, name)
+    row = family.row(next(iter(family.sizes)))
+    for name in ("pool", "ista_step", "ista_threshold", "ratio", "norm_eps", "head_norm_eps"):
+        published, here = getattr(row, name, getattr(ModelConfig, name)), getattr(config, name)
         if here != published:
             yield f"its {name} is {published}, this model's {here}"
     for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):

@@ -1,0 +1,111 @@
+"""What a part costs by rule is what torch counts of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_dist.config import ModelSection
+from crate_dist.config.archs import ARCHS
+from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.models import costs
+from crate_dist.models.config import ModelConfig, model_config
+from crate_dist.models.transformer import Transformer
+
+OF_TOST = {"class_token": False, "positions": "fourier"}
+MODELS: list[dict[str, Any]] = [
+    *({"stem": name} for name in STEMS),
+    *({"mixer": name} for name in MIXERS),
+    *({"tokenwise": name, "residual": residual} for name in TOKENWISE for residual in RESIDUALS),
+    *({"tokenwise": name, "residual": "pre_norm", "layer_scale": 0.5} for name in TOKENWISE),
+    *({"head": name} | (OF_TOST if name == "class_attention" else {}) for name in HEADS),
+    {"mixer": "mssa", "out_bias": False, "ratio": 3, "tokenwise": "mlp"},
+    {"heads": 1, "pool": "mean"},
+    OF_TOST
+    | {"stem": "convolutions", "mixer": "tssa", "tokenwise": "mlp", "residual": "pre_norm", "layer_scale": 1.0}
+    | {"head": "class_attention"},
+]
+IMAGES = 4
+
+
+def name_of(given: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in given.items())
+
+
+@pytest.fixture(params=MODELS, ids=name_of)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    base = {"image_size": 48, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4}
+    return ModelConfig(**(base | request.param))
+
+
+def meta(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config).to("meta")
+
+
+def test_every_part_has_a_rule() -> None:
+    for part, table in zip(
+        ("stem", "mixer", "tokenwise", "residual", "head"), (STEMS, MIXERS, TOKENWISE, RESIDUALS, HEADS), strict=True
+    ):
+        assert table.keys() <= costs.RULES[part].keys()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_parameters_of_every_arch_are_those_of_the_model(arch: str) -> None:
+    config = model_config(ModelSection(arch=arch), 1000)
+    assert costs.parameters(config) == sum(p.numel() for p in meta(config).parameters())
+
+
+@pytest.mark.parametrize("images", [1, IMAGES])  # ISTA in two products; in one
+def test_parameters_and_operations_are_exactly_those_that_torch_counts(config: ModelConfig, images: int) -> None:
+    model = meta(config)
+    assert costs.parameters(config) == sum(p.numel() for p in model.parameters())
+    model.set_execution(images=images)
+    pictures = torch.empty(images, 3, config.image_size, config.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        logits = model(pictures)
+    assert counter.get_total_flops() == costs.forward_flops(config, images)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert counter.get_total_flops() + backward.get_total_flops() == costs.step_flops(config, images)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_autograd_keeps_is_what_was_foretold(config: ModelConfig, precision: str) -> None:
+    assert costs.kept_bytes(config, IMAGES, precision) == pytest.approx(kept(config, precision), rel=0.02)
+
+
+@pytest.mark.parametrize("arch", ["crate_demo", "cbt_tiny", "tost_tiny_12"])
+def test_what_autograd_keeps_with_autocast_is_what_was_foretold(arch: str) -> None:
+    # Within more, since autocast differs by device: on a CPU norms read bf16 where the tokens are.
+    config = model_config(ModelSection(arch=arch, image_size=64, patch_size=8, depth=2), 10)
+    assert costs.kept_bytes(config, IMAGES, "autocast") == pytest.approx(kept(config, "autocast"), rel=0.1)
+
+
+def kept(config: ModelConfig, precision: str) -> int:
+    """Returns the bytes of the storages that autograd keeps of a forward pass, but for the weights."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = Transformer(config).to(dtype)
+    model.set_execution(autocast=precision == "autocast", images=IMAGES)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(torch.randn(IMAGES, 3, config.image_size, config.image_size, dtype=dtype))
+    assert logits.requires_grad
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def test_a_part_without_a_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(costs.RULES["mixer"], "cbsa")
+    with pytest.raises(costs.NotKnown, match=r"mixer = 'cbsa' costs is not known"):
+        costs.step_flops(model_config(ModelSection(arch="cbt_tiny"), 10), 1)
