@@ -30,7 +30,7 @@ from crate_dist.whitebox.measures import Profile, profile
 from crate_dist.whitebox.pca import Scale, picture_components
 from crate_dist.whitebox.pictures import Framing, Picture, PictureError, from_paths, from_split, read_mask
 from crate_dist.whitebox.pixels import OBJECTS, enlarged, heat, masked
-from crate_dist.whitebox.titles import measure_title
+from crate_dist.whitebox.titles import TOGETHER, measure_title
 
 _BATCH = 16
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -114,22 +114,18 @@ def draw_layers(model: Transformer, pictures: Sequence[Picture], sheet: Sheet) -
     numbers = {name: np.array(values) for name, values in seen.means().items()}
     numbers |= {f"{name}_std": seen.std(name).numpy() for name in seen.values}
     numbers |= {f"{name}_of_images": values.numpy() for name, values in seen.values.items() if values.ndim > 1}
-    panels = [
-        Panel("layer", "coding rate [nats]", [_line(seen, *each) for each in _rates(seen)], band_label=_BAND),
-        *([_panel(seen, "zeros", f"non-zeros after {seen.tokenwise} [%]", 1)] if "zeros" in seen else []),
-    ]
+    panels = [_panel("coding rate [nats]", [_line(seen, *each) for each in _rates(seen)])]
+    if "zeros" in seen:
+        panels.append(_panel(f"non-zeros after {seen.tokenwise} [%]", [_line(seen, "zeros", _of(seen, "zeros"), 1)]))
     written = sheet.save(charts(sheet, panels, sheet.heading("Compression and sparsity, layer by layer")), "layers")
-    names = [name for name in seen.values if name not in ("coding_rate", "token_coding_rate", "zeros")]
-    titles = [measure_title(name, seen.mixer, seen.tokenwise) for name in names]
-    panels = [_panel(seen, name, title) for name, title in zip(names, titles, strict=True)]
+    panels = _other_panels(seen)
     title = sheet.heading("All other measures, layer by layer")
     pages = [charts(sheet, panels[n : n + _A_PAGE], title) for n in range(0, len(panels), _A_PAGE)]
-    written += sheet.save_pages(pages, "layers-measures")
+    written += sheet.save_pages(pages, "layers-measures") if pages else []
     return seen.what_is_missing(), [*written, sheet.save_numbers(numbers, "layers")]
 
 
 _A_PAGE = 6
-_BAND = "± 1 standard deviation"
 
 
 def _rates(seen: Profile) -> list[tuple[str, str, int]]:
@@ -138,9 +134,27 @@ def _rates(seen: Profile) -> list[tuple[str, str, int]]:
     return [rate for rate in rates if rate[0] in seen]
 
 
-def _panel(seen: Profile, name: str, title: str, style: int = 0) -> Panel:
-    of = f"mean of {seen[name].shape[1]} images" if seen[name].ndim > 1 else "of all images, or of the weights"
-    return Panel("layer", title, [_line(seen, name, of, style)], band_label=_BAND, each_label="each head")
+def _other_panels(seen: Profile) -> list[Panel]:
+    """Returns a panel for each measure that is in no figure of the papers, or one for several of one unit."""
+    panels, shared = list[Panel](), {names: title for title, names in TOGETHER.items()}
+    left = [name for name in seen.values if name not in ("coding_rate", "token_coding_rate", "zeros")]
+    while left:
+        group = next((names for names in shared if left[0] in names), (left[0],))
+        names = [name for name in group if name in left]
+        left = [name for name in left if name not in names]
+        titles = [measure_title(name, seen.mixer, seen.tokenwise) for name in names]
+        labels = titles if len(names) > 1 else [_of(seen, names[0])]
+        lines = [_line(seen, name, label, style) for style, (name, label) in enumerate(zip(names, labels, strict=True))]
+        panels.append(_panel(shared[group] if len(names) > 1 else titles[0], lines))
+    return panels
+
+
+def _panel(title: str, lines: Sequence[Line]) -> Panel:
+    return Panel("layer", title, lines, band_label="± 1 standard deviation", each_label="each head")
+
+
+def _of(seen: Profile, name: str) -> str:
+    return f"mean of {seen[name].shape[1]} images" if seen[name].ndim > 1 else "of the weights, or of all images"
 
 
 def _line(seen: Profile, name: str, label: str, style: int) -> Line:

@@ -26,6 +26,14 @@ _TITLES = {
     "gradient_norm": "gradient norm",
 }
 
+TOGETHER = {
+    "share of dead tokens and features": ("dead_tokens", "dead_features"),
+    "coherence": ("coherence", "decoder_coherence", "subspace_coherence"),
+    "cosine": ("out_alignment", "decoder_alignment"),
+    "entropy of the membership": ("membership_entropy", "membership_spread"),
+}
+"""Measures of one unit that share a pair of axes in a figure, by what stands at it."""
+
 
 def measure_title(name: str, mixer: str = "the mixer", tokenwise: str = "the token-wise part") -> str:
     """Returns what a measure is called, its unit behind; one that a part has brought, by its name, in words."""

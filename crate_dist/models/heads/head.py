@@ -9,7 +9,7 @@ class Head(nn.Module):
     """From the tokens after the last layer to logits: a linear map, `self.linear`, of their `features`."""
 
     norm: nn.Module
-    linear: nn.Module
+    linear: nn.Linear
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, classes)"""
