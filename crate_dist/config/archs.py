@@ -36,7 +36,7 @@ class Arch:
     head_norm_eps: float = 1e-5
     out_bias: bool = True
     layer_scale: float = 0.0
-    init: str = "crate"
+    init: str = "parts"
 
 
 def _cbt(dim: int, depth: int, heads: int) -> Arch:

@@ -39,7 +39,7 @@ HEADS = {
 }
 
 INITS = {
-    "crate": "initial.draw_crate",  # as torch draws them
+    "parts": "initial.leave",  # as each part draws its own: CRATE, CBT
     "alpha": "initial.draw_alpha",  # as CRATE-α's training code
     "vit": "initial.draw_vit",  # as timm for its ViT
     "tost": "initial.draw_tost",  # as ToST's code

@@ -189,7 +189,10 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
         raise RecipeError(
             f"{given}: this folder is neither a run, with a recipe.toml, nor a checkpoint, nor a file of weights"
         )
-    there, here = read_recipe(run.path).model, recipe.model
+    begun_from = read_recipe(run.path)
+    if recipe.train.init_weights == "ema" and not begun_from.optim.ema_decay:
+        raise RecipeError(f"{given}: this run has no average of its weights, for which train.init_weights=ema asks")
+    there, here = begun_from.model, recipe.model
     if there.arch != here.arch:
         raise RecipeError(
             f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "

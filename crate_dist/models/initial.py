@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from crate_dist.models.transformer import Transformer
 
 _STD = 0.02
 
@@ -20,27 +16,27 @@ def drawn(*shape: int) -> Tensor:
     return empty if empty.is_meta else empty.normal_()
 
 
-def draw_crate(model: Transformer) -> None:
-    """Leaves everything as the parts drew it: what CRATE's code does."""
+def leave(model: nn.Module) -> None:
+    """Leaves everything as the parts drew it."""
 
 
-def draw_alpha(model: Transformer) -> None:
+def draw_alpha(model: nn.Module) -> None:
     """Draws as CRATE-α's training code, which is JAX; its PyTorch file, which evaluates alone, would draw other ones.
 
     Linear maps are normal and without bias, that of the patches uniform of variance 2 / fan-in; ODL draws its own.
     """
     _draw(model, nn.init.normal_)
-    for linear in _linear_maps(model.patch_embed):
+    for linear in _linear_maps(model, "patch_embed"):
         nn.init.kaiming_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
 
 
-def draw_vit(model: Transformer) -> None:
+def draw_vit(model: nn.Module) -> None:
     """Draws as timm does for its ViT, where the map of the patches stays as torch draws a convolution."""
     _draw(model, nn.init.trunc_normal_)
 
 
-def draw_tost(model: Transformer) -> None:
+def draw_tost(model: nn.Module) -> None:
     """Draws as ToST's code: as ViT, but the class token too; convolutions and the map of positions stay as torch's."""
     _draw(model, nn.init.trunc_normal_)
     for name, parameter in model.named_parameters():
@@ -48,13 +44,12 @@ def draw_tost(model: Transformer) -> None:
             nn.init.trunc_normal_(parameter, std=_STD)
 
 
-def _draw(model: Transformer, normal: Callable[..., Tensor]) -> None:
+def _draw(model: nn.Module, normal: Callable[..., Tensor]) -> None:
     """Draws linear maps of layers and head, and positions, of standard deviation 0.02; a class token of almost zero."""
-    for part in (model.layers, model.head):
-        for linear in _linear_maps(part):
-            normal(linear.weight, std=_STD)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+    for linear in (*_linear_maps(model, "layers"), *_linear_maps(model, "head")):
+        normal(linear.weight, std=_STD)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     for name, parameter in model.named_parameters():
         if name == "pos_embedding":
             normal(parameter, std=_STD)
@@ -62,5 +57,5 @@ def _draw(model: Transformer, normal: Callable[..., Tensor]) -> None:
             nn.init.normal_(parameter, std=1e-6)
 
 
-def _linear_maps(part: nn.Module) -> Iterator[nn.Linear]:
-    return (module for module in part.modules() if isinstance(module, nn.Linear))
+def _linear_maps(model: nn.Module, part: str) -> Iterator[nn.Linear]:
+    return (module for module in model.get_submodule(part).modules() if isinstance(module, nn.Linear))

@@ -233,6 +233,7 @@ def test_a_launcher_says_at_once_what_it_cannot_begin_from(
         (tmp_path / "gone.pt", "model.image_size=48", "there is nothing"),
         (tmp_path / "folder", "model.image_size=48", "neither a run"),
         (pretrained, "model.arch=crate_tiny", "--set model.arch=crate_demo"),
+        (pretrained, "train.init_weights=ema", "has no average of its weights"),
     ):
         recipe = load_recipe(small_recipe, [*overrides, change, f"train.init_from={source}"])
         with pytest.raises(RecipeError, match=expected):

@@ -25,8 +25,8 @@ DECAY = 0.75
 SAVED_AFTER, STEPS = 2, 4
 
 
-def with_average(decay: float = DECAY, **optim: Any) -> Recipe:
-    return recipe(name="adamw", decay="matrices", ema_decay=decay, **optim)
+def with_average() -> Recipe:
+    return recipe(name="adamw", decay="matrices", ema_decay=DECAY)
 
 
 def of_weights(engine: Any, kind: str = "fp32") -> torch.Tensor:

@@ -14,15 +14,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crate_dist.checkpoint.format import CheckpointError
 from crate_dist.checkpoint.loading import list_checkpoints
-from crate_dist.config import load_recipe
+from crate_dist.checkpoint.trained import load_trained
+from crate_dist.config import WeightsKind, load_recipe
+from crate_dist.models.weights.names import WeightsError
 from crate_dist.run.dashboard import tags_of
 from crate_dist.run.folder import RunFolder
 from crate_dist.training.wandb_run import sent
+from crate_dist.watching.report import report
+from crate_dist.watching.runs import Queue, look
 from tests.conftest import casts, write_split
 from tests.ranks import REPOSITORY, Training, free_port, train_to_the_end
 
 pytestmark = pytest.mark.spawn
+
+STORED = REPOSITORY / "tests" / "stored_run"
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -49,7 +56,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cast_shards: Path) -> 
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "small.toml"
     recipe.write_text(SMALL_RECIPE)
-    arguments: list[object] = ["--config", recipe, "--data", cast_shards]
+    arguments: list[object] = ["--config", recipe, "--data", cast_shards, "--set", "optim.ema_decay=0.8"]
     train_to_the_end([*arguments, "--run-dir", folder / "run"], world_size=2)
     return arguments, folder / "run"
 
@@ -72,6 +79,36 @@ def test_a_run_learns_and_leaves_what_it_promises(undisturbed: tuple[list[object
     assert "| validation | top-1 " in (run / "model-best.md").read_text()
 
 
+def test_the_average_of_the_weights_is_evaluated_decides_which_is_best_and_is_exported(
+    undisturbed: tuple[list[object], Path],
+) -> None:
+    _, run = undisturbed
+    folder = RunFolder(run)
+    *_, last = evaluations = [line for line in lines(run) if "val/ema_top1" in line]
+    assert [line["step"] for line in evaluations] == [9, 17, 25]
+    assert last["val/ema_loss"] != last["val/loss"]
+    shown = dict(tensorboard_curve(run, "val/ema_top1"))
+    assert shown == pytest.approx({line["step"]: line["val/ema_top1"] for line in evaluations})
+    best = list_checkpoints(folder.checkpoints)[-1].progress
+    assert best.best_top1 == max(line["val/ema_top1"] for line in evaluations)
+    seen = look(run, Queue({}), disk=False)
+    assert (seen.top1, seen.ema_top1, seen.best_top1) == (last["val/top1"], last["val/ema_top1"], best.best_top1)
+    assert f"of the weights themselves {last['val/top1']:.2f} % at step 25" in report(folder)
+    kinds: dict[WeightsKind, str] = {"raw": "last", "ema": "last-ema"}
+    for kind, name in kinds.items():
+        for source in (run, folder.model(name)):
+            model = load_trained(source, weights=kind).model
+            assert same(dict(model.state_dict()), weights(run, name)), source
+    assert not same(weights(run), weights(run, "last-ema"))
+    assert f"| validation | top-1 {last['val/ema_top1']:.4g} %" in (run / "model-last-ema.md").read_text()
+    assert "moving average over the training, decay 0.8" in (run / "model-last-ema.md").read_text()
+    assert "moving average" not in (run / "model-last.md").read_text()
+    with pytest.raises(WeightsError, match=r"'ema' weights were asked for, and .*model-last.pt has them as they are"):
+        load_trained(folder.model("last"), weights="ema")
+    with pytest.raises(CheckpointError, match=r"'ema' weights were asked for, and .*has no moving average"):
+        load_trained(STORED / "run", weights="ema")
+
+
 def test_the_newest_checkpoints_and_the_best_are_kept(undisturbed: tuple[list[object], Path]) -> None:
     _, run = undisturbed
     saved = list_checkpoints(RunFolder(run).checkpoints)
@@ -92,7 +129,8 @@ def test_killed_with_9_and_started_again_it_ends_bit_for_bit_the_same(
     assert before < 25, "the run was over before it could be killed"
     train_to_the_end(arguments, world_size=2)
     assert losses(tmp_path / "run") == losses(run)
-    assert same(weights(tmp_path / "run"), weights(run))
+    for which in ("last", "last-ema"):
+        assert same(weights(tmp_path / "run", which), weights(run, which))
     starts = json.loads(RunFolder(tmp_path / "run").record_file.read_text())["starts"]
     assert [start["step"] for start in starts] in ([0, 10], [0, 15])
 
