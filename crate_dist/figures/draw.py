@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +126,7 @@ def draw_layers(model: Transformer, pictures: Sequence[Picture], sheet: Sheet) -
     return seen.what_is_missing(), [*written, sheet.save_numbers(numbers, "layers")]
 
 
-_A_PAGE = 6
+_A_PAGE, _LABEL = 6, 34
 
 
 def _rates(seen: Profile) -> list[tuple[str, str, int]]:
@@ -150,11 +151,11 @@ def _other_panels(seen: Profile) -> list[Panel]:
 
 
 def _panel(title: str, lines: Sequence[Line]) -> Panel:
-    return Panel("layer", title, lines, band_label="± 1 standard deviation", each_label="each head")
+    return Panel("layer", textwrap.fill(title, _LABEL), lines, band_label="± 1 standard deviation", each_label="each head")
 
 
 def _of(seen: Profile, name: str) -> str:
-    return f"mean of {seen[name].shape[1]} images" if seen[name].ndim > 1 else "of the weights, or of all images"
+    return f"mean of {seen[name].shape[1]} images" if seen[name].ndim > 1 else "of each layer"
 
 
 def _line(seen: Profile, name: str, label: str, style: int) -> Line:

@@ -13,7 +13,7 @@ _TITLES = {
     "decoder_coherence": "coherence of the dictionary of the way back",
     "decoder_alignment": "cosine of the two dictionaries",
     "subspace_coherence": "coherence of the subspaces",
-    "orthonormality_error": "departure of the bases from orthonormal ones",
+    "orthonormality_error": "orthonormality error of the bases",
     "out_alignment": "cosine of W and the subspaces",
     "membership": "membership, share of the tokens",
     "membership_entropy": "entropy of a token's membership",
