@@ -21,12 +21,15 @@ MEASURES = {
     "whitebox/gradient_norm": "gradient norm",
 }
 """What is measured of every layer -> its title."""
-_OF_BOTH = {"loss": "loss", "top-1 [%]": "top1"}
 
 
-def charts(named: Tag) -> dict[str, dict[str, str]]:
-    """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts."""
-    pairs = {title: (f"train/{name}", f"val/{name}", f"val/ema_{name}") for title, name in _OF_BOTH.items()}
+def charts(named: Tag, averaged: bool = False) -> dict[str, dict[str, str]]:
+    """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts.
+
+    averaged: whether the average of the weights is evaluated as well
+    """
+    of = ("train/", "val/", "val/ema_") if averaged else ("train/", "val/")
+    pairs = {title: [f"{whose}{name}" for whose in of] for title, name in (("loss", "loss"), ("top-1 [%]", "top1"))}
     return {
         "train and val": {title: "|".join(map(named, names)) for title, names in pairs.items()},
         "white box, layer by layer": {title: named(f"{name}/layer-") + r"\d+" for name, title in MEASURES.items()},

@@ -255,7 +255,7 @@ class Monitor:
     def _curves(self, step: int, purge_step: int | None) -> Curves:
         tag, place = tags_of(self._folder), self._folder.path.resolve()
         curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, tag)
-        curves.charts(dashboard.charts(tag), step)
+        curves.charts(dashboard.charts(tag, self._recipe.optim.ema_decay > 0), step)
         curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
         return curves
 
