@@ -30,7 +30,7 @@ from crate_dist.data.splits import check_same_classes, open_split
 from crate_dist.distributed import exit_at_once
 from crate_dist.evaluation import knn
 from crate_dist.evaluation import linear as linear_probe
-from crate_dist.evaluation.features import Features, extract, pooled
+from crate_dist.evaluation.features import Features, check_pool, extract, pooled
 from crate_dist.evaluation.on_ranks import (
     CannotMeasure,
     Frozen,
@@ -44,18 +44,22 @@ from crate_dist.world import World
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """A probe that fits model and data. layer: 1 … depth; pool: the token, or the mean of them, that is the feature."""
+    """A probe that fits model and data. layer: 1 … depth; pool: in place of the head's own."""
 
     trained: Trained
     train: ShardIndex
     val: ShardIndex
     layer: int
-    pool: Pool
+    pool: Pool | None
 
     def describe(self) -> str:
         """Names the feature in words."""
-        tokens = "mean of the tokens" if self.pool == "mean" else "class token"
-        return f"{tokens} after layer {self.layer} of {self.trained.model.config.depth} and the head's norm"
+        config = self.trained.model.config
+        place = f"after layer {self.layer} of {config.depth}"
+        if config.head != "linear":
+            return f"what the linear map of the head reads ({config.head}) {place}"
+        tokens = "mean of the tokens" if (self.pool or config.pool) == "mean" else "class token"
+        return f"{tokens} {place} and the head's norm"
 
 
 def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
@@ -75,9 +79,10 @@ def open_inputs(arguments: argparse.Namespace) -> ProbeInputs:
     for split in (train, val):
         if not split.num_samples:
             raise CannotMeasure(f"{split.place} has no samples")
-    return ProbeInputs(
-        trained, train, val, find_layer(arguments.layer, trained.model.config.depth), _pool(arguments, trained)
-    )
+    config = trained.model.config
+    if arguments.pool:
+        check_pool(config, arguments.pool)
+    return ProbeInputs(trained, train, val, find_layer(arguments.layer, config.depth), arguments.pool)
 
 
 def features(model: Frozen, asked: ProbeInputs) -> tuple[Features, Features]:
@@ -140,6 +145,7 @@ def _report(path: Path | None, asked: ProbeInputs, train: Features, val: Feature
     for line in _knn_lines(measured, train.total) if measured["probe"] == "knn" else _linear_lines(measured):
         print(line)  # noqa: T201
     if path is not None:
+        config = asked.trained.model.config
         about = {
             "model": asked.trained.name,
             "train": str(asked.train.place),
@@ -148,7 +154,7 @@ def _report(path: Path | None, asked: ProbeInputs, train: Features, val: Feature
             "val_samples": val.total,
             "replaced": replaced,
             "layer": asked.layer,
-            "pool": asked.pool,
+            "pool": asked.pool or (config.pool if config.head == "linear" else config.head),
         }
         write_whole(path, json.dumps({**about, **measured}, indent=1) + "\n")
 
@@ -177,11 +183,6 @@ def _linear_lines(measured: dict[str, Any]) -> list[str]:
 
 def _short(fitted: dict[str, Any]) -> str:
     return "" if fitted["converged"] else ", short of the optimum: --max-steps"
-
-
-def _pool(arguments: argparse.Namespace, trained: Trained) -> Pool:
-    pool: Pool = arguments.pool or trained.model.config.pool
-    return pool
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ _TAKES = (
 
 
 class Model(Transformer):
-    """A CRATE, in fp32, with all that its run knew. Its state dict is that of a CRATE.
+    """A model of the family, in fp32, with all that its run knew. Its state dict is that of a Transformer.
 
     preprocess: from pictures to what it reads
     classes: ids in the order of the logits; class_names: the same for people; None where nobody told them
@@ -82,7 +82,8 @@ class Model(Transformer):
         Classes are called by their names, those of one name with their ids, too; by their numbers where nobody told
         names. Raises as Preprocess does.
         """
-        images = self.preprocess(picture).to(self.pos_embedding.device, self.pos_embedding.dtype)
+        weights = self.head.linear.weight
+        images = self.preprocess(picture).to(weights.device, weights.dtype)
         likeliest = self(images).float().softmax(dim=-1).topk(min(top, self.config.num_classes))
         times, ids = Counter(self.class_names), dict(enumerate(self.classes or ()))
         names = {  # of fewer, perhaps: a head may have room for more

@@ -44,16 +44,12 @@ def load_trained(source: Path, heads: int | None = None, weights: WeightsKind | 
     """Opens a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     heads: for files of weights that do not tell them
-    weights: "ema": the average of a checkpoint's weights; "raw": these themselves, as without; of a file: what must be
-    in it
+    weights: "ema": the average of a checkpoint's weights; "raw": these themselves, as without; of a file of ours: what
+    must be in it
     Raises CheckpointError, WeightsError, RecipeError: when `source` is none of these, damaged, or without such weights.
     """
     if not source.is_dir():
-        model, meta = load_model(source, heads)
-        there = "ema" if "ema_decay" in meta else "raw"
-        if weights not in (None, there):
-            what = "their moving average" if there == "ema" else "them as they are, or does not say more"
-            raise WeightsError(f"{weights!r} weights were asked for, and {source} has {what}; a run may have both")
+        model, meta = load_model(source, heads, weights)
         known = {key: meta[key] for key in ImageSection.model_fields if key in meta}
         try:
             images = ImageSection(**known)

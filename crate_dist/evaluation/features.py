@@ -1,9 +1,9 @@
 """Features of a frozen model: one vector for every image of a split, spread over the ranks.
 
-The feature of an image is the vector that the linear classifier of the head would read: the tokens after the last
-layer, pooled as the model's head does it (the class token, or the mean of all tokens), then the head's LayerNorm. It is
+The feature of an image is the vector that the linear map of the head reads: of a linear head the tokens after the last
+layer, pooled as the model does it (the class token, or the mean of all tokens), then its LayerNorm. It is
 what DINO's evaluations use of a vision transformer (Caron et al. 2021, arXiv 2104.14294: the class token after the last
-norm). Other layers can be asked for, whose tokens go through the same norm, as there.
+norm). Other layers can be asked for, whose tokens go through the same head, as there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from crate_dist.data.feed import Feed
 from crate_dist.data.loader import Batch
 from crate_dist.evaluation.on_ranks import CannotMeasure
-from crate_dist.models.config import Pool
+from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
 
 
@@ -46,11 +46,27 @@ class Features:
         return sum(self.sizes)
 
 
-def pooled(model: Transformer, images: Tensor, layer: int, pool: Pool) -> Tensor:
-    """Returns features (b, d) of normalised images (b, 3, image_size, image_size) after layer 1 … depth."""
+def check_pool(config: ModelConfig, pool: Pool) -> None:
+    """Raises CannotMeasure when a model's head has no choice of what its features are pooled from, or not this one."""
+    if config.head != "linear":
+        raise CannotMeasure(
+            f'--pool {pool}: the features of head = "{config.head}" are what its linear map reads, and are pooled in '
+            "no other way; leave --pool out"
+        )
+    if pool == "cls" and not config.class_token:
+        raise CannotMeasure("--pool cls: there is no class token in the layers of this model; --pool mean")
+
+
+def pooled(model: Transformer, images: Tensor, layer: int, pool: Pool | None = None) -> Tensor:
+    """Returns features (b, d) of normalised images (b, 3, image_size, image_size) after layer 1 … depth.
+
+    pool: in place of that of the model's linear head
+    """
     z = model.embed(images)
     for block in model.layers[:layer]:
         z = block(z)
+    if pool is None:
+        return model.head.features(z)
     features: Tensor = model.head.norm(z.mean(dim=1) if pool == "mean" else z[:, 0])
     return features
 

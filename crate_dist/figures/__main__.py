@@ -70,7 +70,12 @@ def _parser() -> Parser:
         return commands.add_parser(name, parents=[*parents, page], help=shows, description=text)
 
     add("attention", "runs/crate_base --images photos", "where the class token looks", common, layered)
-    add("layers", "runs/crate_base --count 256 --format pdf", "coding rate and sparsity of every layer", common)
+    add(
+        "layers",
+        "runs/crate_base --count 256 --format pdf",
+        "coding rate, sparsity and all other measures of every layer",
+        common,
+    )
     pca = add("pca", "model-best.pt --images photos", "patches in the colours of their components", common, layered)
     pca.add_argument("--threshold", type=float, default=0.5, metavar="T", help="of the first component [%(default)s]")
     pca.add_argument("--invert", action="store_true", help="the foreground is the other side")
@@ -90,6 +95,12 @@ def _parser() -> Parser:
     compare = add("compare", "runs/crate_small runs/crate_base", "curves and layer profiles of several runs in one")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; what they have measured")
     compare.add_argument("--names", nargs="+", metavar="NAME", help="what the runs are called [their folders]")
+    compare.add_argument(
+        "--measures",
+        nargs="+",
+        metavar="NAME",
+        help="of the layers, as in metrics.jsonl; all: every one [coding_rate token_coding_rate zeros]",
+    )
     return parser
 
 
@@ -114,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         title = "" if options.title == "none" else options.title
         sheet = Sheet(options.out, tuple(dict.fromkeys(options.format)), options.dpi, options.width, title)
         if options.figure == "compare":
-            from crate_dist.figures.compare import draw_comparison
+            from crate_dist.figures.compare import MEASURES, draw_comparison
 
-            said, written = draw_comparison(options.runs, options.names, sheet)
+            said, written = draw_comparison(options.runs, options.names, sheet, options.measures or MEASURES)
         else:
             from crate_dist.figures.draw import draw
 

@@ -20,16 +20,16 @@ from crate_dist.figures.charts import Line, Panel, charts
 from crate_dist.figures.sheet import Sheet
 from crate_dist.files import whole_lines
 from crate_dist.run.folder import RunFolder, runs_in
+from crate_dist.whitebox.titles import measure_title
 
 Float = NDArray[np.float64]
 
-_POINTS = 200
-_LABELS = {
-    "loss": ("epoch", "training loss"),
-    "top-1": ("epoch", "validation top-1 [%]"),
-    "coding rate": ("layer", "coding rate of MSSA [nats]"),
-    "non-zeros": ("layer", "non-zeros after ISTA [%]"),
-}
+_POINTS, _A_PAGE = 200, 6
+_CURVES = {"loss": ("epoch", "training loss"), "top-1": ("epoch", "validation top-1 [%]")}
+_LAYERS = {"coding_rate": "coding rate", "zeros": "non-zeros"}
+"""What measures are called whose panels had a name before they had one each."""
+MEASURES = ("coding_rate", "token_coding_rate", "zeros")
+"""Those of the papers' figures, drawn when nobody names others."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,47 @@ class Measured:
     curves: Mapping[str, Float]
 
 
-def draw_comparison(runs: Sequence[Path], names: Sequence[str] | None, sheet: Sheet) -> tuple[str, list[Path]]:
-    """Draws loss and top-1 over the epochs, coding rate and non-zeros over the layers. Returns what is left out too.
+def draw_comparison(
+    runs: Sequence[Path], names: Sequence[str] | None, sheet: Sheet, measures: Sequence[str] = MEASURES
+) -> tuple[str, list[Path]]:
+    """Draws loss and top-1 over the epochs, and measures over the layers. Returns what is left out too.
 
-    Raises UserError: a folder is no run, has measured nothing yet, or there are not as many names.
+    measures: as metrics.jsonl has them behind "whitebox/"; "all": all that any of the runs has
+    Raises UserError: a folder is no run, or has measured nothing yet, or not what is named; names are not as many.
     """
     if names is not None and len(set(names)) != len(runs):
         raise UserError(f"--names: {len(set(names))} different names for {len(runs)} runs; give one for each")
     found = [read_run(run, name) for run, name in zip(runs, names or short_names(runs), strict=True)]
+    known = list(dict.fromkeys(panel for run in found for panel in run.curves if panel not in _CURVES))
+    wanted = known if "all" in measures else [_LAYERS.get(name, name) for name in measures]
+    if (strange := [name for name in wanted if name not in known]) and tuple(measures) != MEASURES:
+        have = ", ".join(_names(known)) or "no measures of layers yet"
+        raise UserError(f"--measures {' '.join(_names(strange))}: none of the runs has measured that; they have {have}")
+    labels = _CURVES | {panel: ("layer", _title(panel)) for panel in wanted}
     panels = []
-    for panel, labels in _LABELS.items():
+    for panel, (x, y) in labels.items():
         lines = [Line(run.name, *run.curves[panel]) for run in found if panel in run.curves]
         if lines:
-            panels.append(Panel(*labels, lines))
+            panels.append(Panel(x, y, lines))
     sheet.out.mkdir(parents=True, exist_ok=True)
-    figure = charts(sheet, panels, sheet.heading(""), shared_legend=True)
+    pages = [panels[n : n + _A_PAGE] for n in range(0, len(panels), _A_PAGE)]
+    figures = [charts(sheet, page, sheet.heading(""), shared_legend=True) for page in pages]
     numbers = {f"{run.name}/{panel}": curve for run in found for panel, curve in run.curves.items()}
-    missing = [f"{run.name} ({', '.join(set(_LABELS) - set(run.curves))})" for run in found if len(run.curves) < 4]
-    said = f"{len(found)} runs" + (f"; not measured: {', '.join(missing)}" if missing else "")
-    return said, [*sheet.save(figure, "compare"), sheet.save_numbers(numbers, "compare")]
+    missing = [(run.name, [panel for panel in labels if panel not in run.curves]) for run in found]
+    told = [f"{name} ({', '.join(lacks)})" for name, lacks in missing if lacks]
+    said = f"{len(found)} runs" + (f"; not measured: {', '.join(told)}" if told else "")
+    return said, [*sheet.save_pages(figures, "compare"), sheet.save_numbers(numbers, "compare")]
+
+
+def _names(panels: Sequence[str]) -> list[str]:
+    """Returns what metrics.jsonl calls measures."""
+    return [{called: name for name, called in _LAYERS.items()}.get(panel, panel) for panel in panels]
+
+
+def _title(panel: str) -> str:
+    if panel == "non-zeros":
+        return "non-zeros of the sparse codes [%]"
+    return measure_title(*_names([panel]))
 
 
 def read_run(path: Path, name: str) -> Measured:
@@ -81,15 +103,14 @@ def read_run(path: Path, name: str) -> Measured:
                 points["loss"].append((step, line["train/loss"]))
             if "val/top1" in line:
                 points["top-1"].append((step, line["val/top1"]))
-            if "whitebox/zeros" in line:
-                layers = {
-                    "coding rate": line["whitebox/coding_rate"],
-                    "non-zeros": 100 - 100 * np.array(line["whitebox/zeros"], dtype=np.float64),
-                }
+            measured = {key.removeprefix("whitebox/"): line[key] for key in line if key.startswith("whitebox/")}
+            layers = measured or layers
         curves = {panel: np.array(values, dtype=np.float64).T for panel, values in points.items() if values}
         curves = {panel: _thinned(curve * [[epochs], [1]]) for panel, curve in curves.items() if epochs}
-        for panel, values in layers.items():
-            curves[panel] = np.array([range(1, len(values) + 1), values], dtype=np.float64)
+        for measure, of_layers in layers.items():
+            values = np.array(of_layers, dtype=np.float64)
+            shown = 100 - 100 * values if measure == "zeros" else values
+            curves[_LAYERS.get(measure, measure)] = np.array([range(1, len(values) + 1), shown], dtype=np.float64)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{folder.metrics} is damaged: {type(error).__name__}: {error}") from error
     if not curves:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from crate_dist.figures.sheet import Sheet
 from crate_dist.figures.tables import Cell, attention_grid, coloured, picture_table
 from crate_dist.files import write_whole
 from crate_dist.models.transformer import Transformer
+from crate_dist.whitebox.maps import Maps, patch_keys, token_maps
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
-from crate_dist.whitebox.measures import class_attention_maps, patch_projections, profile
+from crate_dist.whitebox.measures import Profile, profile
 from crate_dist.whitebox.pca import Scale, picture_components
 from crate_dist.whitebox.pictures import Framing, Picture, PictureError, from_paths, from_split, read_mask
 from crate_dist.whitebox.pixels import OBJECTS, enlarged, heat, masked
+from crate_dist.whitebox.titles import TOGETHER, measure_title
 
 _BATCH = 16
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -44,8 +47,9 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device, torch.float32).eval()
     sheet.out.mkdir(parents=True, exist_ok=True)
+    missing: list[str] = []
     if options.figure == "layers":
-        written = draw_layers(model, pictures, sheet)
+        missing, written = draw_layers(model, pictures, sheet)
     else:
         layer = find_layer(options.layer, model.config.depth) - 1
         if options.figure == "attention":
@@ -55,58 +59,115 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
         else:
             truths = _read_truths(options.masks, pictures) if options.masks else {}
             written = draw_masks(model, pictures, layer, truths, options.mass, options.tau, options.objects, sheet)
-    return f"{trained.name}, {len(pictures)} pictures", written
+    return "; ".join([f"{trained.name}, {len(pictures)} pictures", *missing]), written
 
 
 def draw_attention(model: Transformer, pictures: Sequence[Picture], layer: int, sheet: Sheet) -> list[Path]:
     """Draws class-token attention of all heads over each picture in one layer (figure 4 of arXiv 2306.01129), its mean
     over the heads in every layer, and for each picture the grid of all layers and heads.
 
+    A mixer without attention shows its membership instead, and a head of the model that looks itself its blocks.
     layer: counted from 0
     """
-    maps = [_on(model, class_attention_maps, picture)[:, 0] for picture in tqdm(pictures, unit="image", disable=None)]
-    heads, bar = range(maps[0].shape[1]), "attention / max"
+    found = [_maps(model, picture) for picture in tqdm(pictures, unit="image", disable=None)]
+    maps, first = [_numbers(each.layers[:, 0]) for each in found], found[0]
+    heads, bar, what = range(maps[0].shape[1]), f"{first.kind} / max", first.what[0].upper() + first.what[1:]
     rows = list(zip(pictures, maps, strict=True))
     by_head = [[Cell(p.original), *(Cell(heat(m[layer, head])) for head in heads)] for p, m in rows]
-    by_layer = [[Cell(p.original), *(Cell(heat(one)) for one in m.mean(axis=1))] for p, m in rows]
+    over_heads = [_numbers(each.over_heads(each.layers[:, 0])) for each in found]
+    by_layer = [[Cell(p.original), *map(Cell, map(heat, m))] for p, m in zip(pictures, over_heads, strict=True)]
     columns = ["input", *(f"head {h + 1}" for h in heads)]
-    title = sheet.heading(f"Attention of the class token in layer {layer + 1}, by head")
+    title = sheet.heading(f"{what} in layer {layer + 1}, by head")
     written = sheet.save_pages(
-        picture_table(sheet, by_head, columns, bar=bar, title=title), f"attention-layer-{layer + 1:02d}"
+        picture_table(sheet, by_head, columns, bar=bar, title=title), f"{first.kind}-layer-{layer + 1:02d}"
     )
     columns = ["input", *(f"layer {n + 1}" for n in range(len(maps[0])))]
-    title = sheet.heading("Attention of the class token, mean over the heads, by layer")
-    written += sheet.save_pages(picture_table(sheet, by_layer, columns, bar=bar, title=title), "attention-layers")
+    title = sheet.heading(f"{what}, {first.over_heads_name}, by layer")
+    written += sheet.save_pages(picture_table(sheet, by_layer, columns, bar=bar, title=title), f"{first.kind}-layers")
     for picture, each in rows:
         _, _, name = picture.name.partition("-")
-        title = sheet.heading(f"Attention of the class token on {name}")
-        written += sheet.save_pages(attention_grid(sheet, picture.original, each, title), f"attention-{picture.name}")
-    return [*written, sheet.save_numbers({p.name: m for p, m in rows}, "attention")]
+        title = sheet.heading(f"{what} on {name}")
+        written += sheet.save_pages(
+            attention_grid(sheet, picture.original, each, title, bar), f"{first.kind}-{picture.name}"
+        )
+    numbers = {picture.name: each for picture, each in rows}
+    if first.head is not None:
+        blocks = [_numbers(each.head[:, 0]) for each in found if each.head is not None]
+        title = sheet.heading("Attention of the class token in the last block of the head, by head")
+        cells = [[Cell(p.original), *map(Cell, map(heat, m[-1]))] for p, m in zip(pictures, blocks, strict=True)]
+        columns = ["input", *(f"head {h + 1}" for h in range(len(blocks[0][-1])))]
+        pages = picture_table(sheet, cells, columns, bar="attention / max", title=title)
+        written += sheet.save_pages(pages, "attention-head")
+        numbers |= {f"{picture.name}/head": each for picture, each in zip(pictures, blocks, strict=True)}
+    return [*written, sheet.save_numbers(numbers, "attention")]
 
 
-def draw_layers(model: Transformer, pictures: Sequence[Picture], sheet: Sheet) -> list[Path]:
-    """Draws coding rate after MSSA's projection and non-zeros after ISTA (figure 3 of arXiv 2306.01129)."""
+def draw_layers(model: Transformer, pictures: Sequence[Picture], sheet: Sheet) -> tuple[list[str], list[Path]]:
+    """Draws coding rate after the mixer's projection and non-zeros of the codes (figure 3 of arXiv 2306.01129), beside
+    the rate of the tokens themselves, and on pages of their own all other measures that the model has.
+
+    Returns what it does not have, in sentences, and the files.
+    """
     tensors = [picture.tensor for picture in pictures]
     if len({tensor.shape for tensor in tensors}) > 1:
         raise PictureError("the profile over the layers is that of pictures of one size, and these tensors have others")
     seen = profile(model, _batches(tensors, next(model.parameters()).device))
-    numbers = {
-        "coding_rate_std": seen.coding_rate_std.numpy(),
-        "zeros_std": seen.zeros_std.numpy(),
-        **{name: np.array(values) for name, values in seen.means().items()},
-        "coding_rate_of_images": seen.coding_rate.numpy(),
-        "zeros_of_images": seen.zeros.numpy(),
-    }
-    layers = np.arange(1.0, len(numbers["zeros"]) + 1)
-    mean, band = f"mean of {len(pictures)} images", "± 1 standard deviation"
-    rate = Line(mean, layers, numbers["coding_rate"], numbers["coding_rate_std"], style=0)
-    nonzero = Line(mean, layers, 100 - 100 * numbers["zeros"], 100 * numbers["zeros_std"], style=1)
-    panels = [
-        Panel("layer", "coding rate of MSSA [nats]", [rate], band_label=band),
-        Panel("layer", "non-zeros after ISTA [%]", [nonzero], band_label=band),
-    ]
-    figure = charts(sheet, panels, sheet.heading("Compression and sparsity, layer by layer"))
-    return [*sheet.save(figure, "layers"), sheet.save_numbers(numbers, "layers")]
+    numbers = {name: np.array(values) for name, values in seen.means().items()}
+    numbers |= {f"{name}_std": seen.std(name).numpy() for name in seen.values}
+    numbers |= {f"{name}_of_images": values.numpy() for name, values in seen.values.items() if values.ndim > 1}
+    panels = [_panel("coding rate [nats]", [_line(seen, *each) for each in _rates(seen)])]
+    if "zeros" in seen:
+        panels.append(_panel(f"non-zeros after {seen.tokenwise} [%]", [_line(seen, "zeros", _of(seen, "zeros"), 1)]))
+    written = sheet.save(charts(sheet, panels, sheet.heading("Compression and sparsity, layer by layer")), "layers")
+    panels = _other_panels(seen)
+    title = sheet.heading("All other measures, layer by layer")
+    pages = [charts(sheet, panels[n : n + _A_PAGE], title) for n in range(0, len(panels), _A_PAGE)]
+    written += sheet.save_pages(pages, "layers-measures") if pages else []
+    return seen.what_is_missing(), [*written, sheet.save_numbers(numbers, "layers")]
+
+
+_A_PAGE, _LABEL = 6, 34
+
+
+def _rates(seen: Profile) -> list[tuple[str, str, int]]:
+    """Returns the coding rates that a model has, what each is of, and their styles."""
+    rates = [("coding_rate", f"in the subspaces of {seen.mixer}", 0), ("token_coding_rate", "of the tokens", 2)]
+    return [rate for rate in rates if rate[0] in seen]
+
+
+def _other_panels(seen: Profile) -> list[Panel]:
+    """Returns a panel for each measure that is in no figure of the papers, or one for several of one unit."""
+    panels, shared = list[Panel](), {names: title for title, names in TOGETHER.items()}
+    left = [name for name in seen.values if name not in ("coding_rate", "token_coding_rate", "zeros")]
+    while left:
+        group = next((names for names in shared if left[0] in names), (left[0],))
+        names = [name for name in group if name in left]
+        left = [name for name in left if name not in names]
+        titles = [measure_title(name, seen.mixer, seen.tokenwise) for name in names]
+        labels = titles if len(names) > 1 else [_of(seen, names[0])]
+        lines = [_line(seen, name, label, style) for style, (name, label) in enumerate(zip(names, labels, strict=True))]
+        panels.append(_panel(shared[group] if len(names) > 1 else titles[0], lines))
+    return panels
+
+
+def _panel(title: str, lines: Sequence[Line]) -> Panel:
+    return Panel(
+        "layer", textwrap.fill(title, _LABEL), lines, band_label="± 1 standard deviation", each_label="each head"
+    )
+
+
+def _of(seen: Profile, name: str) -> str:
+    return f"mean of {seen[name].shape[1]} images" if seen[name].ndim > 1 else "of each layer"
+
+
+def _line(seen: Profile, name: str, label: str, style: int) -> Line:
+    """Draws one measure over the layers, with its spread; where heads have their own, each of them as a thin line."""
+    values, mean, std = seen[name], seen.mean(name).numpy(), seen.std(name).numpy()
+    if name == "zeros":
+        mean, std = 100 - 100 * mean, 100 * std
+    layers = np.arange(1.0, len(mean) + 1)
+    heads = values.mean(dim=1).T.numpy() if values.ndim > 2 else ()
+    return Line(label, layers, mean, std if values.ndim > 1 else None, [(layers, head) for head in heads], style)
 
 
 def draw_pca(
@@ -119,7 +180,7 @@ def draw_pca(
     sheet: Sheet,
 ) -> list[Path]:
     """Draws principal components of the patches of all pictures together; see whitebox.pca."""
-    features = [_on(model, patch_projections, picture, layer)[0] for picture in pictures]
+    features = [_keys(model, picture, layer) for picture in pictures]
     found = picture_components(features, threshold, invert, scale)
     cells: list[list[Cell]] = []
     for picture, one in zip(pictures, found, strict=True):
@@ -162,10 +223,10 @@ def draw_masks(
     overlaps: dict[str, dict[str, float]] = {}
     numbers: dict[str, NDArray[Any]] = {}
     for picture in tqdm(pictures, unit="image", disable=None):
-        maps = _on(model, class_attention_maps, picture)[layer, 0]
+        maps = _numbers(_maps(model, picture).looks(layer)[0])
         by_head = [attention_mask(head, mass) for head in maps]
         looked = attention_mask(maps.mean(axis=0), mass)
-        found = mask_cut(_on(model, patch_projections, picture, layer)[0], tau, objects)
+        found = mask_cut(_keys(model, picture, layer), tau, objects)
         shown = [[looked], found, *([[truths[picture.name]]] if truths else [])]
         cells.append([Cell(picture.original), Cell(heat(maps.mean(axis=0)))])
         cells[-1] += [Cell(masked(picture.original, each), each) for each in shown]
@@ -208,9 +269,16 @@ def _overlaps(truth: Mask, looked: Mask, by_head: Sequence[Mask], found: Sequenc
     }
 
 
-def _on(model: Transformer, measure: Callable[..., Tensor], picture: Picture, *rest: int) -> NDArray[np.floating]:
-    images: Tensor = picture.tensor[None].to(next(model.parameters()).device)
-    values: NDArray[np.floating] = measure(model, images, *rest).cpu().numpy()
+def _maps(model: Transformer, picture: Picture) -> Maps:
+    return token_maps(model, picture.tensor[None].to(next(model.parameters()).device))
+
+
+def _keys(model: Transformer, picture: Picture, layer: int) -> NDArray[np.floating]:
+    return _numbers(patch_keys(model, picture.tensor[None].to(next(model.parameters()).device), layer)[0])
+
+
+def _numbers(tensor: Tensor) -> NDArray[np.floating]:
+    values: NDArray[np.floating] = tensor.cpu().numpy()
     return values
 
 

@@ -44,13 +44,13 @@ def coloured(values: Float) -> Pixels:
     return pixels
 
 
-def attention_grid(sheet: Sheet, image: Pixels, maps: Float, title: str) -> list[Figure]:
+def attention_grid(sheet: Sheet, image: Pixels, maps: Float, title: str, bar: str) -> list[Figure]:
     """Draws attention maps (L, h, rows, cols) of one picture: rows are layers, columns heads, the first their mean."""
     layers, heads = maps.shape[:2]
     cells = [[Cell(lit(image, each.mean(axis=0))), *(Cell(heat(one)) for one in each)] for each in maps]
     columns = ["mean on input", *(f"head {head + 1}" for head in range(heads))]
     rows = [f"layer {layer + 1}" for layer in range(layers)]
-    return picture_table(sheet, cells, columns, rows, bar="attention / max", title=title)
+    return picture_table(sheet, cells, columns, rows, bar=bar, title=title)
 
 
 def picture_table(

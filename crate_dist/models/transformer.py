@@ -16,6 +16,7 @@ features per subspace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from crate_dist.config.parts import HEADS, INITS, RESIDUALS, STEMS
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.heads.head import Head
 from crate_dist.models.initial import drawn
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
@@ -64,15 +66,22 @@ class Intermediates:
     def class_attention(self, layer: int) -> Tensor:
         """Returns where the class token of each head looks in one layer, by patch: fp32 (b, h, rows, cols).
 
-        What a map lacks to a sum of 1 the class token pays itself. Raises ValueError as `attention` does.
+        What a map lacks to a sum of 1 the class token pays itself. Raises ValueError as `attention` does, and when
+        there is no class token in the layers.
         """
-        return self._map(layer, slice(1))[..., 0, 1:].unflatten(-1, self.grid)
+        looks = self._map(layer, slice(1))[..., 0, :]
+        patches = math.prod(self.grid)
+        if looks.shape[-1] == patches:
+            raise ValueError("there is no class token in the layers of this model")
+        return looks[..., -patches:].unflatten(-1, self.grid)
 
     def _map(self, layer: int, queries: slice) -> Tensor:
-        found = self.mixers[layer].attention(self.projections[layer], queries)
+        mixer, w = self.mixers[layer], self.projections[layer]
+        single = self.logits.ndim == 1
+        found = mixer.attention(w[None] if single else w, queries)
         if found is None:
-            raise ValueError(f"{type(self.mixers[layer]).__name__} has no map of tokens that look at each other")
-        return found
+            raise ValueError(f"{type(mixer).__name__} has no map of tokens that look at each other")
+        return found[0] if single else found
 
 
 class Transformer(nn.Module):
@@ -96,7 +105,7 @@ class Transformer(nn.Module):
         self.emb_dropout = nn.Dropout(config.emb_dropout)
         layer = find_part(RESIDUALS, config.residual)
         self.layers = nn.ModuleList([layer(config) for _ in range(config.depth)])
-        self.head = find_part(HEADS, config.head)(config)
+        self.head: Head = find_part(HEADS, config.head)(config)
         self._mixers_grid = (config.image_size // config.patch_size,) * 2
         if not next(self.parameters()).is_meta:
             find_part(INITS, config.init)(self)

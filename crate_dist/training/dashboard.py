@@ -5,32 +5,41 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from crate_dist.config import Recipe
 from crate_dist.config.keys import flatten
+from crate_dist.config.parts import MIXERS, TOKENWISE
 from crate_dist.run.dashboard import Tag
+from crate_dist.whitebox.titles import measure_title
 
-MEASURES = {
-    "whitebox/coding_rate": "coding rate of what MSSA reads [nats]",
-    "whitebox/coding_rate_change": "change of the coding rate by MSSA [nats]",
-    "whitebox/zeros": "share of zeros after ISTA",
-    "whitebox/dead_tokens": "share of dead tokens",
-    "whitebox/dead_features": "share of dead features",
-    "whitebox/coherence": "coherence of the dictionary",
-    "whitebox/gradient_norm": "gradient norm",
-}
-"""What is measured of every layer -> its title."""
 _OF_BOTH = {"loss": "loss", "top-1 [%]": "top1"}
 
 
-def charts(named: Tag) -> dict[str, dict[str, str]]:
-    """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts."""
-    pairs = {title: (f"train/{name}", f"val/{name}", f"val/ema_{name}") for title, name in _OF_BOTH.items()}
+def charts(
+    named: Tag, measures: Mapping[str, str] = MappingProxyType({}), averaged: bool = False
+) -> dict[str, dict[str, str]]:
+    """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts.
+
+    measures: what is measured of every layer, such as "whitebox/zeros" -> its title
+    averaged: whether the average of the weights is evaluated as well
+    """
+    of = ("train/", "val/", "val/ema_") if averaged else ("train/", "val/")
+    pairs = {title: [f"{whose}{name}" for whose in of] for title, name in _OF_BOTH.items()}
+    layers = {title: named(f"{name}/layer-") + r"\d+" for name, title in measures.items()}
     return {
         "train and val": {title: "|".join(map(named, names)) for title, names in pairs.items()},
-        "white box, layer by layer": {title: named(f"{name}/layer-") + r"\d+" for name, title in MEASURES.items()},
+        **({"white box, layer by layer": layers} if layers else {}),
     }
+
+
+def measure_titles(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
+    """Returns what the measures of a recipe's layers, such as "whitebox/zeros", are called for people."""
+    parts = recipe.model.parts()
+    classes = (table[name].rpartition(".")[2] for table, name in ((MIXERS, parts.mixer), (TOKENWISE, parts.tokenwise)))
+    mixer, tokenwise = classes
+    return {name: measure_title(name.removeprefix("whitebox/"), mixer, tokenwise) for name in names}
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -1,17 +1,22 @@
 """Measures the white box while it trains: what every layer does to a few images, always the same ones.
 
 In TensorBoard, layer by layer, as a picture over time, and as charts of all layers each under "Custom Scalars":
+whatever whitebox/measures.py finds that the model has, of CRATE
 
     coding_rate         R^c of what MSSA reads, nats              zeros          share of zeros after ISTA
     coding_rate_change  what MSSA makes of it, less what it read  dead_tokens    share of tokens that are all zero
-    gradient_norm       ‖∂ loss / ∂ θ_ℓ‖₂ on these images         dead_features  share that no token of any image uses
-    coherence           of the dictionary, see whitebox/measures.py
+    token_coding_rate   R of the tokens that it reads, nats       dead_features  share that no token of any image uses
+    subspace_coherence, orthonormality_error of the U_k           coherence      of the dictionary
+    out_alignment       cosine of W and [U_1 … U_K]               gradient_norm  ‖∂ loss / ∂ θ_ℓ‖₂ on these images
 
-and as pictures the profile over the layers and where the class token looks. Rank 0 measures, with the weights that the
-model sees in training and in their precision, while the others wait; under ZeRO-2 these are whole on every rank, and
-so this takes no collective. Gradients are those of a backward pass of its own over these images: ZeRO has dealt out
-the step's own by then, and these can be compared from one time to the next, as the batch does not change. Nothing here
-draws a random number or writes to the model: a run ends with the same weights with and without.
+and as pictures the profile over the layers and where the class token looks, or whatever else the mixer shows; what the
+model cannot have is said in the log once. docs/models.md has a table of them all.
+
+Rank 0 measures, with the weights that the model sees in training and in their precision, while the others wait; under
+ZeRO-2 these are whole on every rank, and so this takes no collective. Gradients are those of a backward pass of its own
+over these images: ZeRO has dealt out the step's own by then, and these can be compared from one time to the next, as
+the batch does not change. Nothing here draws a random number or writes to the model: a run ends with the same weights
+with and without.
 """
 
 from __future__ import annotations
@@ -30,12 +35,14 @@ from crate_dist.data.index import ShardError, ShardIndex
 from crate_dist.data.loader import Normalize, eval_transform
 from crate_dist.data.reader import ShardReader
 from crate_dist.distributed import Left, gather_objects
+from crate_dist.errors import UserError
 from crate_dist.models.transformer import Transformer
 from crate_dist.training.compiling import eagerly
 from crate_dist.training.interrupt import Interrupt
 from crate_dist.training.metrics import Monitor
 from crate_dist.training.optim import Schedule
-from crate_dist.whitebox.measures import Profile, class_attention_maps, layer_gradient_norms, profile
+from crate_dist.whitebox.maps import Maps, token_maps
+from crate_dist.whitebox.measures import Profile, layer_gradient_norms, profile
 from crate_dist.whitebox.pixels import layer_profile
 from crate_dist.whitebox.sheets import attention
 from crate_dist.world import World
@@ -50,9 +57,9 @@ _COSTLY = 0.01
 class Live:
     """Measures at step 1 and every log.whitebox_every_steps steps, the same ones however often a run is resumed.
 
-    A layer is said to compress no longer when its MSSA leaves the images' mean coding rate, in its own subspaces, as
+    A layer is said to compress no longer when its mixer leaves the images' mean coding rate, in its own subspaces, as
     high as it was or higher, after the warm-up; and its tokens to die when more than a tenth of them are all zero
-    after its ISTA. Either is said once per layer.
+    in its sparse code. Either is said once per layer.
     """
 
     def __init__(
@@ -112,23 +119,32 @@ class Live:
         interrupt.go_on()
         norms = layer_gradient_norms(model, images, labels.to(self._device), self._recipe.optim.label_smoothing)
         interrupt.go_on()
-        maps = class_attention_maps(model, images[:_SHOWN]).cpu().numpy()
+        try:
+            pictures = _attention(step, pixels[:_SHOWN], token_maps(model, images[:_SHOWN]))
+        except UserError as error:
+            pictures = {}
+            self._say_once(str(error))
         self._warn(step, seen)
         layers = {f"whitebox/{name}": values for name, values in seen.means().items()}
         layers["whitebox/gradient_norm"] = norms.tolist()
-        return layers, _pictures(step, pixels[:_SHOWN], seen, maps)
+        return layers, {"whitebox/profile": layer_profile(seen, f", step {step:,}"), **pictures}
 
     def _warn(self, step: int, seen: Profile) -> None:
-        before, after = seen.coding_rate.mean(dim=1).tolist(), seen.compressed.mean(dim=1).tolist()
-        for layer, (read, made, dead) in enumerate(zip(before, after, seen.dead_tokens.mean(dim=1), strict=True), 1):
-            if made >= read and step > self._warm_after and self._first_time("compress", layer):
-                logger.warning(
-                    "layer %d compresses no longer: at step %d its MSSA takes the coding rate from %.1f to %.1f nats",
-                    layer,
-                    step,
-                    read,
-                    made,
-                )
+        for sentence in seen.what_is_missing():
+            self._say_once(f"the white box of this model: {sentence}")
+        if "coding_rate" in seen:
+            rates, changes = seen.mean("coding_rate").tolist(), seen.mean("coding_rate_change").tolist()
+            for layer, (read, change) in enumerate(zip(rates, changes, strict=True), 1):
+                if change >= 0 and step > self._warm_after and self._first_time("compress", layer):
+                    logger.warning(
+                        "layer %d compresses no longer: at step %d its %s takes the coding rate from %.1f to %.1f nats",
+                        layer,
+                        step,
+                        seen.mixer,
+                        read,
+                        read + change,
+                    )
+        for layer, dead in enumerate(seen.mean("dead_tokens").tolist() if "dead_tokens" in seen else (), 1):
             if dead > _DEAD and self._first_time("dead", layer):
                 logger.warning(
                     "%.0f %% of the tokens are all zero after layer %d at step %d: "
@@ -137,6 +153,10 @@ class Live:
                     layer,
                     step,
                 )
+
+    def _say_once(self, text: str) -> None:
+        if self._first_time(text, 0):
+            logger.info("%s", text)
 
     def _say_when_costly(self, began: float, seconds: float) -> None:
         """Looks at all that has passed since the first time, in which images are read and libraries loaded."""
@@ -186,17 +206,20 @@ def first_images(
     return np.stack(pixels), torch.tensor(labels)
 
 
-def _pictures(step: int, pixels: Pixels, seen: Profile, maps: np.ndarray) -> dict[str, Pixels]:
-    """Draws the profile, and the class token's attention. maps: attention (L, b, h, rows, cols)"""
-    tokens = 1 + maps.shape[-2] * maps.shape[-1]
-    times = tokens * maps
-    what = f"attention of the class token, step {step:,}; 1 x: as if all {tokens} tokens got the same"
-    layers = [f"layer {layer}" for layer in range(1, len(maps) + 1)]
-    heads = [f"head {head}" for head in range(1, maps.shape[2] + 1)]
+def _attention(step: int, pixels: Pixels, maps: Maps) -> dict[str, Pixels]:
+    """Draws the maps of the layers, of the last one's heads, and of the model's head where it looks itself."""
+    times, heads = maps.layers / maps.even[..., None, None], [f"head {n + 1}" for n in range(maps.layers.shape[2])]
+    what = f"{maps.what}, step {step:,}; 1 x: as if all had the same"
+    layers = [f"layer {layer + 1}" for layer in range(len(times))]
+    drawn = {
+        f"{maps.kind}_of_the_layers": (maps.over_heads(times), layers, f"{maps.over_heads_name}: {what}"),
+        f"{maps.kind}_of_the_last_layers_heads": (times[-1].swapaxes(0, 1), heads, f"the last layer's {what}"),
+    }
+    if maps.head is not None:
+        last = maps.head[-1].swapaxes(0, 1) * (1 + maps.head.shape[-2] * maps.head.shape[-1])
+        what = f"attention of the class token in the head's last block, step {step:,}; 1 x: as if all had the same"
+        drawn["attention_of_the_head"] = (last, heads, what)
     return {
-        "whitebox/profile": layer_profile(seen, f", step {step:,}"),
-        "whitebox/attention_of_the_layers": attention(pixels, times.mean(axis=2), layers, f"mean {what}"),
-        "whitebox/attention_of_the_last_layers_heads": attention(
-            pixels, times[-1].swapaxes(0, 1), heads, f"the last layer's {what}"
-        ),
+        f"whitebox/{name}": attention(pixels, values.cpu().numpy(), headings, title)
+        for name, (values, headings, title) in drawn.items()
     }

@@ -67,6 +67,8 @@ class Monitor:
         self._reset()
         self._reported, self._bad_reported = step, 0.0
         self._trackers = Trackers([])
+        self._curves: Curves | None = None
+        self._charted = False
         self._ledger: Ledger | None = None
         if world.is_main:
             self._open_files(step)
@@ -177,6 +179,7 @@ class Monitor:
         """
         if not self._ledger:
             return
+        self._chart(step, layers)
         for name, values in layers.items():
             self._trackers.layers(name, values, step)
         self.pictures(step, pictures)
@@ -187,14 +190,13 @@ class Monitor:
     def _over_time(self, names: Iterable[str]) -> dict[str, Pixels]:
         """Draws what all starts have measured, by their lines, which were taken away with the steps that are redone."""
         texts = [text for text in whole_lines(self._folder.metrics) if '"whitebox/' in text]
-        lines = [line for text in texts if (line := _line(text)) is not None and line.keys() >= {*names}]
-        steps = [line["step"] for line in lines]
-        return {
-            name.replace("/", "/over_time/", 1): layers_over_time(
-                dashboard.MEASURES.get(name, name), steps, np.array([line[name] for line in lines], dtype=float)
-            )
-            for name in names
-        }
+        lines = [line for text in texts if (line := _line(text)) is not None]
+        pictures = {}
+        for name, title in dashboard.measure_titles(self._recipe, names).items():
+            steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
+            drawn = layers_over_time(title, steps, np.array(values, dtype=float))
+            pictures[name.replace("/", "/over_time/", 1)] = drawn
+        return pictures
 
     def knows(self, step: int, name: str) -> bool:
         """Says whether a value of this name was written for this step, by whatever start. On rank 0."""
@@ -245,19 +247,28 @@ class Monitor:
         purge_step = step + 1 if restarts else None
         trackers: list[Tracker] = []
         if "tensorboard" in self._recipe.log.trackers:
-            trackers.append(self._curves(step, purge_step))
+            self._curves = self._open_curves(step, purge_step)
+            trackers.append(self._curves)
         if "wandb" in self._recipe.log.trackers:
             lines = filter(None, map(_line, whole_lines(self._folder.metrics)))
             trackers.append(WandbRun(self._folder, self._recipe, lines, self._tenure.check))
         self._trackers = Trackers(trackers)
         self._tell(step, restarts)
 
-    def _curves(self, step: int, purge_step: int | None) -> Curves:
-        tag, place = tags_of(self._folder), self._folder.path.resolve()
-        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, tag)
-        curves.charts(dashboard.charts(tag), step)
+    def _open_curves(self, step: int, purge_step: int | None) -> Curves:
+        named, place = tags_of(self._folder), self._folder.path.resolve()
+        curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, named)
+        if not self._recipe.log.whitebox_every_steps:
+            curves.charts(dashboard.charts(named, averaged=self._recipe.optim.ema_decay > 0), step)
         curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
         return curves
+
+    def _chart(self, step: int, layers: Iterable[str]) -> None:
+        """Lays the charts out once per start, when it is known what the layers have: TensorBoard takes the first."""
+        if self._curves and not self._charted:
+            titles = dashboard.measure_titles(self._recipe, layers)
+            self._curves.charts(dashboard.charts(tags_of(self._folder), titles, self._recipe.optim.ema_decay > 0), step)
+            self._charted = True
 
     def _tell(self, step: int, restarts: int) -> None:
         """Gives the trackers what the run is, and how often it was started."""

@@ -1,18 +1,17 @@
-"""Measures the white box: the compression of each layer, its sparsity, and its attention.
+"""Measures the white box, layer by layer: compression, sparsity, and what each part of the layer says of itself.
 
-    R^c(Z; U_1 … U_K) = Σ_k ½ log det(I + p / (n ε²) W_kᵀ W_k),   W_k = U_kᵀ LN(Z), each token scaled to length 1
+Of every layer: the coding rate of the tokens that its mixer reads, and where the mixer has subspaces, that in them, and
+what the mixer makes of it (models/rates.py has the definitions). Of a token-wise part that makes a sparse code, ISTA
+its output, the share of exact zeros among its entries; the paper's figures show its complement, ‖Z‖₀ / (d n). Whatever
+else `measures` of the mixer and of the token-wise part return, by name. What a model does not have is told, not made
+up.
 
-is the coding rate in nats (arXiv 2306.01129, section 2.3, and its figure 3), measured as the published
-code does: of the projections that MSSA reads, class token included, with ε² = 0.01 and tokens of length 1, so that it
-tells how far tokens spread in the subspaces and not how long they are. Sparsity is the share of exact zeros among the
-entries of ISTA's output; the paper's figures show its complement, ‖Z‖₀ / (d n).
-
-Shapes: L layers, b images, n tokens (the class token first), d features, h heads, p = d / h.
+Shapes: L layers, b images, n tokens, d features, h heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,92 +19,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_dist.models.rates import Measures, coding_rate, dead_token_share, zero_share
 from crate_dist.models.residuals.layer import Layer
 from crate_dist.models.transformer import Transformer
 
-QUANTIZATION = 0.01
-"""ε² of the coding rate, squared error per token that a code may leave; the published code's value."""
-
-
-def coding_rate(projections: Tensor, quantization: float = QUANTIZATION) -> Tensor:
-    """Returns R^c in nats of each image: projections (b, h, n, p) -> fp64 (b,), the sum over the heads' subspaces.
-
-    The determinant is taken of the smaller of I + c W Wᵀ and I + c Wᵀ W, which are equal, by Cholesky in fp64: both
-    have no eigenvalue below 1. A token that is zero adds nothing, where the published code gives not-a-number; what
-    is not finite stays so.
-    """
-    w = F.normalize(projections.double(), dim=-1)
-    tokens, width = w.shape[-2:]
-    gram = w @ w.mT if tokens < width else w.mT @ w
-    scaled = torch.eye(len(gram[0, 0]), dtype=gram.dtype, device=gram.device) + width / (tokens * quantization) * gram
-    factor, _ = torch.linalg.cholesky_ex(scaled)
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1).sum(dim=-1)  # ½ log det = Σ log of the factor's diagonal
-
-
-def zero_share(features: Tensor) -> Tensor:
-    """Returns the share of exact zeros in each image's tokens: (b, n, d) -> fp64 (b,)."""
-    return (features == 0).double().mean(dim=(1, 2))
-
-
-def dead_token_share(features: Tensor) -> Tensor:
-    """Returns the share of tokens of which nothing is left but zeros: (b, n, d) -> fp64 (b,)."""
-    return (features == 0).all(dim=2).double().mean(dim=1)
-
-
-def coherence(dictionary: Tensor) -> Tensor:
-    """Returns μ(D), the largest |cosine| of two distinct columns of a dictionary (d, atoms), 0-d, between 0 and 1.
-
-    Mutual coherence (Donoho and Huo 2001): the smaller, the fewer atoms explain each other, and the safer is what
-    a sparse code says. A column of zeros has cosine 0 with every other.
-    """
-    atoms = F.normalize(dictionary.detach().double(), dim=0)
-    cosines = (atoms.mT @ atoms).abs()
-    return cosines.fill_diagonal_(0).max()
+_OF_SUBSPACES = ("coding_rate", "coding_rate_change", "subspace_coherence", "orthonormality_error", "out_alignment")
+_OF_CODES = ("zeros", "dead_tokens", "dead_features", "coherence")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The measures of a model's layers on some images. fp64 on the CPU, the first layer first.
+    """The measures of a model's layers on some images, by name. fp64 on the CPU, the first layer first.
 
-    coding_rate: R^c of what each layer's MSSA reads, in nats, (L, b)
-    compressed: R^c in the same subspaces of Z + MSSA(LN(Z)), what it makes of them, (L, b)
-    zeros: share of zeros after ISTA, (L, b); dead_tokens: share of tokens that are all zero, (L, b)
-    active: whether a feature is above zero in any token of any image, bool (L, d)
-    coherence: of each layer's dictionary, (L,)
+    values: of each image, (L, b); of each image and head, (L, b, h); of each layer alone, (L,)
+    missing: name of a measure that this model cannot have -> why
+    mixer, tokenwise: the names of the layers' parts
     """
 
-    coding_rate: Tensor
-    compressed: Tensor
-    zeros: Tensor
-    dead_tokens: Tensor
-    active: Tensor
-    coherence: Tensor
+    values: Mapping[str, Tensor]
+    missing: Mapping[str, str]
+    mixer: str
+    tokenwise: str
 
-    @property
-    def dead_features(self) -> Tensor:
-        """Share of features that are zero in every token of every image, (L,)."""
-        return 1 - self.active.double().mean(dim=1)
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
 
-    @property
-    def coding_rate_std(self) -> Tensor:
-        """Spread over the images as published, dividing by b - 1; zeros for one image. (L,)"""
-        return _std(self.coding_rate, correction=1)
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
 
-    @property
-    def zeros_std(self) -> Tensor:
-        """Spread over the images as published, dividing by b. (L,)"""
-        return _std(self.zeros, correction=0)
+    def mean(self, name: str) -> Tensor:
+        """Returns a measure's mean over images and heads, (L,)."""
+        return self.values[name].flatten(1).mean(dim=1) if self.values[name].ndim > 1 else self.values[name]
+
+    def std(self, name: str) -> Tensor:
+        """Returns the spread over the images, (L,): of the mean over the heads; zeros for one image.
+
+        As published: that of zeros divides by b, any other by b - 1.
+        """
+        values = self.values[name].flatten(2).mean(dim=2) if self.values[name].ndim > 2 else self.values[name]
+        if values.ndim < 2 or values.shape[1] == 1:
+            return torch.zeros(len(values)).double()
+        return values.std(dim=1, correction=0 if name == "zeros" else 1)
 
     def means(self) -> dict[str, list[float]]:
-        """Returns the means over the images, by name and layer."""
-        return {
-            "coding_rate": self.coding_rate.mean(dim=1).tolist(),
-            "coding_rate_change": (self.compressed - self.coding_rate).mean(dim=1).tolist(),
-            "zeros": self.zeros.mean(dim=1).tolist(),
-            "dead_tokens": self.dead_tokens.mean(dim=1).tolist(),
-            "dead_features": self.dead_features.tolist(),
-            "coherence": self.coherence.tolist(),
-        }
+        """Returns the means over images and heads, by name and layer."""
+        return {name: self.mean(name).tolist() for name in self.values}
+
+    def what_is_missing(self) -> list[str]:
+        """Returns sentences such as "MLP makes no sparse code: no zeros, dead_tokens, dead_features, coherence"."""
+        reasons = dict[str, list[str]]()
+        for name, why in self.missing.items():
+            reasons.setdefault(why, []).append(name)
+        return [f"{why}: no {', '.join(names)}" for why, names in reasons.items()]
 
 
 @torch.no_grad()
@@ -114,36 +79,21 @@ def profile(model: Transformer, batches: Iterable[Tensor]) -> Profile:
 
     Layer by layer, so that no more than one layer's tokens are held. Draws no random number, changes no weight.
     """
-    with _evaluating(model):
+    with evaluating(model):
         parts = [_profile(model, images) for images in batches]
-    return Profile(
-        coding_rate=torch.cat([part.coding_rate for part in parts], dim=1),
-        compressed=torch.cat([part.compressed for part in parts], dim=1),
-        zeros=torch.cat([part.zeros for part in parts], dim=1),
-        dead_tokens=torch.cat([part.dead_tokens for part in parts], dim=1),
-        active=torch.stack([part.active for part in parts]).any(dim=0),
-        coherence=parts[0].coherence,
-    )
-
-
-@torch.no_grad()
-def class_attention_maps(model: Transformer, images: Tensor) -> Tensor:
-    """Returns where the class token looks, all layers: (b, 3, height, width) -> fp32 (L, b, h, rows, cols)."""
-    with _evaluating(model):
-        inside = model.forward_intermediates(images)
-    return torch.stack([inside.class_attention(layer) for layer in range(model.config.depth)])
-
-
-@torch.no_grad()
-def patch_projections(model: Transformer, images: Tensor, layer: int) -> Tensor:
-    """Returns w = Uᵀ LN(z) of one layer by patch, heads side by side: (b, 3, height, width) -> fp32 (b, rows, cols, d).
-
-    MSSA's w is query, key and value at once, hence these are the keys that the published pictures are made of.
-    """
-    rows, cols = (side // model.config.patch_size for side in images.shape[2:])
-    with _evaluating(model):
-        w = model.forward_intermediates(images).projections[layer]
-    return w[:, :, 1:].float().transpose(1, 2).flatten(2).unflatten(1, (rows, cols))
+    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+    values, missing = dict[str, Tensor](), dict[str, str]()
+    for name, first in parts[0][0].items():
+        if isinstance(first, str):
+            missing[name] = first
+        elif first.ndim > 1:
+            values[name] = torch.cat([_tensor(measured[name]) for measured, _ in parts], dim=1)
+        else:
+            values[name] = first
+        if name == "dead_tokens" and isinstance(first, Tensor):
+            used = torch.stack([active for _, active in parts if active is not None]).any(dim=0)
+            values["dead_features"] = 1 - used.double().mean(dim=1)
+    return Profile(values, missing, type(layers[0].mixer).__name__, type(layers[0].tokenwise).__name__)
 
 
 def layer_gradient_norms(model: Transformer, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -154,7 +104,7 @@ def layer_gradient_norms(model: Transformer, images: Tensor, labels: Tensor, lab
     """
     sizes = [len(list(layer.parameters())) for layer in model.layers]
     parameters = [parameter for layer in model.layers for parameter in layer.parameters()]
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         loss = F.cross_entropy(model(images).float(), labels, label_smoothing=label_smoothing)
         gradients = torch.autograd.grad(loss, parameters)
     squares = torch.stack([gradient.double().square().sum() for gradient in gradients])
@@ -162,8 +112,8 @@ def layer_gradient_norms(model: Transformer, images: Tensor, labels: Tensor, lab
 
 
 @contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
-    """Turns dropout off, and back to what it was afterwards."""
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Turns training off, dropout with it, and back to what it was afterwards."""
     training = model.training
     model.eval()
     try:
@@ -172,22 +122,49 @@ def _evaluating(model: Transformer) -> Iterator[None]:
         model.train(training)
 
 
-def _profile(model: Transformer, images: Tensor) -> Profile:
+def _profile(model: Transformer, images: Tensor) -> tuple[Measures, Tensor | None]:
+    """Returns the measures of all layers, (L, …) each, and which features of the codes are ever used, bool (L, m)."""
     z = model.embed_any_size(images)
-    rates, compressed, zeros, dead, active, coherences = [], [], [], [], [], []
+    measured: list[Measures] = []
+    active: list[Tensor] = []
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        w = layer.project(z)
-        rates.append(coding_rate(w))
-        compressed.append(coding_rate(layer.project(layer.compress(z, w))))
+        reads = layer.norms[0](z)
+        w = layer.mixer.project(reads)
+        compressed = layer.compress(z, w)
+        values = _rates(layer, reads, w, compressed)
+        read = layer.reads(compressed)
+        code = layer.tokenwise.code(read)
+        if code is None:
+            values |= dict.fromkeys(_OF_CODES, f"{type(layer.tokenwise).__name__} {layer.tokenwise.no_code}")
+        else:
+            values |= {"zeros": zero_share(code), "dead_tokens": dead_token_share(code)}
+            active.append((code != 0).flatten(0, 1).any(dim=0))
+        measured.append(values | layer.tokenwise.measures(read) | layer.mixer.measures(w))
         z = layer.update(z, w)
-        zeros.append(zero_share(z))
-        dead.append(dead_token_share(z))
-        active.append((z > 0).flatten(0, 1).any(dim=0))
-        coherences.append(coherence(layer.get_parameter("ista.dictionary")))
-    measured = (rates, compressed, zeros, dead, active, coherences)
-    return Profile(*(torch.stack(values).cpu() for values in measured))
+    stacked: Measures = {}
+    for name, first in measured[0].items():
+        whole = isinstance(first, Tensor)
+        stacked[name] = torch.stack([_tensor(one[name]) for one in measured]).double().cpu() if whole else first
+    return stacked, torch.stack(active).cpu() if active else None
 
 
-def _std(values: Tensor, correction: int) -> Tensor:
-    return values.std(dim=1, correction=correction) if values.shape[1] > 1 else torch.zeros(len(values)).double()
+def _rates(layer: Layer, reads: Tensor, w: Tensor, compressed: Tensor) -> Measures:
+    """Returns the coding rates of a layer, whose mixer reads tokens (b, n, d) and makes `compressed` of them."""
+    tokens = coding_rate(reads[:, None])
+    before = layer.mixer.coordinates(w)
+    after = layer.mixer.coordinates(layer.project(compressed))
+    if before is None or after is None:
+        name = type(layer.mixer).__name__
+        return {"token_coding_rate": tokens} | dict.fromkeys(_OF_SUBSPACES, f"{name} {layer.mixer.no_subspaces}")
+    rate = coding_rate(before)
+    return {
+        "coding_rate": rate,
+        "coding_rate_change": coding_rate(after) - rate,
+        "token_coding_rate": tokens,
+    }
+
+
+def _tensor(value: Tensor | str) -> Tensor:
+    assert isinstance(value, Tensor), f"one layer has a measure and another says: {value}"
+    return value

@@ -78,17 +78,23 @@ def enlarged(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def layer_profile(seen: Profile, note: str = "", width: int = 660) -> Pixels:
-    """Draws the coding rate that MSSA reads and the non-zeros after ISTA, over the layers, with their spread.
+    """Draws the coding rate that the mixer reads and the non-zeros of the codes, over the layers, with their spread.
 
-    Figure 3 of arXiv 2306.01129. note: behind both titles; width: pixels. Some 6 ms, where matplotlib takes 200.
+    Figure 3 of arXiv 2306.01129. A model without subspaces shows the tokens' own rate; one without codes says so.
+    note: behind both titles; width: pixels. Some 6 ms, where matplotlib takes 200.
     """
-    rate, nonzero = seen.coding_rate.mean(dim=1).numpy(), 100 - 100 * seen.zeros.mean(dim=1).numpy()
     height = round(width * _PROFILE[1] / _PROFILE[0])
     sheet = Image.new("RGB", (width * _FINE, height * _FINE), "white")
     draw, unit = ImageDraw.Draw(sheet), width * _FINE / _PROFILE[0]
-    _curve(draw, 0, unit, f"coding rate of MSSA [nats]{note}", rate, seen.coding_rate_std.numpy(), BLUE)
-    left = _PROFILE[0] / 2
-    _curve(draw, left, unit, f"non-zeros after ISTA [%]{note}", nonzero, 100 * seen.zeros_std.numpy(), ORANGE)
+    name, of = ("coding_rate", seen.mixer) if "coding_rate" in seen else ("token_coding_rate", "the tokens")
+    rate, middle = seen.mean(name).numpy(), _PROFILE[0] / 2
+    _curve(draw, 0, unit, f"coding rate of {of} [nats]{note}", rate, seen.std(name).numpy(), BLUE)
+    if "zeros" in seen:
+        title, nonzero = f"non-zeros after {seen.tokenwise} [%]{note}", 100 - 100 * seen.mean("zeros").numpy()
+        _curve(draw, middle, unit, title, nonzero, 100 * seen.std("zeros").numpy(), ORANGE)
+    else:
+        words, place = seen.missing["zeros"].replace(" (", "\n("), (1.5 * middle * unit, _PROFILE[1] / 2 * unit)
+        draw.text(place, words, "black", ImageFont.load_default(11 * unit), anchor="mm", align="center")
     return np.asarray(sheet.resize((width, height), Image.Resampling.BOX))
 
 

@@ -22,7 +22,7 @@ from crate_dist.config import RecipeError, load_recipe
 from crate_dist.models.build import build_model
 from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
-from crate_dist.whitebox.measures import class_attention_maps
+from crate_dist.whitebox.maps import token_maps
 from tests.data_prep import picture
 from tests.ranks import REPOSITORY
 
@@ -148,7 +148,7 @@ def test_attention_of_the_class_token_lies_on_the_grid_of_patches(model: crate_d
     assert inside.grid == (3, 5)
     maps = torch.stack([inside.class_attention(layer) for layer in range(model.config.depth)])
     torch.testing.assert_close(maps.flatten(-2), torch.stack([inside.attention(n)[..., 0, 1:] for n in range(4)]))
-    torch.testing.assert_close(class_attention_maps(model, image), maps)
+    torch.testing.assert_close(token_maps(model, image).layers, maps)
 
 
 def test_it_goes_where_a_module_goes(model: crate_dist.Model, tmp_path: Path) -> None:

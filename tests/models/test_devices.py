@@ -16,7 +16,8 @@ from crate_dist.evaluation.knn import nearest
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.transformer import Transformer
 from crate_dist.training.lion import Lion
-from crate_dist.whitebox.measures import class_attention_maps, layer_gradient_norms, patch_projections, profile
+from crate_dist.whitebox.maps import patch_keys, token_maps
+from crate_dist.whitebox.measures import layer_gradient_norms, profile
 
 CONFIG = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3)
 DEVICE = torch.device("meta")
@@ -53,9 +54,9 @@ def test_an_evaluation_is_computed_where_the_model_is(model: Transformer, dtype:
 
 def test_the_white_box_and_neighbours_too(model: Transformer) -> None:
     images = torch.empty(2, 3, 24, 16, device=DEVICE)  # of another size: positions are interpolated
-    assert profile(model, [images, images]).coding_rate.shape == (3, 4)
-    assert class_attention_maps(model, images).is_meta
-    assert patch_projections(model, images, 1).is_meta
+    assert profile(model, [images, images])["coding_rate"].shape == (3, 4)
+    assert token_maps(model, images).layers.is_meta
+    assert patch_keys(model, images, 1).is_meta
     square, labels = torch.empty(2, 3, 16, 16, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     assert layer_gradient_norms(model, square, labels).shape == (3,)
     bank, queries = torch.empty(40, 24, device=DEVICE), torch.empty(5, 24, device=DEVICE)

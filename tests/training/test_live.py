@@ -39,6 +39,10 @@ MEASURES = {
     "dead_tokens",
     "dead_features",
     "coherence",
+    "token_coding_rate",
+    "subspace_coherence",
+    "orthonormality_error",
+    "out_alignment",
     "gradient_norm",
 }
 

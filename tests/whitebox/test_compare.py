@@ -59,7 +59,7 @@ def test_runs_are_compared_over_their_epochs_and_layers(
     assert "3 runs; not measured: " in said
     assert "bare (" in said
     svg = (tmp_path / "out" / "compare.svg").read_text()
-    for text in ("a/base", "b/base", "training loss", "validation top-1", "coding rate", "non-zeros after ISTA"):
+    for text in ("a/base", "b/base", "training loss", "validation top-1", "coding rate", "non-zeros of the sparse"):
         assert f"<!-- {text}" in svg
     with Image.open(tmp_path / "out" / "compare.png") as image:
         assert image.width == 1890

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.heads.head import Head
 from crate_dist.models.initial import drawn
 from crate_dist.models.matmul import Linear
 from crate_dist.models.tokenwise.mlp import MLP
@@ -89,7 +90,7 @@ class ClassAttentionBlock(nn.Module):
         return _add(cls, self.mlp(cls), self.mlp_scale)
 
 
-class ClassAttentionHead(nn.Module):
+class ClassAttentionHead(Head):
     """The class token is put before the patches, goes through two blocks, and is normalised and classified."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -103,14 +104,25 @@ class ClassAttentionHead(nn.Module):
         """Puts the class token before patches (b, n, d): (b, 1 + n, d)."""
         return torch.cat((self.cls_token.expand(len(z), -1, -1).to(z.dtype), z), dim=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(b, n, d) -> (b, classes)"""
+    def features(self, z: Tensor) -> Tensor:
+        """Returns the normalised class token behind the blocks, (b, n, d) -> (b, d)."""
         z = self.begin(z)
         *blocks, last = self.blocks
         for block in blocks:
             z = block(z)
         assert isinstance(last, ClassAttentionBlock)
-        return self.linear(self.norm(last.read(z)))
+        features: Tensor = self.norm(last.read(z))
+        return features
+
+    def attention(self, z: Tensor) -> Tensor:
+        """Returns where the class token looks in each block, fp32 (blocks, b, h, 1 + n); rows sum to one."""
+        z = self.begin(z)
+        maps = list[Tensor]()
+        for block in self.blocks:
+            assert isinstance(block, ClassAttentionBlock)
+            maps.append(block.attention.attention(block.attention_norm(z)))
+            z = block(z)
+        return torch.stack(maps)
 
 
 def _add(z: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.heads.head import Head
 
 
-class LinearHead(nn.Module):
+class LinearHead(Head):
     """LayerNorm and Linear of the class token, or of the mean of all tokens, as pool says."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -15,10 +16,6 @@ class LinearHead(nn.Module):
         self.pool = config.pool
         self.norm = nn.LayerNorm(config.dim, eps=config.head_norm_eps)
         self.linear = nn.Linear(config.dim, config.num_classes)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(b, n, d) -> (b, classes)"""
-        return self.linear(self.features(z))
 
     def features(self, z: Tensor) -> Tensor:
         """Returns what the linear map reads of tokens, (b, n, d) -> (b, d)."""

@@ -28,19 +28,20 @@ class Attention(Mixer):
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, z: Tensor) -> Tensor:
-        """Projects tokens (b, n, d) to queries, keys and values: (3, b, h, n, p)."""
-        return rearrange(self.qkv(z), "b n (three h p) -> three b h n p", three=3, h=self.heads)
+        """Projects tokens (b, n, d) to queries, keys and values: (b, 3, h, n, p)."""
+        return rearrange(self.qkv(z), "b n (three h p) -> b three h n p", three=3, h=self.heads)
 
     def attend(self, w: Tensor) -> Tensor:
-        """Lets queries read values by keys, (3, b, h, n, p), and mixes the heads to tokens (b, n, d)."""
-        q, k, v = w.unbind()
+        """Lets queries read values by keys, (b, 3, h, n, p), and mixes the heads to tokens (b, n, d)."""
+        q, k, v = w.unbind(1)
         read = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(rearrange(read, "b h n p -> b n (h p)")))
 
-    def coordinates(self, w: Tensor) -> None:
-        """Returns None: there are no subspaces that the tokens would be compressed in."""
+    def keys(self, w: Tensor) -> Tensor:
+        """Returns the keys, (b, h, n, p)."""
+        return w[:, 1]
 
     def attention(self, w: Tensor, queries: slice = slice(None)) -> Tensor:
         """Returns softmax(q kᵀ / √p) in fp32, (b, h, n, n); rows sum to one."""
-        q, k, _ = w.float().unbind()
+        q, k, _ = w.float().unbind(1)
         return (q[..., queries, :] @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)

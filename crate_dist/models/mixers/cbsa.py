@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.initial import drawn
 from crate_dist.models.matmul import Linear
-from crate_dist.models.mixers.mixer import Mixer
+from crate_dist.models.mixers.mixer import SubspaceMixer
+from crate_dist.models.rates import Measures, coding_rate
 
 CELLS = 8
 """Rows and columns of the grid of representatives, 64 in each head."""
 
 
-class CBSA(Mixer):
+class CBSA(SubspaceMixer):
     """Contract-and-broadcast self-attention (arXiv 2509.16875, NeurIPS 2025), linear in the number of tokens.
 
         R   = mean of w over each cell of an 8 x 8 grid over the patches, w = Uᵀ z
@@ -75,6 +76,18 @@ class CBSA(Mixer):
         """Returns B, what the contracted representatives take of each other: fp32 (b, h, 64, 64); rows sum to one."""
         contracted = self.representatives(w)
         return _attention(contracted, contracted)
+
+    def measures(self, w: Tensor) -> Measures:
+        """Returns the coding rate of the representatives, what contraction makes of it, and that of CBT's paper.
+
+        coding_rate_with_lengths is R^c with tokens as long as they are, as the published code measures it.
+        """
+        pooled, contracted = coding_rate(self.pool(w.float())), coding_rate(self.representatives(w))
+        return super().measures(w) | {
+            "representatives_rate": pooled,
+            "representatives_rate_change": contracted - pooled,
+            "coding_rate_with_lengths": coding_rate(w, scaled=False),
+        }
 
     def pool(self, w: Tensor) -> Tensor:
         """Returns R, the mean of projections (b, h, n, p) over each cell: (b, h, 64, p).

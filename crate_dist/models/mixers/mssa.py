@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.matmul import Linear
-from crate_dist.models.mixers.mixer import Mixer
+from crate_dist.models.mixers.mixer import SubspaceMixer
 
 
-class MSSA(Mixer):
+class MSSA(SubspaceMixer):
     """Multi-head subspace self-attention (arXiv 2306.01129, section 2.3).
 
         SSA(Z | U_k) = (U_kᵀ Z) softmax((U_kᵀ Z)ᵀ (U_kᵀ Z))
@@ -44,6 +44,6 @@ class MSSA(Mixer):
         return self.dropout(self.out(rearrange(compressed, "b h n p -> b n (h p)")))
 
     def attention(self, w: Tensor, queries: slice = slice(None)) -> Tensor:
-        """Returns softmax(w wᵀ / √p) of projections (…, h, n, p): fp32 (…, h, n, n); rows sum to one."""
+        """Returns softmax(w wᵀ / √p) of projections (b, h, n, p): fp32 (b, h, n, n); rows sum to one."""
         w = w.float()
         return (w[..., queries, :] @ w.mT * w.shape[-1] ** -0.5).softmax(dim=-1)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.matmul import Linear
-from crate_dist.models.mixers.mixer import Mixer
+from crate_dist.models.mixers.mixer import SubspaceMixer
+from crate_dist.models.rates import Measures, entropy
 
 _SMALLEST_NORM = 1e-12
 _SMALLEST_SHARE = 1e-8
 
 
-class TSSA(Mixer):
+class TSSA(SubspaceMixer):
     """Token statistics self-attention (Wu et al. 2024, arXiv 2412.17810, equation 10).
 
     A step on the variational form of the coding rate, which bounds log det by the second moments of the tokens'
@@ -62,6 +63,26 @@ class TSSA(Mixer):
     def gate(self, w: Tensor) -> Tensor:
         """Returns 1 / (1 + m) of projections (b, h, n, p), fp32 (b, h, p): what is left of each coordinate."""
         return self._statistics(w)[1].squeeze(-2)
+
+    def measures(self, w: Tensor) -> Measures:
+        """Returns what Π and the statistics of projections (b, h, n, p) say, each head's, (b, h), or all heads', (b,).
+
+        membership: Σ_n π_k / n, the share of the tokens that a head takes
+        membership_entropy: of a token over the heads, mean over the tokens: 1 undecided, 0 one head has all of it
+        membership_spread: entropy of a head over the tokens: 1 it takes all alike, 0 a single one
+        head_rate: a head's part of the variational coding rate, membership times ½ Σ_i log(1 + m_ki), in nats
+        variational_rate: its sum over the heads, the paper's R^var with f(x) = log(1 + x), of which the layer is a step
+        """
+        membership, gate = self.membership(w).double(), self.gate(w).double()
+        share = membership.mean(dim=-1)
+        rate = -share * gate.log().sum(dim=-1) / 2
+        return super().measures(w) | {
+            "membership": share,
+            "membership_entropy": entropy(membership, dim=1).mean(dim=-1),
+            "membership_spread": entropy(membership, dim=-1),
+            "head_rate": rate,
+            "variational_rate": rate.sum(dim=-1),
+        }
 
     def _statistics(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Returns Π (b, h, n, 1) and 1 / (1 + m) (b, h, 1, p) of projections (b, h, n, p), in fp32.

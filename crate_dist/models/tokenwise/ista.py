@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.matmul import addmm, linear
+from crate_dist.models.rates import Measures, coherence
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.tokenwise.tokenwise import TokenWise
 
@@ -50,6 +51,10 @@ class ISTA(TokenWise):
     def code(self, z: Tensor) -> Tensor:
         """Returns the codes of tokens (b, n, d), which are its output."""
         return self.forward(z)
+
+    def measures(self, z: Tensor) -> Measures:
+        """Returns the coherence of the dictionary."""
+        return {"coherence": coherence(self.dictionary)}
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

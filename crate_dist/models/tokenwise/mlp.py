@@ -14,6 +14,7 @@ class MLP(TokenWise):
     """out(GELU(hidden(z))) with biases, `ratio` d hidden features, and the exact GELU (arXiv 1606.08415)."""
 
     key = "mlp"
+    no_code = "makes no sparse code (the exact GELU is zero almost nowhere)"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

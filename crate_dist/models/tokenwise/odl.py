@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.matmul import linear
+from crate_dist.models.rates import Measures, alignment, coherence
 from crate_dist.models.tokenwise.tokenwise import TokenWise
+
+_OF_D1 = ("decoder_coherence", "decoder_alignment")
 
 
 class ODL(TokenWise):
@@ -54,6 +57,14 @@ class ODL(TokenWise):
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)"""
         return linear(self._scaled_code(z), self.out if self.decoupled else self.dictionary).mul_(self.step)
+
+    def measures(self, z: Tensor) -> Measures:
+        """Returns the coherence of D and of D1, and the cosine of the two: 1 before they are decoupled."""
+        if not self.decoupled:
+            coupled = "D1 is D: the dictionaries are coupled"
+            return {"coherence": coherence(self.dictionary)} | dict.fromkeys(_OF_D1, coupled)
+        decoder = coherence(self.out), alignment(self.dictionary, self.out)
+        return {"coherence": coherence(self.dictionary), **dict(zip(_OF_D1, decoder, strict=True))}
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

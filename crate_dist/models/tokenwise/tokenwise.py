@@ -6,14 +6,18 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from crate_dist.models.rates import Measures
+
 
 class TokenWise(nn.Module):
-    """A token-wise part, built of a ModelConfig. All but `forward` is what figures ask for.
+    """A token-wise part, built of a ModelConfig. All but `forward` and `plan` is what the white box shows.
 
     key: its name among the layer's parameters, `layers.N.<key>.…`
+    no_code: what is said where `code` returns None
     """
 
     key: ClassVar[str]
+    no_code: ClassVar[str] = "makes no sparse code"
 
     def plan(self, tokens: int) -> None:
         """Chooses between equal ways to compute, for so many tokens at a time."""
@@ -26,6 +30,6 @@ class TokenWise(nn.Module):
         """Returns the sparse code that it makes of tokens (b, n, d) on the way, (b, n, m); None: it makes none."""
         return None
 
-    def measures(self, z: Tensor) -> dict[str, Tensor]:
-        """Returns what the part's paper measures, one number per image, (b,), or one alone, by name."""
+    def measures(self, z: Tensor) -> Measures:
+        """Returns what the part's paper measures of the tokens that it reads, by name; see Measures."""
         return {}

@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     formats = ["crate-dist", "reference", "safetensors"]
     change.add_argument("--to", required=True, choices=formats, help="format of OUT")
     change.add_argument("--bare-names", action="store_true", help='reference: no "module." before the names')
+    change.add_argument(
+        "--weights", choices=["raw", "ema"], help="which of IN, where their moving average (ema) stands beside them"
+    )
     change.add_argument("--force", action="store_true", help="replace OUT and its card if they exist")
     for command in (show, change):
         command.add_argument("--heads", type=positive, metavar="N", help="for unpublished sizes: IN may not say it")
@@ -43,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.command == "describe":
             sys.stdout.write(describe(given.file, given.heads, given.classes) + "\n")
             return
-        config = convert(given.source, given.target, given.to, given.heads, given.bare_names, given.force)
+        config = convert(
+            given.source, given.target, given.to, given.heads, given.bare_names, given.force, given.weights
+        )
         sys.stdout.write(describe(given.target, config.heads) + "\n")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from crate_dist.config import WeightsKind
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.card import card_path, write_card
@@ -66,20 +67,27 @@ def _printable(value: object) -> str:
 
 
 def convert(
-    source: Path, target: Path, to: str, heads: int | None = None, bare_names: bool = False, force: bool = False
+    source: Path,
+    target: Path,
+    to: str,
+    heads: int | None = None,
+    bare_names: bool = False,
+    force: bool = False,
+    weights: WeightsKind | None = None,
 ) -> ModelConfig:
     """Writes the weights of a file in another format, and a card beside them where none stands or `force` is set.
 
     Returns the architecture, which the file written need not say.
 
     to: "crate-dist", "reference" or "safetensors"; bare_names: no "module." in the published code's names
+    weights: "ema": their moving average, where `source` has it beside them
     Raises WeightsError when `source` cannot be used, or `target` exists and is not to be replaced; OSError.
     """
     if target.exists() and not force:
         raise WeightsError(f"{target} exists; --force replaces it")
     if not target.absolute().parent.is_dir():
         raise WeightsError(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
-    model, meta = load_model(source, heads)
+    model, meta = load_model(source, heads, weights)
     if to == "reference":
         export_reference(target, model.config, model.state_dict(), meta, "" if bare_names else "module.")
     else:

@@ -24,8 +24,12 @@ from crate_dist.models.weights.families.family import Family, StateDict
 FORMAT = "crate-dist/1"
 _IMAGE_SIZE = 224
 """Pixels: taken for the side of images where positions are no weights, and images of any size fit."""
+_LARGEST = 16_384
+"""Pixels: the largest side of images that is believed of a file."""
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
 """Fields of ModelConfig that leave no trace in the shapes."""
+UNPLACED = "image_size"
+"""The field that leaves none where positions are no weights."""
 RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names")
 """Values of a run that decide how its model is evaluated, and what its predictions are called."""
 
@@ -127,6 +131,8 @@ def check_fit(state_dict: StateDict, config: ModelConfig) -> None:
     """Raises WeightsError that names each tensor of `state_dict` which is missing, unexpected or of another shape."""
     if config.depth > len(state_dict):  # a file may say anything; a model so deep is not built to find out
         raise WeightsError(f"{len(state_dict)} tensors are too few for a model of {config.depth:,} layers")
+    if config.positions != "learned" and config.image_size > _LARGEST:
+        raise WeightsError(f"images of {config.image_size:,} pixels; a model has {_LARGEST:,} at most")
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()

@@ -3,17 +3,17 @@
     crate-dist's export                {"format", "model", "state_dict", "meta"}, or a safetensors file that says these
     CRATE's training code's            {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
     its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
+    ToST's                             {"model": state_dict, "model_ema", "args": Namespace, "optimizer", …}
     a bare state dict as CRATE-α's, a safetensors file of any origin
 
 each under crate-dist's names or those of a family's published code (`families/`), with or without the "module." of
-DataParallel and DistributedDataParallel. Files are opened with weights_only=True, so that no code in them runs.
+DataParallel and DistributedDataParallel. Files are opened so that no code in them runs (`opening`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from crate_dist.config import WeightsKind
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
@@ -30,6 +31,7 @@ from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
+    UNPLACED,
     UNSEEN,
     WeightsError,
     check_fit,
@@ -38,10 +40,13 @@ from crate_dist.models.weights.names import (
     join_classifier_heads,
     recognised,
 )
+from crate_dist.models.weights.opening import open_file, options_of
 
 logger = logging.getLogger(__name__)
 
 _STATE_DICTS = ("state_dict", "model", "net")
+_AVERAGES = ("model_ema", "state_dict_ema")
+"""Where training codes keep the moving average of their weights."""
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 
 
@@ -77,7 +82,8 @@ class Weights:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
         config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
         check_fit(self.state_dict, config)
-        if heads or told or config.heads == 1:
+        in_shapes = self.family.tells(self.state_dict).get("heads") if self.family else None
+        if heads or told or in_shapes:
             return config, self.notes
         taken = (
             f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
@@ -86,42 +92,62 @@ class Weights:
         return config, (*self.notes, taken)
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
     """Reads a file of any of the kinds above.
 
-    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no tensors.
+    weights: "ema": their moving average, where a training code's checkpoint has one beside them
+    Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no such tensors.
     """
-    path = Path(path)
+    found = _read(Path(path), weights)
+    there = "ema" if "ema_decay" in found.meta else "raw"
+    if weights not in (None, there):
+        what = "their moving average" if there == "ema" else "them as they are, or does not say more"
+        raise WeightsError(f"{weights!r} weights were asked for, and {path} has {what}; a run may have both")
+    return found
+
+
+def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if _is_safetensors(path):
         return _read_safetensors(path)
-    content = _load(path)
+    content = open_file(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
     if "format" in content:
         return _read_export(path, content)
+    average = next((key for key in _AVERAGES if isinstance(content.get(key), Mapping)), None)
     for key in _STATE_DICTS:
-        if isinstance(content.get(key), Mapping):
-            return _of_checkpoint(_tensors(path, content[key]), key, content)
+        if not isinstance(content.get(key), Mapping):
+            continue
+        if kind == "ema" and average:
+            weights = _of_checkpoint(_tensors(path, content[average]), key, content)
+            return replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+        weights = _of_checkpoint(_tensors(path, content[key]), key, content)
+        if kind or not average:
+            return weights
+        note = f"beside its weights stands their moving average, {average}; --weights ema would take that"
+        return replace(weights, notes=(*weights.notes, note))
     return _of_others("state dict", _tensors(path, content))
 
 
-def load_model(path: str | Path, heads: int | None = None) -> tuple[Transformer, dict[str, Any]]:
+def load_model(
+    path: str | Path, heads: int | None = None, weights: WeightsKind | None = None
+) -> tuple[Transformer, dict[str, Any]]:
     """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
 
-    heads: for weights of a size that was not published, in files that do not say it
+    heads: for weights of a size that was not published, in files that do not say it; weights: as of `read_weights`
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
     """
-    weights = read_weights(path)
+    found = read_weights(path, weights)
     try:
-        config, notes = weights.architecture(heads)
+        config, notes = found.architecture(heads)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     for note in notes:
         logger.warning("%s: %s", path, note)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(weights.state_dict, assign=True)
-    return model, weights.meta
+    model.load_state_dict(found.state_dict, assign=True)
+    return model, found.meta
 
 
 def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
@@ -129,8 +155,11 @@ def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, 
     renamed, family, _ = recognised(state)
     trained = key == (family.key or "state_dict")
     meta = dict(family.evaluated if trained else family.fine_tuned)
+    options = options_of(content)
+    meta |= {"arch": options["model"]} if isinstance(options.get("model"), str) else {}
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
-    told = {name: content[name] for name in UNSEEN if _is_possible(name, content.get(name))}
+    said = {"image_size": options.get("input_size"), **content}
+    told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
     return _joined("reference" if trained else "reference fine-tuning", renamed, family, meta, told)
 
 
@@ -147,33 +176,11 @@ def _joined(kind: str, state: StateDict, family: Family, meta: dict[str, Any], t
 
 def _is_possible(name: str, value: Any) -> bool:
     """Returns whether a value of somebody's file could be that of a ModelConfig's field."""
-    if name == "heads":
+    if name in ("heads", UNPLACED):
         return type(value) is int and value > 0
     if name == "pool":
         return isinstance(value, str) and value in get_args(Pool)
     return type(value) in (int, float)
-
-
-def _load(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles
-            if is_zip and (record := zipfile.ZipFile(file).testzip()):  # torch.load looks at no checksum
-                raise WeightsError(f"{path} is damaged: the checksum of {record} in it is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
-        raise WeightsError(f"{path} is truncated or damaged") from error
-    except Exception as error:  # what a pickle of anything else raises is anyone's guess
-        if "nsupported global" in str(error) or "nsupported class" in str(error):
-            raise WeightsError(
-                f"{path} holds Python objects beside its tensors, which are not opened because they could run code; "
-                "save its state_dict alone"
-            ) from error
-        raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one; get it anew") from error
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:

@@ -20,6 +20,7 @@ from crate_dist.models.weights.families.family import Family
 from crate_dist.models.weights.names import (
     FORMAT,
     RECORDED,
+    UNPLACED,
     UNSEEN,
     StateDict,
     WeightsError,
@@ -93,7 +94,7 @@ def export_reference(
         parts = ", ".join(f"{part} {getattr(config, part)}" for part in PARTS)
         raise WeightsError(f"no published code computes this model ({parts}); the other formats hold it as it is")
     meta = meta or {}
-    weights = family.to_theirs(_compact(state_dict), prefix if family.key else "")
+    weights = family.to_theirs(_compact(state_dict), prefix if family.key and family.wrapped else "")
     content = weights if family.key is None else _checkpoint(family, weights, config, meta)
     for departure in _departures(family, config, meta):
         logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
@@ -102,20 +103,31 @@ def export_reference(
 
 
 def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what CRATE's training code would have saved with these weights, and what it would have left out."""
+    """Returns what a training code would have saved with these weights, and what it would have left out.
+
+    ToST's goes on with what it finds: without an optimizer's state it begins a new one.
+    """
     arch = find_arch(config)
     accuracy = meta.get("best_acc1", meta.get("metrics", {}).get("val/top1", 0.0))
     epoch = int(meta.get("epoch", meta.get("epochs", 0)))
     recipe = meta.get("recipe_values")
-    return {
+    content = {
         "epoch": epoch,
         "arch": arch.replace("crate", "CRATE") if arch else str(meta.get("arch", family.name)),
         str(family.key): weights,
         "best_acc1": torch.tensor(float(accuracy)),
         **{name: getattr(config, name) for name in UNSEEN},
-        **_fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {}),
+        **({} if config.positions == "learned" else {UNPLACED: config.image_size}),
+        **(
+            _fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {})
+            if family.wrapped
+            else {}
+        ),
         **{key: meta[key] for key in RECORDED if key in meta},
     }
+    if family.wrapped:
+        content |= _fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {})
+    return content
 
 
 def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:

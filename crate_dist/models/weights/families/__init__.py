@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.weights.families import alpha, cbt, crate, vit
+from crate_dist.models.weights.families import alpha, cbt, crate, tost, vit
 from crate_dist.models.weights.families.family import Family, StateDict
 
-FAMILIES = (alpha.FAMILY, cbt.FAMILY, vit.FAMILY, vit.TIMM, crate.FAMILY)
+FAMILIES = (alpha.FAMILY, cbt.FAMILY, tost.FAMILY, vit.FAMILY, vit.TIMM, crate.FAMILY)
 """Where names do not tell two of them apart, the first."""
 
 PARTS = ("stem", "positions", "class_token", "mixer", "tokenwise", "residual", "head", "out_bias")
