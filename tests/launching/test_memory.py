@@ -89,7 +89,7 @@ def test_of_a_part_without_a_rule_it_is_said_that_nothing_is_known(
     settings = recipe("crate_tiny")
     monkeypatch.delitem(RULES["mixer"], "mssa")
     assert advice(settings, 128, 8, 80) == "what mixer = 'mssa' costs is not known: it has no rule in models/costs.py"
-    assert "GB; what mixer = 'mssa' costs is not known" in explanation(settings, 128, 8, 70, 80)
+    assert "what mixer = 'mssa' costs is not known" in explanation(settings, 128, 8, 70, 80)
     unknown = Utilisation(model_config(settings.model, 10), settings, 1, torch.device("cpu"))
     assert unknown.scalars(10.0) == {}
     run = Preflight(RunFolder(tmp_path / "run"), False, tmp_path, 800, 80, 10, 8, 128, 1, None, False)
