@@ -45,6 +45,30 @@ def test_the_paper_s_and_the_published_code_s_values_are_there() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["crate_alpha_base_32", "crate_alpha_base_16", "crate_alpha_large_14"])
+def test_crate_alpha_s_recipes_have_its_published_code_s_values(name: str) -> None:
+    before, after = load_recipe(name), load_recipe(f"{name}_in1k")
+    for recipe, lr, smoothing, operations in ((before, 8e-4, 0.0, 0), (after, 1.6e-4, 0.1, 2)):
+        optim, mix, train = recipe.optim, recipe.mix, recipe.train
+        assert (optim.name, optim.betas, optim.grad_clip, optim.schedule) == ("adamw", (0.9, 0.95), 1.0, "big_vision")
+        assert (optim.lr, optim.min_lr, optim.warmup_epochs, optim.label_smoothing) == (lr, 1e-6, 10, smoothing)
+        assert (optim.weight_decay, optim.decay) == (0.1, "kernels")
+        assert (mix.mixup, mix.cutmix, mix.switch, mix.probability) == (0.8, 1.0, 0.5, 1.0)
+        assert (train.global_batch, train.epochs) == (4096, 91)
+        assert (recipe.augment.randaugment_ops, recipe.augment.flip) == (operations, 0.5)
+        assert recipe.model.patch_size == int(name.rpartition("_")[2])
+    assert (after.augment.randaugment, after.augment.randaugment_magnitude) == ("crate_alpha", 9)
+    assert before.model == after.model
+    assert after.train.init_head == "map"
+
+
+def test_vit_is_trained_as_crate_is() -> None:
+    for size in ("tiny", "small"):
+        crate, vit = load_recipe(f"crate_{size}"), load_recipe(f"vit_{size}")
+        differ = {key for key, value in crate.deciding_values().items() if vit.deciding_values()[key] != value}
+        assert differ <= {"model.arch"}
+
+
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
 def test_a_recipe_says_itself_whether_gradients_are_clipped(size: str) -> None:
     paper, published = (
@@ -139,7 +163,7 @@ def test_which_weights_decay_is_understood_as_it_was_said_before(tmp_path: Path,
         (["optim.cooldown_epochs=2"], "cooldown_epochs 2 at min_lr 0 would change no weight; give a min_lr above 0"),
         (
             ["optim.cooldown_epochs=9", "optim.min_lr=1e-6", "train.epochs=9"],
-            "leave none to the schedule; at most 8 would",
+            "leave none for the rate to fall in; less than 7 would",
         ),
         (["optim.layer_decay=1.1"], "less than or equal to 1"),
         (["optim.decay=norms"], "optim.decay: Input should be 'all', 'matrices', 'weights' or 'kernels', not 'norms'"),

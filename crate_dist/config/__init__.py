@@ -20,6 +20,7 @@ from crate_dist.config.sections import AugmentSection as AugmentSection
 from crate_dist.config.sections import ClusterSection as ClusterSection
 from crate_dist.config.sections import Colour as Colour
 from crate_dist.config.sections import Compile as Compile
+from crate_dist.config.sections import CropName as CropName
 from crate_dist.config.sections import DataSection as DataSection
 from crate_dist.config.sections import ImageSection as ImageSection
 from crate_dist.config.sections import MixSection as MixSection

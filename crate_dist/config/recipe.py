@@ -70,21 +70,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _epochs_before_the_cooldown(self) -> Self:
-        if self.optim.cooldown_epochs >= self.train.epochs:
+        cooldown, left = self.optim.cooldown_epochs, self.train.epochs - self.optim.warmup_epochs
+        if cooldown and cooldown >= left:
             raise ValueError(
-                f"optim.cooldown_epochs {self.optim.cooldown_epochs} are the last of train.epochs {self.train.epochs}, "
-                f"and leave none to the schedule; at most {self.train.epochs - 1} would"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _partners_to_mix_with(self) -> Self:
-        if self.mix.enabled and self.train.group == 1:
-            batch = self.train.global_batch
-            would = [str(n) for n in (2, 4, 8, 16, 32, 64) if batch % n == 0] or [str(batch)]
-            raise ValueError(
-                "[mix] takes an image's partner among train.group neighbours, which is 1; "
-                f"--set train.group={would[-1]} gives it some, and {', '.join(would)} divide the global batch"
+                f"optim.cooldown_epochs {cooldown} are the last of train.epochs {self.train.epochs}, and with "
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} leave none for the rate to fall in; less than "
+                f"{max(left, 1):g} would"
             )
         return self
 

@@ -24,6 +24,8 @@ Compile = Literal["auto"] | bool
 DecayRule = Literal["all", "matrices", "weights", "kernels"]
 Precision = Literal["bf16", "autocast", "fp32"]
 ResizeFilter = Literal["bicubic", "bilinear"]
+CropName = Literal["torchvision", "tensorflow"]
+RandAugmentName = Literal["torchvision", "timm", "timm_increasing", "crate_alpha"]
 ScheduleName = Literal["cosine", "big_vision", "reference", "timm", "deit"]
 WeightsKind = Literal["raw", "ema"]
 """The weights that an optimizer has made, or their moving average."""
@@ -218,6 +220,9 @@ class OrderSection(Section):
 class AugmentSection(Section):
     """The random changes of training images."""
 
+    crop: CropName = Field(
+        "torchvision", description="whose way of drawing the crop; tensorflow's, of big_vision, has more small ones"
+    )
     crop_scale: Annotated[tuple[Share, Share], AfterValidator(_in_order)] = Field(
         (0.08, 1.0), description="bounds of the crop's share of the area"
     )
@@ -225,7 +230,7 @@ class AugmentSection(Section):
         (3 / 4, 4 / 3), description="bounds of the crop's width to its height"
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
-    randaugment: Literal["torchvision", "timm", "timm_increasing", "crate_alpha"] = Field(
+    randaugment: RandAugmentName = Field(
         "torchvision", description="whose operations RandAugment has; see docs/training.md"
     )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
@@ -367,8 +372,10 @@ class TrainSection(Section):
         description='precision of the products; master weights are fp32. "autocast": bf16 products, all else fp32',
     )
     init_from: Path | None = Field(None, description="a run, a checkpoint or a file of weights to begin from")
-    init_head: Literal["auto", "new", "keep"] = Field(
-        "auto", description='head of the model begun from; "auto": a new one when the classes differ in number or names'
+    init_head: Literal["auto", "new", "keep", "map"] = Field(
+        "auto",
+        description='head of the model begun from; "auto": a new one when the classes differ in number or names; '
+        '"map": its rows of the same classes, by id, and new ones for others',
     )
     init_heads: Positive | None = Field(
         None, description="attention heads of the weights begun from, where their file does not tell"

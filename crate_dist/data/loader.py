@@ -191,8 +191,8 @@ class EvalLoader:
 
 def train_transform(augment: AugmentSection, images: ImageSection, size: int) -> TrainTransform:
     """Returns what makes a training image of `size` pixels as a recipe says."""
-    further = augmentations(augment, images)
-    return TrainTransform(size, augment.crop_scale, augment.crop_ratio, augment.flip, further, images.resize_filter)
+    further, drawn = augmentations(augment, images), (augment.crop_scale, augment.crop_ratio, augment.flip)
+    return TrainTransform(size, *drawn, further, images.resize_filter, augment.crop)
 
 
 def eval_transform(images: ImageSection, size: int) -> EvalTransform:

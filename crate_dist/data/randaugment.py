@@ -25,6 +25,7 @@ from crate_dist.data.decode import Pixels
 Fill = tuple[int, int, int]
 """Red, green and blue of what lies outside of the picture."""
 
+Enhance = type[ImageEnhance.Color | ImageEnhance.Contrast | ImageEnhance.Brightness | ImageEnhance.Sharpness]
 MAGNITUDES = 31
 _MOST = 10.0
 """The largest magnitude of timm's."""
@@ -153,7 +154,7 @@ def timm_operations(increasing: bool) -> tuple[TimmOperation, ...]:
     where 1 changes nothing; the increasing ones move away from that, to either side.
     """
 
-    def enhance(kind: type[ImageEnhance._Enhance]) -> TimmOperation:
+    def enhance(kind: Enhance) -> TimmOperation:
         if increasing:
             return TimmOperation(
                 kind.__name__, lambda image, by, *_: kind(image).enhance(max(0.1, 1 + by)), lambda m: m / 10 * 0.9, True

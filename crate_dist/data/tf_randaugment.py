@@ -1,7 +1,7 @@
 """RandAugment as CRATE-α was fine-tuned with it: what its TensorFlow code computes, in NumPy.
 
-That code is big_vision's, changed to be more like timm's. As timm's increasing set it has 15 operations, applied in half of the cases, with normal noise on the magnitude. What is
-its own, as published:
+That code is big_vision's, changed to be more like timm's. As timm's increasing set it has 15 operations, applied in
+half of the cases, with normal noise on the magnitude. What is its own, as published:
 
     noise      drawn once for each of `ops`, and not held below 10
     contrast   towards a grey of height * width / 256, 196 at 224 pixels, for the mean of the picture
@@ -135,12 +135,13 @@ def _equalize(image: Pixels, *_: object) -> Pixels:
 
 
 def _posterize(image: Pixels, dropped: int, _: Fill) -> Pixels:
-    shift = min(4 + dropped, 7)  # TensorFlow shifts a byte by no more
+    shift = np.uint8(min(4 + dropped, 7))  # TensorFlow shifts a byte by no more
     return image >> shift << shift
 
 
 def _solarize(image: Pixels, lowered: int, _: Fill) -> Pixels:
-    return np.where(image < (256 - lowered) % 256, image, 255 - image)  # the threshold is a byte as published
+    threshold = np.uint8((256 - lowered) % 256)  # a byte as published
+    return np.where(image < threshold, image, np.uint8(255) - image)
 
 
 def _solarize_add(image: Pixels, more: int, _: Fill) -> Pixels:

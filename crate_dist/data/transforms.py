@@ -23,11 +23,12 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from crate_dist.config import ResizeFilter
+from crate_dist.config import CropName, ResizeFilter
 from crate_dist.data.augment import Augmentation
 from crate_dist.data.decode import Box, Pixels, decode_crop, jpeg_size, open_image, resized_exactly, resized_part
 
 _CROP_TRIES = 10
+_TENSORFLOW_TRIES = 100
 _SHRINK_REST = 1.5
 """The shrinking that the DCT leaves to the filter at least: 1.5 agrees with Pillow to some 49 dB, 1.0 to 42."""
 _MOST_LENGTHS = 32
@@ -39,7 +40,8 @@ _64_BITS = (1 << 64) - 1
 class TrainTransform:
     """A random crop of random area and aspect, resized to a square, flipped at random, and augmented further.
 
-    scale: of the crop's area to the image's; ratio: of its width to its height; flip: probability
+    scale: of the crop's area to the image's; ratio: of its width to its height; flip: probability; crop: whose way of
+    drawing it
     """
 
     size: int
@@ -48,6 +50,7 @@ class TrainTransform:
     flip: float = 0.5
     augment: tuple[Augmentation, ...] = ()
     resize_filter: ResizeFilter = "bicubic"
+    crop: CropName = "torchvision"
 
     def __call__(self, data: bytes, rng: random.Random, out: Pixels | None = None) -> Pixels:
         """Returns pixels of shape (size, size, 3), written to `out` where it is given. Raises BadImage."""
@@ -69,7 +72,8 @@ class TrainTransform:
 
         A crop that is decoded smaller lies on a grid of as many pixels: the resize knows no fractions of them.
         """
-        box = random_crop(*size, self.scale, self.ratio, rng)
+        draw = random_crop if self.crop == "torchvision" else tensorflow_crop
+        box = draw(*size, self.scale, self.ratio, rng)
         mirrored = rng.random() < self.flip
         side = min(box[2] - box[0], box[3] - box[1])
         shrink = next(n for n in (8, 4, 2, 1) if n == 1 or side >= n * _SHRINK_REST * self.size)
@@ -135,6 +139,31 @@ def random_crop(
     crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
+
+
+def tensorflow_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> Box:
+    """Draws the (left, top, right, bottom) of a crop as big_vision's inception_crop does, or all of the image.
+
+    That is TensorFlow's sample_distorted_bounding_box: the ratio is uniform and not its logarithm, and so is the height
+    between those of the smallest and the largest area that fit, and not the area: small crops are more frequent.
+    """
+    smallest, largest = (bound * width * height for bound in scale)
+    for _ in range(_TENSORFLOW_TRIES):
+        aspect = ratio[0] + (ratio[1] - ratio[0]) * rng.random()
+        rows, most = (round(math.sqrt(area / aspect)) for area in (smallest, largest))
+        if round(most * aspect) > width:
+            most = int((width + 0.5 - 1e-7) / aspect)
+        most = min(most, height)
+        rows = min(rows, most)
+        rows += int(rng.random() * (most - rows + 1))
+        rows += (rows * round(rows * aspect) < smallest) - (rows * round(rows * aspect) > largest)
+        columns = round(rows * aspect)
+        if 0 < rows <= height and 0 < columns <= width and smallest <= rows * columns <= largest:
+            top, left = int(rng.random() * (height - rows)), int(rng.random() * (width - columns))
+            return left, top, left + columns, top + rows
+    return 0, 0, width, height
 
 
 def _resize(crop: Pixels, mirrored: bool, out: Pixels, resize_filter: ResizeFilter) -> None:

@@ -1,13 +1,15 @@
-"""Makes the weights of one CRATE the first weights of another: other classes, another resolution.
+"""Makes the weights of one model the first weights of another: other classes, another resolution.
 
 Taken as they are: everything that does not depend on these. Interpolated: the positions, from one grid of patches to
-another, and the patch embedding, from one size of patches to another. Left out, for the new model's own: the head.
-Nothing else can differ; what does is an error that names it.
+another, and the patch embedding, from one size of patches to another, where it is one map. Left out, for the new
+model's own: the head, or its rows for classes that the other did not have. Nothing else can differ; what does is an
+error that names it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +21,10 @@ from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import StateDict, WeightsError
+
+_LAST = ("head.norm.", "head.linear.")
+_NO_WEIGHTS = ("pool", "ista_step", "ista_threshold", "mixer", "tokenwise", "residual", "norm_eps", "head_norm_eps")
+"""Fields of ModelConfig that may have no trace in the weights, but make another function of them."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class Adapted:
 def adapt(state_dict: StateDict, source: ModelConfig, target: ModelConfig, new_head: bool) -> Adapted:
     """Makes the weights of a model `source` fit a model `target`. Changes nothing that it is given.
 
-    new_head: leaves out the head, its normalisation too, as the published fine-tuning code does
-    Raises WeightsError when width, depth or heads differ, when the head is to be kept for another number of classes,
-    or when a weight is not finite.
+    new_head: leaves out the head's linear map and its normalisation, as the published fine-tuning code does; all of
+    the head where it is another part
+    Raises WeightsError when width, depth, heads or the weights of parts differ, when the head is to be kept for another
+    number of classes, when the stem cannot have other patches, or when a weight is not finite.
     """
-    _check_size(state_dict, source, target)
+    left_out = () if not new_head else _LAST if source.head == target.head else ("head.",)
+    _check_size(state_dict, source, target, left_out)
     if source.num_classes != target.num_classes and not new_head:
         raise WeightsError(
             f"the head has {source.num_classes} classes, and the recipe's model {target.num_classes}; "
@@ -45,56 +53,81 @@ def adapt(state_dict: StateDict, source: ModelConfig, target: ModelConfig, new_h
     wrong = [name for name, tensor in state_dict.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise WeightsError(f"not finite: {', '.join(wrong)}")
-    taken = {name: t.float() for name, t in state_dict.items() if not (new_head and name.startswith("head."))}
+    taken = {name: t.float() for name, t in state_dict.items() if not name.startswith(left_out)}
     notes = []
     if source.patch_size != target.patch_size:
         taken |= resize_patch_embedding(taken, source.patch_size, target.patch_size)
         notes.append(f"patch embedding resized from {source.patch_size} to {target.patch_size} pixels")
     before, now = (config.image_size // config.patch_size for config in (source, target))
-    if before != now:
+    if before != now and "pos_embedding" in taken:
         taken["pos_embedding"] = interpolate_positions(taken["pos_embedding"], (now, now))
         notes.append(f"positions interpolated from {before} x {before} to {now} x {now} patches")
     if new_head:
         notes.append(f"head new, {source.num_classes} classes there and {target.num_classes} here")
-    for name in ("pool", "ista_step", "ista_threshold"):  # no weights, but another function of them
+    for name in _NO_WEIGHTS if new_head else ("head", *_NO_WEIGHTS):
         there, here = getattr(source, name), getattr(target, name)
         if there != here:
             notes.append(f"{name} {there} there and {here} here")
     return Adapted(taken, tuple(notes))
 
 
+def map_head(state_dict: StateDict, own: StateDict, rows: Sequence[int | None]) -> dict[str, Tensor]:
+    """Returns weights whose head has the row `rows[k]` for class k, and that of the weights `own` where it is None."""
+    mapped = dict(state_dict)
+    found = [(new, old) for new, old in enumerate(rows) if old is not None]
+    for name in ("head.linear.weight", "head.linear.bias"):
+        mapped[name] = own[name].float().clone()
+        for new, old in found:
+            mapped[name][new] = state_dict[name][old]
+    return mapped
+
+
 def resize_patch_embedding(state_dict: StateDict, old: int, new: int) -> dict[str, Tensor]:
     """Resizes the embedding of patches of old x old pixels for patches of new x new that show the same.
 
     FlexiViT's pseudo-inverse resize (Beyer et al. 2023, arXiv 2212.08013, section 3.4): with B the matrix that resizes
-    a patch, W B⁺ B x = W x where patches grow, and as nearly as can be where they shrink. The scale and shift of the
-    normalisation before it, one per pixel, are first taken into W and the bias.
+    a patch, W B⁺ B x = W x where patches grow, and as nearly as can be where they shrink. Where a normalisation comes
+    before it, its scale and shift, one per pixel, are first taken into W and the bias.
+    Raises WeightsError when it is not one map.
     """
-    scale, shift = (state_dict[f"patch_embed.norm_in.{name}"].double() for name in ("weight", "bias"))
+    if "patch_embed.proj.weight" not in state_dict:
+        raise WeightsError(
+            f"its stem of convolutions makes patches of {old} pixels and cannot be resized to make ones of {new}; "
+            f"--set model.patch_size={old} would fit"
+        )
     weight, bias = (state_dict[f"patch_embed.proj.{name}"].double() for name in ("weight", "bias"))
+    normed = "patch_embed.norm_in.weight" in state_dict
+    scale, shift = torch.ones(weight.shape[1]).double(), torch.zeros(weight.shape[1]).double()
+    if normed:
+        scale, shift = (state_dict[f"patch_embed.norm_in.{name}"].double() for name in ("weight", "bias"))
     each_pixel = torch.eye(old**2, dtype=torch.float64).view(old**2, 1, old, old)
     resize = interpolate(each_pixel, (new, new), mode="bicubic", antialias=True).flatten(1).T  # (new², old²)
     pixels = (weight * scale).unflatten(1, (old**2, CHANNELS))
     resized = torch.einsum("dpc,pq->dqc", pixels, torch.linalg.pinv(resize)).flatten(1)
-    return {
+    norm = {
         "patch_embed.norm_in.weight": torch.ones(resized.shape[1]),
         "patch_embed.norm_in.bias": torch.zeros(resized.shape[1]),
+    }
+    return (norm if normed else {}) | {
         "patch_embed.proj.weight": resized.float(),
         "patch_embed.proj.bias": (bias + weight @ shift).float(),
     }
 
 
-def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig) -> None:
-    """Raises WeightsError that names every tensor which has another shape for its width, depth or heads."""
-    if (source.dim, source.depth, source.heads) == (target.dim, target.depth, target.heads):
-        return
+def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig, left_out: tuple[str, ...]) -> None:
+    """Raises WeightsError that names every tensor which has another shape for its width, depth, heads or parts."""
+    if source.patch_size != target.patch_size and source.stem == target.stem == "convolutions":
+        resize_patch_embedding({}, source.patch_size, target.patch_size)
     like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
     with torch.device("meta"):
         expected = {name: t.shape for name, t in Transformer(replace(target, **like_source)).state_dict().items()}
     given = {name: t.shape for name, t in state_dict.items()}
+    differ = {name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name)}
+    if source.heads == target.heads and all(name.startswith(left_out) for name in differ):
+        return
     layers: dict[tuple[str, str], list[int]] = {}
     for name in [*given, *(name for name in expected if name not in given)]:
-        if given.get(name) != expected.get(name):
+        if name in differ:
             there, here = (str(tuple(shapes[name])) if name in shapes else "none" for shapes in (given, expected))
             number = re.match(r"layers\.(\d+)\.", name)
             pattern = name.replace(f"layers.{number[1]}.", "layers.{}.", 1) if number else name

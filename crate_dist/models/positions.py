@@ -57,7 +57,8 @@ class FourierPositions(nn.Module):
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Returns the positions of rows x columns patches, (1, rows * columns, d)."""
         features = self.features if grid == self.grid else fourier_features(grid).to(self.features)
-        return self.proj(features)
+        # DeepSpeed rounds weights to bf16, and no buffer.
+        return self.proj(features.to(self.proj.weight.dtype))
 
 
 def fourier_features(grid: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ DECAYED: dict[str, Callable[[str, nn.Parameter, nn.Module], bool]] = {
 }
 """optim.decay: whether a parameter, of a name and directly in a module, has weight decay."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 # torch asks its compiler to stay out of this method, and imports it for that: a second of every start. Nothing that is
@@ -126,8 +127,8 @@ def listing(groups: Iterable[Mapping[str, Any]]) -> list[str]:
         return [f"all parameters: weight decay {groups[0]['weight_decay']:g}"]
     for group in groups:
         for name in group["names"]:
-            found = _LAYER.match(name)
-            pattern, number = (f"layers.{{}}.{name[found.end() :]}", found[1]) if found else (name, "")
+            found = _NUMBER.search(name)
+            pattern, number = (_NUMBER.sub("{}", name, 1), found[0]) if found else (name, "")
             kinds.setdefault((pattern, group["weight_decay"]), []).append((number, group["lr_factor"]))
     lines = []
     for (pattern, decay), members in kinds.items():

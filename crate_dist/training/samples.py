@@ -30,10 +30,9 @@ def training_picture(images: torch.Tensor, labels: torch.Tensor | Targets, index
         said = [tuple(f"{s:.0%}  {_named(index, one)}" for s, one in zip(shares, pair, strict=True)) for pair in both]
     else:
         said = [(_named(index, label),) for label in labels[:SHOWN].tolist()]
+    made = "cropped, augmented and mixed" if isinstance(labels, Targets) else "cropped and augmented"
     shown = [Captioned(one, text) for one, text in zip(pixels, said, strict=True)]
-    return {
-        TRAINING: captioned(shown, "training images as the model sees them: cropped and augmented, with their labels")
-    }
+    return {TRAINING: captioned(shown, f"training images as the model sees them: {made}, with their labels")}
 
 
 def mistakes_picture(mistakes: Sequence[Mistake], index: ShardIndex) -> dict[str, Pixels]:

@@ -188,6 +188,11 @@ class Trainer:
             lines = listing(parameter_groups(model, self.recipe.optim))
             logger.info("\n  ".join([f"{self.recipe.optim.name} of", *lines]))
             warn_of_short_run(self.recipe.optim.ema_decay, self.last_step)
+        if (repeats := self.recipe.order.repeats) > 1:
+            logger.info(
+                "an epoch has %d views of each of %s training images, %s steps; images per second count views",
+                *(repeats, f"{self.train_index.num_samples:,}", f"{self.schedule.steps_per_epoch:,.0f}"),
+            )
         if self.workers > self.world.cores and self.world.is_main:
             logger.warning(
                 "data.workers=%d on %d core(s) of each rank: they hold each other up, and the training too; without "

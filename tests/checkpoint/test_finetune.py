@@ -268,6 +268,27 @@ def test_the_recipes_have_the_published_fine_tuning_code_s_values(data: str) -> 
     assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("adamw", 5e-5, 0.01, None)
     assert (optim.schedule, optim.warmup_epochs, optim.grad_clip, optim.label_smoothing) == ("cosine", 0, 0, 0)
     assert (train.global_batch, train.epochs, recipe.model.image_size) == (256, 200, 224)
-    assert augmentations(recipe.augment, recipe.images.mean) == (RandAugment(ops=2, magnitude=14),)
+    assert augmentations(recipe.augment, recipe.images) == (RandAugment(ops=2, magnitude=14),)
     assert (recipe.images.eval_fit, recipe.augment.crop_scale, recipe.augment.flip) == ("stretch", (0.08, 1.0), 0.5)
     assert recipe.images.resize_filter == "bilinear"
+
+
+def test_rows_of_the_head_are_taken_for_the_classes_that_both_have(files: dict[str, Path], alone: World) -> None:
+    model = build_model(SECTION, 3, seed=1)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    there = torch.load(files["export"], weights_only=True)["state_dict"]
+    origin = begin_from(files["export"], model, ["d", "new", "b"], "map")
+    here = model.state_dict()
+    for part in ("weight", "bias"):
+        name = f"head.linear.{part}"
+        assert torch.equal(here[name][[0, 2]], there[name][[3, 1]])
+        assert torch.equal(here[name][1], own[name][1])
+    assert torch.equal(here["head.norm.weight"], there["head.norm.weight"])
+    assert origin.changes == ("head mapped by class, 2 rows taken from its 4, 1 new: new",)
+    assert origin.sha256 == weights_digest(there)
+    for name, classes, said in [
+        ("unnamed", ["a", "b"], "by the ids of classes, which it does not tell"),
+        ("export", ["x", "y"], r"none of the 2 classes of the data \(x, y, …\) is one of its 4 \(a, b, c, …\)"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            begin_from(files[name], model, classes, "map")

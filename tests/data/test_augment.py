@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from crate_dist.config import AugmentSection, ImageSection
-from crate_dist.data.augment import RandomErasing, augmentations
+from crate_dist.data.augment import ColorJitter, NoiseErasing, RandomErasing, augmentations
 from crate_dist.data.decode import Pixels
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
@@ -59,6 +59,22 @@ TORCHVISION_BOXES = [
     (29, 20, 38, 39),
     (0, 15, 28, 32),
     (7, 27, 30, 48),
+    (4, 19, 17, 51),
+]
+
+# Rectangles that timm's RandomErasing(0.75, mode="pixel") fills with the same numbers.
+TIMM_BOXES = [
+    (12, 4, 34, 34),
+    (21, 14, 30, 30),
+    (2, 37, 15, 52),
+    (23, 27, 32, 35),
+    (3, 14, 8, 25),
+    (0, 6, 12, 33),
+    (11, 4, 27, 27),
+    None,
+    (29, 20, 38, 39),
+    (0, 15, 28, 32),
+    (6, 27, 30, 48),
     (4, 19, 17, 51),
 ]
 
@@ -126,6 +142,47 @@ def test_rectangles_have_the_share_the_areas_and_the_colour_that_were_asked_for(
     assert mean_colour == RandomErasing(0.25, (124, 116, 104))
 
 
+def test_noise_is_in_timms_rectangles_and_normal_after_normalisation() -> None:
+    erase, plain = NoiseErasing(0.75, IMAGES.mean, IMAGES.std), picture()
+    found: list[tuple[int, ...] | None] = []
+    noise = []
+    for number in range(12):
+        erase(pixels := picture(), sample_rng(1, 0, number))
+        places = np.argwhere((pixels != plain).any(axis=-1))
+        found.append(
+            (*map(int, places.min(axis=0)), *(int(n) + 1 for n in places.max(axis=0))) if len(places) else None
+        )
+        if box := found[-1]:
+            top, left, bottom, right = box
+            noise.append(pixels[top:bottom, left:right].reshape(-1, 3))
+    assert found == TIMM_BOXES
+    normalised = (np.concatenate(noise) / 255 - IMAGES.mean) / IMAGES.std
+    assert np.abs(normalised.mean(axis=0)).max() < 0.05
+    assert np.abs(normalised.std(axis=0) - 0.97).max() < 0.03
+    assert np.abs(np.corrcoef(normalised.T) - np.eye(3)).max() < 0.05
+    assert augmentations(AugmentSection(erase=0.75, erase_mode="pixel"), IMAGES) == (erase,)
+
+
+def test_jitter_changes_brightness_contrast_and_saturation_in_every_order() -> None:
+    """Each picture is one of six that the factors drawn for it can make, and all six orders occur."""
+    kinds, seen = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), set()
+    for number in range(60):
+        ColorJitter(0.4)(pixels := picture(), sample_rng(0, 0, number))
+        rng = sample_rng(0, 0, number)
+        factors = [0.6 + 0.8 * rng.random() for _ in kinds]
+        made = {}
+        for order in itertools.permutations(range(3)):
+            image = Image.fromarray(picture())
+            for place in order:
+                image = kinds[place](image).enhance(factors[place])
+            made[order] = digest(image)
+        orders = [order for order, made_so in made.items() if made_so == digest(pixels)]
+        assert orders
+        seen |= set(orders) if len(orders) == 1 else set()
+    assert len(seen) == 6
+    assert augmentations(AugmentSection(color_jitter=0.4), IMAGES) == (ColorJitter(0.4),)
+
+
 class Draws(random.Random):
     """Says that something other than random() was asked for."""
 
@@ -134,9 +191,20 @@ class Draws(random.Random):
 
 
 def test_only_random_is_drawn() -> None:
-    transform = TrainTransform(32, augment=augmentations(AugmentSection(randaugment_ops=2, erase=0.5), IMAGES))
-    for number in range(30):
-        transform(png(picture()), Draws(number))
+    plain = AugmentSection(randaugment_ops=2, erase=0.5)
+    timm = AugmentSection(
+        randaugment="timm_increasing",
+        randaugment_ops=2,
+        randaugment_magnitude=9,
+        randaugment_std=0.5,
+        color_jitter=0.4,
+        erase=0.5,
+        erase_mode="pixel",
+    )
+    for section in (plain, timm, timm.model_copy(update={"randaugment": "crate_alpha"})):
+        transform = TrainTransform(32, augment=augmentations(section, IMAGES))
+        for number in range(30):
+            transform(png(picture()), Draws(number))
 
 
 def test_they_come_behind_crop_and_flip_and_leave_these_as_they_are() -> None:

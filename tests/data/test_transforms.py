@@ -18,8 +18,10 @@ from crate_dist.config import ImageSection, ResizeFilter
 from crate_dist.data.decode import BadImage
 from crate_dist.data.loader import eval_transform
 from crate_dist.data.order import hash64
-from crate_dist.data.transforms import EvalTransform, TrainTransform, random_crop, sample_rng
+from crate_dist.data.transforms import EvalTransform, TrainTransform, random_crop, sample_rng, tensorflow_crop
 from tests.conftest import png
+
+TENSORFLOW_AREAS = (0.114, 0.178, 0.319, 0.502, 0.643)
 
 
 def encode(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -160,3 +162,20 @@ def bomb() -> bytes:
 def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         TrainTransform(32)(data, sample_rng(0, 0, 0))
+
+
+def test_tensorflows_crop_has_its_distribution_and_takes_all_of_an_image_that_no_crop_fits() -> None:
+    """The quantiles of 150,000 draws of TensorFlow 2.15's sample_distorted_bounding_box at big_vision's bounds."""
+    scale, ratio = (0.08, 1.0), (0.75, 1.33)
+    draws = [tensorflow_crop(375, 500, scale, ratio, sample_rng(0, 0, n)) for n in range(5000)]
+    left, top, right, bottom = np.array(draws).T
+    areas = (right - left) * (bottom - top) / (375 * 500)
+    assert np.allclose(np.quantile(areas, [0.1, 0.25, 0.5, 0.75, 0.9]), TENSORFLOW_AREAS, atol=0.015)
+    assert (left.min(), top.min()) == (0, 0)
+    assert (right.max(), bottom.max()) <= (375, 500)
+    assert scale[0] <= areas.min() < areas.max() <= scale[1]
+    ratios = (right - left) / (bottom - top)
+    assert 0.74 < ratios.min() < ratios.max() < 1.34
+    assert abs(ratios.mean() - 1.04) < 0.01
+    assert tensorflow_crop(1000, 10, (0.5, 1.0), ratio, sample_rng(0, 0, 0)) == (0, 0, 1000, 10)
+    assert TrainTransform(512, scale, ratio, crop="tensorflow").draw((375, 500), sample_rng(0, 0, 0))[0] == draws[0]

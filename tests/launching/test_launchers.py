@@ -15,10 +15,12 @@ from submitit.core.utils import DelayedSubmission
 
 from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
+from crate_dist.launching.memory import advice, largest_micro_batch
 from crate_dist.launching.opening import check_that_no_job_waits
 from crate_dist.launching.preflight import preflight
 from crate_dist.run.folder import RunFolder
 from crate_dist.slurm import queue
+from crate_dist.slurm.nodes import nodes_used
 from crate_dist.slurm.options import parse_minutes
 from tests.ranks import REPOSITORY
 
@@ -368,6 +370,29 @@ def test_an_index_that_is_missing_or_promises_missing_shards(cast_shards: Path, 
     (tmp_path / "val" / "index.json").unlink()
     with pytest.raises(RecipeError, match=r"no index.json in .*/val; `python data_prep/index.py"):
         preflight(recipe, 1, tmp_path / "run")
+
+
+def test_groups_of_neighbours_stay_whole_on_every_cluster_and_card(cast_shards: Path, tmp_path: Path) -> None:
+    chosen = ["train.global_batch=192", "train.group=16", "cluster.gpus_per_node=2", "cluster.nodes=2-5"]
+    recipe = load_recipe("crate_tiny", chosen, data__root=str(cast_shards))
+    assert nodes_used(recipe) == {2: 2, 3: 3, 4: 3, 5: 3}  # 192 divides over 4 nodes, its 12 groups do not
+    assert preflight(recipe, 6, tmp_path / "run").micro_batch == 32
+    with pytest.raises(RecipeError, match=r"not divide over 8 ranks in whole groups of 16; .* 6, 12; .*=128 or"):
+        preflight(recipe, 8, tmp_path / "run")
+    fits = [largest_micro_batch(recipe, 2, gb * 1e9) for gb in (0.1, 2, 4, 8, 80)]
+    assert fits[0] == 0
+    assert fits[-1] == 96
+    assert fits == sorted(fits)
+    assert all(n % 16 == 0 for n in fits)
+    assert "not even one group of 16 images would fit" in advice(recipe, 96, 2, 0.1)
+
+
+def test_batch_norm_of_groups_of_one_image_is_refused(cast_shards: Path, tmp_path: Path) -> None:
+    chosen = ["model.arch=cbt_tiny", "train.global_batch=64"]
+    with pytest.raises(RecipeError, match=r"batch norm, .* over train.group images, which is 1; --set train.group"):
+        preflight(load_recipe("crate_tiny", chosen, data__root=str(cast_shards)), 1, tmp_path / "run")
+    recipe = load_recipe("crate_tiny", [*chosen, "train.group=32"], data__root=str(cast_shards))
+    assert preflight(recipe, 1, tmp_path / "run").micro_batch == 64
 
 
 def test_a_run_folder_of_another_recipe(cast_shards: Path, tmp_path: Path) -> None:

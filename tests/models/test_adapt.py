@@ -132,3 +132,33 @@ def test_a_checkpoint_of_the_published_code_begins_a_model_of_another_resolution
     assert torch.equal(
         target.state_dict()["layers.2.ista.dictionary"], theirs["module.transformer.layers.2.1.fn.weight"]
     )
+
+
+@pytest.mark.parametrize("arch", ["crate_alpha_base", "vit_tiny"])
+def test_a_stem_that_is_one_map_shows_the_same_of_patches_that_grow(arch: str) -> None:
+    section = ModelSection(arch=arch, width=24, depth=1, heads=2, image_size=32, patch_size=8)
+    source = model_config(section, num_classes=5)
+    model = initialise(source, seed=1)
+    target = replace(source, patch_size=16, image_size=64)
+    adapted = adapt(model.state_dict(), source, target, new_head=False)
+    assert adapted.notes == ("patch embedding resized from 8 to 16 pixels",)
+    grown = Transformer(target)
+    grown.load_state_dict(adapted.state_dict)
+    images = torch.rand(2, 3, 32, 32)
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5)  # (b, row, col, c, 8, 8)
+    large = interpolate(patches.flatten(0, 2), (16, 16), mode="bicubic", antialias=True)
+    large = large.view(2, 4, 4, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 64, 64)
+    assert torch.allclose(grown(large), model(images), atol=1e-4)
+
+
+def test_other_parts_are_refused_and_the_same_weights_in_another_function_told() -> None:
+    section = ModelSection(arch="crate_alpha_base", width=24, depth=1, heads=2, image_size=32, patch_size=8)
+    source = model_config(section, num_classes=5)
+    weights = initialise(source, seed=1).state_dict()
+    with pytest.raises(WeightsError, match=r"layers.0.odl.dictionary: \(24, 96\) there, none here"):
+        adapt(weights, source, replace(source, tokenwise="ista"), new_head=False)
+    adapted = adapt(weights, source, replace(source, residual="crate"), new_head=False)
+    assert adapted.notes == ("residual pre_norm there and crate here",)
+    convolved = model_config(ModelSection(arch="cbt_tiny", width=24, depth=1, heads=2), num_classes=5)
+    with pytest.raises(WeightsError, match=r"cannot be resized to make ones of 8; --set model\.patch_size=16"):
+        adapt(initialise(convolved, seed=1).state_dict(), convolved, replace(convolved, patch_size=8), new_head=True)

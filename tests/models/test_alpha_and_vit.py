@@ -104,7 +104,7 @@ def test_odl_and_mssa_alone_equal_the_published_code(golden: dict[str, dict[str,
         assert code is not None
         assert code.shape == (*read.shape[:2], 4 * ALPHA.dim)
         assert code.min() == 0
-        assert off(F.linear(code, layer.tokenwise.out), coded) < 1e-5
+        assert off(F.linear(code, layer.tokenwise.get_parameter("out")), coded) < 1e-5
         z = layer.update(z, w)
 
 

@@ -11,9 +11,9 @@ import torch
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import CheckpointError, Progress
 from crate_dist.checkpoint.loading import list_checkpoints
-from crate_dist.config import Recipe
+from crate_dist.config import Recipe, build_recipe
 from crate_dist.doctor.fake_cluster import fake_cluster
-from crate_dist.models.batch_norm import GroupedBatchNorm, statistics
+from crate_dist.models.batch_norm import statistics
 from crate_dist.models.build import build_model
 from crate_dist.training.averaging import warn_of_short_run
 from crate_dist.training.engine import Engine
@@ -104,23 +104,17 @@ GROUP = 4
 ALONE = World(0, 1, 0, 1, "", 0, "alone")
 
 
-class NormedStem(torch.nn.Module):
-    """A stem with batch norm before it."""
-
-    def __init__(self, stem: torch.nn.Module) -> None:
-        super().__init__()
-        self.norm, self.stem = GroupedBatchNorm(3), stem
-        self.norm.group = GROUP
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        tokens: torch.Tensor = self.stem(self.norm(images))
-        return tokens
+def with_stem(precision: str = "fp32") -> Recipe:
+    """A ToST of one layer, and an average."""
+    model = {"arch": "tost_tiny_12", "depth": 1, "width": 32, "heads": 2, "image_size": 32, "patch_size": 4}
+    train = {"global_batch": GLOBAL_BATCH, "epochs": 1, "precision": precision, "group": GROUP}
+    raw = {"name": "stem", "model": model, "optim": {"lr": 2e-4, "ema_decay": DECAY}, "train": train}
+    return build_recipe(raw, origin="a test")
 
 
-def normed_engine(settings: Recipe, device: torch.device, world_size: int, accumulation: int) -> Any:
+def engine_of(settings: Recipe, world: World, device: torch.device, accumulation: int) -> Engine:
     model = build_model(settings.model, 7, seed=0)
-    model.patch_embed = NormedStem(model.patch_embed)
-    return Engine(model, settings, device, GLOBAL_BATCH // world_size // accumulation, accumulation)
+    return Engine(model, settings, device, GLOBAL_BATCH // world.world_size // accumulation, accumulation)
 
 
 def pieces(step: int, world: World, accumulation: int) -> Any:
@@ -133,9 +127,7 @@ def running(engine: Any) -> dict[str, torch.Tensor]:
 
 def with_batch_norm(world: World, device: torch.device, accumulation: int, folder: Path | None) -> dict[str, Any]:
     """Three steps; the buffers after each, and what is to be known of them."""
-    settings = recipe(ema_decay=DECAY)
-    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"precision": "fp32"})})
-    engine = normed_engine(settings, device, world.world_size, accumulation)
+    engine = engine_of(with_stem(), world, device, accumulation)
     seen = [running(engine)]
     for step in range(3):
         engine.step(pieces(step, world, accumulation), 1e-3, step)
@@ -158,7 +150,7 @@ def test_running_statistics_do_not_depend_on_ranks_and_are_averaged_saved_and_ta
     first, second = spawn(with_batch_norm, 2, 1, tmp_path)
     with fake_cluster(1):
         pieced, whole = (with_batch_norm(ALONE, torch.device("cpu"), n, None) for n in (3, 1))
-    mean, count = "patch_embed.norm.running_mean", "patch_embed.norm.num_batches_tracked"
+    mean, count = (f"patch_embed.norms.1.{name}" for name in ("running_mean", "num_batches_tracked"))
     assert not torch.equal(first["seen"][1][mean], first["seen"][0][mean])
     for other in (second, pieced, whole):
         for here, there in zip(first["seen"], other["seen"], strict=True):
@@ -174,27 +166,27 @@ def test_running_statistics_do_not_depend_on_ranks_and_are_averaged_saved_and_ta
     assert same({name: saved.weights()[name] for name in first["after"]}, first["after"])
     assert same({name: saved.weights("ema")[name] for name in first["after"]}, first["average"])
     with fake_cluster(1):
-        engine = normed_engine(recipe(ema_decay=DECAY), torch.device("cpu"), 1, 1)
+        engine = engine_of(with_stem("bf16"), ALONE, torch.device("cpu"), 1)
         engine.load(saved)
         assert same(engine.buffers()["fp32"], first["after"])
         assert same(engine.buffers()["ema"], first["average"])
         module = dict(engine.module.named_buffers())
         assert module[mean].dtype == torch.float32, "though the weights are bf16"
-        assert engine.module.get_parameter("patch_embed.norm.weight").dtype == torch.bfloat16
+        assert engine.module.get_parameter("patch_embed.norms.1.weight").dtype == torch.bfloat16
         assert torch.equal(module[mean], first["after"][mean])
         plain = make_engine(ALONE, torch.device("cpu"), recipe())
-        with pytest.raises(CheckpointError, match="holds another model: patch_embed"):
+        with pytest.raises(CheckpointError, match="holds another model: "):
             plain.load(saved)
 
 
 def test_a_step_that_is_not_finite_changes_no_buffer_and_neither_does_compiling() -> None:
     with fake_cluster(1):
-        engine = normed_engine(recipe(ema_decay=DECAY), torch.device("cpu"), 1, 1)
+        engine = engine_of(with_stem("bf16"), ALONE, torch.device("cpu"), 1)
         engine.step(pieces(0, ALONE, 1), 1e-3, 0)
         before = running(engine), {name: buffer.clone() for name, buffer in engine.buffers()["ema"].items()}
         engine._try_passes(GLOBAL_BATCH, 32)
         assert not statistics(engine.module).any()
-        engine.module.get_parameter("layers.1.ista.dictionary").data[0, 0] = float("inf")
+        engine.module.get_parameter("head.linear.weight").data[0, 0] = float("inf")
         engine.step(pieces(1, ALONE, 1), 1e-3, 1)
         assert same(running(engine), before[0])
         assert same(engine.buffers()["ema"], before[1])

@@ -140,7 +140,7 @@ def test_pictures_and_charts_are_where_a_person_finds_them(runs: dict[str, Path]
     layout = layout_pb2.Layout()
     layout.ParseFromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     pairs, layers = layout.category
-    assert pairs.chart[0].multiline.tag[0] == "1 overview/Loss, train|1 overview/Loss, val|1 overview/Loss, val, EMA"
+    assert pairs.chart[0].multiline.tag[0] == "1 overview/Loss, train|1 overview/Loss, val"
     assert layers.title == "white box, layer by layer"
     assert len(layers.chart) == len(MEASURES)
     assert layers.chart[0].multiline.tag[0] == r"9 layer by layer/coding_rate/layer-\d+"

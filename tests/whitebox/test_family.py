@@ -292,7 +292,7 @@ def test_a_part_of_ones_own_has_charts_titles_and_no_faked_numbers(monkeypatch: 
     recipe = load_recipe("crate_tiny", ["model.mixer=mean"])
     titles = measure_titles(recipe, ["whitebox/length_of_the_mean", "whitebox/coding_rate"])
     assert list(titles.values()) == ["length of the mean", "coding rate of what Mean reads [nats]"]
-    layers = charts(str, titles)["white box, layer by layer"]
+    layers = charts(str, measures=titles)["white box, layer by layer"]
     assert layers["length of the mean"] == r"whitebox/length_of_the_mean/layer-\d+"
     with pytest.raises(UserError, match="Mean has neither an attention map nor a membership"):
         token_maps(model, images)
