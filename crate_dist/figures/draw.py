@@ -151,7 +151,8 @@ def _other_panels(seen: Profile) -> list[Panel]:
 
 
 def _panel(title: str, lines: Sequence[Line]) -> Panel:
-    return Panel("layer", textwrap.fill(title, _LABEL), lines, band_label="± 1 standard deviation", each_label="each head")
+    label = textwrap.fill(title, _LABEL)
+    return Panel("layer", label, lines, band_label="± 1 standard deviation", each_label="each head")
 
 
 def _of(seen: Profile, name: str) -> str:

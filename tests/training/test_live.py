@@ -258,7 +258,7 @@ def live(cast_shards: Path, small_recipe: Path, model: Transformer, steps: list[
 def test_every_model_of_the_family_shows_what_it_has_and_says_the_rest(
     arch: str, cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    section = ModelSection(arch=arch, image_size=32, patch_size=8, width=48, depth=2, heads=3)  # type: ignore[arg-type]
+    section = ModelSection(arch=arch, image_size=32, patch_size=8, width=48, depth=2, heads=3)
     model = build_model(section, 4, seed=0)
     with caplog.at_level(logging.INFO):
         notes = live(cast_shards, small_recipe, model, [1, 10])

@@ -184,7 +184,7 @@ def test_where_w_comes_back_from_the_subspaces_it_is_aligned() -> None:
     config = ModelConfig(image_size=16, patch_size=4, num_classes=2, dim=24, depth=1, heads=3)
     for mixer in (MSSA(config), TSSA(config)):
         with torch.no_grad():
-            mixer.out.weight.copy_(0.2 * mixer.subspaces.weight.T)
+            mixer.get_parameter("out.weight").copy_(0.2 * mixer.get_parameter("subspaces.weight").T)
         aligned = mixer.measures(torch.randn(2, 3, 5, 8))["out_alignment"]
         assert isinstance(aligned, Tensor)
         assert aligned.item() == pytest.approx(1)
