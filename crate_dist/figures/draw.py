@@ -151,8 +151,9 @@ def _other_panels(seen: Profile) -> list[Panel]:
 
 
 def _panel(title: str, lines: Sequence[Line]) -> Panel:
-    label = textwrap.fill(title, _LABEL)
-    return Panel("layer", label, lines, band_label="± 1 standard deviation", each_label="each head")
+    return Panel(
+        "layer", textwrap.fill(title, _LABEL), lines, band_label="± 1 standard deviation", each_label="each head"
+    )
 
 
 def _of(seen: Profile, name: str) -> str:

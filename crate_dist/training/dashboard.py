@@ -14,17 +14,19 @@ from crate_dist.config.parts import MIXERS, TOKENWISE
 from crate_dist.run.dashboard import Tag
 from crate_dist.whitebox.titles import measure_title
 
+_OF_BOTH = {"loss": "loss", "top-1 [%]": "top1"}
+
 
 def charts(
-    named: Tag, averaged: bool = False, measures: Mapping[str, str] = MappingProxyType({})
+    named: Tag, measures: Mapping[str, str] = MappingProxyType({}), averaged: bool = False
 ) -> dict[str, dict[str, str]]:
     """Returns the charts of "Custom Scalars" with several curves each; see Curves.charts.
 
-    averaged: whether the average of the weights is evaluated as well
     measures: what is measured of every layer, such as "whitebox/zeros" -> its title
+    averaged: whether the average of the weights is evaluated as well
     """
     of = ("train/", "val/", "val/ema_") if averaged else ("train/", "val/")
-    pairs = {title: [f"{whose}{name}" for whose in of] for title, name in (("loss", "loss"), ("top-1 [%]", "top1"))}
+    pairs = {title: [f"{whose}{name}" for whose in of] for title, name in _OF_BOTH.items()}
     layers = {title: named(f"{name}/layer-") + r"\d+" for name, title in measures.items()}
     return {
         "train and val": {title: "|".join(map(named, names)) for title, names in pairs.items()},

@@ -259,7 +259,7 @@ class Monitor:
         named, place = tags_of(self._folder), self._folder.path.resolve()
         curves = Curves(self._folder.tensorboard, purge_step, self._tenure.check, named)
         if not self._recipe.log.whitebox_every_steps:
-            curves.charts(dashboard.charts(named, self._recipe.optim.ema_decay > 0), step)
+            curves.charts(dashboard.charts(named, averaged=self._recipe.optim.ema_decay > 0), step)
         curves.settings(f"{place.parent.name}/{place.name}", self._recipe.deciding_values())
         return curves
 
@@ -267,8 +267,7 @@ class Monitor:
         """Lays the charts out once per start, when it is known what the layers have: TensorBoard takes the first."""
         if self._curves and not self._charted:
             titles = dashboard.measure_titles(self._recipe, layers)
-            averaged = self._recipe.optim.ema_decay > 0
-            self._curves.charts(dashboard.charts(tags_of(self._folder), averaged, titles), step)
+            self._curves.charts(dashboard.charts(tags_of(self._folder), titles, self._recipe.optim.ema_decay > 0), step)
             self._charted = True
 
     def _tell(self, step: int, restarts: int) -> None:

@@ -23,7 +23,7 @@ def test_every_setting_is_listed_with_kind_default_and_meaning() -> None:
 @pytest.mark.parametrize(
     ("word", "keys"),
     [
-        ("warmup", {"optim.warmup_epochs"}),
+        ("warmup", {"optim.warmup_epochs", "optim.warmup_lr"}),
         ("learning-rate", {"optim.lr"}),
         ("batch_size", {"train.global_batch", "train.micro_batch"}),
         ("pixels", {"model.image_size", "model.patch_size"}),

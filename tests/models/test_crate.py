@@ -223,10 +223,10 @@ def test_the_two_operators_are_the_papers(heads: int, width: int, tokens: int, s
     config = replace(SMALL, dim=dim, heads=heads, ista_step=0.3, ista_threshold=0.2)
     mssa, ista = MSSA(config), ISTA(config)
     compressed = []
-    for u in mssa.subspaces.weight.view(heads, width, dim):
+    for u in mssa.subspaces.get_parameter("weight").view(heads, width, dim):
         w = z @ u.T
         compressed.append(torch.softmax(w @ w.mT / math.sqrt(width), dim=-1) @ w)
-    assert torch.allclose(mssa(z), mssa.out(torch.cat(compressed, dim=-1)), atol=1e-5)
+    assert torch.allclose(mssa(z), mssa.out.forward(torch.cat(compressed, dim=-1)), atol=1e-5)
     d = ista.dictionary
     published = torch.relu(z + 0.3 * (z @ d - z @ d.T @ d) - 0.3 * 0.2)
     assert torch.allclose(ista(z), published, atol=1e-4)
