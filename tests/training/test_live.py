@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
-from crate_dist.config import load_recipe
+from crate_dist.config import ModelSection, load_recipe
+from crate_dist.data.decode import Pixels
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import eval_loader, eval_transform
 from crate_dist.models.build import build_model
@@ -225,9 +226,11 @@ class Notes:
 
     def __init__(self) -> None:
         self.layers: list[dict[str, list[float]]] = []
+        self.pictures = set[str]()
 
-    def white_box(self, step: int, layers: dict[str, list[float]], *_: object) -> None:
+    def white_box(self, step: int, layers: dict[str, list[float]], pictures: dict[str, Pixels], _: float) -> None:
         self.layers.append(layers)
+        self.pictures |= pictures.keys()
 
 
 class Untold:
@@ -249,6 +252,32 @@ def live(cast_shards: Path, small_recipe: Path, model: Transformer, steps: list[
             assert one.is_due(step)
             one.measure(model, step, notes, Untold())  # type: ignore[arg-type]
     return notes
+
+
+@pytest.mark.parametrize("arch", ["crate_alpha_base", "tost_tiny_12", "cbt_tiny", "vit_tiny"])
+def test_every_model_of_the_family_shows_what_it_has_and_says_the_rest(
+    arch: str, cast_shards: Path, small_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = ModelSection(arch=arch, image_size=32, patch_size=8, width=48, depth=2, heads=3)
+    model = build_model(section, 4, seed=0)
+    with caplog.at_level(logging.INFO):
+        notes = live(cast_shards, small_recipe, model, [1, 10])
+    measured = {name.removeprefix("whitebox/") for name in notes.layers[0]}
+    assert all(len(values) == 2 for values in notes.layers[1].values())
+    has_subspaces, has_code = arch != "vit_tiny", arch in ("crate_alpha_base", "cbt_tiny")
+    assert measured >= {"token_coding_rate", "gradient_norm"}
+    assert ("coding_rate" in measured) == ("out_alignment" in measured) == has_subspaces
+    assert ("zeros" in measured) == ("coherence" in measured) == has_code
+    assert ("decoder_alignment" in measured) == (arch == "crate_alpha_base")
+    assert ("membership_entropy" in measured) == (arch == "tost_tiny_12")
+    assert ("representatives_rate" in measured) == (arch == "cbt_tiny")
+    said = [record.getMessage() for record in caplog.records if "the white box of this model" in record.getMessage()]
+    assert len(said) == (not has_subspaces) + (not has_code), "once, though it was measured twice"
+    kind = "membership" if arch == "tost_tiny_12" else "attention"
+    expected = {"profile", f"{kind}_of_the_layers", f"{kind}_of_the_last_layers_heads"}
+    assert notes.pictures == {
+        f"whitebox/{name}" for name in expected | ({"attention_of_the_head"} if kind[0] == "m" else set())
+    }
 
 
 def test_layers_that_stop_compressing_are_named_once_and_not_before_the_warm_up(
