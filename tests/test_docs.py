@@ -255,7 +255,7 @@ def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Pa
             batch = [] if words[0] == "-m" else ["--set", "train.global_batch=32"]
             said = _program(words[0], *words[1:], *batch, cwd=clone, code=clone)
             assert words[0] == "-m" or "my_recipe" in said or "runs/mini" in said
-    assert '`"crate_mini"`' in (clone / "docs/training.md").read_text()
+    assert "one of crate_mini, " in (clone / "docs/training.md").read_text()
 
 
 def test_python_on_the_pages_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

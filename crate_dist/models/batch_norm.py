@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of the running statistics among a module's weights."""
+
 
 class GroupedBatchNorm(nn.BatchNorm2d):
     """Batch norm over each `group` neighbouring images of a batch in training; over running statistics otherwise.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_dist.config import WeightsKind
+from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.card import card_path, write_card
@@ -35,7 +36,8 @@ def describe(path: str | Path, heads: int | None = None, all_classes: bool = Fal
     except WeightsError as error:
         lines["model"] = f"unknown: {error}"
     lines["tensors"] = f"{len(tensors)}, {', '.join(dtypes)}"
-    lines["parameters"] = f"{sum(tensor.numel() for tensor in tensors):,}"
+    learned = [tensor for name, tensor in weights.state_dict.items() if name.rpartition(".")[2] not in STATISTICS]
+    lines["parameters"] = f"{sum(tensor.numel() for tensor in learned):,}"
     rows = [*_rows(lines), *_rows(weights.meta, all_classes)]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}".rstrip() for key, value in rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from crate_dist.models.weights.families.family import Family, StateDict
+from crate_dist.models.weights.families.tost import convolutions
 
 _PATCHES = (8, 16)
 
@@ -13,8 +13,7 @@ _PATCHES = (8, 16)
 def _tells(state_dict: StateDict) -> dict[str, Any]:
     steps = state_dict.get("layers.0.cbsa.step_x")
     heads = {} if steps is None or steps.ndim != 3 else {"heads": len(steps)}
-    halvings = {match[1] for name in state_dict if (match := re.match(r"patch_embed\.convolutions\.(\d+)\.", name))}
-    return heads | ({"patch_size": 2 ** len(halvings)} if 0 < len(halvings) < 16 else {})
+    return heads | convolutions(state_dict)
 
 
 FAMILY = Family(
