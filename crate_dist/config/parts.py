@@ -24,6 +24,7 @@ TOKENWISE = {
     "odl": "tokenwise.odl.ODL",  # CRATE-α
     "odl_coupled": "tokenwise.odl.CoupledODL",  # the same before its dictionaries are decoupled
     "mlp": "tokenwise.mlp.MLP",  # ViT, ToST
+    "none": "tokenwise.none.NoTokenWise",  # a layer of its mixer alone
 }
 
 RESIDUALS = {
