@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from itertools import pairwise
-from typing import Final
 
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.sizes import ista_in_one_product
-
-REPRESENTATIVES: Final = 64
-"""Of CBSA, in each head."""
 
 
 class NotKnown(LookupError):
@@ -189,7 +185,7 @@ def _tssa(c: ModelConfig, images: int) -> Cost:
 
 
 def _cbsa(c: ModelConfig, images: int) -> Cost:
-    tokens, d, r = _tokens(c, images), c.dim, REPRESENTATIVES
+    tokens, d, r = _tokens(c, images), c.dim, int(c.option("cells")) ** 2
     # w; A; of the representatives: scaled, moved and contracted ones, what they attend to and that scaled.
     operator = Cost(
         2 * c.heads,

@@ -17,8 +17,8 @@ from crate_dist.models.tokenwise.tokenwise import TokenWise
 class Layer(nn.Module):
     """A token mixer and a token-wise part, which both read normalised tokens.
 
-    Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`. A pattern says in `compress` how the
-    mixer changes the tokens, and in `sparsify` how the token-wise part does; without one it ends with the mixer.
+    Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`. A pattern says in `compress` how
+    the mixer changes the tokens, and in `sparsify` how the token-wise part does; without one it ends with the mixer.
     """
 
     def __init__(self, config: ModelConfig) -> None:
