@@ -246,7 +246,8 @@ if __name__ == "__main__":
     assert not evaluate.main(evaluated)
     assert not figures(drawn)
     model = api.load("runs/denoising/model-last.pt")
-    print(type(model.layers[0].mixer).__name__, model.layers[0].mixer.step, sorted(dict(model.layers[0].named_parameters())))
+    mixer, weights = model.layers[0].mixer, dict(model.layers[0].named_parameters())
+    print(type(mixer).__name__, mixer.step, sorted(weights))
 """
 
 
@@ -283,7 +284,7 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     for line in (local, slurm):
         program, *words = shlex.split(line.removeprefix("python "))
         said = _program(program, *words, "--set", "train.global_batch=32", cwd=clone, code=clone)
-        assert "mixer = 'subspace_denoising' costs is not known" in said
+    assert "mixer = 'subspace_denoising' costs is not known" in said
     changes = {"train.global_batch": 16, "data.workers": 0, "log.whitebox_every_steps": 1, "log.every_steps": 1}
     overrides = [*re.findall(r"--set (\S+)", local), *(f"{key}={value}" for key, value in changes.items())]
     script = clone / "followed.py"
