@@ -207,3 +207,16 @@ def test_bf16_is_near_to_fp32_forward_and_backward(model: Transformer, golden: d
     logits.sum().backward()
     assert off(logits, golden["logits"]) < 0.1
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_grid_s_cells_are_an_option_that_exports_keep_and_other_runs_are_told(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    coarse = initialise(replace(config, options={"cells": 3}), seed=0)
+    weights = tmp_path / "model.pt"
+    export_model(coarse.state_dict(), coarse.config, {}, weights)
+    found, _ = load_model(weights)
+    assert found.config == coarse.config
+    assert found.layers[0].mixer.contraction(torch.randn(2, config.heads, config.num_tokens, 8)).shape[2] == 9
+    notes = adapt(coarse.state_dict(), coarse.config, config, new_head=False).notes
+    assert notes == ("options {'cells': 3} there and {} here",)
