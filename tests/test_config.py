@@ -323,11 +323,11 @@ def test_an_option_of_a_part_is_kept_compared_and_refused_where_no_part_takes_it
     assert recipe_of("cbt_tiny", changed.deciding_values()).model == changed.model
     assert "model.options.cells: None there, 4 now" in differing_values(plain, changed)
     assert not any("options" in key for key in plain.deciding_values()), "runs from before would not go on"
-    for recipe, given, said in (
+    for recipe, option, said in (
         ("cbt_tiny", "cell=4", r"no part of this model takes options.cell \(did you mean 'cells'\?\)"),
         ("crate_tiny", "cells=4", "takes options.cells; they take none"),
         ("cbt_tiny", "cells=4.5", "options.cells is a whole number, not 4.5"),
         ("cbt_tiny", "cells=0", "whole number above 0"),
     ):
         with pytest.raises(RecipeError, match=said):
-            load_recipe(recipe, [f"model.options.{given}"])
+            load_recipe(recipe, [f"model.options.{option}"])
