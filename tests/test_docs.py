@@ -225,7 +225,8 @@ def test_a_command_of_the_pages_runs(line: str, world: Path, monkeypatch: pytest
 FOLLOWED = """
 import sys
 from pathlib import Path
-from crate_dist import api, evaluate
+import crate_dist
+from crate_dist import evaluate
 from crate_dist.config import load_recipe
 from crate_dist.figures.__main__ import main as figures
 from crate_dist.run.folder import RunFolder
@@ -238,9 +239,9 @@ if __name__ == "__main__":
         result = train(Path("runs/denoising"), recipe=recipe, by_a_person=True)
     assert not evaluate.main(evaluated)
     assert not figures(drawn)
-    model = api.load("runs/denoising/model-last.pt")
-    layer = model.layers[0]
-    print(type(layer.mixer).__name__, layer.mixer.step, sorted(dict(layer.named_parameters())))
+    model = crate_dist.load("runs/denoising/model-last.pt")
+    mixer, weights = model.layers[0].mixer, dict(model.layers[0].named_parameters())
+    print(type(mixer).__name__, mixer.step, sorted(weights))
 """
 
 
@@ -277,7 +278,7 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     for line in (local, slurm):
         program, *words = shlex.split(line.removeprefix("python "))
         said = _program(program, *words, "--set", "train.global_batch=32", cwd=clone, code=clone)
-        assert "mixer = 'subspace_denoising' costs is not known" in said
+    assert "mixer = 'subspace_denoising' costs is not known" in said
     changes = {"train.global_batch": 16, "data.workers": 0, "log.whitebox_every_steps": 1, "log.every_steps": 1}
     overrides = [*re.findall(r"--set (\S+)", local), *(f"{key}={value}" for key, value in changes.items())]
     script = clone / "followed.py"
@@ -293,6 +294,7 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     )
     names = ["denoising.subspaces.weight", "denoising_norm.bias", "denoising_norm.weight"]
     assert f"SubspaceDenoising 0.5 {names}" in said
+    assert "operations per second and MFU are left out: what mixer = 'subspace_denoising' costs is not known" in said
     lines = [json.loads(line) for line in (clone / "runs/denoising/metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= {1, 2, 3}
     measured = {key.split("/layer-")[0] for line in lines for key in line if key.startswith("whitebox/")}

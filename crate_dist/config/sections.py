@@ -239,7 +239,7 @@ class AugmentSection(Section):
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
     randaugment: RandAugmentName = Field(
-        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+        "torchvision", description="whose operations RandAugment has; see docs/regularisation.md"
     )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
     randaugment_magnitude: int = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from crate_dist.models.config import ModelConfig
 from crate_dist.models.tokenwise.tokenwise import TokenWise
 
 
@@ -12,6 +13,9 @@ class NoTokenWise(TokenWise):
 
     key = "none"
     no_code = "is not there"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d), as they are"""
