@@ -218,6 +218,8 @@ def test_the_grid_s_cells_are_an_option_that_exports_keep_and_other_runs_are_tol
     export_model(weights, coarse.config, coarse.state_dict())
     found, _ = load_model(weights)
     assert found.config == coarse.config
-    assert found.layers[0].mixer.contraction(torch.randn(2, config.heads, config.num_tokens, 8)).shape[2] == 9
+    mixer = found.get_submodule("layers.0.cbsa")
+    assert isinstance(mixer, CBSA)
+    assert mixer.contraction(torch.randn(2, config.heads, config.num_tokens, 8)).shape[2] == 9
     notes = adapt(coarse.state_dict(), coarse.config, config, new_head=False).notes
     assert notes == ("options {'cells': 3} there and {} here",)
