@@ -80,6 +80,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _epochs_behind_the_warm_up(self) -> Self:
+        late, warmup = {"timm": 1, "deit": 2}.get(self.optim.schedule, 0), self.optim.warmup_epochs
+        most = max(self.train.epochs - self.optim.cooldown_epochs - late, 0)
+        if late and warmup > most:
+            raise ValueError(
+                f"optim.warmup_epochs {warmup:g} take the place of epochs with optim.schedule "
+                f'"{self.optim.schedule}", and leave none of train.epochs {self.train.epochs} behind them; '
+                f"--set optim.warmup_epochs={most} or less leaves one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _neighbours_in_a_group(self) -> Self:
         needs = ""
         if self.mix.enabled:

@@ -271,16 +271,25 @@ class AugmentSection(Section):
         return self
 
 
+def _alpha(given: float) -> float:
+    if given and not 0.01 <= given <= 100:
+        raise ValueError(f"{given:g}: expected an α from 0.01 to 100, often 0.8 or 1.0, or 0 for none")
+    return given
+
+
+Alpha = Annotated[float, AfterValidator(_alpha), Field(json_schema_extra={"minimum": 0, "maximum": 100})]
+"""α of the Beta(α, α) that a share is drawn from; 0: nothing is drawn."""
+
+
 class MixSection(Section):
     """The mixing of training images by twos, of which one step in its whole does either; see training/mixing.py."""
 
-    mixup: float = Field(
+    mixup: Alpha = Field(
         0.0,
-        ge=0,
         description="α of mixup: two images blended, λ of the first, λ from Beta(α, α); 0: none; often 0.8",
     )
-    cutmix: float = Field(
-        0.0, ge=0, description="α of cutmix: a box of another image pasted, λ of the area left; 0: none; often 1.0"
+    cutmix: Alpha = Field(
+        0.0, description="α of cutmix: a box of another image pasted, λ of the area left; 0: none; often 1.0"
     )
     switch: Fraction = Field(0.5, description="share of the mixed steps that take cutmix, where both have an α")
     probability: Fraction = Field(1.0, description="share of the steps that mix at all")

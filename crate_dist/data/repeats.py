@@ -14,8 +14,8 @@ holds whole, whatever the epoch's length and wherever in a step it begins. Where
 a group has views of both: these may be of one sample by chance, as without repeats.
 
 The `count` views of a sample are in one global batch, or in two that follow each other at its edges, wherever the batch
-has room for `count` groups. As without repeats, neighbours in a batch are neighbours in the order of the lanes, so a
-rank reads few of them.
+has room for 2 * count groups; in a smaller one they may lie further apart, as a tile has up to 2 * group - 1
+positions. As without repeats, neighbours in a batch are neighbours in the order of the lanes, so a rank reads few.
 """
 
 from __future__ import annotations

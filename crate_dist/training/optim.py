@@ -74,7 +74,8 @@ def learning_rate(step: int, optim: OptimSection, schedule: Schedule) -> float:
     big_vision: by steps, the same but for the first one, at warmup_lr, and whole numbers of steps; CRATE-α's code
     reference: by epochs; the minimum of the rise and of a cosine that begins at once; CRATE's code, and CBT's
     timm: by epochs; the first is at warmup_lr, and the warm-up takes the place of the cosine's first epochs
-    deit: the same an epoch late, so that two are at warmup_lr; what DeiT's loop, and ToST's, makes of timm's
+    deit: the same an epoch late, so that two are at warmup_lr; what DeiT's loop, and ToST's, makes of timm's (they end
+        before the cooldown, which is not late here)
     """
     warmup, epochs = optim.warmup_epochs, schedule.epochs - optim.cooldown_epochs
     epoch = schedule.epochs_completed(step)
@@ -94,7 +95,7 @@ def learning_rate(step: int, optim: OptimSection, schedule: Schedule) -> float:
             return up(step / begin) if step < begin else down(math.pi * ((step - begin) / max(end - begin, 1)))
         case "reference":
             return min(up((epoch + 1) / warmup if warmup else 1.0), down(math.pi * epoch / epochs))
-        case "deit":
+        case "deit" if epoch < epochs:
             epoch = max(epoch - 1, 0)
     return up(epoch / warmup) if epoch < warmup else down(math.pi * epoch / epochs)
 

@@ -266,6 +266,9 @@ def test_resumed_or_with_layers_computed_again_the_losses_are_the_same_bit_for_b
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (["mix.cutmix=1e308"], r"mix.cutmix.*expected an α from 0.01 to 100, often 0.8 or 1.0, or 0 for none"),
+        (["mix.mixup=1e-9"], r"mix.mixup.*expected an α from 0.01 to 100"),
+        (["mix.mixup=-1"], r"mix.mixup.*expected an α from 0.01 to 100"),
         (["mix.mixup=0.8"], r"partner among train.group neighbours, which is 1; --set train.group=64 gives it some"),
         (
             ["model.arch=cbt_tiny"],
@@ -276,6 +279,6 @@ def test_resumed_or_with_layers_computed_again_the_losses_are_the_same_bit_for_b
         (["train.group=512"], r"micro_batch 256 has no room for a group of 512 images.*micro_batch 512 would"),
     ],
 )
-def test_a_group_that_cannot_be_is_refused_with_what_would_do(settings: list[str], said: str) -> None:
+def test_a_mixing_or_a_group_that_cannot_be_is_refused_with_what_would_do(settings: list[str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe("crate_base", settings)

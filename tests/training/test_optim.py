@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from crate_dist.config import ModelSection, OptimSection
+from crate_dist.config import ModelSection, OptimSection, RecipeError, load_recipe
 from crate_dist.config.sections import ScheduleName
 from crate_dist.models.build import build_model
 from crate_dist.training.lion import Lion
@@ -68,7 +68,7 @@ def test_a_rate_is_never_below_where_it_begins_and_ends_nor_above_the_peak(
         )
         rates = [learning_rate(step, optim, schedule) for step in range(schedule.total_steps)]
         assert all(lowest / 2 <= rate <= 0.1 for rate in rates)
-        if kind != "deit" and warmup < epochs:  # which is an epoch late
+        if warmup < epochs:
             assert rates[-10 * cooldown :] == [pytest.approx(optim.min_lr)] * 10 * cooldown or not cooldown
 
 
@@ -99,7 +99,21 @@ def test_the_rate_of_tost_is_timm_s_and_its_loop_is_an_epoch_late() -> None:
         assert rates.pop() == pytest.approx(rate, rel=1e-6)
         assert learning_rate(10 * epoch + 19, late, schedule) == pytest.approx(rate, rel=1e-6)
     assert learning_rate(0, late, schedule) == 1e-6
-    assert {learning_rate(step, timm, schedule) for step in range(4000, 4100)} == {1e-5}
+    for optim in (timm, late):
+        assert {learning_rate(step, optim, schedule) for step in range(4000, 4100)} == {1e-5}
+    assert learning_rate(3999, late, schedule) > 1e-5
+
+
+@pytest.mark.parametrize(("schedule", "most"), [("timm", 7), ("deit", 6)])
+def test_a_warm_up_that_leaves_no_epoch_behind_it_is_refused(schedule: str, most: int) -> None:
+    values = [f"optim.schedule={schedule}", "train.epochs=10", "optim.min_lr=1e-6", "optim.cooldown_epochs=2"]
+    with pytest.raises(RecipeError, match=f"leave none of train.epochs 10 .*={most} or less leaves one"):
+        load_recipe("crate_base", [*values, f"optim.warmup_epochs={most + 0.5}"])
+    recipe = load_recipe("crate_base", [*values, f"optim.warmup_epochs={most}"])
+    length = Schedule(10, 100, 10)
+    assert max(learning_rate(step, recipe.optim, length) for step in range(100)) > 0.3 * recipe.optim.lr
+    load_recipe("crate_base", ["train.epochs=1", f"optim.schedule={schedule}", "optim.warmup_epochs=0"])
+    load_recipe("crate_base", ["train.epochs=1", "optim.warmup_epochs=5"])
 
 
 def test_old_recipes_keep_their_rates_bit_for_bit() -> None:
