@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from crate_dist.config import CONFIG_DIR, Recipe, RecipeError, derive_batch, load_recipe, new_names
 from crate_dist.config.__main__ import put_into, settings
 from crate_dist.config.keys import RENAMED
-from crate_dist.run.folder import RunFolder, read_recipe
+from crate_dist.config.recipe import recipe_of
+from crate_dist.run.folder import RunFolder, differing_values, read_recipe
 
 RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
 
@@ -313,3 +314,20 @@ def test_any_file_can_be_a_recipe_and_a_name_is_looked_for_in_configs_alone(
     (tmp_path / "demo").write_text((CONFIG_DIR / "crate_tiny.toml").read_text())
     assert load_recipe("demo").model.arch == "crate_demo"
     assert load_recipe(Path("demo")).model.arch == "crate_tiny"
+
+
+def test_an_option_of_a_part_is_kept_compared_and_refused_where_no_part_takes_it(tmp_path: Path) -> None:
+    plain, changed = load_recipe("cbt_tiny"), load_recipe("cbt_tiny", ["model.options.cells=4"])
+    (tmp_path / "recipe.toml").write_text(changed.to_toml())
+    assert read_recipe(tmp_path) == changed == load_recipe("cbt_tiny", ["model.options={cells=4}"])
+    assert recipe_of("cbt_tiny", changed.deciding_values()).model == changed.model
+    assert "model.options.cells: None there, 4 now" in differing_values(plain, changed)
+    assert not any("options" in key for key in plain.deciding_values()), "runs from before would not go on"
+    for recipe, option, said in (
+        ("cbt_tiny", "cell=4", r"no part of this model takes options.cell \(did you mean 'cells'\?\)"),
+        ("crate_tiny", "cells=4", "takes options.cells; they take none"),
+        ("cbt_tiny", "cells=4.5", "options.cells is a whole number, not 4.5"),
+        ("cbt_tiny", "cells=0", "whole number above 0"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(recipe, [f"model.options.{option}"])

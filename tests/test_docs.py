@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -221,24 +222,92 @@ def test_a_command_of_the_pages_runs(line: str, world: Path, monkeypatch: pytest
         _program(words[0], *words[1:], *added, cwd=world)
 
 
-def test_a_recipe_and_a_size_are_added_as_hacking_says(world: Path, tmp_path: Path) -> None:
+FOLLOWED = """
+import sys
+from pathlib import Path
+import crate_dist
+from crate_dist import evaluate
+from crate_dist.config import load_recipe
+from crate_dist.figures.__main__ import main as figures
+from crate_dist.run.folder import RunFolder
+from crate_dist.train import train
+
+if __name__ == "__main__":
+    overrides, evaluated, drawn = map(str.split, sys.argv[1:])
+    for steps in (2, 3):
+        recipe = load_recipe("demo", [*overrides, f"train.max_steps={steps}"], data__root="runs/demo-shards")
+        result = train(Path("runs/denoising"), recipe=recipe, by_a_person=True)
+    assert not evaluate.main(evaluated)
+    assert not figures(drawn)
+    model = crate_dist.load("runs/denoising/model-last.pt")
+    mixer, weights = model.layers[0].mixer, dict(model.layers[0].named_parameters())
+    print(type(mixer).__name__, mixer.step, sorted(weights))
+"""
+
+
+@pytest.fixture
+def clone(world: Path, tmp_path: Path) -> Path:
+    """A copy of the program, beside the runs and shards of the world."""
     clone = tmp_path / "clone"
     for folder in ("crate_dist", "configs", "launch", "docs"):
         shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (clone / "runs").symlink_to(world / "runs")
-    edits = {
-        "config/archs.py": (
-            "= {\n",
-            '= {\n    "crate_mini": Arch(dim=192, depth=6, heads=6),\n',
-        ),
-    }
-    for name, (before, after) in edits.items():
-        path = clone / "crate_dist" / name
-        text = path.read_text()
-        assert text.count(before) == 1
-        path.write_text(text.replace(before, after))
+    (clone / "runs").mkdir()
+    for path in (world / "runs").iterdir():
+        (clone / "runs" / path.name).symlink_to(path.resolve())
+    return clone
+
+
+def _insert(path: Path, before: str, after: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, before + after), encoding="utf-8")
+
+
+def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
+    """One file and its rows, as they stand on the page: it trains, goes on, is evaluated, loaded and drawn."""
+    page = TEXT["docs/hacking.md"]
+    part = page[page.index("## Add an operator") : page.index("## Add a size")]
+    (name,) = re.findall(r"The file, `([^`]+)`", part)
+    (code,) = re.findall(r"^   ```python\n(.*?)^   ```", part, re.M | re.S)
+    (rows,) = re.findall(r"^   ```text\n(.*?)^   ```", part, re.M | re.S)
+    (clone / name).write_text(textwrap.dedent(code), encoding="utf-8")
+    row, option = textwrap.dedent(rows).splitlines()
+    _insert(clone / "crate_dist/config/parts.py", "MIXERS = {\n", f"    {row}\n")
+    _insert(clone / "crate_dist/config/parts.py", "OPTIONS: dict[str, dict[str, float]] = {\n", f"    {option}\n")
+    local, slurm, evaluated, drawn = (line for line in HACKING if "denoising" in line)
+    for line in (local, slurm):
+        program, *words = shlex.split(line.removeprefix("python "))
+        said = _program(program, *words, "--set", "train.global_batch=32", cwd=clone, code=clone)
+    assert "mixer = 'subspace_denoising' costs is not known" in said
+    changes = {"train.global_batch": 16, "data.workers": 0, "log.whitebox_every_steps": 1, "log.every_steps": 1}
+    overrides = [*re.findall(r"--set (\S+)", local), *(f"{key}={value}" for key, value in changes.items())]
+    script = clone / "followed.py"
+    script.write_text(FOLLOWED, encoding="utf-8")
+    words = [line.split(maxsplit=3)[3] for line in (evaluated, drawn)]
+    said = _program(
+        "followed.py",
+        " ".join(overrides),
+        words[0],
+        f"layers {words[1].removeprefix('layers ')}",
+        cwd=clone,
+        code=clone,
+    )
+    names = ["denoising.subspaces.weight", "denoising_norm.bias", "denoising_norm.weight"]
+    assert f"SubspaceDenoising 0.5 {names}" in said
+    assert "operations per second and MFU are left out: what mixer = 'subspace_denoising' costs is not known" in said
+    lines = [json.loads(line) for line in (clone / "runs/denoising/metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} >= {1, 2, 3}
+    measured = {key.split("/layer-")[0] for line in lines for key in line if key.startswith("whitebox/")}
+    assert {"whitebox/power_share", "whitebox/coding_rate"} <= measured
+    assert not {"whitebox/zeros", "whitebox/out_alignment"} & measured
+    assert list((clone / "runs/denoising-figures").glob("layers*.npz"))
+
+
+def test_a_recipe_and_a_size_are_added_as_hacking_says(clone: Path) -> None:
+    row = '"crate_mini": Arch(dim=192, depth=6, heads=6),'
+    _insert(clone / "crate_dist/config/archs.py", "ARCHS: dict[str, Arch] = {\n", f"    {row}\n")
     for line in HACKING:
-        if line in ELSEWHERE:
+        if line in ELSEWHERE or "denoising" in line:
             continue
         program, *words = shlex.split(line)
         if program == "cp":
@@ -303,7 +372,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 ROOTS = [REPOSITORY, REPOSITORY / "crate_dist"]
-TO_BE_WRITTEN = re.compile(r"mydata|my_recipe")
+TO_BE_WRITTEN = re.compile(r"mydata|my_recipe|subspace_denoising")
 
 
 @pytest.mark.parametrize("page", TEXT)

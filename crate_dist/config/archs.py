@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from crate_dist.config.keys import nearest
+from crate_dist.config.parts import OPTIONS
 
 HALVINGS = {4: 2, 8: 3, 16: 4}
 """Convolutions of stride 2 that make a patch, by its size in pixels."""
@@ -112,6 +117,26 @@ ARCHS: dict[str, Arch] = {
     "vit_tiny": _VIT_TINY,  # 5.72 M
     "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
 }
+
+
+def options_of(arch: Arch) -> dict[str, float]:
+    """Returns the numbers that the parts of an architecture have of their own, with their defaults."""
+    parts = (arch.stem, arch.mixer, arch.tokenwise, arch.residual, arch.head)
+    return {name: default for part in parts for name, default in OPTIONS.get(part, {}).items()}
+
+
+def check_options(arch: Arch, given: Mapping[str, float]) -> None:
+    """Raises ValueError when no part of an architecture takes an option, or when its value is no such number."""
+    known = options_of(arch)
+    for name, value in given.items():
+        if name not in known:
+            there = f"they take {', '.join(known)}" if known else "they take none"
+            raise ValueError(f"no part of this model takes options.{name}{nearest(name, known)}; {there}")
+        whole = isinstance(known[name], int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
+            raise ValueError(f"options.{name} is a {'whole ' * whole}number, not {value!r}")
+        if whole and value < 1:
+            raise ValueError(f"options.{name} is a whole number above 0, not {value!r}")
 
 
 def check_patches(arch: Arch, patch_size: int) -> None:

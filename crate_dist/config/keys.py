@@ -25,6 +25,8 @@ _MOVED_OUT_OF_DATA = {
     "images": ("resize_filter", "mean", "std", "eval_fit", "eval_crop"),
 }
 _DECAY_ALL = "optim.decay_all"
+_OPEN = {"model.options"}
+"""Tables whose keys are not known here: the parts of a model say them."""
 RENAMED = {
     _DECAY_ALL: "optim.decay",
     **{f"data.{key}": f"{section}.{key}" for section, keys in _MOVED_OUT_OF_DATA.items() for key in keys},
@@ -69,7 +71,7 @@ def assign(raw: dict[str, Any], key: str, value: Any, known: Mapping[str, str], 
     if key in RENAMED:
         _note(f"{origin}: {key} is called {RENAMED[key]} now")
         key, value = renamed(key, value)
-    if key not in known:
+    if key not in known and key.rpartition(".")[0] not in _OPEN:
         raise RecipeError(f"{origin}: {unknown_key(key, known)}")
     *sections, last = key.split(".")
     for section in sections:

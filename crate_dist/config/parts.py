@@ -24,6 +24,7 @@ TOKENWISE = {
     "odl": "tokenwise.odl.ODL",  # CRATE-α
     "odl_coupled": "tokenwise.odl.CoupledODL",  # the same before its dictionaries are decoupled
     "mlp": "tokenwise.mlp.MLP",  # ViT, ToST
+    "none": "tokenwise.none.NoTokenWise",  # a layer of its mixer alone
 }
 
 RESIDUALS = {
@@ -37,6 +38,15 @@ HEADS = {
     "mean_patches": "heads.mean_patches.MeanPatches",  # LayerNorm and Linear of the patches' mean
     "mean_patches_twice": "heads.mean_patches.MeanPatchesTwice",  # its norm applied twice, as CRATE's code does to ViT
 }
+
+OPTIONS: dict[str, dict[str, float]] = {
+    "cbsa": {"cells": 8},  # rows and columns of the grid of representatives, which are their product
+    "cbsa_aligned": {"cells": 8},
+}
+"""Name of a part -> numbers that are its own, with their defaults, where it has any.
+
+A recipe changes them in [model.options], and the part reads them by config.option(name).
+"""
 
 INITS = {
     "parts": "initial.leave",  # as each part draws its own: CRATE, CBT

@@ -199,6 +199,9 @@ def recipe_of(name: str, deciding_values: Mapping[str, Any]) -> Recipe:
         section, _, setting = key.partition(".")
         if section in _DECIDING and setting not in _WITHOUT_INFLUENCE.get(section, ()):
             raw.setdefault(section, {})[setting] = value
+    if model := raw.get("model"):
+        options = {key: model.pop(key) for key in list(model) if key.startswith("options.")}
+        model["options"] = {key.partition(".")[2]: value for key, value in options.items()}
     return build_recipe(raw, name)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch, check_patches
+from crate_dist.config.archs import ARCHS, Arch, check_options, check_patches
 from crate_dist.config.keys import RecipeError, nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
@@ -143,6 +143,9 @@ class ModelSection(Section):
     drop_path: Decay = Field(0.0, description="share of the images for which training leaves out a residual branch")
     ista_step: float = Field(0.1, gt=0, description="η, the step size of ISTA and ODL")
     ista_threshold: float = Field(0.1, ge=0, description="λ, the sparsity weight of ISTA and ODL")
+    options: dict[str, int | float] = Field(
+        {}, description="numbers of the parts' own, such as options.cells of cbsa; config/parts.py has them"
+    )
 
     def parts(self) -> Arch:
         """Returns the architecture that `arch` names, with what this section has otherwise."""
@@ -167,6 +170,11 @@ class ModelSection(Section):
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
             )
         check_patches(self.parts(), self.patch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_its_parts(self) -> Self:
+        check_options(self.parts(), self.options)
         return self
 
 
@@ -231,7 +239,7 @@ class AugmentSection(Section):
     )
     flip: Fraction = Field(0.5, description="share of the images that are mirrored")
     randaugment: RandAugmentName = Field(
-        "torchvision", description="whose operations RandAugment has; see docs/training.md"
+        "torchvision", description="whose operations RandAugment has; see docs/regularisation.md"
     )
     randaugment_ops: int = Field(0, ge=0, description="operations of RandAugment on each image; 0: none")
     randaugment_magnitude: int = Field(

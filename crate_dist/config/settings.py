@@ -16,7 +16,13 @@ from crate_dist.config.hints import meant_keys
 from crate_dist.config.keys import flatten
 from crate_dist.config.recipe import Recipe
 
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "table of numbers",
+}
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to", "exclusiveMaximum": "below"}
 _NARROWEST, _WIDEST = 60, 120  # columns
 
@@ -89,7 +95,7 @@ def _section(name: str, settings: list[Setting], recipe: Recipe | None, values: 
     yield from textwrap.wrap(f"[{name}] {sections()[name][0]}", width)
     for setting in settings:
         default = setting.default if setting.default in ("required", "unset") else f"default {setting.default}"
-        if recipe and (value := _value(values.get(setting.key))) != setting.default:
+        if recipe and setting.key in values and (value := _value(values.get(setting.key))) != setting.default:
             default += f"; {recipe.name}: {value}"
         yield f"  {setting.key}    {setting.kind}; {default}"
         yield from textwrap.wrap(setting.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -23,7 +23,17 @@ from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import StateDict, WeightsError
 
 _LAST = ("head.norm.", "head.linear.")
-_NO_WEIGHTS = ("pool", "ista_step", "ista_threshold", "mixer", "tokenwise", "residual", "norm_eps", "head_norm_eps")
+_NO_WEIGHTS = (
+    "pool",
+    "ista_step",
+    "ista_threshold",
+    "mixer",
+    "tokenwise",
+    "residual",
+    "norm_eps",
+    "head_norm_eps",
+    "options",
+)
 """Fields of ModelConfig that may have no trace in the weights, but make another function of them."""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from crate_dist.config import ModelSection
-from crate_dist.config.archs import Arch, check_patches
+from crate_dist.config.archs import Arch, check_options, check_patches, options_of
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
@@ -18,9 +19,10 @@ class ModelConfig(Arch):
 
     image_size, patch_size: side in pixels; pool: what the linear head reads, the class token or the mean of all tokens;
     dropout: of the attention and its output; emb_dropout: of the embedded tokens; drop_path: share of the images for
-    which training leaves out a residual branch; ista_step: η; ista_threshold: λ.
+    which training leaves out a residual branch; ista_step: η; ista_threshold: λ; options: numbers of the parts' own,
+    where they are not the defaults of config/parts.py.
     Raises ValueError when patches do not tile the image or the stem has none of the size, heads do not divide the
-    width, or there is no class token to be read, or one too many.
+    width, there is no class token to be read, or one too many, or no part takes an option.
     """
 
     image_size: int
@@ -32,11 +34,13 @@ class ModelConfig(Arch):
     drop_path: float = 0.0
     ista_step: float = 0.1
     ista_threshold: float = 0.1
+    options: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         check_patches(self, self.patch_size)
+        check_options(self, self.options)
         if self.dim % self.heads:
             fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
             raise ValueError(
@@ -48,6 +52,10 @@ class ModelConfig(Arch):
             raise ValueError('there is no class token for the head to read; pool = "mean" reads the patches')
         if self.head == "class_attention" and self.class_token:
             raise ValueError("the head of class attention brings the class token: class_token = false in the layers")
+
+    def option(self, name: str) -> float:
+        """Returns a number that a part has of its own: the recipe's, else the default of config/parts.py."""
+        return self.options.get(name, options_of(self)[name])
 
     @property
     def num_patches(self) -> int:
@@ -81,4 +89,5 @@ def model_config(section: ModelSection, num_classes: int) -> ModelConfig:
         drop_path=section.drop_path,
         ista_step=section.ista_step,
         ista_threshold=section.ista_threshold,
+        options=section.options,
     )

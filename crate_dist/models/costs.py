@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from itertools import pairwise
-from typing import Final
 
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.sizes import ista_in_one_product
-
-REPRESENTATIVES: Final = 64
-"""Of CBSA, in each head."""
 
 
 class NotKnown(LookupError):
@@ -189,7 +185,7 @@ def _tssa(c: ModelConfig, images: int) -> Cost:
 
 
 def _cbsa(c: ModelConfig, images: int) -> Cost:
-    tokens, d, r = _tokens(c, images), c.dim, REPRESENTATIVES
+    tokens, d, r = _tokens(c, images), c.dim, int(c.option("cells")) ** 2
     # w; A; of the representatives: scaled, moved and contracted ones, what they attend to and that scaled.
     operator = Cost(
         2 * c.heads,
@@ -224,17 +220,21 @@ def _mlp(c: ModelConfig, images: int) -> Cost:
     return _product(tokens, d, hidden, bias=True) + gelu + _product(tokens, hidden, d, bias=True)
 
 
+def _nothing(c: ModelConfig, images: int) -> Cost:
+    return Cost()
+
+
 def _crate(c: ModelConfig, images: int) -> Cost:
     # The norms read a layer's input and the sum. ISTA's output is kept as such, and but for the last is the next input.
     last = c.tokenwise == "ista" or _read_in_place(c)
-    return _norms(c, images) + Cost(stream=(2 * c.depth + last) * _values(c, images))
+    return _norms(c, images) + Cost(stream=(_branches(c) * c.depth + last) * _values(c, images))
 
 
 def _pre_norm(c: ModelConfig, images: int) -> Cost:
     scaled = c.layer_scale > 0  # the gradient of γ needs the branch
-    kept = 4 if scaled else 2 + (c.tokenwise == "ista")
+    kept = (1 + scaled) * _branches(c) + (c.tokenwise == "ista" and not scaled)
     values = (kept * c.depth + _read_in_place(c)) * _values(c, images)
-    return _norms(c, images) + Cost(2 * c.dim * scaled * c.depth, stream=values)
+    return _norms(c, images) + Cost(_branches(c) * c.dim * scaled * c.depth, stream=values)
 
 
 def _read_in_place(c: ModelConfig) -> bool:
@@ -243,7 +243,12 @@ def _read_in_place(c: ModelConfig) -> bool:
 
 
 def _norms(c: ModelConfig, images: int) -> Cost:
-    return Cost(4 * c.dim, single=4 * _tokens(c, images)) * c.depth
+    return Cost(2 * c.dim, single=2 * _tokens(c, images)) * _branches(c) * c.depth
+
+
+def _branches(c: ModelConfig) -> int:
+    """Counts the parts of a layer, each with a norm before it."""
+    return 1 if c.tokenwise == "none" else 2
 
 
 def _linear_head(c: ModelConfig, images: int) -> Cost:
@@ -266,7 +271,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "stem": {"patches": _patches, "linear": _linear_stem, "convolutions": _convolutions},
     "positions": {"learned": _learned, "fourier": _fourier},
     "mixer": {"mssa": _mssa, "tssa": _tssa, "cbsa": _cbsa, "cbsa_aligned": _cbsa, "attention": _attention},
-    "tokenwise": {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp},
+    "tokenwise": {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp, "none": _nothing},
     "residual": {"crate": _crate, "pre_norm": _pre_norm},
     "head": {
         "linear": _linear_head,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crate_dist.config import ModelSection
 from crate_dist.config.archs import ARCHS
+from crate_dist.models.adapt import adapt
 from crate_dist.models.batch_norm import statistics, take_statistics
 from crate_dist.models.build import find_arch, initialise, model_config
 from crate_dist.models.config import ModelConfig
@@ -22,7 +23,7 @@ from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.families.cbt import FAMILY
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.read import load_model, read_weights
-from crate_dist.models.weights.write import export_reference
+from crate_dist.models.weights.write import export_model, export_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cbsa_parity.pt"
 
@@ -207,3 +208,18 @@ def test_bf16_is_near_to_fp32_forward_and_backward(model: Transformer, golden: d
     logits.sum().backward()
     assert off(logits, golden["logits"]) < 0.1
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_grid_s_cells_are_an_option_that_exports_keep_and_other_runs_are_told(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    coarse = initialise(replace(config, options={"cells": 3}), seed=0)
+    weights = tmp_path / "model.pt"
+    export_model(weights, coarse.config, coarse.state_dict())
+    found, _ = load_model(weights)
+    assert found.config == coarse.config
+    mixer = found.get_submodule("layers.0.cbsa")
+    assert isinstance(mixer, CBSA)
+    assert mixer.contraction(torch.randn(2, config.heads, config.num_tokens, 8)).shape[2] == 9
+    notes = adapt(coarse.state_dict(), coarse.config, config, new_head=False).notes
+    assert notes == ("options {'cells': 3} there and {} here",)

@@ -22,6 +22,7 @@ MODELS: list[dict[str, Any]] = [
     *({"tokenwise": name, "residual": residual} for name in TOKENWISE for residual in RESIDUALS),
     *({"tokenwise": name, "residual": "pre_norm", "layer_scale": 0.5} for name in TOKENWISE),
     *({"head": name} | (OF_TOST if name == "class_attention" else {}) for name in HEADS),
+    {"mixer": "cbsa", "options": {"cells": 3}},
     {"mixer": "mssa", "out_bias": False, "ratio": 3, "tokenwise": "mlp"},
     {"heads": 1, "pool": "mean", "image_size": 16},  # so few tokens that ISTA takes two products
     OF_TOST

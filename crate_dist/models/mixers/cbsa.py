@@ -15,9 +15,6 @@ from crate_dist.models.matmul import Linear
 from crate_dist.models.mixers.mixer import SubspaceMixer
 from crate_dist.models.rates import Measures, coding_rate
 
-CELLS = 8
-"""Rows and columns of the grid of representatives, 64 in each head."""
-
 
 class CBSA(SubspaceMixer):
     """Contract-and-broadcast self-attention (arXiv 2509.16875, NeurIPS 2025), linear in the number of tokens.
@@ -29,14 +26,15 @@ class CBSA(SubspaceMixer):
 
     in each of h subspaces, with learned steps κ and η of each. This is the published operator, whose grid is shifted
     by one: its cells lie over the first ⌊√n⌋² of n tokens, so that the class token stands where the first patch should,
-    every patch one place further on, and the last one in no cell. It takes square grids alone.
+    every patch one place further on, and the last one in no cell. It takes square grids alone. The 8 is `cells` of the
+    recipe's [model.options].
     """
 
     key = "cbsa"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.cells = config.heads, int(config.option("cells"))
         self.subspaces = Linear(config.dim, config.dim, bias=False)
         self.step_x = nn.Parameter(drawn(config.heads, 1, 1))
         self.step_rep = nn.Parameter(drawn(config.heads, 1, 1))
@@ -95,7 +93,7 @@ class CBSA(SubspaceMixer):
         Raises ValueError when the tokens form no grid that the operator takes.
         """
         grid = rearrange(self.on_grid(w), "b h row col p -> (b h) p row col")
-        return F.adaptive_avg_pool2d(grid, CELLS).flatten(2).mT.unflatten(0, w.shape[:2])
+        return F.adaptive_avg_pool2d(grid, self.cells).flatten(2).mT.unflatten(0, w.shape[:2])
 
     def set_grid(self, rows: int, cols: int) -> None:
         """Raises ValueError where rows and columns are not as many: the published code is wrong there, or fails."""

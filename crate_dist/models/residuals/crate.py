@@ -14,6 +14,6 @@ class CrateLayer(Layer):
         """Returns z + m(LN z), (b, n, d)."""
         return z + dropped(self.mixer.attend(w), None if keep is None else keep[0])
 
-    def update(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Returns the layer's output, (b, n, d), from its input z and w = project(z)."""
-        return self.tokenwise(self.reads(self.compress(z, w, keep)))
+    def sparsify(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns f(LN z), (b, n, d)."""
+        return self.tokenwise(self.reads(z))

@@ -11,13 +11,15 @@ from crate_dist.config.parts import MIXERS, TOKENWISE
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.mixers.mixer import Mixer
 from crate_dist.models.parts import find_part
+from crate_dist.models.tokenwise.none import NoTokenWise
 from crate_dist.models.tokenwise.tokenwise import TokenWise
 
 
 class Layer(nn.Module, ABC):
     """A token mixer and a token-wise part, which both read normalised tokens.
 
-    Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`.
+    Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`. A pattern says in `compress` how
+    the mixer changes the tokens, and in `sparsify` how the token-wise part does; without one it ends with the mixer.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -25,7 +27,9 @@ class Layer(nn.Module, ABC):
         self._keys = list[str]()
         for part in (find_part(MIXERS, config.mixer), find_part(TOKENWISE, config.tokenwise)):
             self._keys.append(part.key)
-            self.add_module(f"{part.key}_norm", nn.LayerNorm(config.dim, eps=config.norm_eps))
+            absent = issubclass(part, NoTokenWise)
+            norm = nn.Identity() if absent else nn.LayerNorm(config.dim, eps=config.norm_eps)
+            self.add_module(f"{part.key}_norm", norm)
             self.add_module(part.key, part(config))
 
     @property
@@ -60,8 +64,13 @@ class Layer(nn.Module, ABC):
         return normed
 
     @abstractmethod
+    def sparsify(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns the layer's output, (b, n, d), from the tokens after the mixer. keep: as in `compress`"""
+
     def update(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns the layer's output, (b, n, d), from its input z and w = project(z). keep: as in `compress`"""
+        z = self.compress(z, w, keep)
+        return z if isinstance(self.tokenwise, NoTokenWise) else self.sparsify(z, keep)
 
     def forward(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
         """(b, n, d) -> (b, n, d)"""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.residuals.layer import Layer, dropped
+from crate_dist.models.tokenwise.none import NoTokenWise
 
 
 class PreNormLayer(Layer):
@@ -18,16 +19,16 @@ class PreNormLayer(Layer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self._scaled = config.layer_scale > 0
-        for key in self._keys if self._scaled else ():
+        alone = isinstance(self.tokenwise, NoTokenWise)
+        for key in self._keys[: 2 - alone] if self._scaled else ():
             self.register_parameter(f"{key}_scale", nn.Parameter(torch.full((config.dim,), config.layer_scale)))
 
     def compress(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns z + γ1 m(LN z), (b, n, d)."""
         return self._add(z, self.mixer.attend(w), 0, keep)
 
-    def update(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Returns the layer's output, (b, n, d), from its input z and w = project(z)."""
-        z = self.compress(z, w, keep)
+    def sparsify(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns z + γ2 f(LN z), (b, n, d)."""
         return self._add(z, self.tokenwise(self.reads(z)), 1, keep)
 
     def _add(self, z: Tensor, branch: Tensor, number: int, keep: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import ImageSection
+from crate_dist.config.archs import options_of
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
@@ -137,6 +138,9 @@ def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) ->
         published, here = getattr(row, name, getattr(ModelConfig, name)), getattr(config, name)
         if here != published:
             yield f"its {name} is {published}, this model's {here}"
+    for name, published in options_of(config).items():
+        if config.option(name) != published:
+            yield f"its {name} is {published}, this model's {config.option(name)}"
     for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):
         if name in meta and meta[name] not in (published, list(published)):
             yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"
