@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.format import CheckpointError, Progress
 from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.config import Recipe, build_recipe
+from crate_dist.data.index import ShardIndex
 from crate_dist.doctor.fake_cluster import fake_cluster
 from crate_dist.models.batch_norm import statistics
 from crate_dist.models.build import build_model
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.lock import Tenure
 from crate_dist.training.averaging import warn_of_short_run
 from crate_dist.training.engine import Engine
 from crate_dist.world import World
@@ -210,6 +214,25 @@ def test_a_checkpoint_without_an_average_begins_one_and_one_with_it_may_end_it(
             state = resuming.state()
             assert torch.equal(state.get("ema", state["fp32"])[0], engine.state()["fp32"][0])
             assert (resuming.partitions.average is not None) == bool(others.optim.ema_decay)
+
+
+def test_an_average_of_older_weights_does_not_stay_beside_newer_ones_that_have_none(
+    tmp_path: Path, cast_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder, train = RunFolder(tmp_path), ShardIndex.load(cast_shards / "train")
+    with fake_cluster(1):
+        for step, settings in ((1, recipe(ema_decay=DECAY)), (2, recipe())):
+            engine = make_engine(ALONE, torch.device("cpu"), settings)
+            saving.publish(folder.checkpoints, engine.state(), engine.layouts, Progress(step=step), ALONE)
+            # The best is of step 1 as before, which keeps its average.
+            progress = Progress(step=step, best_step=1)
+            export(folder, settings, engine.module.config, progress, 1.0, train, None, Tenure())
+            files = {path.name for path in tmp_path.glob("model-*")}
+            average = {"model-last-ema.pt", "model-last-ema.md"}
+            assert files >= {"model-last.pt", "model-last.md", "model-best-ema.pt", "model-best-ema.md"}
+            assert files & average == (average if step == 1 else set())
+    assert "model-last-ema.pt was an average of older weights, and is removed: step 2 has none" in caplog.text
 
 
 def test_a_run_too_short_for_its_average_is_told(caplog: pytest.LogCaptureFixture) -> None:
