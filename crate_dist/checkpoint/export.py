@@ -12,7 +12,7 @@ from crate_dist.data.identity import Identity
 from crate_dist.data.index import ShardIndex
 from crate_dist.locations import name_above
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.weights.card import write_card
+from crate_dist.models.weights.card import card_path, write_card
 from crate_dist.models.weights.write import export_model
 from crate_dist.run.folder import MODELS, RunFolder
 from crate_dist.run.lock import Tenure
@@ -33,7 +33,8 @@ def export(
 ) -> None:
     """Writes model-last.pt and model-best.pt, and averages of the weights where there are some.
 
-    One whose checkpoint is damaged is not written, and the log says so.
+    One whose checkpoint is damaged is not written. An average of older weights is removed, with its card, where
+    the newer ones have none. The log says so.
     """
     there = {saved.step: saved for saved in list_checkpoints(folder.checkpoints)}
     steps = {"last": progress.step, "best": progress.best_step}
@@ -41,7 +42,14 @@ def export(
         name, _, average = which.partition("-")
         step = steps[name]
         saved, path = there.get(step), folder.model(which)
-        if step < 0 or (average and not (saved and AVERAGE in saved.manifest.kinds)):
+        if step < 0:
+            continue
+        if average and not (saved and AVERAGE in saved.manifest.kinds):
+            if saved and path.exists() and not saved.damaged():
+                tenure.check()
+                card_path(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                logger.info("%s was an average of older weights, and is removed: step %d has none", path, step)
             continue
         problem = saved.damaged() if saved else f"step {step} could not be saved"
         if saved is None or problem:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,9 @@ def load_model(config: ModelConfig, checkout: Path) -> nn.Module:
         module = _imported(file)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision's, where it is not built for this torch
         raise NotImported(f"{source.file} cannot be imported here: {error}") from error
-    return _Logits(_on_any_device(source.build(module, config)))
+    with redirect_stdout(io.StringIO()):  # ToST's says what it is made of
+        model = source.build(module, config)
+    return _Logits(_on_any_device(model))
 
 
 def twin(model: Transformer, checkout: Path) -> nn.Module:

@@ -157,7 +157,7 @@ def saved_and_loaded(case: Case, setting: Setting, device: torch.device) -> Iter
         saving.publish(folder, state, first.layouts, Progress(step=2), world)
         found = find_newest(folder, world)
         assert found is not None
-        second.load(found)
+        second.partitions.load(found)
         equal = same(state, on_cpu(second.state())) and all(map(torch.equal, weights_of(first), weights_of(second)))
         moved = not same({WEIGHTS: state[WEIGHTS]}, {WEIGHTS: on_cpu(case.engine(device).state())[WEIGHTS]})
         said = "equal" if equal and moved else "the steps changed nothing" if equal else "DIFFERENT"

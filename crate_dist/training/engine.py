@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from crate_dist.checkpoint.format import AVERAGE, WEIGHTS, CheckpointError, GroupLayout
-from crate_dist.checkpoint.loading import Buffers, Checkpoint, RankState
+from crate_dist.checkpoint.format import GroupLayout
+from crate_dist.checkpoint.loading import RankState
 from crate_dist.config import Recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
@@ -40,11 +39,11 @@ from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling, drop_path
-from crate_dist.training.averaging import Average
 from crate_dist.training.compiled_cache import check_node_folder
 from crate_dist.training.lion import Lion
 from crate_dist.training.mixing import MixedBatch, Targets
-from crate_dist.training.optim import STATE_KEYS, build_optimizer, parameter_groups
+from crate_dist.training.optim import build_optimizer, parameter_groups
+from crate_dist.training.partitions import Partitions
 from crate_dist.training.zero import Guard, initialize
 
 logger = logging.getLogger(__name__)
@@ -103,20 +102,15 @@ class Engine:
         if model.config.stem == "convolutions":
             logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.layouts = [_layout(group, shapes) for group in groups]
-        first_weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.layouts = [GroupLayout(g["names"], [[*weights[name].shape] for name in g["names"]]) for g in groups]
         check_node_folder()
         optimizer = build_optimizer(groups, recipe.optim)
         self._engine, self._zero = initialize(model, optimizer, recipe, micro_batch, accumulation)
         self._guard = Guard(self._zero.not_finite)
-        self._check_partitions()
+        self.partitions = Partitions(self._zero, self.module, self.layouts, recipe.optim)
         # DeepSpeed makes the master weights from the ones it has rounded to bf16; they start from the exact ones.
-        self._fill_partitions(
-            lambda kind, group, start, out: _from_tensors(first_weights, self.layouts[group], start, out)
-        )
-        self._buffers = {name: t for name, t in self.module.state_dict().items() if name not in shapes}
-        self._average = self._new_average()
+        self.partitions.begin_with(weights)
         self._whole_batch = 0
         if compiling.should_compile(recipe.train.compile, device):
             passes = partial(self._try_passes, micro_batch, recipe.model.image_size)
@@ -159,8 +153,7 @@ class Engine:
             heavier = labels.heavier if isinstance(labels, Targets) else labels
             hits.append((logits.detach().argmax(dim=1) == heavier).sum())
         self._take_statistics()
-        if self._average:
-            self._average.update(self._partitions, self._buffers, self._zero.not_finite)
+        self.partitions.note_step()
         self._raise_if(self._guard.note(step))
         return StepResult(torch.stack(losses).mean(), torch.stack(hits).sum(), self._zero.grad_norm)
 
@@ -174,7 +167,7 @@ class Engine:
         Weights are looked at too, since an optimizer may divide by zero where gradients are finite.
         """
         self._raise_if(self._guard.look())
-        broken = torch.stack([~torch.isfinite(part).all() for part in self._partitions]).any().float()
+        broken = torch.stack([~torch.isfinite(part).all() for part in self.partitions.weights]).any().float()
         dist.all_reduce(broken, dist.ReduceOp.MAX)
         if broken:
             raise WeightsNotFinite(
@@ -249,153 +242,10 @@ class Engine:
         Raises what `check` does, so that nothing is saved of which nothing good can come. A collective.
         """
         self.check()
-        state: RankState = {WEIGHTS: [part.detach() for part in self._partitions]}
-        for kind in STATE_KEYS[self.recipe.optim.name]:
-            state[kind] = [self._optimizer_state(part)[kind] for part in self._partitions]
-        if self._average:
-            state[AVERAGE] = self._average.partitions
-        return state
-
-    def buffers(self) -> Buffers:
-        """Returns what the model keeps beside its weights, and the average of that; views on the live tensors."""
-        if not self._buffers:
-            return {}
-        return {WEIGHTS: self._buffers, **({AVERAGE: self._average.buffers} if self._average else {})}
-
-    @property
-    def has_average(self) -> bool:
-        """Whether the recipe asks for an average of the weights."""
-        return self._average is not None
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Has the module compute with the average of the weights; then with the weights again, bit for bit as before.
-
-        Only entering is a collective, so that one rank's error there cannot make the others wait.
-        """
-        assert self._average is not None
-        seen = [*self._zero.bit16_groups_flat, *self._buffers.values()]
-        kept = [tensor.clone() for tensor in seen]
-        try:
-            self._zero.show(self._average.partitions)
-            _copy(self._average.buffers, self._buffers)
-            yield
-        finally:
-            for tensor, before in zip(seen, kept, strict=True):
-                tensor.data.copy_(before)
+        return self.partitions.state()
 
     def _take_statistics(self) -> None:
         """Has the running statistics of batch norm take up what all ranks have seen: a collective, if there are any."""
         if (seen := statistics(self.module)).numel():
             dist.all_reduce(seen)
             take_statistics(self.module, seen.masked_fill_(self._zero.not_finite > 0, 0.0))
-
-    def _new_average(self) -> Average | None:
-        decay = self.recipe.optim.ema_decay
-        return Average(self._partitions, self._buffers, decay) if decay else None
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Takes up weights and optimizer state that any number of ranks saved. A collective.
-
-        Raises CheckpointError: of another model or another optimizer.
-        """
-        there, here = (
-            [(list(g.names), g.numel) for g in groups] for groups in (checkpoint.manifest.groups, self.layouts)
-        )
-        if there != here:
-            raise CheckpointError(_other_model(checkpoint, self.layouts))
-        kinds = {WEIGHTS, *STATE_KEYS[self.recipe.optim.name]}
-        if kinds != {*checkpoint.manifest.kinds} - {AVERAGE}:
-            raise CheckpointError(
-                f"{checkpoint.path} holds {checkpoint.manifest.kinds}, "
-                f"but {self.recipe.optim.name} keeps {sorted(kinds)}"
-            )
-        if {name: [*tensor.shape] for name, tensor in self._buffers.items()} != checkpoint.manifest.buffers:
-            raise CheckpointError(
-                f"{checkpoint.path} holds other buffers than the recipe's model has: {[*checkpoint.manifest.buffers]} "
-                f"there, {[*self._buffers]} here"
-            )
-        reader = checkpoint.reader()
-        self._fill_partitions(reader.copy)
-        _copy(reader.buffers(WEIGHTS), self._buffers)
-        self._average = self._new_average()
-        averaged = AVERAGE in checkpoint.manifest.kinds
-        if self._average and averaged:
-            _copy(reader.buffers(AVERAGE), self._average.buffers)
-        elif self._average:
-            logger.warning("%s has no average of the weights: it begins with the weights there", checkpoint.path)
-        elif averaged:
-            logger.warning("%s has an average of the weights, and optim.ema_decay is 0: it ends", checkpoint.path)
-        for group, part in enumerate(self._partitions):
-            held = self._optimizer_state(part, checkpoint.step)
-            if self._average and averaged:
-                held = {**held, AVERAGE: self._average.partitions[group]}
-            for kind in held.keys() & checkpoint.manifest.kinds:
-                staging = torch.empty(part.numel(), dtype=torch.float32)
-                reader.copy(kind, group, self._start(part), staging)
-                held[kind].copy_(staging)
-
-    @property
-    def _partitions(self) -> list[torch.Tensor]:
-        partitions: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
-        return partitions
-
-    def _start(self, partition: torch.Tensor) -> int:
-        return dist.get_rank() * partition.numel()
-
-    def _optimizer_state(self, partition: torch.Tensor, steps: int = 0) -> dict[str, torch.Tensor]:
-        """Returns the optimizer's own state of a partition, made where no step has made it yet."""
-        state: dict[str, torch.Tensor] = self._zero.optimizer.state[partition]
-        if not state or steps:
-            for kind in STATE_KEYS[self.recipe.optim.name]:
-                state[kind] = torch.zeros_like(partition, requires_grad=False)
-            if self.recipe.optim.name == "adamw":
-                state["step"] = torch.tensor(float(steps), device=partition.device)
-        return state
-
-    @torch.no_grad()
-    def _fill_partitions(self, fill: Any) -> None:
-        for group, part in enumerate(self._partitions):
-            staging = torch.empty(part.numel(), dtype=torch.float32)
-            fill(WEIGHTS, group, self._start(part), staging)
-            part.data.copy_(staging)
-        self._zero.update_lp_params()
-
-    def _check_partitions(self) -> None:
-        """Asserts what checkpoint/loading.py relies on in ZeRO's flat vectors: equal parts, no gaps, our order."""
-        world_size = dist.get_world_size()
-        assert not any(any(padding) for padding in self._zero.round_robin_bit16_padding)
-        assert all(p.dtype == torch.float32 for p in self._partitions)
-        for part, layout in zip(self._partitions, self.layouts, strict=True):
-            assert layout.numel <= part.numel() * world_size < layout.numel + 4 * world_size + part.numel()
-
-
-def _other_model(checkpoint: Checkpoint, layouts: Sequence[GroupLayout]) -> str:
-    """Says in which parameter a checkpoint's model is not the recipe's, or that they are only grouped otherwise."""
-    there = checkpoint.manifest.shapes
-    here = {name: [*shape] for group in layouts for name, shape in zip(group.names, group.shapes, strict=True)}
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    what = "groups the parameters otherwise, as another optim.decay or optim.layer_decay does"
-    if names:
-        parts = (f"{one} {where}" for one, where in ((there.get(names[0]), "there"), (here.get(names[0]), "here")))
-        what = f"holds another model: {names[0]} is {', '.join(parts)}, and so are {len(names) - 1} more"
-    return (
-        f"{checkpoint.path} {what}; give the recipe that it was saved with, or another --run-dir, or --start-over, "
-        "which sets the run aside"
-    )
-
-
-def _copy(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in here.items():
-        tensor.copy_(there[name])
-
-
-def _layout(group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GroupLayout:
-    return GroupLayout(list(group["names"]), [list(shapes[name]) for name in group["names"]])
-
-
-def _from_tensors(tensors: dict[str, torch.Tensor], layout: GroupLayout, start: int, out: torch.Tensor) -> None:
-    """Copies [start, start + len(out)) of the flattened tensors; zeros behind their end."""
-    flat = torch.cat([tensors[name].reshape(-1) for name in layout.names])[start : start + out.numel()]
-    out.zero_()
-    out[: flat.numel()].copy_(flat)

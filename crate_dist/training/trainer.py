@@ -119,7 +119,7 @@ class Trainer:
         self.engine = Engine(model, recipe, device, micro_batch, accumulation)
         compiled.save(tenure)
         if found:
-            self.engine.load(found)
+            self.engine.partitions.load(found)
             logger.info("resumed from %s", found.path)
         startup.mark("engine")
         keep, max_failures = recipe.checkpoint.keep, recipe.checkpoint.max_failures
@@ -359,8 +359,8 @@ class Trainer:
         try:
             tallies = [mistakes] if self.world.is_main else []
             result = evaluate(predict, batches, self.device, tallies, leave=lambda: self.interrupt.heard)
-            if self.engine.has_average:
-                with self.engine.averaged():
+            if self.engine.partitions.average:
+                with self.engine.partitions.averaged():
                     averaged = evaluate(predict, batches, self.device, leave=lambda: self.interrupt.heard)
         except Left:
             logger.info("the evaluation of step %d is left, and made by the next start", self.progress.step)
@@ -386,7 +386,7 @@ class Trainer:
         """Begins to save this step; its writing goes on beside the training."""
         self.watchdog.beat(f"saving step {self.progress.step}")
         self.monitor.flush()
-        state, buffers, about = self.engine.state(), self.engine.buffers(), self.recipe.deciding_values()
+        state, buffers, about = self.engine.state(), self.engine.partitions.buffers(), self.recipe.deciding_values()
         data = {"classes": list(self.data.classes), "data": self.data.facts()}
         names = list(self.train_index.class_names)
         self.monitor.saved(self.saver.save(state, self.progress, buffers, recipe=about, class_names=names, **data))

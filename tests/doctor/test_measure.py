@@ -121,6 +121,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
     from crate_dist.models.tokenwise.ista import ISTA
     from crate_dist.models.transformer import Transformer
     from crate_dist.training.engine import Engine
+    from crate_dist.training.partitions import Partitions
     from crate_dist.training.zero import Guard
 
     torch.set_num_threads(2)
@@ -166,7 +167,7 @@ def found_when_planted(given: Setting) -> dict[str, list[str]]:
             ),
             "weights alone are loaded": (
                 lambda: correct_step.saved_and_loaded(case, given, device),
-                {(Engine, "load"): lambda self, checkpoint: self._fill_partitions(checkpoint.reader().copy)},
+                {(Partitions, "load"): lambda self, checkpoint: self.fill(checkpoint.reader().copy)},
             ),
             "a look at each loss": (
                 lambda: iter([waits.waits_of("ours", waits.steps_of(made(waits.recipe_of(2, given), device)[0]), 1)]),

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from crate_dist.checkpoint import saving
+from crate_dist.checkpoint.export import export
 from crate_dist.checkpoint.format import CheckpointError, Progress
 from crate_dist.checkpoint.loading import list_checkpoints
 from crate_dist.config import Recipe, build_recipe
+from crate_dist.data.index import ShardIndex
 from crate_dist.doctor.fake_cluster import fake_cluster
 from crate_dist.models.batch_norm import statistics
 from crate_dist.models.build import build_model
+from crate_dist.run.folder import RunFolder
+from crate_dist.run.lock import Tenure
 from crate_dist.training.averaging import warn_of_short_run
 from crate_dist.training.engine import Engine
 from crate_dist.world import World
@@ -53,7 +57,7 @@ def averaged_run(world: World, device: torch.device, folder: Path) -> dict[str, 
     module = {name: p.clone() for name, p in engine.module.named_parameters()}
     images = batch_of(9, world)[0]
     raw, average = engine.predict(images), of_weights(engine, "ema")
-    with engine.averaged():
+    with engine.partitions.averaged():
         shown = torch.cat([engine.module.get_parameter(n).flatten() for group in engine.layouts for n in group.names])
         averaged = engine.predict(images)
     return {
@@ -71,7 +75,7 @@ def averaged_run(world: World, device: torch.device, folder: Path) -> dict[str, 
 def resumed(world: World, device: torch.device, folder: Path) -> list[torch.Tensor]:
     """The average as it was loaded, and after the rest of the steps."""
     engine = make_engine(world, device, with_average())
-    engine.load(list_checkpoints(folder)[-1])
+    engine.partitions.load(list_checkpoints(folder)[-1])
     before = of_weights(engine, "ema")
     take_steps(engine, world, SAVED_AFTER, STEPS)
     return [before, of_weights(engine, "ema")]
@@ -122,7 +126,7 @@ def pieces(step: int, world: World, accumulation: int) -> Any:
 
 
 def running(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in engine.buffers()["fp32"].items()}
+    return {name: buffer.clone() for name, buffer in engine.partitions.buffers()["fp32"].items()}
 
 
 def with_batch_norm(world: World, device: torch.device, accumulation: int, folder: Path | None) -> dict[str, Any]:
@@ -132,12 +136,12 @@ def with_batch_norm(world: World, device: torch.device, accumulation: int, folde
     for step in range(3):
         engine.step(pieces(step, world, accumulation), 1e-3, step)
         seen.append(running(engine))
-    average = {name: buffer.clone() for name, buffer in engine.buffers()["ema"].items()}
-    with engine.averaged():
+    average = {name: buffer.clone() for name, buffer in engine.partitions.buffers()["ema"].items()}
+    with engine.partitions.averaged():
         shown = running(engine)
     if folder:
         state = engine.state(), engine.layouts, Progress(step=3), world
-        saving.publish(folder, *state, buffers=engine.buffers())
+        saving.publish(folder, *state, buffers=engine.partitions.buffers())
     return {"seen": seen, "average": average, "shown": shown, "after": running(engine)}
 
 
@@ -167,29 +171,29 @@ def test_running_statistics_do_not_depend_on_ranks_and_are_averaged_saved_and_ta
     assert same({name: saved.weights("ema")[name] for name in first["after"]}, first["average"])
     with fake_cluster(1):
         engine = engine_of(with_stem("bf16"), ALONE, torch.device("cpu"), 1)
-        engine.load(saved)
-        assert same(engine.buffers()["fp32"], first["after"])
-        assert same(engine.buffers()["ema"], first["average"])
+        engine.partitions.load(saved)
+        assert same(engine.partitions.buffers()["fp32"], first["after"])
+        assert same(engine.partitions.buffers()["ema"], first["average"])
         module = dict(engine.module.named_buffers())
         assert module[mean].dtype == torch.float32, "though the weights are bf16"
         assert engine.module.get_parameter("patch_embed.norms.1.weight").dtype == torch.bfloat16
         assert torch.equal(module[mean], first["after"][mean])
         plain = make_engine(ALONE, torch.device("cpu"), recipe())
         with pytest.raises(CheckpointError, match="holds another model: "):
-            plain.load(saved)
+            plain.partitions.load(saved)
 
 
 def test_a_step_that_is_not_finite_changes_no_buffer_and_neither_does_compiling() -> None:
     with fake_cluster(1):
         engine = engine_of(with_stem("bf16"), ALONE, torch.device("cpu"), 1)
         engine.step(pieces(0, ALONE, 1), 1e-3, 0)
-        before = running(engine), {name: buffer.clone() for name, buffer in engine.buffers()["ema"].items()}
+        before = running(engine), {name: buffer.clone() for name, buffer in engine.partitions.buffers()["ema"].items()}
         engine._try_passes(GLOBAL_BATCH, 32)
         assert not statistics(engine.module).any()
         engine.module.get_parameter("head.linear.weight").data[0, 0] = float("inf")
         engine.step(pieces(1, ALONE, 1), 1e-3, 1)
         assert same(running(engine), before[0])
-        assert same(engine.buffers()["ema"], before[1])
+        assert same(engine.partitions.buffers()["ema"], before[1])
 
 
 def test_a_checkpoint_without_an_average_begins_one_and_one_with_it_may_end_it(
@@ -205,11 +209,30 @@ def test_a_checkpoint_without_an_average_begins_one_and_one_with_it_may_end_it(
             folder = tmp_path / str(settings.optim.ema_decay)
             saved = saving.publish(folder, engine.state(), engine.layouts, Progress(step=1), ALONE)
             resuming = make_engine(ALONE, torch.device("cpu"), others)
-            resuming.load(saved)
+            resuming.partitions.load(saved)
             assert said in caplog.text
             state = resuming.state()
             assert torch.equal(state.get("ema", state["fp32"])[0], engine.state()["fp32"][0])
-            assert resuming.has_average == bool(others.optim.ema_decay)
+            assert (resuming.partitions.average is not None) == bool(others.optim.ema_decay)
+
+
+def test_an_average_of_older_weights_does_not_stay_beside_newer_ones_that_have_none(
+    tmp_path: Path, cast_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder, train = RunFolder(tmp_path), ShardIndex.load(cast_shards / "train")
+    with fake_cluster(1):
+        for step, settings in ((1, recipe(ema_decay=DECAY)), (2, recipe())):
+            engine = make_engine(ALONE, torch.device("cpu"), settings)
+            saving.publish(folder.checkpoints, engine.state(), engine.layouts, Progress(step=step), ALONE)
+            # The best is of step 1 as before, which keeps its average.
+            progress = Progress(step=step, best_step=1)
+            export(folder, settings, engine.module.config, progress, 1.0, train, None, Tenure())
+            files = {path.name for path in tmp_path.glob("model-*")}
+            average = {"model-last-ema.pt", "model-last-ema.md"}
+            assert files >= {"model-last.pt", "model-last.md", "model-best-ema.pt", "model-best-ema.md"}
+            assert files & average == (average if step == 1 else set())
+    assert "model-last-ema.pt was an average of older weights, and is removed: step 2 has none" in caplog.text
 
 
 def test_a_run_too_short_for_its_average_is_told(caplog: pytest.LogCaptureFixture) -> None:

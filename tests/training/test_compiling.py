@@ -70,7 +70,7 @@ def disturbed_and_not(world: World, device: torch.device, cache: Path, folder: P
     again = make_engine(world, device, with_train(compile=True))
     found = checkpoint.find_newest(folder, world)
     assert found is not None
-    again.load(found)
+    again.partitions.load(found)
     resumed = weights_after(again, world, 3, 5)
     return all(torch.equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
 

@@ -108,7 +108,7 @@ def load_and_save(world: World, device: torch.device, settings: Recipe, source: 
     engine = make_engine(world, device, settings)
     found = checkpoint.find_newest(source, world)
     assert found is not None
-    engine.load(found)
+    engine.partitions.load(found)
     saving.publish(target, engine.state(), engine.layouts, found.progress, world)
     # The weights of the products are the master weights, rounded.
     master = found.weights()

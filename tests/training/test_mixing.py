@@ -227,7 +227,7 @@ def on_this_rank(world: World, device: torch.device, shards: Path, folder: Path)
     found["alone"] += steps(engine, world, shards, 2, 4)
     resumed, saved = make(world, device), checkpoint.find_newest(folder, world)
     assert saved is not None
-    resumed.load(saved)
+    resumed.partitions.load(saved)
     found["resumed"] = steps(resumed, world, shards, 2, 4)
     found["recomputed"] = steps(make(world, device, recompute=3), world, shards, 0, 2)
     found["autocast"] = steps(make(world, device, precision="autocast"), world, shards, 0, 2)

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_layer_decay_is_refused_with_the_setting_s_name(
         publish(tmp_path, engine.state(), engine.layouts, Progress(step=0), World(0, 1, 0, 1, "", 0, "test"))
         other = engine_on(recipe_for(1))
         with pytest.raises(CheckpointError, match=r"groups the parameters otherwise, as another .* optim.layer_decay"):
-            other.load(open_checkpoint(tmp_path / "step-00000000"))
+            other.partitions.load(open_checkpoint(tmp_path / "step-00000000"))
 
 
 def test_what_the_host_looks_at_is_counted() -> None:
@@ -372,7 +372,7 @@ def test_weights_that_a_step_has_made_no_numbers_are_found_before_anything_is_ma
     with fake_cluster(8):
         engine = engine_on(recipe_for(8))
         engine.step(batches(0), 1e-4, 0)
-        engine._partitions[0].data[5] = torch.nan
+        engine.partitions.weights[0].data[5] = torch.nan
         for use in (Engine.check, Engine.state):
             with pytest.raises(WeightsNotFinite, match=r"optim\.eps"):
                 use(engine)

@@ -12,7 +12,7 @@ from crate_dist.models.mixers.mixer import Mixer
 
 
 class Attention(Mixer):
-    """Multi-head self-attention with projections of their own for query, key and value, with biases; W's is `out_bias`.
+    """Multi-head self-attention with projections of their own for query, key and value; W has a bias if `out_bias`.
 
     Head(z) = softmax(q kᵀ / √p) v;  Attention(z) = W [Head_1; …; Head_h].
     """
