@@ -80,12 +80,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _partners_to_mix_with(self) -> Self:
-        if self.mix.enabled and self.train.group == 1:
+    def _neighbours_in_a_group(self) -> Self:
+        needs = ""
+        if self.mix.enabled:
+            needs = "[mix] takes an image's partner among train.group neighbours"
+        elif self.model.parts().stem == "convolutions":
+            needs = "the stem of convolutions has batch norm, whose statistics are taken over train.group images"
+        if needs and self.train.group == 1:
             batch = self.train.global_batch
             would = [str(n) for n in (2, 4, 8, 16, 32, 64) if batch % n == 0] or [str(batch)]
             raise ValueError(
-                "[mix] takes an image's partner among train.group neighbours, which is 1; "
+                f"{needs}, which is 1; "
                 f"--set train.group={would[-1]} gives it some, and {', '.join(would)} divide the global batch"
             )
         return self

@@ -99,11 +99,6 @@ def preflight(
     except RecipeError as error:
         goes_on = restored or (not start_over and os.access(run_dir, os.X_OK) and folder.has_begun())
         problems.append(str(error).partition("; these ranks take")[0] if goes_on else str(error))
-    if recipe.model.parts().stem == "convolutions" and recipe.train.group == 1:
-        problems.append(
-            "the stem of convolutions has batch norm, whose statistics are taken over train.group images, which is 1; "
-            "--set train.group=32 or more gives it some, and every micro-batch holds as many"
-        )
     try:
         train, val = open_data(recipe)
     except UserError as error:

@@ -387,14 +387,6 @@ def test_groups_of_neighbours_stay_whole_on_every_cluster_and_card(cast_shards: 
     assert "not even one group of 16 images would fit" in advice(recipe, 96, 2, 0.1)
 
 
-def test_batch_norm_of_groups_of_one_image_is_refused(cast_shards: Path, tmp_path: Path) -> None:
-    chosen = ["model.arch=cbt_tiny", "train.global_batch=64"]
-    with pytest.raises(RecipeError, match=r"batch norm, .* over train.group images, which is 1; --set train.group"):
-        preflight(load_recipe("crate_tiny", chosen, data__root=str(cast_shards)), 1, tmp_path / "run")
-    recipe = load_recipe("crate_tiny", [*chosen, "train.group=32"], data__root=str(cast_shards))
-    assert preflight(recipe, 1, tmp_path / "run").micro_batch == 64
-
-
 def test_a_run_folder_of_another_recipe(cast_shards: Path, tmp_path: Path) -> None:
     recipe = load_recipe("crate_tiny", data__root=str(cast_shards), train__global_batch=64)
     RunFolder(tmp_path / "run").open(recipe)

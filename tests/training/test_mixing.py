@@ -267,6 +267,11 @@ def test_resumed_or_with_layers_computed_again_the_losses_are_the_same_bit_for_b
     ("settings", "said"),
     [
         (["mix.mixup=0.8"], r"partner among train.group neighbours, which is 1; --set train.group=64 gives it some"),
+        (
+            ["model.arch=cbt_tiny"],
+            r"batch norm, whose statistics are taken over train.group images, which is 1; --set train.group=64",
+        ),
+        (["model.stem=convolutions", "train.global_batch=6"], r"train.group=2 gives it some, and 2 divide the global"),
         (["train.group=3"], r"global_batch 2048 is no multiple of group 3; 2046 or 2049 would be"),
         (["train.group=512"], r"micro_batch 256 has no room for a group of 512 images.*micro_batch 512 would"),
     ],
