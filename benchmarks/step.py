@@ -5,9 +5,9 @@
         --reference crate=PATH alpha=PATH tost=PATH cbt=PATH
 
 --reference names checkouts of the published codes, whose models are imported from there, with the weights of ours: that
-both compute the same is seen before anything is timed. ViT's is in CRATE's code; it and ToST's need timm, and are left
-out without it. Their SyncBatchNorm becomes BatchNorm2d. Without a checkout, CRATE's formulation in plain PyTorch stands
-in, and the others have nothing beside them.
+both compute the same is seen before anything is timed. ViT's is in CRATE's code; it and ToST's need timm (0.9), and are
+left out without it. Their SyncBatchNorm becomes BatchNorm2d. Without a checkout, CRATE's formulation in plain PyTorch
+stands in, and the others have nothing beside them.
 
 The published loop, as CRATE's main.py has it: fp16 under autocast with GradScaler on a GPU, plain fp32 on a CPU;
 zero_grad, forward, loss, backward, Lion from lion-pytorch or torch's AdamW, as the recipe says. Ours is training.engine

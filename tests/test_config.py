@@ -289,6 +289,7 @@ def test_every_setting_says_what_it_means() -> None:
         ("images.mean=[nan,0,0]", "images.mean.0: Input should be a finite number"),
         ("optim.lr=inf", "optim.lr: Input should be a finite number"),
         ("optim.betas=[0.9,1.0]", "optim.betas.1: Input should be less than 1"),
+        ("model.layer_scale=0.5", "model: layer_scale 0.5 would change nothing"),
         ("optim.eps=-1", "optim.eps: Input should be greater than 0"),
     ],
 )

@@ -119,6 +119,29 @@ ARCHS: dict[str, Arch] = {
 }
 
 
+def unread(arch: Arch) -> set[str]:
+    """Returns the settings of a model that none of its parts reads."""
+    mlp_in_head, names = arch.head == "class_attention", set[str]()
+    if arch.tokenwise in ("ista", "none") and not mlp_in_head:
+        names.add("ratio")
+    if arch.tokenwise in ("mlp", "none"):
+        names |= {"ista_step", "ista_threshold"}
+    if arch.head in ("mean_patches", "mean_patches_twice", "class_attention"):
+        names.add("pool")
+    if arch.residual == "crate" and not mlp_in_head:
+        names.add("layer_scale")
+    return names
+
+
+def check_mixer(arch: Arch) -> None:
+    """Raises ValueError when the mixer needs a class token, and there is none in the layers."""
+    if arch.mixer == "cbsa" and not arch.class_token:
+        raise ValueError(
+            'mixer = "cbsa", as published, needs the class token, over which its grid lies; class_token = true, or '
+            'mixer = "cbsa_aligned", would do'
+        )
+
+
 def options_of(arch: Arch) -> dict[str, float]:
     """Returns the numbers that the parts of an architecture have of their own, with their defaults."""
     parts = (arch.stem, arch.mixer, arch.tokenwise, arch.residual, arch.head)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch, check_options, check_patches
+from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, unread
 from crate_dist.config.keys import RecipeError, nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.locations import location, may_run_a_command, redacted
@@ -175,6 +175,17 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _options_of_its_parts(self) -> Self:
         check_options(self.parts(), self.options)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_that_go_together(self) -> Self:
+        parts = self.parts()
+        check_mixer(parts)
+        if self.layer_scale and "layer_scale" in unread(parts):
+            raise ValueError(
+                f'layer_scale {self.layer_scale:g} would change nothing: residual = "crate" has no γ; leave it unset, '
+                'or take residual = "pre_norm"'
+            )
         return self
 
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from crate_dist.figures.charts import Line, Panel, charts
 from crate_dist.figures.sheet import Sheet
 from crate_dist.figures.tables import Cell, attention_grid, coloured, picture_table
 from crate_dist.files import write_whole
+from crate_dist.models.residuals.layer import Layer
 from crate_dist.models.transformer import Transformer
 from crate_dist.whitebox.maps import Maps, patch_keys, token_maps
 from crate_dist.whitebox.maskcut import Mask, attention_mask, iou, mask_cut
@@ -34,6 +35,7 @@ from crate_dist.whitebox.pixels import OBJECTS, enlarged, heat, masked
 from crate_dist.whitebox.titles import TOGETHER, measure_title
 
 _BATCH = 16
+_SQUARE_ALONE = 'mixer = "cbsa", as published, takes square images alone; "cbsa_aligned" takes others'
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
@@ -43,11 +45,15 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
     Raises UserError: the model, the pictures or what is asked of them cannot be.
     """
     trained = load_trained(options.model, options.heads, options.weights)
-    pictures = _pictures(options, trained)
+    layers = (cast(Layer, layer) for layer in trained.model.layers)
+    cut = any(layer.mixer.square_alone for layer in layers)
+    pictures = _pictures(options, trained, cut)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device, torch.float32).eval()
     sheet.out.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
+    if cut and options.figure != "layers":
+        missing = [f"of each the square in its middle: {_SQUARE_ALONE}"]
     if options.figure == "layers":
         missing, written = draw_layers(model, pictures, sheet)
     else:
@@ -57,7 +63,7 @@ def draw(options: argparse.Namespace, sheet: Sheet) -> tuple[str, list[Path]]:
         elif options.figure == "pca":
             written = draw_pca(model, pictures, layer, options.threshold, options.invert, options.scale, sheet)
         else:
-            truths = _read_truths(options.masks, pictures) if options.masks else {}
+            truths = _read_truths(options.masks, pictures, cut) if options.masks else {}
             written = draw_masks(model, pictures, layer, truths, options.mass, options.tau, options.objects, sheet)
     return "; ".join([f"{trained.name}, {len(pictures)} pictures", *missing]), written
 
@@ -287,8 +293,11 @@ def _batches(tensors: Sequence[Tensor], device: torch.device) -> Iterator[Tensor
         yield torch.stack(list(tensors[first : first + _BATCH])).to(device)
 
 
-def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, Mask]:
-    """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`."""
+def _read_truths(folder: Path, pictures: Sequence[Picture], cut: bool) -> dict[str, Mask]:
+    """Reads the mask of each picture: the image file of the same name, without its suffix, in `folder`.
+
+    cut: whether the pictures are the squares in the middle of theirs, and so the masks
+    """
     truths = {}
     masks = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     for picture in pictures:
@@ -298,13 +307,13 @@ def _read_truths(folder: Path, pictures: Sequence[Picture]) -> dict[str, Mask]:
             raise PictureError(f"no mask for {stem} in {folder}: expected {stem}.png")
         if len(files) > 1:
             raise PictureError(f"several masks for {stem} in {folder}: {', '.join(path.name for path in files)}")
-        truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2])
+        truths[picture.name] = read_mask(files[0], picture.pixels.shape[:2], cut)
     return truths
 
 
-def _pictures(options: argparse.Namespace, trained: Trained) -> list[Picture]:
-    config = trained.model.config
-    framing = Framing(options.size or config.image_size, config.patch_size, options.figure == "layers", trained.images)
+def _pictures(options: argparse.Namespace, trained: Trained, cut: bool) -> list[Picture]:
+    config, square = trained.model.config, options.figure == "layers"
+    framing = Framing(options.size or config.image_size, config.patch_size, square, trained.images, cut)
     count = options.count or (64 if options.figure == "layers" else 4)
     if options.images:
         pictures = from_paths(options.images, framing, count)
@@ -314,4 +323,6 @@ def _pictures(options: argparse.Namespace, trained: Trained) -> list[Picture]:
         except RecipeError as error:
             raise PictureError(f"no pictures: give --images PATH, or else the data: {error}") from error
         pictures = from_split(index, framing, count)
+    if cut and any(picture.tensor.shape[1] != picture.tensor.shape[2] for picture in pictures):  # tensors, as they are
+        raise PictureError(f"these tensors are not square: {_SQUARE_ALONE}")
     return [replace(picture, name=f"{n:02d}-{picture.name}") for n, picture in enumerate(pictures, start=1)]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from crate_dist.config import ModelSection
-from crate_dist.config.archs import Arch, check_options, check_patches, options_of
+from crate_dist.config.archs import Arch, check_mixer, check_options, check_patches, options_of
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
@@ -22,7 +22,7 @@ class ModelConfig(Arch):
     which training leaves out a residual branch; ista_step: η; ista_threshold: λ; options: numbers of the parts' own,
     where they are not the defaults of config/parts.py.
     Raises ValueError when patches do not tile the image or the stem has none of the size, heads do not divide the
-    width, there is no class token to be read, or one too many, or no part takes an option.
+    width, there is no class token to be read or for the mixer, or one too many, or no part takes an option.
     """
 
     image_size: int
@@ -41,6 +41,7 @@ class ModelConfig(Arch):
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         check_patches(self, self.patch_size)
         check_options(self, self.options)
+        check_mixer(self)
         if self.dim % self.heads:
             fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
             raise ValueError(

@@ -49,7 +49,7 @@ class Framing:
     """The way from an image to pixels whose sides are whole patches.
 
     side: pixels, a multiple of `patch`. square: what evaluation sees, as `prepared` has it; otherwise the whole image,
-    its short side as long, its proportions kept up to half a patch.
+    its short side as long, its proportions kept up to half a patch; cut: of the image the square in its middle.
     Raises PictureError when `side` is no multiple.
     """
 
@@ -57,6 +57,7 @@ class Framing:
     patch: int
     square: bool
     prepared: ImageSection
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if self.side % self.patch or self.side < self.patch:
@@ -85,9 +86,8 @@ class Framing:
         normalize = Normalize(self.prepared.mean, self.prepared.std, torch.device("cpu"), torch.float32)
         return Picture(name, pixels, normalize(torch.from_numpy(pixels.copy())[None])[0], original)
 
-    @staticmethod
-    def _opened(data: bytes) -> Image.Image:
-        image = open_image(data)
+    def _opened(self, data: bytes) -> Image.Image:
+        image = cut_square(open_image(data)) if self.cut else open_image(data)
         if max(image.size) > _MOST_LENGTHS * min(image.size):
             raise BadImage(f"{image.width} x {image.height} pixels, more than {_MOST_LENGTHS} times as long as wide")
         return image
@@ -101,13 +101,21 @@ class Framing:
         return max(round(width * patches), 1) * self.patch, max(round(height * patches), 1) * self.patch
 
 
-def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
+def cut_square(image: Image.Image) -> Image.Image:
+    """Returns the largest square in the middle of an image."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image if image.width == image.height else image.crop((left, top, left + side, top + side))
+
+
+def read_mask(path: Path, shape: tuple[int, int], cut: bool = False) -> NDArray[np.bool_]:
     """Reads a mask file, not zero where the object is, at the size of its picture: bool of `shape` (height, width).
 
+    cut: takes the square in its middle, as of its picture
     Raises PictureError when it is no image, or has other proportions than the picture.
     """
     try:
-        image = open_image(path.read_bytes())
+        image = cut_square(open_image(path.read_bytes())) if cut else open_image(path.read_bytes())
         values = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB"))
     except (OSError, ValueError) as error:
         raise PictureError(f"the mask {path} cannot be used: {getattr(error, 'strerror', None) or error}") from error

@@ -180,7 +180,9 @@ def test_first_weights_are_those_of_the_training_codes() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_published_weights_come_in_and_go_out_bit_for_bit(golden: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_published_weights_come_in_and_go_out_bit_for_bit(
+    golden: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     published = golden["perturbed"]["state_dict"]
     torch.save(published, tmp_path / "crate_alpha.pth")  # bare, as published
     model, meta = load_model(tmp_path / "crate_alpha.pth", heads=4)
@@ -192,6 +194,8 @@ def test_published_weights_come_in_and_go_out_bit_for_bit(golden: dict[str, dict
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert list(back) == list(published)
     assert all(torch.equal(back[name], published[name]) for name in published)
+    export_reference(tmp_path / "eps.pth", replace(ALPHA, norm_eps=1e-5), model.state_dict())
+    assert "norm_eps is 1e-06, this model's 1e-05; a bare state dict has no place for it" in caplog.text
     card = (tmp_path / "back.md").read_text(encoding="utf-8")
     assert "A [CRATE-α](https://arxiv.org/abs/2405.20299) image classifier" in card
     assert "yang2024scaling" in card

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_dist.config import ModelSection
+from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.config.archs import ARCHS
 from crate_dist.models.adapt import adapt
 from crate_dist.models.batch_norm import statistics, take_statistics
@@ -196,6 +196,10 @@ def test_wide_images_are_refused_as_published_and_taken_with_the_grid_in_its_pla
 def test_published_cells_refuse_tokens_without_a_class_token(config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="takes a class token and a square grid of patches, not 100 tokens"):
         CBSA(config).pool(torch.randn(1, 3, 100, 16))
+    with pytest.raises(ValueError, match=r'needs the class token.*mixer = "cbsa_aligned"'):
+        replace(config, class_token=False, pool="mean")
+    with pytest.raises(RecipeError, match=r'needs the class token.*mixer = "cbsa_aligned"'):
+        load_recipe("cbt_tiny", ["model.class_token=false", "model.pool=mean"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from crate_dist.config import ModelSection
+from crate_dist.models.adapt import adapt
+from crate_dist.models.build import initialise, model_config
 from crate_dist.models.positions import interpolate_positions
 
 
@@ -27,6 +32,7 @@ def test_a_patch_gets_the_position_of_its_place_in_the_picture(grid: tuple[int, 
     assert moved.shape == expected.shape
     assert torch.equal(moved[:, 0], torch.full((1, 2), 7.0))  # the class token has no place
     assert (moved - expected).abs().max() < 0.03  # bicubic is exact on a plane but at its edges
+    assert torch.equal(interpolate_positions(plane(14, 14)[:, 1:], grid), moved[:, 1:])  # without a class token
 
 
 def test_half_precision_stays_so_and_gradients_flow() -> None:
@@ -43,3 +49,18 @@ def test_what_cannot_be_interpolated_is_said() -> None:
         interpolate_positions(torch.randn(1, 13, 4), (2, 2))
     with pytest.raises(ValueError, match="not 0 x 3"):
         interpolate_positions(torch.randn(1, 17, 4), (0, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["crate_demo", "vit_tiny"])
+def test_learned_positions_serve_layers_without_a_class_token(arch: str) -> None:
+    small = {"width": 24, "heads": 3, "depth": 1, "image_size": 16, "patch_size": 4, "pool": "mean"}
+    config = model_config(ModelSection(arch=arch, class_token=False, **small), num_classes=5)
+    model = initialise(config, seed=0).eval()
+    assert model.pos_embedding.shape == (1, 16, 24)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+    seen = model.forward_intermediates(torch.randn(2, 3, 8, 24))
+    assert (seen.features[-1].shape, seen.grid) == ((2, 12, 24), (2, 6))
+    larger = replace(config, image_size=24)
+    adapted = adapt(model.state_dict(), config, larger, new_head=False)
+    initialise(larger, seed=1).load_state_dict(adapted.state_dict)

@@ -203,7 +203,7 @@ def test_names_and_shapes_survive_at_any_dimensions(
 def test_what_the_published_layout_has_no_place_for_is_written_beside_it_and_read_again(
     tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = replace(SMALL, pool="mean", ista_step=0.2, ista_threshold=0.3)
+    config = replace(SMALL, pool="mean", ista_step=0.2, ista_threshold=0.3, norm_eps=1e-6, head_norm_eps=1e-7)
     meta = {"mean": [0.5] * 3, "std": [0.25] * 3, "eval_crop": 1.0, "resize_filter": "bicubic", "precision": "bf16"}
     meta["classes"] = list("abcdefg")
     export_model(tmp_path / "ours.pt", config, state, meta)
@@ -215,12 +215,14 @@ def test_what_the_published_layout_has_no_place_for_is_written_beside_it_and_rea
         "pool is cls, this model's mean",
         "ista_step is 0.1, this model's 0.2",
         "ista_threshold",
+        "norm_eps is 1e-05, this model's 1e-06",
         "mean",
         "std",
     ):
         assert f"the published code computes something else from these weights: its {said}" in caplog.text
     caplog.clear()
     export_reference(tmp_path / "plain.pth.tar", SMALL, state, {"mean": [0.485, 0.456, 0.406]})
+    export_reference(tmp_path / "unread.pth.tar", replace(SMALL, ratio=2, layer_scale=0.5), state)  # by no part
     assert caplog.text == ""
 
 
@@ -294,7 +296,21 @@ def test_an_export_keeps_the_architecture_the_meta_and_the_dtype(tmp_path: Path,
     assert meta == {"step": 12, "top1": 0.5, "shape": [1, 2]}
     assert_equal(dict(model.state_dict()), rounded)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["format"] == "crate-dist/1"
+
+
+def test_plain_crate_s_exports_are_those_of_the_first_format_and_others_say_that_they_are_not(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    """The version before has a config of these keys alone, and refuses a format that it does not know."""
+    first = {"image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "dropout", "emb_dropout"}
+    first |= {"arch", "ista_step", "ista_threshold"}
+    for config, expected in ((SMALL, "crate-dist/1"), (replace(SMALL, norm_eps=1e-6), "crate-dist/2")):
+        for write in (export_model, export_safetensors):
+            write(path := tmp_path / write.__name__, config, state)
+            assert load_model(path)[0].config == config
+        content = torch.load(tmp_path / "export_model", weights_only=True)
+        assert content["format"] == expected
+        assert (content["model"].keys() == first) == (expected == "crate-dist/1")
 
 
 def test_an_export_holds_no_more_than_its_tensors(tmp_path: Path, state: dict[str, Tensor]) -> None:

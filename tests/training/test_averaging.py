@@ -180,7 +180,7 @@ def test_running_statistics_do_not_depend_on_ranks_and_are_averaged_saved_and_ta
         assert torch.equal(module[mean], first["after"][mean])
         plain = make_engine(ALONE, torch.device("cpu"), recipe())
         with pytest.raises(CheckpointError, match="holds another model: "):
-            plain.load(saved)
+            plain.partitions.load(saved)
 
 
 def test_a_step_that_is_not_finite_changes_no_buffer_and_neither_does_compiling() -> None:

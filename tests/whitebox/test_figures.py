@@ -12,11 +12,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from crate_dist.config import ImageSection
+from crate_dist.config import ImageSection, ModelSection
 from crate_dist.figures.__main__ import main
 from crate_dist.figures.sheet import Sheet
 from crate_dist.figures.tables import Cell, edges, picture_table
-from crate_dist.models.build import initialise
+from crate_dist.models.build import build_model, initialise
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.names import from_reference
 from crate_dist.models.weights.write import export_model
@@ -119,6 +119,30 @@ def test_pictures_of_any_shape_are_drawn_at_either_patch(patch: int, photos: Pat
             assert image.width <= 1890
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert not list(out.glob(".*"))
+
+
+def test_published_cbt_takes_the_square_in_the_middle_of_a_photo_and_says_so(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = ModelSection(arch="cbt_tiny", image_size=32, patch_size=4, width=16, depth=1, heads=2)
+    for mixer, rows, cols in (("cbsa", 8, 8), ("cbsa_aligned", 8, 12)):
+        net, weights = build_model(section.model_copy(update={"mixer": mixer}), 3, seed=0), tmp_path / f"{mixer}.pt"
+        export_model(weights, net.config, net.state_dict())
+        shown = ["--images", photos, "--count", 1, "--dpi", 30, "--out", tmp_path / mixer]
+        assert draw("attention", weights, *shown) == 0
+        assert ("of each the square in its middle" in capsys.readouterr().out) == (mixer == "cbsa")
+        assert np.load(tmp_path / mixer / "attention.npz")["01-photo0"].shape == (1, 2, rows, cols)
+    torch.save(torch.rand(1, 3, 32, 48), tmp_path / "wide.pt")
+    assert draw("pca", tmp_path / "cbsa.pt", "--images", tmp_path / "wide.pt", "--out", tmp_path / "out") == 1
+    assert "cbsa_aligned" in capsys.readouterr().err
+
+
+def test_a_mask_is_cut_as_its_picture(tmp_path: Path) -> None:
+    wide = np.zeros((20, 30), dtype=np.uint8)
+    wide[:, 5:15] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    cut = read_mask(tmp_path / "wide.png", (20, 20), cut=True)
+    assert np.array_equal(cut, wide[:, 5:25] > 0)
 
 
 def test_inputs_are_shown_at_their_own_resolution(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from crate_dist.models.mixers.mixer import Mixer
 
 
 class Attention(Mixer):
-    """Multi-head self-attention with projections of their own for query, key and value, all with biases.
+    """Multi-head self-attention with projections of their own for query, key and value; W has a bias if `out_bias`.
 
     Head(z) = softmax(q kᵀ / √p) v;  Attention(z) = W [Head_1; …; Head_h].
     """
@@ -24,7 +24,7 @@ class Attention(Mixer):
         self.heads = config.heads
         self.attention_dropout = config.dropout
         self.qkv = Linear(config.dim, 3 * config.dim)
-        self.out = Linear(config.dim, config.dim)
+        self.out = Linear(config.dim, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, z: Tensor) -> Tensor:

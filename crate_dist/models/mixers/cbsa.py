@@ -31,6 +31,7 @@ class CBSA(SubspaceMixer):
     """
 
     key = "cbsa"
+    square_alone = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,6 +122,8 @@ class CBSA(SubspaceMixer):
 
 class AlignedCBSA(CBSA):
     """CBSA with its cells where the patches lie: without the class token, and on a grid of any shape."""
+
+    square_alone = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

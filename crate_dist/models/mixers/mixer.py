@@ -15,10 +15,12 @@ class Mixer(nn.Module, ABC):
 
     key: its name among the layer's parameters, `layers.N.<key>.…`
     no_subspaces: what is said where `coordinates` returns None
+    square_alone: whether it takes square grids of patches alone
     """
 
     key: ClassVar[str]
     no_subspaces: ClassVar[str] = "has no subspaces"
+    square_alone: ClassVar[bool] = False
 
     def set_grid(self, rows: int, cols: int) -> None:
         """Is told how many rows and columns of patches the tokens have from now on.

@@ -21,12 +21,16 @@ from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.families import family_of
 from crate_dist.models.weights.families.family import Family, StateDict
 
-FORMAT = "crate-dist/1"
+FORMATS = ("crate-dist/1", "crate-dist/2")
+"""The first has no more of a ModelConfig than `_OF_THE_FIRST`, and the versions before others' parts read it too."""
+_OF_THE_FIRST = {"arch", "image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool"}
+_OF_THE_FIRST |= {"dropout", "emb_dropout", "ista_step", "ista_threshold"}
+_CRATE = dataclasses.asdict(ModelConfig(image_size=1, patch_size=1, num_classes=1, dim=1, depth=1, heads=1))
 _IMAGE_SIZE = 224
 """Pixels: taken for the side of images where positions are no weights, and images of any size fit."""
 _LARGEST = 16_384
 """Pixels: the largest side of images that is believed of a file."""
-UNSEEN = ("heads", "pool", "ista_step", "ista_threshold")
+UNSEEN = ("heads", "pool", "ista_step", "ista_threshold", "norm_eps", "head_norm_eps")
 """Fields of ModelConfig that leave no trace in the shapes."""
 UNPLACED = "image_size"
 """The field that leaves none where positions are no weights."""
@@ -39,8 +43,17 @@ class WeightsError(UserError, ValueError):
 
 
 def config_to_plain(config: ModelConfig) -> dict[str, Any]:
-    """Returns the architecture as our files say it; `arch` is for people."""
-    return {"arch": find_arch(config), **dataclasses.asdict(config)}
+    """Returns the architecture as our files say it; `arch` is for people.
+
+    What CRATE alone did not have is left out where it is as in CRATE.
+    """
+    plain = {"arch": find_arch(config), **dataclasses.asdict(config)}
+    return {key: value for key, value in plain.items() if key in _OF_THE_FIRST or value != _CRATE[key]}
+
+
+def format_of(plain: Mapping[str, Any]) -> str:
+    """Returns the first format that has a place for what config_to_plain returns."""
+    return FORMATS[not plain.keys() <= _OF_THE_FIRST]
 
 
 def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:

@@ -29,7 +29,7 @@ from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
-    FORMAT,
+    FORMATS,
     RECORDED,
     UNPLACED,
     UNSEEN,
@@ -192,14 +192,14 @@ def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
 @contextmanager
 def _whole_export(path: Path, found: Any) -> Iterator[None]:
     """Raises WeightsError where the format `found` is none of ours, and for what is missing or wrong in one that is."""
-    if found != FORMAT:
-        raise WeightsError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
+    if found not in FORMATS:
+        raise WeightsError(f"{path} has the format {found!r}; this version reads {' and '.join(map(repr, FORMATS))}")
     try:
         yield
     except WeightsError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(f"{path} is no whole {FORMAT} export: {error}") from error
+        raise WeightsError(f"{path} is no whole {found} export: {error}") from error
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import ImageSection
-from crate_dist.config.archs import options_of
+from crate_dist.config.archs import options_of, unread
 from crate_dist.files import written_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.families import PARTS, family_that_computes
 from crate_dist.models.weights.families.family import Family
 from crate_dist.models.weights.names import (
-    FORMAT,
     RECORDED,
     UNPLACED,
     UNSEEN,
@@ -27,6 +26,7 @@ from crate_dist.models.weights.names import (
     WeightsError,
     check_fit,
     config_to_plain,
+    format_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,10 @@ def export_model(
     Raises WeightsError when the weights do not fit `config`, TypeError when `meta` is not plain, OSError.
     """
     check_fit(state_dict, config)
+    model = config_to_plain(config)
     content = {
-        "format": FORMAT,
-        "model": config_to_plain(config),
+        "format": format_of(model),
+        "model": model,
         "state_dict": _compact(state_dict),
         "meta": json.loads(json.dumps(dict(meta or {}))),
     }
@@ -59,10 +60,11 @@ def export_safetensors(
     from safetensors.torch import save
 
     check_fit(state_dict, config)
+    model = config_to_plain(config)
     about = {
         "format": "pt",  # by which other programs know whose tensors these are
-        "crate_dist": FORMAT,
-        "model": json.dumps(config_to_plain(config)),
+        "crate_dist": format_of(model),
+        "model": json.dumps(model),
         "meta": json.dumps(dict(meta or {})),
     }
     data = save(_compact(state_dict), about)
@@ -119,11 +121,6 @@ def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: M
         "best_acc1": torch.tensor(float(accuracy)),
         **{name: getattr(config, name) for name in UNSEEN},
         **({} if config.positions == "learned" else {UNPLACED: config.image_size}),
-        **(
-            _fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {})
-            if family.wrapped
-            else {}
-        ),
         **{key: meta[key] for key in RECORDED if key in meta},
     }
     if family.wrapped:
@@ -134,13 +131,14 @@ def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: M
 def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:
     """Says what the published code has as constants, which are our defaults, and this model has otherwise."""
     row = family.row(next(iter(family.sizes)))
+    lost = "; a bare state dict has no place for it" if family.key is None else ""
     for name in ("pool", "ista_step", "ista_threshold", "ratio", "norm_eps", "head_norm_eps"):
         published, here = getattr(row, name, getattr(ModelConfig, name)), getattr(config, name)
-        if here != published:
-            yield f"its {name} is {published}, this model's {here}"
+        if here != published and name not in unread(config):
+            yield f"its {name} is {published}, this model's {here}{lost}"
     for name, published in options_of(config).items():
         if config.option(name) != published:
-            yield f"its {name} is {published}, this model's {config.option(name)}"
+            yield f"its {name} is {published}, this model's {config.option(name)}; the file has no place for it"
     for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):
         if name in meta and meta[name] not in (published, list(published)):
             yield f"its {name} of the pixels is {list(published)}, this model's {meta[name]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crate_dist.config.archs import unread
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.families import alpha, cbt, crate, tost, vit
 from crate_dist.models.weights.families.family import Family, StateDict
@@ -30,6 +31,6 @@ def family_that_computes(config: ModelConfig) -> Family | None:
     for family in FAMILIES:
         row = family.row(next(iter(family.sizes)))
         same = all(getattr(config, name) == getattr(row, name) for name in PARTS)
-        if same and (config.layer_scale > 0) == (row.layer_scale > 0):
+        if same and ("layer_scale" in unread(config) or (config.layer_scale > 0) == (row.layer_scale > 0)):
             return family
     return None
