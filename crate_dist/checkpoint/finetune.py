@@ -57,6 +57,7 @@ def begin_from(
         digest = weights_digest(weights)
         config = trained.model.config
         if head == "map":
+            adapt(weights, config, model.config, new_head=True)  # refuses what fits no model of this size, in its words
             rows, mapped = _rows(trained, classes, model.config.num_classes)
             weights = map_head(weights, model.state_dict(), rows)
             config = replace(config, num_classes=model.config.num_classes)

@@ -65,7 +65,7 @@ def post_mortem(engine: Engine, batches: TrainLoader, step: int, watchdog: Watch
     return NotFinite(
         f"step {step + 1}, not finite: "
         f"{found or 'the gradients or their norm, though the gradients of each rank are when computed again'}. "
-        f"The step was not taken and the checkpoints are intact. "
+        f"The step was not taken and nothing was saved of it. "
         f"A lower optim.lr, a longer optim.warmup_epochs or {clip} may help."
         + (f" Samples: {listed}" if listed else "")
     )

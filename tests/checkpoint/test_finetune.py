@@ -292,3 +292,6 @@ def test_rows_of_the_head_are_taken_for_the_classes_that_both_have(files: dict[s
     ]:
         with pytest.raises(RecipeError, match=said):
             begin_from(files[name], model, classes, "map")
+    wider = build_model(SECTION.model_copy(update={"arch": "crate_tiny"}), 3, seed=1)
+    with pytest.raises(RecipeError, match=r"--set model\.arch=crate_demo"):
+        begin_from(files["export"], wider, ["d", "new", "b"], "map")

@@ -227,3 +227,13 @@ def test_the_grid_s_cells_are_an_option_that_exports_keep_and_other_runs_are_tol
     assert mixer.contraction(torch.randn(2, config.heads, config.num_tokens, 8)).shape[2] == 9
     notes = adapt(coarse.state_dict(), coarse.config, config, new_head=False).notes
     assert notes == ("options {'cells': 3} there and {} here",)
+
+
+def test_the_published_training_code_takes_up_the_optimizer_and_whose_weights_they_are_is_told(
+    tmp_path: Path, config: ModelConfig, model: Transformer
+) -> None:
+    path = tmp_path / "ema.pth.tar"
+    export_reference(path, config, model.state_dict(), {"ema_decay": 0.99})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)  # whose parameters are those of the published class
+    optimizer.load_state_dict(torch.load(path, weights_only=True)["optimizer"])
+    assert read_weights(path).meta["ema_decay"] == 0.99

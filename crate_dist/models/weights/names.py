@@ -34,8 +34,8 @@ UNSEEN = ("heads", "pool", "ista_step", "ista_threshold", "norm_eps", "head_norm
 """Fields of ModelConfig that leave no trace in the shapes."""
 UNPLACED = "image_size"
 """The field that leaves none where positions are no weights."""
-RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names")
-"""Values of a run that decide how its model is evaluated, and what its predictions are called."""
+RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names", "ema_decay")
+"""What decides how a run's model is evaluated, what its predictions are called, and which of its weights they are."""
 
 
 class WeightsError(UserError, ValueError):

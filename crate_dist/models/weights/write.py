@@ -14,6 +14,7 @@ from torch import Tensor
 from crate_dist.config import ImageSection
 from crate_dist.config.archs import options_of, unread
 from crate_dist.files import written_whole
+from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.families import PARTS, family_that_computes
@@ -101,6 +102,8 @@ def export_reference(
     content = weights if family.key is None else _checkpoint(family, weights, config, meta)
     for departure in _departures(family, config, meta):
         logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
+    if family.key is None and (left_out := [key for key in RECORDED if key in meta]):
+        logger.warning("%s: a bare state dict has no place for %s", path, ", ".join(left_out))
     with written_whole(Path(path)) as file:
         torch.save(content, file)
 
@@ -124,7 +127,8 @@ def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: M
         **{key: meta[key] for key in RECORDED if key in meta},
     }
     if family.wrapped:
-        content |= _fresh_optimizer(len(weights), epoch, recipe if isinstance(recipe, Mapping) else {})
+        learned = sum(name.rpartition(".")[2] not in STATISTICS for name in weights)
+        content |= _fresh_optimizer(learned, epoch, recipe if isinstance(recipe, Mapping) else {})
     return content
 
 
