@@ -301,7 +301,8 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     )
     names = ["denoising.subspaces.weight", "denoising_norm.bias", "denoising_norm.weight"]
     assert f"SubspaceDenoising 0.5 {names}" in said
-    assert "operations per second and MFU are left out: what mixer = 'subspace_denoising' costs is not known" in said
+    log = (clone / "runs/denoising/logs/rank-00000.log").read_text(encoding="utf-8")
+    assert "operations per second and MFU are left out: what mixer = 'subspace_denoising' costs is not known" in log
     lines = [json.loads(line) for line in (clone / "runs/denoising/metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= {1, 2, 3}
     measured = {key.split("/layer-")[0] for line in lines for key in line if key.startswith("whitebox/")}
