@@ -36,7 +36,8 @@ _JOB_ENDED = re.compile(
 class Values:
     """The newest values of a run; None for what it has not measured.
 
-    epoch: of `step`; steps_per_epoch: not rounded; top1, best_top1: per cent; ema_top1: of the average of the weights
+    epoch: of `step`; steps_per_epoch: not rounded; top1, best_top1: per cent; ema_top1: of the average of the weights;
+    samples: images of an epoch, order.repeats of each
     """
 
     step: int | None = None
