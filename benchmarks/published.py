@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crate_dist.config import AugmentSection, ImageSection, Recipe, RecipeError
-from crate_dist.doctor.published import CPU, Loop, load_model
+from crate_dist.doctor.checkouts import load_model
+from crate_dist.doctor.published import CPU, Loop
 from crate_dist.models.build import model_config
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that what a bare Python lacks is told by crate_dist
-from crate_dist.arguments import positive
-from crate_dist.prep.check import Classes
 from crate_dist.prep.convert import convert
-from crate_dist.prep.imagenet21k import imagenet21k
+from crate_dist.prep.imagenet21k import add_options, read_imagenet21k
 from crate_dist.prep.options import add_part, conversion_parser, parsed
 from crate_dist.prep.program import run_program
 
@@ -33,18 +31,10 @@ example:
 def main() -> None:
     """Converts."""
     parser = conversion_parser(__doc__, EPILOG)
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="wnids to take, one a line, in the order of their labels [all]"
-    )
-    parser.add_argument(
-        "--val-per-class", type=positive, default=0, metavar="N",
-        help="images of each class held out as val, at most half of its images [no val]",
-    )  # fmt: skip
+    add_options(parser)
     add_part(parser)
     arguments, options = parsed(parser, archive=True)
-    classes = Classes.read(arguments.classes) if arguments.classes else None
-    source = imagenet21k(options.source, options.list_options, classes, arguments.val_per_class, options.seed)
-    convert(source, options)
+    convert(read_imagenet21k(arguments, options), options)
 
 
 if __name__ == "__main__":

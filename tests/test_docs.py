@@ -46,11 +46,6 @@ ELSEWHERE = {
         "tests/training/test_dashboard.py",
     ),
     "make setup": ("it installs", "Makefile"),
-    "pip install -e '.[wandb]'": ("it installs", "Makefile"),
-    "python launch/local.py --arch crate_tiny --data DIR --set log.trackers=tensorboard,wandb": (
-        "the service is somebody else's",
-        "tests/training/test_wandb.py",
-    ),
     "make demo": ("it trains for a minute", "launch/demo.py"),
     "python -m crate_dist.doctor": ("it measures", "tests/doctor/test_doctor.py"),
     "python -m crate_dist.doctor --full --budget 540 --json doctor.json": (
@@ -80,8 +75,6 @@ ELSEWHERE = {
         "it does not end",
         "tests/watching/test_stopping.py",
     ),
-    "python launch/slurm.py --arch crate_large --nodes 4 --data /data/imagenet-shards "
-    "--set checkpoint.mirror=s3://bucket/runs": ("the bucket is nobody's", "tests/checkpoint/test_mirror.py"),
     "srun python -m crate_dist.train --arch crate_tiny --data DIR": ("needs SLURM", "tests/cluster/test_launch.py"),
     "torchrun --nproc-per-node 2 -m crate_dist.train --arch crate_tiny --data DIR": (
         "it would train",

@@ -79,6 +79,17 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _partners_to_mix_with(self) -> Self:
+        if self.mix.enabled and self.train.group == 1:
+            batch = self.train.global_batch
+            would = [str(n) for n in (2, 4, 8, 16, 32, 64) if batch % n == 0] or [str(batch)]
+            raise ValueError(
+                "[mix] takes an image's partner among train.group neighbours, which is 1; "
+                f"--set train.group={would[-1]} gives it some, and {', '.join(would)} divide the global batch"
+            )
+        return self
+
     @property
     def lanes(self) -> int:
         """The largest number of lanes, at most order.lanes, that divides the global batch."""

@@ -112,7 +112,7 @@ class ModelSection(Section):
     """The model: an architecture by name, a row of config/archs.py, and what is to be otherwise; its resolution."""
 
     arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
-    width: Positive | None = Field(None, description="features of a token; unset, as all keys to init: arch's")
+    width: Positive | None = Field(None, description="features of a token; unset: arch's, as with all keys to init")
     depth: Positive | None = Field(None, description="number of layers")
     heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
     ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")

@@ -21,11 +21,11 @@ from torch import nn
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.data.loader import Normalize
 from crate_dist.distributed import init_distributed, leave_distributed
-from crate_dist.doctor import published
+from crate_dist.doctor import checkouts, published
 from crate_dist.doctor.stage import Setting
 from crate_dist.doctor.timing import synchronize
 from crate_dist.errors import UserError
-from crate_dist.models.build import build_model, model_config
+from crate_dist.models.build import build_model
 from crate_dist.models.kernels import choose_kernels
 from crate_dist.models.transformer import Transformer
 from crate_dist.training import compiling
@@ -170,20 +170,40 @@ def plain_loop(recipe: Recipe, device: torch.device) -> Step:
 
 
 def published_loop(recipe: Recipe, device: torch.device, reference: Path | None) -> Step:
-    """Returns the published loop around the published model; without a checkout of it, around `published.PlainForm`."""
-    if reference is None:
-        model: nn.Module = published.PlainForm(build_model(recipe.model, CLASSES, seed=0))
-    else:
-        model = published.load_model(model_config(recipe.model, CLASSES), reference)
-    return in_published_loop(model, recipe, device)
+    """Returns the published loop around the published model; without a checkout of it, around `published.PlainForm`.
 
-
-def in_published_loop(model: nn.Module, recipe: Recipe, device: torch.device) -> Step:
-    """Returns the published loop's step of any model of images."""
+    Raises RecipeError as checkouts.load_model does.
+    """
+    ours = build_model(recipe.model, CLASSES, seed=0)
+    model = published.PlainForm(ours) if reference is None else checkouts.twin(ours, reference)
     loop = published.Loop(model, recipe, device)
     normalize = Normalize(recipe.images.mean, recipe.images.std, device, torch.float32)
     # Its loader yields contiguous, normalised fp32 images: they are made here, as ours are.
     return lambda batch: loop.step(normalize(batch[0]).contiguous(), batch[1])
+
+
+def passes(recipe: Recipe, device: torch.device, reference: Path | None, *, backward: bool) -> Step:
+    """Returns the passes of a model alone: of ours, or of the published one from a checkout, with the same weights.
+
+    backward: forward and backward as in training; else the forward pass of an evaluation. The published model is in
+    fp32, on a GPU under autocast. Raises RecipeError as checkouts.load_model does.
+    """
+    ours = build_model(recipe.model, CLASSES, seed=0)
+    ours.set_execution(autocast=recipe.train.precision == "autocast", images=recipe.train.global_batch)
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    model = (checkouts.twin(ours, reference) if reference else ours).to(device, dtype).train(backward)
+    normalize, weights = Normalize(recipe.images.mean, recipe.images.std, device, dtype), list(model.parameters())
+    rounded = reference is not None and device.type == "cuda"
+
+    def step(batch: MicroBatch) -> object:
+        with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, enabled=rounded):
+            logits = model(normalize(batch[0]).contiguous()).float()
+            if not backward:
+                return logits
+            loss = F.cross_entropy(logits, batch[1], label_smoothing=recipe.optim.label_smoothing)
+        return torch.autograd.grad(loss, weights)
+
+    return step
 
 
 def is_compiled(model: Transformer) -> bool:

@@ -1,39 +1,24 @@
 """The published code's side of a comparison: its model, or its formulation in plain PyTorch, in its loop.
 
-The model is imported from a checkout of the published code, where there is one. `PlainForm` writes the same mathematics
-down once more in the plainest operations: it shares no code with models/crate.py, and is what that is held against.
+The model is imported from a checkout of the published code, where there is one (checkouts.py). `PlainForm` writes
+CRATE's mathematics down once more in the plainest operations: it shares no code with models/, and is what that is held
+against.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from lion_pytorch import Lion
 from torch import Tensor, nn
 
-from crate_dist.config import Recipe, RecipeError
-from crate_dist.models.config import ModelConfig
+from crate_dist.config import Recipe
 from crate_dist.models.transformer import Transformer
 
 CPU = torch.device("cpu")
-
-
-def load_model(config: ModelConfig, reference: Path) -> nn.Module:
-    """Returns its model, imported from a checkout of the published code. Raises RecipeError where there is none."""
-    if not (reference / "model" / "crate.py").is_file():
-        raise RecipeError(f"--reference {reference}: no model/crate.py there; give a checkout of the published code")
-    sys.path.insert(0, str(reference))
-    dims = {
-        name: getattr(config, name) for name in ("image_size", "patch_size", "num_classes", "dim", "depth", "heads")
-    }
-    model: nn.Module = importlib.import_module("model.crate").Transformer(**dims, dim_head=config.dim // config.heads)
-    return model
 
 
 class PlainForm(nn.Module):

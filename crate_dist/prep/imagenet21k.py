@@ -11,11 +11,13 @@ no image of it. The same images give the same samples, whichever layout they lie
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crate_dist.arguments import positive
 from crate_dist.data.index import ShardError
 from crate_dist.prep.check import Classes
 from crate_dist.prep.folders import (
@@ -30,6 +32,7 @@ from crate_dist.prep.folders import (
     threaded_map,
 )
 from crate_dist.prep.ilsvrc import WNID, class_tars, list_class_tars
+from crate_dist.prep.options import Options
 from crate_dist.prep.samples import Samples
 from crate_dist.prep.tar import Member
 from crate_dist.wording import counted
@@ -37,6 +40,30 @@ from crate_dist.wording import counted
 EDITIONS = {"fall11_whole": 21_841, "winter21_whole": 19_167}
 """The name of an edition's archive, and how many classes are in it."""
 _WORDS = ("words.txt", "synset_words.txt")
+
+
+def is_edition(root: Path) -> bool:
+    """Says whether a source is, or has in it, what an edition of ImageNet-21K is published as."""
+    endings = ("", ".tar", ".tar.gz")
+    names = {f"{edition}{ending}" for edition in EDITIONS for ending in endings}
+    return root.name in names or any((root / name).exists() for name in names)
+
+
+def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds the options of ImageNet-21K alone."""
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="wnids to take, one a line, in the order of their labels [all]"
+    )
+    parser.add_argument(
+        "--val-per-class", type=positive, metavar="N",
+        help="images of each class held out as val, at most half of its images [no val]",
+    )  # fmt: skip
+
+
+def read_imagenet21k(arguments: argparse.Namespace, options: Options) -> Source:
+    """Lists ImageNet-21K as the command line asks for it. Raises ShardError as `imagenet21k` does."""
+    classes = Classes.read(arguments.classes) if arguments.classes else None
+    return imagenet21k(options.source, options.list_options, classes, arguments.val_per_class or 0, options.seed)
 
 
 def imagenet21k(

@@ -237,8 +237,10 @@ class Engine:
         images = torch.zeros(micro_batch, side, side, 3, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
-        torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
-        take_statistics(self.module, torch.zeros_like(statistics(self.module)))
+        try:
+            torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
+        finally:  # what the stem took of these images, also where the compiler fails behind it
+            take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)
 
     def state(self) -> RankState:

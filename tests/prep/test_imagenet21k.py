@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,14 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tars_of(root / "out")
 
 
-@pytest.mark.parametrize("layout", [winter, unpacked])
-def test_every_layout_gives_the_same_shards(tmp_path: Path, expected: dict[str, str], layout: object) -> None:
-    assert callable(layout)
-    convert(PROGRAM, layout(tmp_path / "in"), tmp_path / "out", *OPTIONS, "--val-per-class", 2)
+@pytest.mark.parametrize(
+    ("program", "layout", "options"),
+    [(PROGRAM, winter, ()), ("imagenet.py", winter, ()), ("imagenet.py", unpacked, ("--edition", "21k"))],
+)
+def test_every_layout_gives_the_same_shards_by_either_program(
+    tmp_path: Path, expected: dict[str, str], program: str, layout: Callable[[Path], Path], options: tuple[str, ...]
+) -> None:
+    convert(program, layout(tmp_path / "in"), tmp_path / "out", *OPTIONS, "--val-per-class", 2, *options)
     assert tars_of(tmp_path / "out") == expected
 
 
@@ -197,3 +202,13 @@ def test_what_is_not_imagenet_21k_is_said_with_what_was_found(tmp_path: Path) ->
     assert "found cat/" in error
     empty = write_tree(tmp_path / "empty", {f"{WNIDS[3]}.tar": tar_of({})})
     assert "no image of any class" in refuse(PROGRAM, "--source", empty, "--out", tmp_path / "out")
+
+
+def test_options_of_the_other_edition_are_refused(tmp_path: Path) -> None:
+    source, given = winter(tmp_path / "in"), ("--out", tmp_path / "out")
+    assert "--splits: ImageNet-21K has one split" in refuse(
+        "imagenet.py", "--source", source, *given, "--splits", "val"
+    )
+    ilsvrc = write_tree(tmp_path / "1k", {"train/n01440764/n01440764_1.JPEG": picture(0)})
+    error = refuse("imagenet.py", "--source", ilsvrc, *given, "--val-per-class", 2)
+    assert "--val-per-class: is for ImageNet-21K" in error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """From the tokens after the last layer to logits: a linear map, `self.linear`, of their `features`."""
 
     norm: nn.Module
@@ -16,9 +18,9 @@ class Head(nn.Module):
         logits: Tensor = self.linear(self.features(z))
         return logits
 
+    @abstractmethod
     def features(self, z: Tensor) -> Tensor:
         """Returns what the linear map reads of tokens, (b, n, d) -> (b, d)."""
-        raise NotImplementedError
 
     def attention(self, z: Tensor) -> Tensor | None:
         """Returns where a class token of the head's own looks in its blocks, fp32 (blocks, b, h, 1 + n); None: nowhere.

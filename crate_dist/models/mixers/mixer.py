@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from crate_dist.models.rates import Measures, alignment, orthonormality_error, subspace_coherence
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """A token mixer, built of a ModelConfig: `attend` of what `project` returns. The rest is what the white box shows.
 
     key: its name among the layer's parameters, `layers.N.<key>.…`
@@ -25,13 +26,13 @@ class Mixer(nn.Module):
         Raises ValueError when the mixer does not take such a grid.
         """
 
+    @abstractmethod
     def project(self, z: Tensor) -> Tensor:
         """Returns what `attend` needs of tokens (b, n, d), images first; in subspaces: (b, h, n, p)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, w: Tensor) -> Tensor:
         """Returns the mixed tokens (b, n, d), of what `project` has returned."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from crate_dist.models.tokenwise.none import NoTokenWise
 from crate_dist.models.tokenwise.tokenwise import TokenWise
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """A token mixer and a token-wise part, which both read normalised tokens.
 
     Their parameters are named after them: `mssa_norm`, `mssa`, `ista_norm`, `ista`. A pattern says in `compress` how
@@ -50,21 +51,21 @@ class Layer(nn.Module):
         """Returns what `update` needs of the mixer: (b, n, d) -> (b, h, n, p)."""
         return self.mixer.project(self.norms[0](z))
 
+    @abstractmethod
     def compress(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns the tokens after the mixer, (b, n, d), from the layer's input z and w = project(z).
 
         keep: drop path's factors of the mixer's branch and of the token-wise part's, (2, b); None: all ones
         """
-        raise NotImplementedError
 
     def reads(self, z: Tensor) -> Tensor:
         """Returns what the token-wise part reads, (b, n, d), of the tokens after the mixer."""
         normed: Tensor = self.norms[1](z)
         return normed
 
+    @abstractmethod
     def sparsify(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns the layer's output, (b, n, d), from the tokens after the mixer. keep: as in `compress`"""
-        raise NotImplementedError
 
     def update(self, z: Tensor, w: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns the layer's output, (b, n, d), from its input z and w = project(z). keep: as in `compress`"""
