@@ -287,7 +287,9 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     said = _program("followed.py", " ".join(overrides), *words, cwd=clone, code=clone, timeout_s=300)
     names = ["denoising.subspaces.weight", "denoising_norm.bias", "denoising_norm.weight"]
     assert f"SubspaceDenoising 0.5 {names}" in said
-    assert "operations per second and MFU are left out: what mixer = 'subspace_denoising' costs is not known" in said
+    log = "".join(path.read_text(encoding="utf-8") for path in (clone / "runs/denoising/logs").glob("*.log"))
+    assert "resumed from" in log
+    assert "MFU are left out: what mixer = 'subspace_denoising' costs is not known" in log
     lines = [json.loads(line) for line in (clone / "runs/denoising/metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= {1, 2, 3}
     measured = {key.split("/layer-")[0] for line in lines for key in line if key.startswith("whitebox/")}
