@@ -46,7 +46,10 @@ def is_edition(root: Path) -> bool:
     """Says whether a source is, or has in it, what an edition of ImageNet-21K is published as."""
     endings = ("", ".tar", ".tar.gz")
     names = {f"{edition}{ending}" for edition in EDITIONS for ending in endings}
-    return root.name in names or any((root / name).exists() for name in names)
+    try:
+        return root.name in names or any((root / name).exists() for name in names)
+    except OSError:  # said where the folder is listed
+        return False
 
 
 def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
