@@ -6,6 +6,7 @@ here and not beside their users, which are rooms above this one: a recipe knows 
 
 from crate_dist.config.keys import RecipeError as RecipeError
 from crate_dist.config.keys import new_names as new_names
+from crate_dist.config.model import ModelSection as ModelSection
 from crate_dist.config.recipe import CONFIG_DIR as CONFIG_DIR
 from crate_dist.config.recipe import Recipe as Recipe
 from crate_dist.config.recipe import build_recipe as build_recipe
@@ -24,7 +25,6 @@ from crate_dist.config.sections import CropName as CropName
 from crate_dist.config.sections import DataSection as DataSection
 from crate_dist.config.sections import ImageSection as ImageSection
 from crate_dist.config.sections import MixSection as MixSection
-from crate_dist.config.sections import ModelSection as ModelSection
 from crate_dist.config.sections import OptimSection as OptimSection
 from crate_dist.config.sections import ResizeFilter as ResizeFilter
 from crate_dist.config.sections import WeightsKind as WeightsKind

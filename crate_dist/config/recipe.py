@@ -23,6 +23,7 @@ from crate_dist.config.keys import (
     parse_value,
     rename,
 )
+from crate_dist.config.model import ModelSection
 from crate_dist.config.sections import (
     DATA_VARIABLE,
     MIRROR_VARIABLE,
@@ -33,7 +34,6 @@ from crate_dist.config.sections import (
     ImageSection,
     LogSection,
     MixSection,
-    ModelSection,
     OptimSection,
     OrderSection,
     SafetySection,

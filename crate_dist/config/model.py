@@ -1,0 +1,112 @@
+"""The table [model] of a recipe: an architecture by name, and what is to be otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, unread
+from crate_dist.config.keys import nearest
+from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.sections import AboveZero, Decay, Fraction, Positive, Section
+
+_OF_ARCH = tuple("width" if field.name == "dim" else field.name for field in fields(Arch))
+
+
+def _list(table: Mapping[str, object]) -> str:
+    return ", ".join(table)
+
+
+def _one_of(table: Mapping[str, object]) -> AfterValidator:
+    """Returns the check that a text is one of a table's names; it may be unset."""
+
+    def check(name: str | None) -> str | None:
+        if name is not None and name not in table:
+            raise ValueError(f"{name!r} is none of {', '.join(table)}{nearest(name, table)}")
+        return name
+
+    return AfterValidator(check)
+
+
+class ModelSection(Section):
+    """The model: an architecture by name, a row of config/archs.py, and what is to be otherwise; its resolution."""
+
+    arch: Annotated[str, _one_of(ARCHS)] = Field(description=f"one of {', '.join(ARCHS)}")
+    width: Positive | None = Field(None, description="features of a token; unset: arch's, as with all keys to init")
+    depth: Positive | None = Field(None, description="number of layers")
+    heads: Positive | None = Field(None, description="heads of the mixer; divide the width")
+    ratio: Positive | None = Field(None, description="width within MLP and ODL to that of the tokens")
+    stem: Annotated[str | None, _one_of(STEMS)] = Field(None, description=f"from images to patches: {_list(STEMS)}")
+    positions: Literal["learned", "fourier"] | None = Field(None, description="what tells the tokens where they are")
+    class_token: bool | None = Field(None, description="whether a class token goes through the layers")
+    mixer: Annotated[str | None, _one_of(MIXERS)] = Field(None, description=f"token mixer: {_list(MIXERS)}")
+    tokenwise: Annotated[str | None, _one_of(TOKENWISE)] = Field(None, description=f"of each token: {_list(TOKENWISE)}")
+    residual: Annotated[str | None, _one_of(RESIDUALS)] = Field(None, description=f"pattern: {_list(RESIDUALS)}")
+    head: Annotated[str | None, _one_of(HEADS)] = Field(None, description=f"from tokens to scores: {_list(HEADS)}")
+    norm_eps: AboveZero | None = Field(None, description="added to the variance by the layers' norms")
+    head_norm_eps: AboveZero | None = Field(None, description="added to the variance by the head's norm")
+    out_bias: bool | None = Field(None, description="whether the mixer's output has a bias")
+    layer_scale: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
+    )
+    init: Annotated[str | None, _one_of(INITS)] = Field(None, description=f"first weights: {_list(INITS)}")
+    image_size: Positive = Field(224, description="side of the square images, in pixels")
+    patch_size: Positive = Field(16, description="side of the square patches, in pixels; divides image_size")
+    num_classes: Positive | None = Field(
+        None, description="classes of the head; unset: as many as the shards' index has"
+    )
+    pool: Literal["cls", "mean"] = Field(
+        "cls", description="what the linear head reads: the class token, or all tokens' mean"
+    )
+    dropout: Fraction = Field(0.0, description="share of the activations that each layer drops in training")
+    emb_dropout: Fraction = Field(0.0, description="share of the embedded patches' numbers that training drops")
+    drop_path: Decay = Field(0.0, description="share of the images for which training leaves out a residual branch")
+    ista_step: float = Field(0.1, gt=0, description="η, the step size of ISTA and ODL")
+    ista_threshold: float = Field(0.1, ge=0, description="λ, the sparsity weight of ISTA and ODL")
+    options: dict[str, int | float] = Field(
+        {}, description="numbers of the parts' own, such as options.cells of cbsa; config/parts.py has them"
+    )
+
+    def parts(self) -> Arch:
+        """Returns the architecture that `arch` names, with what this section has otherwise."""
+        given = {"dim" if name == "width" else name: getattr(self, name) for name in _OF_ARCH}
+        return replace(ARCHS[self.arch], **{name: value for name, value in given.items() if value is not None})
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        parts = self.parts()
+        if parts.dim % parts.heads:
+            fitting = [str(n) for n in range(1, min(parts.dim, 32) + 1) if parts.dim % n == 0]
+            raise ValueError(
+                f"width {parts.dim} does not divide into {parts.heads} heads; it does into {', '.join(fitting)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
+                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
+            )
+        check_patches(self.parts(), self.patch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_its_parts(self) -> Self:
+        check_options(self.parts(), self.options)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_that_go_together(self) -> Self:
+        parts = self.parts()
+        check_mixer(parts)
+        if self.layer_scale and "layer_scale" in unread(parts):
+            raise ValueError(
+                f'layer_scale {self.layer_scale:g} would change nothing: residual = "crate" has no γ; leave it unset, '
+                'or take residual = "pre_norm"'
+            )
+        return self
