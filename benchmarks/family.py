@@ -7,7 +7,8 @@
 DIR holds CIFAR-10 as shards. Each member is configs/cifar10_family.toml with the model that --help lists, trained by
 launch/local.py into WORK/<member>-seed<N>. What has been run already is not run again, and a run that was interrupted
 goes on; more seeds or members may be added at any time. CRATE-α is reached from CRATE in the three steps of its
-ablation (Yang et al. 2024, arXiv 2405.20299, table 5).
+ablation (Yang et al. 2024, arXiv 2405.20299, table 5). ToST and CBT begin with convolutions, the others with patches;
+the last three members have the stem of ToST, so that the layers are what differs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tost": ("ToST", ("arch=tost_tiny_12", *SIZE)),
     "cbt": ("CBT", ("arch=cbt_tiny", *SIZE)),
     "vit": ("ViT", ("arch=vit_tiny", *SIZE)),
+    "crate_convolutions": ("CRATE, stem of ToST", ("stem=convolutions",)),
+    "alpha_convolutions": ("CRATE-α, stem of ToST", ("tokenwise=odl", "residual=pre_norm", "stem=convolutions")),
+    "vit_convolutions": ("ViT, stem of ToST", ("arch=vit_tiny", *SIZE, "stem=convolutions")),
 }
 """Name, and what of [model] is set, by the name of the run."""
 
@@ -61,7 +65,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    members = "\n".join(f"  {key:<13} {name:<32} {' '.join(model)}" for key, (name, model) in MEMBERS.items())
+    members = "\n".join(f"  {key:<19} {name:<31} {' '.join(model)}" for key, (name, model) in MEMBERS.items())
     parser = measuring.parser(f"{__doc__}\nmembers, and what of [model] they set:\n{members}")
     steps = parser.add_subparsers(required=True, metavar="train | report")
     work = measuring.option("--work", type=Path, default=Path("runs/family"), metavar="DIR", help="[%(default)s]")

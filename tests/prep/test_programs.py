@@ -366,6 +366,7 @@ def test_a_source_or_folder_that_cannot_be_meant_is_refused(source: Path, tmp_pa
 
 def test_a_second_conversion_into_the_same_folder_is_refused_while_the_first_runs(large: Path, tmp_path: Path) -> None:
     process = start_and_wait_for_a_shard(slow(large, tmp_path / "out"), tmp_path / "out")
+    process.send_signal(signal.SIGSTOP)  # nor does it end before the second has begun
     second = subprocess.run(slow(large, tmp_path / "out"), capture_output=True, text=True)
     process.kill()
     process.communicate()
