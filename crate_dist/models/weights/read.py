@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import WeightsKind
+from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
@@ -55,7 +56,7 @@ class Weights:
     """The content of one file of weights.
 
     kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
-    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
+    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file, running statistics in fp32
     config: the architecture, where the file says it; meta: plain values that came along
     told: where it does not, what it says of what the shapes leave open, by the names of ModelConfig
     notes: what was changed in reading, in words
@@ -132,7 +133,8 @@ def _read(path: Path, kind: WeightsKind | None) -> Weights:
 def load_model(
     path: str | Path, heads: int | None = None, weights: WeightsKind | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
+    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file,
+    but for running statistics, which are fp32.
 
     heads: for weights of a size that was not published, in files that do not say it; weights: as of `read_weights`
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
@@ -239,7 +241,9 @@ def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     if strange or not state_dict:
         found = f"holds {', '.join(strange[:4])}" if strange else "is empty"
         raise WeightsError(f"{path}: expected a state dict, names and tensors, but it {found}")
-    return dict(state_dict)
+    return {
+        name: tensor.to(STATISTICS.get(name.rpartition(".")[2], tensor.dtype)) for name, tensor in state_dict.items()
+    }
 
 
 def _plain(value: Any) -> Any:
