@@ -79,7 +79,8 @@ def recipe(seed: int = 0, **model: Any) -> Recipe:
     small = {"arch": "crate_demo", "width": 24, "depth": 1, "heads": 3, "image_size": 16, "patch_size": 8}
     train = {"global_batch": BATCH, "epochs": 1, "precision": "bf16", "seed": seed}
     return build_recipe(
-        {"name": "new", "model": small | model, "optim": {"lr": 1e-3, "ema_decay": 0.5}, "train": train}, origin="a test"
+        {"name": "new", "model": small | model, "optim": {"lr": 1e-3, "ema_decay": 0.5}, "train": train},
+        origin="a test",
     )
 
 
