@@ -172,7 +172,7 @@ class Trainer:
         model, share = self.engine.module, self.share
         logger.info(
             "%s, %.2f M parameters, %s on %d x %s; global batch %d = %d x %d accumulated x %d ranks; steps %d to %d",
-            self.recipe.model.arch,
+            self.recipe.model.described(),
             sum(p.numel() for p in model.parameters()) / 1e6,
             self.recipe.train.precision,
             self.world.world_size,
