@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import OPTIONS
@@ -183,3 +183,23 @@ def check_patches(arch: Arch, patch_size: int) -> None:
             f"the stem's first convolution is of width {arch.dim} / {narrowest} for patches of {patch_size} pixels; "
             f"{arch.dim // narrowest * narrowest or narrowest} would divide"
         )
+
+
+def differing(there: Arch, here: Arch) -> dict[str, object]:
+    """Returns the settings, by flat key, with which a model `here` would have the size and the parts of one `there`.
+
+    Options too, where both are a ModelConfig. What leaves no weights, norms' eps and first weights, is left out.
+    """
+    unseen = ("norm_eps", "head_norm_eps", "init")
+    names = [field.name for field in fields(Arch) if field.name not in unseen]
+    found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(here, name)}
+    keys = {f"model.{'width' if name == 'dim' else name}": value for name, value in found.items()}
+    defaults = options_of(there)
+    known, own = ({**defaults, **options_of(one), **getattr(one, "options", {})} for one in (there, here))
+    return keys | {f"model.options.{name}": value for name, value in known.items() if own[name] != value}
+
+
+def as_set(settings: Mapping[str, object]) -> str:
+    """Returns settings as a command line takes them: --set model.depth=2 --set model.out_bias=false."""
+    plain = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return " ".join(f"--set {key}={value}" for key, value in plain.items())

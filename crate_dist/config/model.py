@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, unread
+from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, differing, unread
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.config.sections import AboveZero, Decay, Fraction, Positive, Section
@@ -77,6 +77,13 @@ class ModelSection(Section):
         """Returns the architecture that `arch` names, with what this section has otherwise."""
         given = {"dim" if name == "width" else name: getattr(self, name) for name in _OF_ARCH}
         return replace(ARCHS[self.arch], **{name: value for name, value in given.items() if value is not None})
+
+    def described(self) -> str:
+        """Returns the architecture's name, with what is otherwise here: "crate_demo with mixer=tssa"."""
+        other = differing(self.parts(), ARCHS[self.arch])
+        other |= {f"model.options.{name}": value for name, value in self.options.items()}
+        words = [f"{key.removeprefix('model.')}={value}" for key, value in other.items()]
+        return f"{self.arch} with {', '.join(words)}" if words else self.arch
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
