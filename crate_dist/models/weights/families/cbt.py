@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crate_dist.models.weights.families.family import Family, StateDict
+from crate_dist.models.weights.families.family import NORM_AND_MAP, Family, StateDict
 from crate_dist.models.weights.families.tost import convolutions
 
 _PATCHES = (8, 16)
@@ -46,4 +46,5 @@ FAMILY = Family(
     },
     marks=("layers.0.cbsa.step_x",),
     tells=_tells,
+    new_head=NORM_AND_MAP,
 )
