@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import OPTIONS
@@ -22,7 +22,8 @@ class Arch:
     positions: "learned", one for each token, or "fourier", of any grid
     class_token: whether one goes through the layers, before the patches
     norm_eps, head_norm_eps: added to the variance by the layers' norms and by the head's
-    out_bias: whether the mixer's output has a bias; layer_scale: first value of γ, which scales branches; 0: no γ
+    in_bias, out_bias: whether the mixer's first map has a bias, of the mixers that may have one, and its output
+    layer_scale: first value of γ, which scales branches; 0: no γ
     init: whose first weights, by the names in config/parts.py
     """
 
@@ -39,6 +40,7 @@ class Arch:
     head: str = "linear"
     norm_eps: float = 1e-5
     head_norm_eps: float = 1e-5
+    in_bias: bool = True
     out_bias: bool = True
     layer_scale: float = 0.0
     init: str = "parts"
@@ -105,6 +107,10 @@ ARCHS: dict[str, Arch] = {
     "cbt_small": _cbt(384, 12, 6),  # 6.67 M
     "cbt_base": _cbt(768, 12, 12),  # 25.69 M
     "cbt_large": _cbt(1024, 24, 16),  # 83.05 M
+    "cbsa_crate_tiny": replace(_cbt(192, 12, 3), mixer="mssa"),  # 1.79 M
+    "cbsa_crate_small": replace(_cbt(384, 12, 6), mixer="mssa"),  # 6.67 M
+    "cbsa_tost_tiny": replace(_cbt(192, 12, 3), mixer="tssa", in_bias=False),  # 1.79 M
+    "cbsa_tost_small": replace(_cbt(384, 12, 6), mixer="tssa", in_bias=False),  # 6.67 M
     "tost_tiny_12": _tost(192, 12, 4),  # 5.77 M
     "tost_small_12": _tost(384, 12, 8),  # 22.59 M
     "tost_tiny_24": _tost(192, 24, 4),  # 10.22 M
@@ -130,6 +136,8 @@ def unread(arch: Arch) -> set[str]:
         names.add("pool")
     if arch.residual == "crate" and not mlp_in_head:
         names.add("layer_scale")
+    if arch.mixer in ("mssa", "cbsa", "cbsa_aligned"):
+        names.add("in_bias")
     return names
 
 
@@ -175,3 +183,23 @@ def check_patches(arch: Arch, patch_size: int) -> None:
             f"the stem's first convolution is of width {arch.dim} / {narrowest} for patches of {patch_size} pixels; "
             f"{arch.dim // narrowest * narrowest or narrowest} would divide"
         )
+
+
+def differing(there: Arch, here: Arch) -> dict[str, object]:
+    """Returns the settings, by flat key, with which a model `here` would have the size and the parts of one `there`.
+
+    Options too, where both are a ModelConfig. What leaves no weights, norms' eps and first weights, is left out.
+    """
+    unseen = ("norm_eps", "head_norm_eps", "init")
+    names = [field.name for field in fields(Arch) if field.name not in unseen]
+    found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(here, name)}
+    keys = {f"model.{'width' if name == 'dim' else name}": value for name, value in found.items()}
+    defaults = options_of(there)
+    known, own = ({**defaults, **options_of(one), **getattr(one, "options", {})} for one in (there, here))
+    return keys | {f"model.options.{name}": value for name, value in known.items() if own[name] != value}
+
+
+def as_set(settings: Mapping[str, object]) -> str:
+    """Returns settings as a command line takes them: --set model.depth=2 --set model.out_bias=false."""
+    plain = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return " ".join(f"--set {key}={value}" for key, value in plain.items())

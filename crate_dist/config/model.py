@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, unread
+from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, differing, unread
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
 from crate_dist.config.sections import AboveZero, Decay, Fraction, Positive, Section
@@ -48,6 +48,9 @@ class ModelSection(Section):
     head: Annotated[str | None, _one_of(HEADS)] = Field(None, description=f"from tokens to scores: {_list(HEADS)}")
     norm_eps: AboveZero | None = Field(None, description="added to the variance by the layers' norms")
     head_norm_eps: AboveZero | None = Field(None, description="added to the variance by the head's norm")
+    in_bias: bool | None = Field(
+        None, description="whether the mixer's first map has a bias; tssa and attention alone may have one"
+    )
     out_bias: bool | None = Field(None, description="whether the mixer's output has a bias")
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
@@ -74,6 +77,13 @@ class ModelSection(Section):
         """Returns the architecture that `arch` names, with what this section has otherwise."""
         given = {"dim" if name == "width" else name: getattr(self, name) for name in _OF_ARCH}
         return replace(ARCHS[self.arch], **{name: value for name, value in given.items() if value is not None})
+
+    def described(self) -> str:
+        """Returns the architecture's name, with what is otherwise here: "crate_demo with mixer=tssa"."""
+        other = differing(self.parts(), ARCHS[self.arch])
+        other |= {f"model.options.{name}": value for name, value in self.options.items()}
+        words = [f"{key.removeprefix('model.')}={value}" for key, value in other.items()]
+        return f"{self.arch} with {', '.join(words)}" if words else self.arch
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
@@ -104,6 +114,11 @@ class ModelSection(Section):
     def _parts_that_go_together(self) -> Self:
         parts = self.parts()
         check_mixer(parts)
+        if self.in_bias is not None and "in_bias" in unread(parts):
+            raise ValueError(
+                f'in_bias would change nothing: the first map of mixer = "{parts.mixer}" has no bias; leave it unset, '
+                'or take mixer = "tssa" or "attention"'
+            )
         if self.layer_scale and "layer_scale" in unread(parts):
             raise ValueError(
                 f'layer_scale {self.layer_scale:g} would change nothing: residual = "crate" has no γ; leave it unset, '

@@ -26,15 +26,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from crate_dist.checkpoint.format import GroupLayout
 from crate_dist.checkpoint.loading import RankState
-from crate_dist.config import Recipe
+from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
-from crate_dist.models.batch_norm import statistics, take_statistics
+from crate_dist.models.batch_norm import GroupedBatchNorm, statistics, take_statistics
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
@@ -78,6 +79,27 @@ class StepResult:
     grad_norm: torch.Tensor
 
 
+def has_batch_norm(model: nn.Module, group: int) -> bool:
+    """Returns whether a model has batch norm, whose statistics are taken over `group` images.
+
+    Raises RecipeError when the group is a single image, or when there is batch norm of torch's own.
+    """
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    for name, norm in norms:
+        if not isinstance(norm, GroupedBatchNorm):
+            raise RecipeError(
+                f"{name} is torch's {type(norm).__name__}, whose statistics are those of the images that a rank has at "
+                "a time: the number of ranks would decide the result. GroupedBatchNorm of models/batch_norm.py takes "
+                "them over train.group images"
+            )
+        if group == 1:
+            raise RecipeError(
+                f"{name} is batch norm, whose statistics are taken over train.group images, which is 1; "
+                "--set train.group=N gives it some, with an N that divides the global batch"
+            )
+    return bool(norms)
+
+
 class Engine:
     """A model in training on this rank."""
 
@@ -99,7 +121,7 @@ class Engine:
         if model.config.tokenwise == "ista":
             one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
             logger.info("ISTA: %s", "one product" if one else "two products")
-        if model.config.stem == "convolutions":
+        if has_batch_norm(model, group):
             logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
@@ -231,7 +253,8 @@ class Engine:
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
         try:
-            torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
+            learned = [p for p in self.module.parameters() if p.requires_grad]
+            torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), learned, allow_unused=True)
         finally:  # what the stem took of these images, also where the compiler fails behind it
             take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)

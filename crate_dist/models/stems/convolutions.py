@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.stems.stem import Stem
 
 
-class ConvolutionStem(nn.Module):
+class ConvolutionStem(Stem):
     """3 x 3 convolutions of stride 2 without bias, each with batch norm, and GELU between: one for each halving.
 
     Widths double up to d: d/8, d/4, d/2, d for patches of 16 pixels, d/4, d/2, d for 8, d/2, d for 4. A token is
