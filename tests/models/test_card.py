@@ -166,6 +166,9 @@ class OfNobody(TokenWise):
 
     key = "of_nobody"
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)"""
         return z
