@@ -48,6 +48,9 @@ class ModelSection(Section):
     head: Annotated[str | None, _one_of(HEADS)] = Field(None, description=f"from tokens to scores: {_list(HEADS)}")
     norm_eps: AboveZero | None = Field(None, description="added to the variance by the layers' norms")
     head_norm_eps: AboveZero | None = Field(None, description="added to the variance by the head's norm")
+    in_bias: bool | None = Field(
+        None, description="whether the mixer's first map has a bias; tssa and attention alone may have one"
+    )
     out_bias: bool | None = Field(None, description="whether the mixer's output has a bias")
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
@@ -111,6 +114,11 @@ class ModelSection(Section):
     def _parts_that_go_together(self) -> Self:
         parts = self.parts()
         check_mixer(parts)
+        if self.in_bias is not None and "in_bias" in unread(parts):
+            raise ValueError(
+                f'in_bias would change nothing: the first map of mixer = "{parts.mixer}" has no bias; leave it unset, '
+                'or take mixer = "tssa" or "attention"'
+            )
         if self.layer_scale and "layer_scale" in unread(parts):
             raise ValueError(
                 f'layer_scale {self.layer_scale:g} would change nothing: residual = "crate" has no γ; leave it unset, '

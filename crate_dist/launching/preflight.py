@@ -200,7 +200,7 @@ def check_init_from(source: Path, recipe: Recipe) -> str:
             f"--set model.arch={there.arch} would fit"
         )
     other = differing(there.parts(), here.parts())
-    size = {key: other[key] for key in ("model.width", "model.depth", "model.heads") if key in other}
+    size = {key: value for key, value in other.items() if key in ("model.width", "model.depth", "model.heads")}
     if size:
         raise RecipeError(
             f"{given}: its weights are those of a {there.described()}, and the recipe's model is a {here.described()}; "

@@ -346,7 +346,7 @@ class Trainer:
             self.world.rank,
             self.world.world_size,
             eval_transform(self.recipe.images, self.recipe.model.image_size),
-            self.recipe.train.micro_batch,
+            self.share.micro_batch,  # which is what was compiled
             self.workers,
         )
         began, mistakes = time.perf_counter(), Mistakes(SHOWN)

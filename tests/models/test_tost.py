@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import crate_dist
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.config.archs import ARCHS
 from crate_dist.models.batch_norm import statistics, take_statistics
@@ -144,6 +145,27 @@ def test_bf16_is_near_to_fp32_with_statistics_over_tokens_in_fp32(
     assert isinstance(mixer, TSSA)
     w = torch.randn(2, 4, 50, 16).bfloat16()
     assert mixer.membership(w).dtype == mixer.gate(w).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_files_of_any_precision_compute_with_fp32_statistics(
+    golden: dict[str, Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    theirs, ours = tmp_path / "theirs.pth", tmp_path / "ours.pt"
+    weights = {name: tensor.to(dtype) for name, tensor in golden["state_dict"].items()}  # and counts
+    torch.save({"model": weights, "args": argparse.Namespace(input_size=32)}, theirs)
+    main(["convert", str(theirs), str(ours), "--to", "crate-dist"])
+    for path in (theirs, ours):
+        found, _ = load_model(path)
+        norm = found.patch_embed.norms[0]
+        assert {buffer.dtype for name, buffer in norm.named_buffers() if name != "num_batches_tracked"} == {
+            torch.float32
+        }
+        assert norm.num_batches_tracked.dtype == torch.int64
+        assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+        assert off(found.eval()(golden["images"].to(dtype)).float(), golden["logits"]) < 0.1
+        assert off(crate_dist.load(path)(golden["images"]), golden["logits"]) < 0.1
 
 
 def test_every_size_has_the_published_parameters() -> None:

@@ -18,7 +18,8 @@ class ConvolutionStem(Stem):
 
     Widths double up to d: d/8, d/4, d/2, d for patches of 16 pixels, d/4, d/2, d for 8, d/2, d for 4. A token is
     therefore not of its patch alone: with patches of 16 pixels it sees 31 x 31 of them.
-    The published code synchronises batch norm over all ranks, so that its group is the global batch.
+    Both published codes have SyncBatchNorm. ToST's runs in a process for each GPU, and its group is the global batch;
+    CBT's published command has one process for all GPUs, where nothing is synchronised: its group is a GPU's share.
     """
 
     def __init__(self, config: ModelConfig) -> None:

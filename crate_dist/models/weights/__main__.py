@@ -4,7 +4,7 @@
     python -m crate_dist.models.weights convert model-best.pt crate_b.pth.tar --to reference
 
 A file is an export of crate-dist's, safetensors, a checkpoint of the published code (.pth.tar, with or without
-"module."), or a bare state dict. Nothing in it is executed.
+"module."), a bare state dict, or a .npz of CRATE-α's JAX code. Nothing in it is executed.
 """
 
 from __future__ import annotations

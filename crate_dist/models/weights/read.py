@@ -5,6 +5,7 @@
     its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
     ToST's                             {"model": state_dict, "model_ema", "args": Namespace, "optimizer", …}
     a bare state dict as CRATE-α's, a safetensors file of any origin
+    CRATE-α's training code's          .npz of JAX's arrays: the parameters alone, or {"params/…", "opt/…", "chrono/…"}
 
 each under crate-dist's names or those of a family's published code (`families/`), with or without the "module." of
 DataParallel and DistributedDataParallel. Files are opened so that no code in them runs (`opening`).
@@ -24,9 +25,12 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import WeightsKind
+from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.arrays import is_archive, open_arrays
+from crate_dist.models.weights.families import alpha, alpha_jax
 from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMATS,
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 _STATE_DICTS = ("state_dict", "model", "net")
 _AVERAGES = ("model_ema", "state_dict_ema")
 """Where training codes keep the moving average of their weights."""
+_FEW = 4
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 
 
@@ -54,8 +59,8 @@ _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 class Weights:
     """The content of one file of weights.
 
-    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
-    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
+    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning", "state dict" or "jax"
+    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file, running statistics in fp32
     config: the architecture, where the file says it; meta: plain values that came along
     told: where it does not, what it says of what the shapes leave open, by the names of ModelConfig
     notes: what was changed in reading, in words
@@ -109,6 +114,8 @@ def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weight
 def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if _is_safetensors(path):
         return _read_safetensors(path)
+    if is_archive(path):
+        return _read_jax(path)
     content = open_file(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
@@ -132,7 +139,8 @@ def _read(path: Path, kind: WeightsKind | None) -> Weights:
 def load_model(
     path: str | Path, heads: int | None = None, weights: WeightsKind | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
+    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file,
+    but for running statistics, which are fp32.
 
     heads: for weights of a size that was not published, in files that do not say it; weights: as of `read_weights`
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
@@ -234,12 +242,29 @@ def _read_safetensors(path: Path) -> Weights:
         return Weights("safetensors", tensors, config_from_plain(json.loads(about["model"])), json.loads(about["meta"]))
 
 
+def _read_jax(path: Path) -> Weights:
+    arrays = open_arrays(path, alpha_jax.TREE)
+    if not alpha_jax.is_alpha(arrays):
+        few = ", ".join(f"{name} {tuple(array.shape)}" for name, array in list(arrays.items())[:_FEW])
+        raise WeightsError(
+            f"{path} holds {len(arrays)} arrays, {few}{', …' if len(arrays) > _FEW else ''}; of .npz, those with the "
+            "parameters of CRATE-α's classifiers are read"
+        )
+    try:
+        state_dict, told = alpha_jax.from_jax(arrays)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return Weights("jax", state_dict, None, dict(alpha.FAMILY.evaluated), told, (), alpha.FAMILY)
+
+
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     strange = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
     if strange or not state_dict:
         found = f"holds {', '.join(strange[:4])}" if strange else "is empty"
         raise WeightsError(f"{path}: expected a state dict, names and tensors, but it {found}")
-    return dict(state_dict)
+    return {
+        name: tensor.to(STATISTICS.get(name.rpartition(".")[2], tensor.dtype)) for name, tensor in state_dict.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ class Family:
     name, paper, citation: for people; paper: its number at arXiv; citation: BibTeX
     sizes: its rows in config/archs.py, each with the patch sizes at which width and depth tell it from all others
     parts: what all of its models have otherwise than these rows
+    fewest_heads: with fewer, that code computes what no part here does
     names: our module paths, and theirs; {} stands for the number of a layer
     marks: our names of tensors by which its files are known
     turned: by our names, what makes our tensor of theirs, and theirs of ours, where these are not the same
@@ -42,6 +43,7 @@ class Family:
     names: Mapping[str, str]
     marks: tuple[str, ...]
     parts: Mapping[str, Any] = field(default_factory=dict)
+    fewest_heads: int = 1
     turned: Mapping[str, tuple[Turn, Turn]] = field(default_factory=dict)
     tells: Callable[[StateDict], dict[str, Any]] = lambda _: {}
     key: str | None = "state_dict"
