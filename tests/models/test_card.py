@@ -181,7 +181,7 @@ def test_the_card_of_a_composed_model_says_and_cites_whose_each_part_is(monkeypa
     cited = {"CRATE": "2306.01129", "CRATE-α": "2405.20299", "ToST": "2412.17810", "CBT": "2509.16875"}
     cited |= {"ViT": "2010.11929"}
     small = replace(SMALL, depth=1)
-    for parts, said, whose in (
+    cases: tuple[tuple[dict[str, Any], str, set[str]], ...] = (
         ({"mixer": "attention", "tokenwise": "mlp"}, "mixer attention of [ViT]", {"CRATE", "ViT"}),
         (
             {"mixer": "cbsa", "tokenwise": "odl", "stem": "convolutions", "residual": "pre_norm"},
@@ -191,7 +191,8 @@ def test_the_card_of_a_composed_model_says_and_cites_whose_each_part_is(monkeypa
         ({"mixer": "cbsa_aligned"}, "mixer cbsa_aligned after [CBT]", {"CRATE", "CBT", "ViT"}),
         ({"tokenwise": "slower"}, "tokenwise slower after [CRATE]", {"CRATE", "ViT"}),
         ({"tokenwise": "of_nobody"}, "tokenwise of_nobody, residual crate of [CRATE]", {"CRATE", "ViT"}),
-    ):
+    )
+    for parts, said, whose in cases:
         card = model_card("a.pt", replace(small, **parts), {})
         assert card.startswith("# Image classifier\n\nAn image classifier for 7 classes, ")
         assert f"nobody's together: stem {parts.get('stem', 'patches')} of [" in card
