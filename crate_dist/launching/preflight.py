@@ -206,6 +206,9 @@ def check_init_from(source: Path, recipe: Recipe) -> str:
             f"{given}: its weights are those of a {there.described()}, and the recipe's model is a {here.described()}; "
             f"{as_set(size)} would fit"
         )
+    other |= {
+        f"model.options.{name}": value for name, value in there.options.items() if here.options.get(name) != value
+    }
     if recipe.train.init_head == "new":
         other.pop("model.head", None)
     return f", whose model has other parts: {as_set(other)}" if other else ""
