@@ -186,13 +186,13 @@ class Engine:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
     def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
-        """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
+        """Returns drop path's factors, fp32 (2 * depth, n), for micro-batch `part` of the step after `step`, if any."""
         rate = self.recipe.model.drop_path
         if not rate:
             return None
         first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
         branches, seed = 2 * self.module.config.depth, self.recipe.train.seed
-        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device, self.dtype)
+        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device)
 
     def loss(self, batch: MicroBatch | MixedBatch, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. kept: drop path's factors"""
