@@ -3,8 +3,9 @@
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
 inside and round once. When it says "autocast": weights, tokens and gradients are fp32, and products and attention read
-them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
-between the master weights and the model, which at small learning rates is felt.
+them rounded to bf16; where patches and positions are both products, as in ToST, so are the tokens that the first layer
+reads. That is twice the traffic; in return a small change of a weight near 1 is not rounded away between the master
+weights and the model, which at small learning rates is felt.
 
 In both the loss is computed from fp32 logits. The mean of the gradients over the ranks is taken in their own precision,
 their sum over micro-batches in fp32; their norm, the master weights and the optimizer's state are fp32, the latter two
