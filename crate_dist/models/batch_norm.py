@@ -40,7 +40,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         self.register_buffer("pending", torch.zeros(2 * channels + 1, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, rows, cols) -> the same; statistics in fp32, of images in fp64 in fp64. Channels that lie last stay there.
+        """(b, c, rows, cols) -> the same; statistics in fp32, of fp64 in fp64. Channels that lie last stay there.
 
         Raises ValueError in training when the batch does not divide into groups.
         """
