@@ -35,6 +35,7 @@ from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMATS,
     RECORDED,
+    SCALE,
     UNPLACED,
     UNSEEN,
     WeightsError,
@@ -42,14 +43,17 @@ from crate_dist.models.weights.names import (
     config_from_plain,
     infer_config,
     join_classifier_heads,
+    not_finite,
     recognised,
 )
 from crate_dist.models.weights.opening import open_file, options_of
 
 logger = logging.getLogger(__name__)
 
-_STATE_DICTS = ("state_dict", "model", "net")
-_AVERAGES = ("model_ema", "state_dict_ema")
+_ANYBODYS = ("model_state_dict", "module")
+"""Where PyTorch's tutorials and DeepSpeed put weights, and none of the published codes."""
+_STATE_DICTS = ("state_dict", "model", "net", *_ANYBODYS)
+_AVERAGES = ("model_ema", "state_dict_ema", "ema")
 """Where training codes keep the moving average of their weights."""
 _FEW = 4
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
@@ -87,14 +91,20 @@ class Weights:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
         config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
         check_fit(self.state_dict, config)
+        notes = self.notes
+        if name := not_finite(self.state_dict):
+            notes = (
+                *notes,
+                f"{name!r} has values that are NaN or infinite: its training has diverged, or it is damaged",
+            )
         in_shapes = self.family.tells(self.state_dict).get("heads") if self.family else None
         if heads or told or in_shapes:
-            return config, self.notes
+            return config, notes
         taken = (
             f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
             "width, depth and patches; --heads N would say otherwise"
         )
-        return config, (*self.notes, taken)
+        return config, (*notes, taken)
 
 
 def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
@@ -122,18 +132,18 @@ def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if "format" in content:
         return _read_export(path, content)
     average = next((key for key in _AVERAGES if isinstance(content.get(key), Mapping)), None)
-    for key in _STATE_DICTS:
-        if not isinstance(content.get(key), Mapping):
-            continue
-        if kind == "ema" and average:
-            weights = _of_checkpoint(_tensors(path, content[average]), key, content)
-            return replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+    key = next((key for key in _STATE_DICTS if isinstance(content.get(key), Mapping)), average)
+    if key is None:
+        return _of_others("state dict", _tensors(path, content))
+    if average and (kind == "ema" or key == average):
+        weights = _of_checkpoint(_tensors(path, content[average]), key, content)
+        weights = replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+        note = f"it holds the moving average of weights alone, {average}" if key == average and not kind else ""
+    else:
         weights = _of_checkpoint(_tensors(path, content[key]), key, content)
-        if kind or not average:
-            return weights
         note = f"beside its weights stands their moving average, {average}; --weights ema would take that"
-        return replace(weights, notes=(*weights.notes, note))
-    return _of_others("state dict", _tensors(path, content))
+        note = note if average and not kind else ""
+    return replace(weights, notes=(*weights.notes, note)) if note else weights
 
 
 def load_model(
@@ -161,13 +171,15 @@ def load_model(
 def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
     """Reads a checkpoint of somebody's training, `content`, whose weights stand under `key`."""
     renamed, family, _ = recognised(state)
-    trained = key == (family.key or "state_dict")
+    trained = key in (family.key or "state_dict", *_ANYBODYS, *_AVERAGES)
     meta = dict(family.evaluated if trained else family.fine_tuned)
     options = options_of(content)
     meta |= {"arch": options["model"]} if isinstance(options.get("model"), str) else {}
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
+    if isinstance(scale := said.get(SCALE), float) and scale > 0 and any(name.endswith("_scale") for name in renamed):
+        told[SCALE] = scale
     return _joined("reference" if trained else "reference fine-tuning", renamed, family, meta, told)
 
 
