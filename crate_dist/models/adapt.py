@@ -22,9 +22,9 @@ from crate_dist.models.config import ModelConfig
 from crate_dist.models.parts import find_part
 from crate_dist.models.positions import interpolate_positions
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.families import family_of
 from crate_dist.models.weights.names import StateDict, WeightsError
 
-_LAST = ("head.norm.", "head.linear.")
 _STEM = "patch_embed."
 _NO_WEIGHTS = (
     "stem",
@@ -52,12 +52,13 @@ class Adapted:
 def adapt(state_dict: StateDict, source: ModelConfig, target: ModelConfig, new_head: bool) -> Adapted:
     """Makes the weights of a model `source` fit a model `target`. Changes nothing that it is given.
 
-    new_head: leaves out the head's linear map and its normalisation, as the published fine-tuning code does; all of
-    the head where it is another part
+    new_head: leaves out of the head what the published fine-tuning code of the weights' family does: its linear map, in
+    CRATE and CBT its normalisation too; all of the head where it is another part
     Raises WeightsError when width, depth, heads or the weights of parts differ, when the head is to be kept for another
     number of classes, when the stem cannot have other patches, or when a weight is not finite.
     """
-    left_out = () if not new_head else _LAST if source.head == target.head else ("head.",)
+    last = family_of(state_dict)[0].new_head if source.head == target.head else ("head.",)
+    left_out = last if new_head else ()
     _check_size(state_dict, source, target, left_out)
     if source.num_classes != target.num_classes and not new_head:
         raise WeightsError(
@@ -116,7 +117,7 @@ def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig,
     like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
     other = {key: value for key, value in differing(source, target).items() if not left_out or key != "model.head"}
     arch = find_arch(source)
-    if arch and find_arch(target):
+    if arch and find_arch(target) not in (None, arch):
         other = {"model.arch": arch} | {key: value for key, value in other.items() if key.startswith("model.options.")}
     advice = f"{as_set(other)} would fit"
     try:

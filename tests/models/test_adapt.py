@@ -54,6 +54,27 @@ def test_a_new_head_is_the_new_model_s_own_and_nothing_else_is(weights: dict[str
     Transformer(target).load_state_dict(adapted.state_dict, strict=False)
 
 
+@pytest.mark.parametrize(
+    ("arch", "keeps_its_norm"),
+    [
+        ("crate_tiny", False),
+        ("cbt_tiny", False),
+        ("crate_alpha_base", True),
+        ("tost_tiny_12", True),
+        ("vit_tiny", True),
+    ],
+)
+def test_a_new_head_has_new_what_the_published_fine_tuning_of_its_family_makes_new(
+    arch: str, keeps_its_norm: bool
+) -> None:
+    named = model_config(ModelSection(arch=arch, image_size=32, patch_size=8), num_classes=10)
+    source = replace(named, dim=48, depth=1, heads=2)
+    weights = initialise(source, seed=5).state_dict()
+    taken = adapt(weights, source, replace(source, num_classes=3), new_head=True).state_dict
+    norm, linear = ({f"head.{part}.weight", f"head.{part}.bias"} for part in ("norm", "linear"))
+    assert weights.keys() - taken.keys() == (linear if keeps_its_norm else norm | linear)
+
+
 def test_positions_of_another_grid_are_interpolated_and_the_class_token_s_is_kept(weights: dict[str, Tensor]) -> None:
     adapted = adapt(weights, SOURCE, replace(SOURCE, image_size=48), new_head=False)
     assert adapted.notes == ("positions interpolated from 4 x 4 to 6 x 6 patches",)
@@ -221,7 +242,7 @@ def test_a_model_of_other_parts_names_the_settings_that_would_fit(monkeypatch: p
     add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled)
     monkeypatch.setitem(OPTIONS, "unrolled", {"unroll": 2, "eta": 0.5})
     section = {"arch": "crate_demo", "image_size": 32, "patch_size": 8}
-    asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})  # type: ignore[arg-type]
+    asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})
     source = model_config(asked, num_classes=10)
     state = initialise(source, seed=1).state_dict()
     with pytest.raises(WeightsError) as caught:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from crate_dist.models.weights.families import crate, tost
-from crate_dist.models.weights.families.family import Family, StateDict
+from crate_dist.models.weights.families.family import NORM_AND_MAP, Family, StateDict
 from crate_dist.models.weights.families.tost import convolutions
 
 _PATCHES = (8, 16)
@@ -66,6 +66,7 @@ FAMILY = Family(
     names=_mixed_by("cbsa", {"subspaces": "proj", "step_x": "step_x", "step_rep": "step_rep"}),
     marks=("layers.0.cbsa.step_x",),
     tells=_tells,
+    new_head=NORM_AND_MAP,
 )
 
 _STEM = "patch_embed.convolutions.0.weight"
