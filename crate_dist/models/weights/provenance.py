@@ -56,7 +56,7 @@ def of_checkpoint(family: Family, key: str, content: Mapping[str, Any]) -> Prove
         return Provenance(False, vit.TIMM.evaluated, {"head": "mean_patches"}, (_OF_TIMM,))
     if family.key == "model":
         return _of_tost(family, key, content)
-    fine_tuned = family.key is not None and key != family.key
+    fine_tuned = family.key is not None and key in ("model", "net")  # and not under what anybody's training writes
     sure = family is not vit.FAMILY or (_is_of_finetune(key, content) if fine_tuned else "best_acc1" in content)
     notes = () if sure else (_READ_TWICE,)
     return Provenance(fine_tuned, family.fine_tuned if fine_tuned else family.evaluated, {}, notes)
