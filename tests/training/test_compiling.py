@@ -20,18 +20,18 @@ import torch
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
-from crate_dist.config import AugmentSection, ImageSection, ModelSection, Recipe, build_recipe
+from crate_dist.config import AugmentSection, ImageSection, ModelSection, Recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.doctor.end_to_end import compiled_seconds
+from crate_dist.models.batch_norm import statistics, take_statistics
 from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import CompiledCache
-from crate_dist.training.engine import Engine
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -197,41 +197,40 @@ def test_where_one_rank_has_an_older_gpu_all_agree_before_any_compiles(tmp_path:
         assert "(rank 1: Triton needs a GPU of compute capability 7.0, and this one has 6.1)" in log
 
 
-def the_family(world: World, device: torch.device) -> tuple[int, list[bool], float]:
-    """Of ToST under autocast: graphs, and whether losses, statistics and logits are those of eager; how far CBT is."""
+def the_family(world: World, device: torch.device) -> tuple[int, list[float]]:
+    """Of ToST's training pass under autocast, and of CBT's layer: graphs, and how far its values are from eager."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]  # all but kernels
-    model = {"arch": "tost_tiny_12", "width": 32, "heads": 2, "depth": 2, "image_size": 16, "patch_size": 4}
-    train = {"global_batch": 8, "micro_batch": 4, "group": 2, "epochs": 1, "precision": "autocast"}
-    whole = {"name": "tost", "model": {**model, "drop_path": 0.3}, "optim": {"name": "adamw", "lr": 1e-3}}
-    settings = [build_recipe({**whole, "train": {**train, "compile": each}}, "a test") for each in (True, False)]
-    engines = [Engine(build_model(each.model, 7, seed=0), each, device, 4, 2) for each in settings]
-    images, labels = (part[:8].split(4) for part in batch_of(0, world))
-    images = [part[:, :16, :16] for part in images]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        losses = [[each.step(zip(images, labels, strict=True), 1e-3, n).loss for n in range(2)] for each in engines]
-        logits = [engine.predict(images[0]) for engine in engines]
-    norms = [[value for name, value in each.module.state_dict().items() if "running" in name] for each in engines]
-    same = [
-        all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(*pair, strict=True))
-        for pair in (losses, norms, logits)
-    ]
+    sizes = {"width": 32, "heads": 2, "depth": 2, "image_size": 16, "patch_size": 4}
+    model = build_model(ModelSection(arch="tost_tiny_12", **sizes), 7, seed=0)
+    model.set_execution(autocast=True, images=4, group=2)
+    images, keep = batch_of(0, world)[0][:4, :16, :16].permute(0, 3, 1, 2) / 128 - 1, torch.tensor([0.0, 2.0, 2.0, 0.0])
+
+    def values() -> list[torch.Tensor]:
+        logits = model(images, keep.expand(4, -1)).float()
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        seen = statistics(model)
+        take_statistics(model, torch.zeros_like(seen))
+        return [logits.detach(), *gradients, seen]
+
+    eager = values()
+    assert compiling.compile_model(model, values, device)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    layer = build_model(ModelSection(**{**model, "arch": "cbt_tiny"}), 7, seed=0).layers[0]
-    z, keep = torch.randn(4, 17, 32), torch.tensor([0.0, 2.0, 0.0, 2.0]).expand(2, -1)
-    both = []
-    for compiled in (False, True):
-        if compiled:
-            layer.compile(dynamic=False, fullgraph=True)
-        out = layer(z, keep)
-        both.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(layer.parameters()))])
-    return graphs, same, max(float((a - b).abs().max()) for a, b in zip(*both, strict=True))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        off = [distance(a, b) for a, b in zip(values(), eager, strict=True)]
+    layer, z = build_model(ModelSection(arch="cbt_tiny", **sizes), 7, seed=0).layers[0], torch.randn(4, 17, 32)
+    exact = layer(z, keep.expand(2, -1))
+    layer.compile(dynamic=False, fullgraph=True)
+    return graphs, [*off, distance(layer(z, keep.expand(2, -1)), exact)]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().norm() / b.detach().norm().clamp(min=1e-3))
 
 
 def test_what_the_family_has_beside_crate_is_compiled_whole_once_and_computes_the_same() -> None:
-    [(graphs, same, off)] = spawn(the_family, 1)
-    assert graphs == 8  # under autocast the first layer of ToST reads bf16 tokens, and the others fp32: two more
-    assert same == [True, True, True]
-    assert off < 1e-3
+    [(graphs, off)] = spawn(the_family, 1)
+    assert graphs == 3 + 1  # under autocast the first layer of ToST reads bf16 tokens, and the others fp32
+    assert max(off) < 2e-2
 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
