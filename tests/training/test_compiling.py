@@ -183,7 +183,7 @@ def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: 
 def older_gpu(world: World, device: torch.device, folder: Path) -> tuple[list[bool], str]:
     """What both ranks are told to do, and say, where rank 1 has a GPU that is too old; nothing is computed on one."""
     logging.basicConfig(filename=folder / str(world.rank), force=True, level=logging.WARNING)
-    torch.cuda.get_device_capability = lambda device=None: [(9, 0), (6, 1)][world.rank]  # type: ignore[method-assign]
+    torch.cuda.get_device_capability = lambda device=None: [(9, 0), (6, 1)][world.rank]
     gpu = torch.device("cuda")
     tries = compiling.should_compile("auto", gpu)
     compiles = compiling.compile_model(make_engine(world, device, with_train()).module, lambda: 1 / 0, gpu)
@@ -199,7 +199,7 @@ def test_where_one_rank_has_an_older_gpu_all_agree_before_any_compiles(tmp_path:
 
 def the_family(world: World, device: torch.device) -> tuple[int, list[float]]:
     """Of ToST's training pass under autocast, and of CBT's layer: graphs, and how far its values are from eager."""
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]  # all but kernels
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # all but kernels
     sizes = {"width": 32, "heads": 2, "depth": 2, "image_size": 16, "patch_size": 4}
     model = build_model(ModelSection(arch="tost_tiny_12", **sizes), 7, seed=0)
     model.set_execution(autocast=True, images=4, group=2)
