@@ -82,10 +82,10 @@ def load_trained(source: Path, heads: int | None = None, weights: WeightsKind | 
             f"'ema' weights were asked for, and {saved.path} has no moving average of the weights: its run had "
             "optim.ema_decay = 0; 'raw' are the weights themselves"
         )
-    classes = saved.manifest.num_classes
-    if classes is None:
+    num_classes = saved.manifest.num_classes
+    if num_classes is None:
         raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no matrix in it")
-    model, state_dict = build_model(recipe.model, classes, seed=0), saved.weights(kind)
+    model, state_dict = build_model(recipe.model, num_classes, seed=0), saved.weights(kind)
     try:
         check_fit(state_dict, model.config)
     except WeightsError as error:
@@ -93,9 +93,9 @@ def load_trained(source: Path, heads: int | None = None, weights: WeightsKind | 
     model.load_state_dict(state_dict)
     if heads not in (None, model.config.heads):
         raise WeightsError(f"{saved.path}: its model has {model.config.heads} heads, and {heads} were given")
-    names = _names(saved.manifest.classes), _names(saved.manifest.class_names)
+    classes = _names(saved.manifest.classes), _names(saved.manifest.class_names)
     name = f"{saved.path}{', average of the weights' if weights == 'ema' else ''}"
-    return Trained(model, recipe.data, recipe.images, recipe.train.precision, name, *names, recipe)
+    return Trained(model, recipe.data, recipe.images, recipe.train.precision, name, *classes, recipe)
 
 
 def find_layer(asked: int | None, depth: int) -> int:

@@ -200,12 +200,15 @@ def check_init_from(source: Path, recipe: Recipe) -> str:
             f"--set model.arch={there.arch} would fit"
         )
     other = differing(there.parts(), here.parts())
-    size = {key: other[key] for key in ("model.width", "model.depth", "model.heads") if key in other}
+    size = {key: value for key, value in other.items() if key in ("model.width", "model.depth", "model.heads")}
     if size:
         raise RecipeError(
             f"{given}: its weights are those of a {there.described()}, and the recipe's model is a {here.described()}; "
             f"{as_set(size)} would fit"
         )
+    other |= {
+        f"model.options.{name}": value for name, value in there.options.items() if here.options.get(name) != value
+    }
     if recipe.train.init_head == "new":
         other.pop("model.head", None)
     return f", whose model has other parts: {as_set(other)}" if other else ""

@@ -117,7 +117,7 @@ def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig,
     like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
     other = {key: value for key, value in differing(source, target).items() if not left_out or key != "model.head"}
     arch = find_arch(source)
-    if arch and find_arch(target):
+    if arch and find_arch(target) not in (None, arch):
         other = {"model.arch": arch} | {key: value for key, value in other.items() if key.startswith("model.options.")}
     advice = f"{as_set(other)} would fit"
     try:

@@ -40,7 +40,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         self.register_buffer("pending", torch.zeros(2 * channels + 1, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, rows, cols) -> the same; statistics in fp32, of images in fp64 in fp64.
+        """(b, c, rows, cols) -> the same; statistics in fp32, of fp64 in fp64. Channels that lie last stay there.
 
         Raises ValueError in training when the batch does not divide into groups.
         """
@@ -58,14 +58,17 @@ class GroupedBatchNorm(nn.BatchNorm2d):
                 f"the group, such as {fitting}"
             )
         groups = images // group
-        # The groups become channels: one call normalises all of them, and nothing is copied where there is one.
+        # The groups become channels: one call normalises all of them, and nothing is copied where there is one. Seen
+        # with the channels last, in which order they are copied where there are more.
         mean, var = torch.zeros(2, groups * self.num_features, dtype=exact, device=x.device)
-        x = x.unflatten(0, (groups, group)).transpose(0, 1).flatten(1, 2)
+        pixels = x.permute(0, 2, 3, 1).unflatten(0, (groups, group)).movedim(0, 3).flatten(3)
+        x = pixels.permute(0, 3, 1, 2)
         x = F.batch_norm(x, mean, var, scale.repeat(groups), shift.repeat(groups), True, 1.0, self.eps)
         with torch.no_grad():  # what a momentum of 1 has left in them: each group's mean and unbiased variance
             sums = [statistic.view(groups, -1).sum(0) for statistic in (mean, var)]
             self.pending += torch.cat((*sums, sums[0].new_full((1,), groups)))
-        return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        pixels = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 0).flatten(0, 1)
+        return pixels.permute(0, 3, 1, 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedBatchNorm:
         """Casts and moves as torch does, but that the statistics have their own types afterwards."""

@@ -1,9 +1,10 @@
 """torch.compile for the parts of a CRATE, where it works; one line in the log where it does not.
 
-The parts are compiled, not the model: its layers are one graph for all of them, so a compile takes seconds, and their
-gradients are ready one layer after the other, so that ZeRO can send the first while the last are computed. Two passes
-are compiled, each for batches of one size, and both before the first step: the training's, and the evaluation's.
-Everything else runs eager, batches of any size without a graph of their own: see `eagerly`.
+The parts are compiled, not the model: its layers are one graph for all of them (under autocast the first one of ToST is
+another, since it reads bf16 and the rest fp32), so a compile takes seconds, and their gradients are ready one layer
+after the other, so that ZeRO can send the first while the last are computed. Two passes are compiled, each for batches
+of one size, and both before the first step: the training's, and the evaluation's. Everything else runs eager, batches
+of any size without a graph of their own: see `eagerly`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
 inside and round once. When it says "autocast": weights, tokens and gradients are fp32, and products and attention read
-them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
-between the master weights and the model, which at small learning rates is felt.
+them rounded to bf16; where patches and positions are both products, as in ToST, so are the tokens that the first layer
+reads. That is twice the traffic; in return a small change of a weight near 1 is not rounded away between the master
+weights and the model, which at small learning rates is felt.
 
 In both the loss is computed from fp32 logits. The mean of the gradients over the ranks is taken in their own precision,
 their sum over micro-batches in fp32; their norm, the master weights and the optimizer's state are fp32, the latter two
@@ -208,13 +209,13 @@ class Engine:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
     def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
-        """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
+        """Returns drop path's factors, fp32 (2 * depth, n), for micro-batch `part` of the step after `step`, if any."""
         rate = self.recipe.model.drop_path
         if not rate:
             return None
         first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
         branches, seed = 2 * self.module.config.depth, self.recipe.train.seed
-        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device, self.dtype)
+        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device)
 
     def loss(self, batch: MicroBatch | MixedBatch, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. kept: drop path's factors"""

@@ -243,7 +243,7 @@ def test_a_model_of_other_parts_names_the_settings_that_would_fit(monkeypatch: p
     add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled)
     monkeypatch.setitem(OPTIONS, "unrolled", {"unroll": 2, "eta": 0.5})
     section = {"arch": "crate_demo", "image_size": 32, "patch_size": 8}
-    asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})  # type: ignore[arg-type]
+    asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})
     source = model_config(asked, num_classes=10)
     state = initialise(source, seed=1).state_dict()
     with pytest.raises(WeightsError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,9 @@ class OfNobody(TokenWise):
 
     key = "of_nobody"
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
     def forward(self, z: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)"""
         return z
@@ -176,8 +180,8 @@ def test_the_card_of_a_composed_model_says_and_cites_whose_each_part_is(monkeypa
     add_part(monkeypatch, TOKENWISE, "of_nobody", OfNobody)
     cited = {"CRATE": "2306.01129", "CRATE-α": "2405.20299", "ToST": "2412.17810", "CBT": "2509.16875"}
     cited |= {"ViT": "2010.11929"}
-    small = {"image_size": 32, "patch_size": 4, "num_classes": 7, "dim": 24, "depth": 1, "heads": 3}
-    for parts, said, whose in (
+    small = replace(SMALL, depth=1)
+    cases: tuple[tuple[dict[str, Any], str, set[str]], ...] = (
         ({"mixer": "attention", "tokenwise": "mlp"}, "mixer attention of [ViT]", {"CRATE", "ViT"}),
         (
             {"mixer": "cbsa", "tokenwise": "odl", "stem": "convolutions", "residual": "pre_norm"},
@@ -187,13 +191,13 @@ def test_the_card_of_a_composed_model_says_and_cites_whose_each_part_is(monkeypa
         ({"mixer": "cbsa_aligned"}, "mixer cbsa_aligned after [CBT]", {"CRATE", "CBT", "ViT"}),
         ({"tokenwise": "slower"}, "tokenwise slower after [CRATE]", {"CRATE", "ViT"}),
         ({"tokenwise": "of_nobody"}, "tokenwise of_nobody, residual crate of [CRATE]", {"CRATE", "ViT"}),
-    ):
-        card = model_card("a.pt", ModelConfig(**small | parts), {})
+    )
+    for parts, said, whose in cases:
+        card = model_card("a.pt", replace(small, **parts), {})
         assert card.startswith("# Image classifier\n\nAn image classifier for 7 classes, ")
         assert f"nobody's together: stem {parts.get('stem', 'patches')} of [" in card
         assert said in card
         citations = card.partition("## Citation")[2]
         assert {name for name, paper in cited.items() if f"arXiv:{paper}" in citations} == whose
-    assert "A [CBT](https://arxiv.org/abs/2509.16875) image classifier" in model_card(
-        "a.pt", ModelConfig(**small, mixer="cbsa", stem="convolutions"), {}
-    )
+    cbt = replace(small, mixer="cbsa", stem="convolutions")
+    assert "A [CBT](https://arxiv.org/abs/2509.16875) image classifier" in model_card("a.pt", cbt, {})

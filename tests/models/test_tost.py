@@ -254,6 +254,38 @@ def test_a_published_checkpoint_is_read_with_the_options_of_its_command(
     assert f" {parameters:,}\n" in describe(path)  # running statistics are none
 
 
+@pytest.mark.parametrize(
+    ("content", "stretched", "said"),
+    [
+        (("model", "optimizer", "scaler"), True, 'by a "scaler" and neither "epoch" nor "args" in it'),  # finetune.py's
+        (("net", "acc", "epoch"), True, 'by "acc" beside "net"'),  # which finetune.py --resume reads
+        (("model", "epoch", "args", "scaler"), False, ""),  # main.py's
+        (("model", "epoch", "args"), False, ""),  # main.py's best_model.pth
+        (("model",), False, "nothing in it says whether it was fine-tuned"),
+        (("state_dict", "epoch"), False, "nothing in it says whether it was fine-tuned"),
+        (("net",), False, "nothing in it says whether it was fine-tuned"),
+    ],
+)
+def test_images_are_prepared_as_the_code_does_that_wrote_the_file(
+    golden: dict[str, Any], tmp_path: Path, content: tuple[str, ...], stretched: bool, said: str
+) -> None:
+    weights = {f"module.{name}": tensor for name, tensor in golden["state_dict"].items()}
+    beside = _checkpoint(golden) | {"acc": 97.5}
+    names = ("model", "state_dict", "net")
+    torch.save({key: weights if key in names else beside[key] for key in content}, tmp_path / "tost.t7")
+    found = read_weights(tmp_path / "tost.t7")
+    prepared = {key: found.meta[key] for key in ("eval_fit", "resize_filter") if key in found.meta}
+    assert prepared == ({"eval_fit": "stretch", "resize_filter": "bilinear"} if stretched else {})
+    assert found.kind == ("reference fine-tuning" if stretched else "reference")
+    assert said in " ".join(found.notes)
+    assert bool(found.notes) == bool(said)
+
+
+def test_the_whole_centre_is_evaluated_where_the_options_say_so(golden: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(_checkpoint(golden, args=argparse.Namespace(full_crop=True)), tmp_path / "full.pth")
+    assert read_weights(tmp_path / "full.pth").meta["eval_crop"] == 1.0
+
+
 def test_the_average_is_converted_when_asked_for_and_missed_when_not_there(
     golden: dict[str, Any], tmp_path: Path
 ) -> None:

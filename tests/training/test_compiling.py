@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -19,16 +20,18 @@ import torch
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
-from crate_dist.config import AugmentSection, ImageSection, Recipe
+from crate_dist.config import AugmentSection, ImageSection, Recipe, build_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.doctor.end_to_end import compiled_seconds
+from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import CompiledCache
+from crate_dist.training.engine import Engine
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -192,6 +195,37 @@ def test_where_one_rank_has_an_older_gpu_all_agree_before_any_compiles(tmp_path:
         assert tries
         assert not compiles
         assert "(rank 1: Triton needs a GPU of compute capability 7.0, and this one has 6.1)" in log
+
+
+def the_family(world: World, device: torch.device) -> list[tuple[int, bool, bool, bool]]:
+    """Of ToST under autocast and CBT in fp32: graphs, and whether losses, statistics and logits are those of eager."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]  # all but kernels
+    found = []
+    for arch, precision in (("tost_tiny_12", "autocast"), ("cbt_tiny", "fp32")):
+        model = {"arch": arch, "width": 32, "heads": 2, "depth": 3, "image_size": 32, "patch_size": 8, "drop_path": 0.3}
+        train = {"global_batch": 8, "micro_batch": 4, "group": 2, "epochs": 1, "precision": precision}
+        whole = {"name": arch, "model": model, "optim": {"name": "adamw", "lr": 1e-3}}
+        settings = [build_recipe({**whole, "train": {**train, "compile": each}}, "a test") for each in (True, False)]
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        engines = [Engine(build_model(each.model, 7, seed=0), each, device, 4, 2) for each in settings]
+        images, labels = (part.split(4) for part in (each[:8] for each in batch_of(0, world)))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            losses = [[each.step(zip(images, labels, strict=True), 1e-3, n).loss for n in range(2)] for each in engines]
+            logits = [engine.predict(images[0]) for engine in engines]
+        norms = [[value for name, value in each.module.state_dict().items() if "running" in name] for each in engines]
+        within = 1e-2 if precision == "autocast" else 1e-4
+        same = [
+            all(torch.allclose(a, b, rtol=within, atol=within) for a, b in zip(*pair, strict=True))
+            for pair in (losses, norms, logits)
+        ]
+        found.append((torch._dynamo.utils.counters["stats"]["unique_graphs"], *same))
+    return found
+
+
+def test_what_the_family_has_beside_crate_is_compiled_whole_once_and_computes_the_same() -> None:
+    # Under autocast the first layer of ToST reads bf16 tokens, and the others fp32: two graphs more.
+    assert spawn(the_family, 1) == [[(8, True, True, True), (6, True, True, True)]]
 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:

@@ -226,9 +226,7 @@ def test_two_parts_that_call_their_measures_alike_are_both_named(
     ):
         profile(of_new_parts, [images(16, 16)])
     monkeypatch.setattr(Coordinates, "measures", lambda self, w: {})
-    layer = of_new_parts.layers[1]
-    assert isinstance(layer, CrateLayer)
-    layer.tokenwise.found = {"rate": "this layer has none"}  # type: ignore[misc]
+    monkeypatch.setattr(of_new_parts.layers[1].get_submodule("sparse"), "found", {"rate": "this layer has none"})
     with pytest.raises(UserError, match=r'"rate" is measured of some layers .* of others not: this layer has none'):
         profile(of_new_parts, [images(16, 16)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from crate_dist.config.parts import MIXERS, TOKENWISE
@@ -88,5 +89,11 @@ class Layer(nn.Module, ABC):
 
 
 def dropped(branch: Tensor, factors: Tensor | None) -> Tensor:
-    """Scales each image of a branch (b, n, d) by its factor (b,)."""
-    return branch if factors is None else branch * factors[:, None, None]
+    """Scales each image of a branch (b, n, d) by its factor, fp32 (b,), and rounds once to the type of the tokens.
+
+    That is fp32 under autocast, and otherwise the branch's own: in bf16 1 / 0.85 by itself would be 0.27 % off.
+    """
+    if factors is None:
+        return branch
+    scaled = branch * factors[:, None, None]
+    return scaled if torch.is_autocast_enabled(branch.device.type) else scaled.to(branch.dtype)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from crate_dist.config import WeightsKind
 from crate_dist.models.batch_norm import STATISTICS
-from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.arrays import is_archive, open_arrays
@@ -45,6 +44,7 @@ from crate_dist.models.weights.names import (
     recognised,
 )
 from crate_dist.models.weights.opening import open_file, options_of
+from crate_dist.models.weights.provenance import of_checkpoint, of_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,10 @@ class Weights:
         in_shapes = self.family.tells(self.state_dict).get("heads") if self.family else None
         if heads or told or in_shapes:
             return config, self.notes
+        assert self.family is not None  # whose size told them
+        published = self.family.published(config.dim, config.depth, config.patch_size)
         taken = (
-            f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
+            f"it does not tell its heads: {config.heads} taken, as in the published {published}, which has its "
             "width, depth and patches; --heads N would say otherwise"
         )
         return config, (*self.notes, taken)
@@ -161,25 +163,28 @@ def load_model(
 def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
     """Reads a checkpoint of somebody's training, `content`, whose weights stand under `key`."""
     renamed, family, _ = recognised(state)
-    trained = key == (family.key or "state_dict")
-    meta = dict(family.evaluated if trained else family.fine_tuned)
-    options = options_of(content)
+    origin, options = of_checkpoint(family, key, content), options_of(content)
+    meta = dict(origin.images)
     meta |= {"arch": options["model"]} if isinstance(options.get("model"), str) else {}
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
-    return _joined("reference" if trained else "reference fine-tuning", renamed, family, meta, told)
+    kind = "reference fine-tuning" if origin.fine_tuned else "reference"
+    return _joined(kind, renamed, family, meta, {**origin.told, **told}, origin.notes)
 
 
 def _of_others(kind: str, state: Mapping[str, Tensor]) -> Weights:
     """Reads tensors alone; those of a published code are known by their names."""
     renamed, family, published = recognised(state)
-    return _joined(kind, renamed, family, dict(family.evaluated) if published else {}, {})
+    origin = of_tensors(family, published)
+    return _joined(kind, renamed, family, dict(origin.images), {}, origin.notes)
 
 
-def _joined(kind: str, state: StateDict, family: Family, meta: dict[str, Any], told: Mapping[str, Any]) -> Weights:
+def _joined(
+    kind: str, state: StateDict, family: Family, meta: dict[str, Any], told: Mapping[str, Any], notes: tuple[str, ...]
+) -> Weights:
     state_dict, note = join_classifier_heads(state)
-    return Weights(kind, state_dict, None, meta, told, (note,) if note else (), family)
+    return Weights(kind, state_dict, None, meta, told, (*filter(None, [note]), *notes), family)
 
 
 def _is_possible(name: str, value: Any) -> bool:
