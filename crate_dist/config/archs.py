@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from crate_dist.config.keys import nearest
-from crate_dist.config.parts import OPTIONS
-
-HALVINGS = {4: 2, 8: 3, 16: 4}
-"""Convolutions of stride 2 that make a patch, by its size in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,61 +109,3 @@ ARCHS: dict[str, Arch] = {
     "vit_tiny": _VIT_TINY,  # 5.72 M
     "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
 }
-
-
-def unread(arch: Arch) -> set[str]:
-    """Returns the settings of a model that none of its parts reads."""
-    mlp_in_head, names = arch.head == "class_attention", set[str]()
-    if arch.tokenwise in ("ista", "none") and not mlp_in_head:
-        names.add("ratio")
-    if arch.tokenwise in ("mlp", "none"):
-        names |= {"ista_step", "ista_threshold"}
-    if arch.head in ("mean_patches", "mean_patches_twice", "class_attention"):
-        names.add("pool")
-    if arch.residual == "crate" and not mlp_in_head:
-        names.add("layer_scale")
-    return names
-
-
-def check_mixer(arch: Arch) -> None:
-    """Raises ValueError when the mixer needs a class token, and there is none in the layers."""
-    if arch.mixer == "cbsa" and not arch.class_token:
-        raise ValueError(
-            'mixer = "cbsa", as published, needs the class token, over which its grid lies; class_token = true, or '
-            'mixer = "cbsa_aligned", would do'
-        )
-
-
-def options_of(arch: Arch) -> dict[str, float]:
-    """Returns the numbers that the parts of an architecture have of their own, with their defaults."""
-    parts = (arch.stem, arch.mixer, arch.tokenwise, arch.residual, arch.head)
-    return {name: default for part in parts for name, default in OPTIONS.get(part, {}).items()}
-
-
-def check_options(arch: Arch, given: Mapping[str, float]) -> None:
-    """Raises ValueError when no part of an architecture takes an option, or when its value is no such number."""
-    known = options_of(arch)
-    for name, value in given.items():
-        if name not in known:
-            there = f"they take {', '.join(known)}" if known else "they take none"
-            raise ValueError(f"no part of this model takes options.{name}{nearest(name, known)}; {there}")
-        whole = isinstance(known[name], int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
-            raise ValueError(f"options.{name} is a {'whole ' * whole}number, not {value!r}")
-        if whole and value < 1:
-            raise ValueError(f"options.{name} is a whole number above 0, not {value!r}")
-
-
-def check_patches(arch: Arch, patch_size: int) -> None:
-    """Raises ValueError when the stem has no such patches, or its convolutions' widths are no whole numbers."""
-    if arch.stem != "convolutions":
-        return
-    if patch_size not in HALVINGS:
-        sizes = ", ".join(map(str, HALVINGS))
-        raise ValueError(f"the stem of convolutions halves the image: patch_size is one of {sizes}, not {patch_size}")
-    narrowest = 2 ** (HALVINGS[patch_size] - 1)
-    if arch.dim % narrowest:
-        raise ValueError(
-            f"the stem's first convolution is of width {arch.dim} / {narrowest} for patches of {patch_size} pixels; "
-            f"{arch.dim // narrowest * narrowest or narrowest} would divide"
-        )

@@ -12,10 +12,7 @@ from crate_dist.models import costs
 from crate_dist.models.config import ModelConfig, model_config
 
 IN_HAND = 6
-"""Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
-
-WIDE_IN_HAND = {"mlp": 2, "odl": 4, "odl_coupled": 4}
-"""Token-wise part -> tensors of the width within it that it holds as well."""
+"""Tensors of the tokens' size that a layer's backward pass holds at a time, beside what its parts' rules say."""
 
 RESERVE = 0.12
 """Share of a card's memory that is left alone."""
@@ -34,8 +31,8 @@ def kept_bytes(recipe: Recipe, images: int) -> int:
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     """Counts the most bytes that a rank of `world_size` needs at a time."""
     config, precision = _config(recipe), recipe.train.precision
-    widths = IN_HAND + WIDE_IN_HAND.get(config.tokenwise, 0) * config.ratio
-    in_hand = widths * micro_batch * config.num_tokens * config.dim * _bytes(recipe)
+    tokens = micro_batch * config.num_tokens * config.dim
+    in_hand = (IN_HAND * tokens + costs.in_hand(config, micro_batch)) * _bytes(recipe)
     if recipe.train.recompute:
         in_hand += costs.kept_bytes(config, micro_batch, precision) // config.depth  # of the layer computed again
     passing = kept_bytes(recipe, micro_batch) + in_hand

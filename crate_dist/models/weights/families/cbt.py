@@ -44,6 +44,7 @@ FAMILY = Family(
         "head.norm": "mlp_head.0",
         "head.linear": "mlp_head.1",
     },
+    options={"cells": 8},
     marks=("layers.0.cbsa.step_x",),
     tells=_tells,
 )

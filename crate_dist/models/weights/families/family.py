@@ -26,6 +26,7 @@ class Family:
     sizes: its rows in config/archs.py, each with the patch sizes at which width and depth tell it from all others
     parts: what all of its models have otherwise than these rows
     names: our module paths, and theirs; {} stands for the number of a layer
+    options: the numbers of their own that its parts have, as that code has them
     marks: our names of tensors by which its files are known
     turned: by our names, what makes our tensor of theirs, and theirs of ours, where these are not the same
     tells: what the shapes of its weights tell of a ModelConfig, by field, beside what those of all families do
@@ -42,6 +43,7 @@ class Family:
     names: Mapping[str, str]
     marks: tuple[str, ...]
     parts: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, float] = field(default_factory=dict)
     turned: Mapping[str, tuple[Turn, Turn]] = field(default_factory=dict)
     tells: Callable[[StateDict], dict[str, Any]] = lambda _: {}
     key: str | None = "state_dict"
