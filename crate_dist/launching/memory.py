@@ -2,7 +2,8 @@
 
 Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and the
 state of ZeRO-2. Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the
-context of CUDA. For a model with a part that has no rule in costs.py all functions but `advice` raise its NotKnown.
+context of CUDA. For a model with a part that has no rule in costs.py all functions but `advice` and `checkpoint_bytes` raise its
+NotKnown.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ def state_bytes(recipe: Recipe, world_size: int) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
-    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32."""
-    return parameters(recipe, classes) * 4 * (1 + _states(recipe.optim))
+    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32.
+
+    What parts without a rule add is not counted.
+    """
+    return costs.least_parameters(_config(recipe, classes)) * 4 * (1 + _states(recipe.optim))
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:
