@@ -7,8 +7,8 @@
 DIR holds CIFAR-10 as shards. Each member is configs/cifar10_family.toml with the model that --help lists, trained by
 launch/local.py into WORK/<member>-seed<N>. What has been run already is not run again, and a run that was interrupted
 goes on; more seeds or members may be added at any time. CRATE-α is reached from CRATE in the three steps of its
-ablation (Yang et al. 2024, arXiv 2405.20299, table 5). ToST and CBT begin with convolutions, the others with patches;
-the last three members have the stem of ToST, so that the layers are what differs.
+ablation (Yang et al. 2024, arXiv 2405.20299, table 5). ToST and CBT begin with convolutions, where the others cut
+patches; so that it is the layers that differ, CRATE, CRATE-α and ViT are trained with that stem as well.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -37,19 +38,32 @@ from crate_dist.figures.sheet import Sheet
 
 REPO = Path(__file__).resolve().parents[1]
 SIZE = ("width=96", "depth=4", "heads=4")
-MEMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "crate": ("CRATE", ()),
-    "overcomplete": ("CRATE, overcomplete", ("tokenwise=odl_coupled",)),
-    "decoupled": ("CRATE, overcomplete, decoupled", ("tokenwise=odl",)),
-    "alpha": ("CRATE-α: and residual", ("tokenwise=odl", "residual=pre_norm")),
-    "tost": ("ToST", ("arch=tost_tiny_12", *SIZE)),
-    "cbt": ("CBT", ("arch=cbt_tiny", *SIZE)),
-    "vit": ("ViT", ("arch=vit_tiny", *SIZE)),
-    "crate_convolutions": ("CRATE, stem of ToST", ("stem=convolutions",)),
-    "alpha_convolutions": ("CRATE-α, stem of ToST", ("tokenwise=odl", "residual=pre_norm", "stem=convolutions")),
-    "vit_convolutions": ("ViT, stem of ToST", ("arch=vit_tiny", *SIZE, "stem=convolutions")),
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the comparison. stem: what it begins with; model: what of [model] is set."""
+
+    name: str
+    stem: str
+    model: tuple[str, ...] = ()
+
+
+ALPHA = ("tokenwise=odl", "residual=pre_norm")
+VIT = ("arch=vit_tiny", *SIZE)
+MEMBERS = {
+    "crate": Member("CRATE", "patches"),
+    "overcomplete": Member("CRATE, overcomplete", "patches", ("tokenwise=odl_coupled",)),
+    "decoupled": Member("CRATE, overcomplete, decoupled", "patches", ("tokenwise=odl",)),
+    "alpha": Member("CRATE-α", "patches", ALPHA),
+    "vit": Member("ViT", "patches", VIT),
+    "crate_convolutions": Member("CRATE", "convolutions", ("stem=convolutions",)),
+    "alpha_convolutions": Member("CRATE-α", "convolutions", (*ALPHA, "stem=convolutions")),
+    "tost": Member("ToST", "convolutions", ("arch=tost_tiny_12", *SIZE)),
+    "cbt": Member("CBT", "convolutions", ("arch=cbt_tiny", *SIZE)),
+    "vit_convolutions": Member("ViT", "convolutions", (*VIT, "stem=convolutions")),
 }
-"""Name, and what of [model] is set, by the name of the run."""
+"""By the name of the run; the first of each stem is what the others of that stem are compared with."""
 
 
 def main() -> int:
@@ -65,7 +79,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    members = "\n".join(f"  {key:<19} {name:<31} {' '.join(model)}" for key, (name, model) in MEMBERS.items())
+    members = "\n".join(f"  {key:<19} {each.name:<31} {' '.join(each.model)}" for key, each in MEMBERS.items())
     parser = measuring.parser(f"{__doc__}\nmembers, and what of [model] they set:\n{members}")
     steps = parser.add_subparsers(required=True, metavar="train | report")
     work = measuring.option("--work", type=Path, default=Path("runs/family"), metavar="DIR", help="[%(default)s]")
@@ -113,7 +127,7 @@ def folder(arguments: argparse.Namespace, member: str, seed: int) -> Path:
 
 def run(arguments: argparse.Namespace, member: str, seed: int, cores: set[int]) -> None:
     """Trains one member on some cores, into a log beside its folder. Raises CalledProcessError."""
-    place, settings = folder(arguments, member, seed), [f"model.{each}" for each in MEMBERS[member][1]]
+    place, settings = folder(arguments, member, seed), [f"model.{each}" for each in MEMBERS[member].model]
     command = [sys.executable, str(REPO / "launch" / "local.py"), "--arch", arguments.arch, "--ranks", "1"]
     command += ["--data", str(arguments.data.absolute()), "--run-dir", str(place), "--seed", str(seed)]
     command += [part for text in settings + arguments.overrides for part in ("--set", text)]
@@ -139,18 +153,20 @@ def report(arguments: argparse.Namespace) -> None:
         sys.exit(f"error: no finished run in {arguments.work}; `train` makes them")
     rows = [
         [
-            MEMBERS[member][0],
+            MEMBERS[member].name,
+            MEMBERS[member].stem,
             f"{result['parameters'] / 1e6:.2f}",
             *(f"{run[max(run)]:.2f}" for run in result["top1"].values()),
             f"{result['mean']:.2f} ± {result['std']:.2f}",
-            shown(result["less_crate"]),
+            shown(result["less_first"]),
         ]
         for member, result in found.items()
     ]
     seeds = max((list(result["top1"]) for result in found.values()), key=len)
     for row in rows:
-        row[2:-2] += [""] * (len(seeds) - len(row[2:-2]))
-    head = ["CIFAR-10, top-1 in %", "parameters, M", *(f"seed {seed}" for seed in seeds), "mean ± std", "less CRATE"]
+        row[3:-2] += [""] * (len(seeds) - len(row[3:-2]))
+    head = ["CIFAR-10, top-1 in %", "stem", "parameters, M", *(f"seed {seed}" for seed in seeds)]
+    head += ["mean ± std", "less CRATE of that stem"]
     measuring.print_table(head, rows)
     if arguments.figure:
         draw(found, arguments.figure)
@@ -169,14 +185,15 @@ def collect(work: Path) -> dict[str, Any]:
                 top1[member][path.parent.name.rpartition("-seed")[2]] = of_run
     for member, runs in top1.items():
         last = values(runs, max(steps_of([runs])))
-        base = values(top1.get("crate", {}), max(steps_of([runs])))
-        compared = member != "crate" and min(len(last), len(base)) > 1
+        first = next(key for key, each in MEMBERS.items() if each.stem == MEMBERS[member].stem)
+        base = values(top1.get(first, {}), max(steps_of([runs])))
+        compared = member != first and min(len(last), len(base)) > 1
         found[member] = {
             "top1": runs,
             "parameters": parameters(work / f"{member}-seed{next(iter(runs))}"),
             "mean": statistics.mean(last),
             "std": statistics.stdev(last) if len(last) > 1 else 0.0,
-            "less_crate": difference(last, base) if compared else None,
+            "less_first": difference(last, base) if compared else None,
         }
     return found
 
@@ -195,19 +212,22 @@ def shown(found: dict[str, float] | None) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draws top-1 over the steps: a thin line for each seed, a thick one for their mean."""
-    lines = []
-    for number, (member, result) in enumerate(found.items()):
+    """Draws top-1 over the steps, a panel for each stem: a thin line for each seed, a thick one for their mean."""
+    lines: dict[str, list[Line]] = defaultdict(list)
+    names = list(dict.fromkeys(MEMBERS[member].name for member in found))
+    for member, result in found.items():
         runs: Runs = result["top1"]
         steps = [step for step in steps_of([runs]) if len(values(runs, step)) == len(runs)]
         means = np.array([statistics.mean(values(runs, step)) for step in steps])
         each = [(np.array(list(run), float), np.array(list(run.values()))) for run in runs.values()]
-        lines.append(Line(MEMBERS[member][0], np.array(steps, float), means, each=each, style=number))
-    panel = Panel(
-        "step", "top-1 on the test images [%]", lines, "CIFAR-10, the same budget for all", each_label="one seed"
-    )
+        name, style = MEMBERS[member].name, names.index(MEMBERS[member].name)
+        lines[MEMBERS[member].stem].append(Line(name, np.array(steps, float), means, each=each, style=style))
+    panels = [
+        Panel("step", "top-1 on the test images [%]", of_stem, f"CIFAR-10, stem: {stem}", each_label="one seed")
+        for stem, of_stem in lines.items()
+    ]
     sheet = Sheet(path.parent, (path.suffix.removeprefix("."),))
-    sheet.save(charts(sheet, [panel]), path.stem)
+    sheet.save(charts(sheet, panels), path.stem)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tells the memory that a rank needs for a model's weights by ZeRO-2, from DeepSpeed's own partitions, and without it.
 
-    python benchmarks/memory.py [--arch crate_alpha_large:14 crate_alpha_huge:14] [--ranks 8 32 64]
+    python benchmarks/memory.py [--arch crate_alpha_large:14 crate_alpha_huge:14] [--ranks 8 32 64] [--precision bf16]
 
 One process stands as the last of ranks that are not there (crate_dist/doctor/fake_cluster.py), has DeepSpeed partition
 a model whose weights nobody drew, and takes an optimizer step, so that all is there that a run keeps between its steps;
@@ -9,7 +9,7 @@ its tensors are counted. It takes some 6 bytes of memory per parameter itself.
 Plain data parallel is the same with nothing partitioned: the whole of master weights, summed gradients and what the
 optimizer keeps, in fp32, on every rank. DDP with autocast is torch's: weights, gradients and what the optimizer keeps
 in fp32, with gradients that lie in its buckets (gradient_as_bucket_view), by rule. What a pass keeps comes to each of
-them, and grows with the micro-batch: models/costs.py, in bf16.
+them, and grows with the micro-batch: models/costs.py.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def main() -> int:
     for name in given.arch:
         arch, _, patch = name.partition(":")
         overrides = [f"model.arch={arch}", f"model.patch_size={patch or 16}", f"optim.name={given.optimizer}"]
-        recipe = load_recipe("crate_base", [*overrides, "train.precision=bf16"])
+        recipe = load_recipe("crate_base", [*overrides, f"train.precision={given.precision}"])
         config = model_config(recipe.model, given.classes)
-        count, image = costs.parameters(config), costs.kept_bytes(config, 1, "bf16")
+        count, kept = costs.parameters(config), [costs.kept_bytes(config, n, given.precision) for n in (1, 2)]
+        image, once = kept[1] - kept[0], 2 * kept[0] - kept[1]
         print(
-            f"{name}: {count / 1e6:.2f} M parameters, {given.optimizer}; a pass keeps {image / 1e6:,.0f} MB per image\n"
+            f"{name}: {count / 1e6:.2f} M parameters, {given.optimizer}, {given.precision}; a pass keeps "
+            f"{image / 1e6:,.0f} MB per image and {once / 1e6:,.0f} MB whatever their number\n"
         )
         rows += (found := list(rows_of(recipe, given.classes, given.ranks, count)))
         head = [
@@ -60,7 +62,9 @@ def main() -> int:
             "DDP with autocast, GB",
         ]
         print_rows(head, found)
-    measuring.write_json(given.json, {"machine": facts, "optimizer": given.optimizer, "rows": rows})
+    measuring.write_json(
+        given.json, {"machine": facts, "optimizer": given.optimizer, "precision": given.precision, "rows": rows}
+    )
     return 0
 
 
@@ -100,7 +104,9 @@ def partitioned(recipe: Recipe, classes: int, world_size: int) -> dict[str, int]
     from crate_dist.training.zero import initialize
 
     with torch.device("meta"):
-        model = Transformer(model_config(recipe.model, classes)).bfloat16()
+        model = Transformer(model_config(recipe.model, classes))
+    if recipe.train.precision == "bf16":
+        model.bfloat16()
     model.to_empty(device="cpu")  # memory that nobody writes to is none
     with fake_cluster(world_size, rank=world_size - 1):
         optimizer = build_optimizer(parameter_groups(model, recipe.optim), recipe.optim)
@@ -132,6 +138,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64], metavar="N", help="%(default)s")
     parser.add_argument("--optimizer", choices=sorted(STATES), default="adamw", help="[%(default)s]")
+    parser.add_argument(
+        "--precision",
+        choices=["autocast", "bf16"],
+        default="autocast",
+        help="of the run: bf16 holds weights and gradients in half the bytes [%(default)s, as the recipes of CRATE-α]",
+    )
     parser.add_argument("--classes", type=int, default=1000, metavar="N", help="[%(default)s]")
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from crate_dist.evaluation.options import evaluate_parser
 
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from crate_dist.checkpoint.trained import Trained, load_trained
+from crate_dist.config import ImageSection
 from crate_dist.data.folder import ImageFolder, Indexed
 from crate_dist.distributed import exit_at_once
 from crate_dist.evaluation.accuracy import ClassCounts, Evaluation, Tally, evaluate
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output(arguments.json)
         check_output(arguments.csv)
         trained = load_trained(arguments.model, arguments.heads, arguments.weights)
+        trained = replace(trained, images=_prepared_as_asked(trained.images, arguments))
         sets = open_sets(arguments.data, arguments.also, arguments.split, trained, arguments.all_classes)
         if sets[0].corruptions and (dropped := [option for option in _OF_DATA if _is_given(arguments, option)]):
             raise CannotMeasure(
@@ -80,6 +82,13 @@ _OF_DATA = ("--real", "--per-class", "--worst", "--confusions", "--reliability",
 """Options that ask for more of what is found on --data."""
 _Prepared = tuple[Trained, list[EvalSet], RealLabels | None]
 _Say = Callable[[str], object]
+
+
+def _prepared_as_asked(images: ImageSection, arguments: argparse.Namespace) -> ImageSection:
+    """Returns how images are prepared, with what --crop and --resize-filter say otherwise."""
+    asked = {"eval_fit": "crop", "eval_crop": arguments.crop} if arguments.crop else {}
+    asked |= {"resize_filter": arguments.resize_filter} if arguments.resize_filter else {}
+    return images.model_copy(update=asked)
 
 
 def _is_given(arguments: argparse.Namespace, option: str) -> bool:
@@ -199,7 +208,8 @@ def _write(
         write_classes(arguments.csv, first)
     if arguments.json is not None:
         first_record, *others = [outcome.record() for outcome in outcomes]
-        whole = {"model": model.name, **first_record, "ranks": model.world.world_size, "also": others}
+        whole = {"model": model.name, "images": model.images.model_dump(), **first_record}
+        whole |= {"ranks": model.world.world_size, "also": others}
         whole["throughput"] = asdict(speed) if speed else None
         write_whole(arguments.json, json.dumps(whole, indent=1) + "\n")
 

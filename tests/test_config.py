@@ -331,3 +331,10 @@ def test_an_option_of_a_part_is_kept_compared_and_refused_where_no_part_takes_it
     ):
         with pytest.raises(RecipeError, match=said):
             load_recipe(recipe, [f"model.options.{option}"])
+
+
+def test_a_model_is_described_by_what_it_has_otherwise_than_its_architecture() -> None:
+    assert load_recipe("demo").model.described() == "crate_demo"
+    other = ["model.mixer=cbsa_aligned", "model.options.cells=2", "model.width=48", "model.norm_eps=1e-6"]
+    described = load_recipe("demo", other).model.described()
+    assert described == "crate_demo with width=48, mixer=cbsa_aligned, options.cells=2"

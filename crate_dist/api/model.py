@@ -27,7 +27,7 @@ from crate_dist.run.folder import runs_in
 
 _TAKES = (
     "load takes a run folder (its newest checkpoint), a checkpoint in one (checkpoints/step-…), or a file of weights: "
-    "model-best.pt, model-last.pt, .safetensors, a .pth.tar of the published code"
+    "model-best.pt, model-last.pt, .safetensors, a .pth.tar or .npz of the published code"
 )
 
 

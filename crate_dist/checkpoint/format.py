@@ -4,16 +4,16 @@
         manifest.json     step, world size, parameter groups, recipe, and a digest of every other file and of itself
         rank-00000.pt     this rank's partition of the fp32 master weights and of the optimizer's state
         rank-00001.pt     …
-        buffers.pt        what is no weight and the same on all ranks, of a model that has such
+        buffers.pt        what is not trained and the same on all ranks, of a model that has such
 
 ZeRO flattens each parameter group and cuts the flat vector into equal parts, one per rank, padding the last. So the
 files of a checkpoint are consecutive pieces of one vector per group and per kind of state, and a rank of any other
 world size copies from them the interval that is its own.
 
 A kind is nothing but a name in `kinds`: the average of the weights is one more, and is read and resharded as the others
-are. Buffers, as batch normalisation has them, stand once, written by rank 0, their names and shapes in the manifest;
-where there is an average of the weights, there is one of them. A program that does not know of buffers would lose them,
-so a manifest that has some says version 2, and any other 1.
+are. Buffers, as batch normalisation has them, and frozen parameters stand once, written by rank 0, their names and
+shapes in the manifest; where there is an average of the weights, there is one of them. A program that does not know of
+buffers would lose them, so a manifest that has some says version 2, and any other 1.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from crate_dist.run.checkpoints import checkpoint_names
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 BUFFERS = "buffers.pt"
-HEAD = "head.linear.bias"
-"""The parameter that has one number per class."""
+HEAD = "head.linear.weight"
+"""The weight that has one row per class."""
 WEIGHTS = "fp32"
 """The kind of state that every checkpoint has: the master weights."""
 AVERAGE = "ema"
@@ -130,6 +130,12 @@ class Manifest:
         """Shapes of the weights, by parameter name."""
         return {name: [*shape] for group in self.groups for name, shape in zip(group.names, group.shapes, strict=True)}
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the model's head; None where it has no head that is known here."""
+        head = self.buffers.get(HEAD) or self.shapes.get(HEAD, [])  # among the buffers where it is not trained
+        return head[0] if len(head) == 2 else None
+
 
 _PLAIN = TypeAdapter(Manifest)
 
@@ -201,7 +207,7 @@ def newest_manifest(checkpoints: Path) -> Manifest | None:
 def other_head(run: Path, manifest: Manifest, classes: int) -> str:
     """Says why a checkpoint cannot go on with data of so many classes, whatever is accepted; "" where it can."""
     asked = manifest.recipe.get("model.num_classes") or classes
-    there = (manifest.shapes.get(HEAD) or [asked])[0]
+    there = asked if manifest.num_classes is None else manifest.num_classes
     if there == asked:
         return ""
     return (

@@ -82,10 +82,10 @@ def load_trained(source: Path, heads: int | None = None, weights: WeightsKind | 
             f"'ema' weights were asked for, and {saved.path} has no moving average of the weights: its run had "
             "optim.ema_decay = 0; 'raw' are the weights themselves"
         )
-    head = saved.manifest.shapes.get(HEAD, [])
-    if len(head) != 1:
-        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no vector in it")
-    model, state_dict = build_model(recipe.model, head[0], seed=0), saved.weights(kind)
+    num_classes = saved.manifest.num_classes
+    if num_classes is None:
+        raise CheckpointError(f"{saved.path / MANIFEST} is not a CRATE's: {HEAD} is no matrix in it")
+    model, state_dict = build_model(recipe.model, num_classes, seed=0), saved.weights(kind)
     try:
         check_fit(state_dict, model.config)
     except WeightsError as error:

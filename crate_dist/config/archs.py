@@ -14,7 +14,8 @@ class Arch:
     positions: "learned", one for each token, or "fourier", of any grid
     class_token: whether one goes through the layers, before the patches
     norm_eps, head_norm_eps: added to the variance by the layers' norms and by the head's
-    out_bias: whether the mixer's output has a bias; layer_scale: first value of γ, which scales branches; 0: no γ
+    in_bias, out_bias: whether the mixer's first map has a bias, of the mixers that may have one, and its output
+    layer_scale: first value of γ, which scales branches; 0: no γ
     init: whose first weights, by the names in config/parts.py
     """
 
@@ -31,6 +32,7 @@ class Arch:
     head: str = "linear"
     norm_eps: float = 1e-5
     head_norm_eps: float = 1e-5
+    in_bias: bool = True
     out_bias: bool = True
     layer_scale: float = 0.0
     init: str = "parts"
@@ -97,6 +99,10 @@ ARCHS: dict[str, Arch] = {
     "cbt_small": _cbt(384, 12, 6),  # 6.67 M
     "cbt_base": _cbt(768, 12, 12),  # 25.69 M
     "cbt_large": _cbt(1024, 24, 16),  # 83.05 M
+    "cbsa_crate_tiny": replace(_cbt(192, 12, 3), mixer="mssa"),  # 1.79 M
+    "cbsa_crate_small": replace(_cbt(384, 12, 6), mixer="mssa"),  # 6.67 M
+    "cbsa_tost_tiny": replace(_cbt(192, 12, 3), mixer="tssa", in_bias=False),  # 1.79 M
+    "cbsa_tost_small": replace(_cbt(384, 12, 6), mixer="tssa", in_bias=False),  # 6.67 M
     "tost_tiny_12": _tost(192, 12, 4),  # 5.77 M
     "tost_small_12": _tost(384, 12, 8),  # 22.59 M
     "tost_tiny_24": _tost(192, 24, 4),  # 10.22 M

@@ -24,6 +24,7 @@ KEYS = _by_word(
         "model.heads": "num_heads n_heads n_head",
         "model.ratio": "mlp_ratio expansion overcomplete_ratio",
         "model.mixer": "attention attn attn_layer",
+        "model.in_bias": "qkv_bias",
         "model.drop_path": "drop_path_rate stochastic_depth",
         "model.layer_scale": "layerscale init_values eta",
         "model.image_size": "img_size input_size resolution crop_size size",

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from crate_dist.config.archs import ARCHS, Arch
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
-from crate_dist.config.rules import check_model, check_read, with_defaults
+from crate_dist.config.rules import check_model, check_read, differing, with_defaults
 from crate_dist.config.sections import AboveZero, Decay, Fraction, Positive, Section
 
 _OF_ARCH = tuple("width" if field.name == "dim" else field.name for field in fields(Arch))
@@ -49,6 +49,9 @@ class ModelSection(Section):
     head: Annotated[str | None, _one_of(HEADS)] = Field(None, description=f"from tokens to scores: {_list(HEADS)}")
     norm_eps: AboveZero | None = Field(None, description="added to the variance by the layers' norms")
     head_norm_eps: AboveZero | None = Field(None, description="added to the variance by the head's norm")
+    in_bias: bool | None = Field(
+        None, description="whether the mixer's first map has a bias; tssa and attention alone may have one"
+    )
     out_bias: bool | None = Field(None, description="whether the mixer's output has a bias")
     layer_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="first value of γ, by which pre_norm scales its branches; 0: no γ"
@@ -77,6 +80,14 @@ class ModelSection(Section):
         given = {"dim" if name == "width" else name: getattr(self, name) for name in _OF_ARCH}
         return replace(ARCHS[self.arch], **{name: value for name, value in given.items() if value is not None})
 
+    def described(self) -> str:
+        """Returns the architecture's name, with what is otherwise here: "crate_demo with mixer=tssa"."""
+        other = differing(self.parts(), ARCHS[self.arch])
+        usual = with_defaults(self.parts(), {})
+        other |= {f"model.options.{name}": value for name, value in self.options.items() if value != usual[name]}
+        words = [f"{key.removeprefix('model.')}={value}" for key, value in other.items()]
+        return f"{self.arch} with {', '.join(words)}" if words else self.arch
+
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         arch = self.parts()
@@ -88,7 +99,9 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _given_to_be_read(self, info: ValidationInfo) -> Self:
         """Holds what load_recipe was given against what the parts read; a recipe that is kept has everything."""
-        usual = asdict(ARCHS[self.arch])
-        for name in {key.removeprefix("model.") for key in (info.context or ())} & type(self).model_fields.keys():
-            check_read(self.parts(), name, getattr(self, name), usual.get(name, type(self).model_fields[name].default))
+        known = type(self).model_fields
+        usual = {name: field.default for name, field in known.items()} | asdict(ARCHS[self.arch])
+        for key, by_hand in (info.context or {}).items():
+            if key.startswith("model.") and (name := key.removeprefix("model.")) in known:
+                check_read(self.parts(), name, getattr(self, name), None if by_hand else usual[name])
         return self

@@ -53,14 +53,14 @@ STEMS = {
 
 MIXERS = {
     "mssa": Part("mixers.mssa.MSSA", reads={"dropout", "out_bias"}),  # CRATE
-    "tssa": Part("mixers.tssa.TSSA", reads={"dropout", "out_bias"}),  # ToST
+    "tssa": Part("mixers.tssa.TSSA", reads={"dropout", "in_bias", "out_bias"}),  # ToST
     "cbsa": Part(  # CBT; cells: rows and columns of its grid of representatives, shifted by one, as published
         "mixers.cbsa.CBSA", reads={"dropout", "out_bias"}, options={"cells": 8}, class_token=True
     ),
     "cbsa_aligned": Part(  # the same with the grid in its place
         "mixers.cbsa.AlignedCBSA", reads={"dropout", "out_bias"}, options={"cells": 8}
     ),
-    "attention": Part("mixers.attention.Attention", reads={"dropout", "out_bias"}),  # ViT
+    "attention": Part("mixers.attention.Attention", reads={"dropout", "in_bias", "out_bias"}),  # ViT
 }
 
 TOKENWISE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -170,7 +170,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         raise RecipeError(f"{path} is not TOML: {error}; a quote or a bracket may be missing there") from error
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
-    given = set[str]() if path.name == RECIPE_FILE else set(flatten(raw))
+    given = dict.fromkeys(() if path.name == RECIPE_FILE else flatten(raw), False)
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
     origins = {}
     for key, value in values.items():
@@ -185,7 +185,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         place = location(value.strip().strip("'\""))
         shown = value if isinstance(place, Path) else redacted(place)  # an error is output as well
         origins[RENAMED.get(key.strip(), key.strip())] = f"--set {key}={shown}"
-    recipe = build_recipe(raw, str(path), origins, given.union(origins))
+    recipe = build_recipe(raw, str(path), origins, given | dict.fromkeys(origins, True))
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
@@ -193,12 +193,16 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
 
 
 def build_recipe(
-    raw: Mapping[str, Any], origin: str, origins: Mapping[str, str] | None = None, given: Collection[str] = ()
+    raw: Mapping[str, Any],
+    origin: str,
+    origins: Mapping[str, str] | None = None,
+    given: Mapping[str, bool] | None = None,
 ) -> Recipe:
     """Validates nested plain values. Raises RecipeError: a line for each wrong key, which names where it was given.
 
     origins: by flat key, of values that are not from `origin`
-    given: flat keys that somebody gave, and did not find in a resolved recipe; each has to have a meaning
+    given: by flat key, of values that are not from a resolved recipe, whether the command line has them: there each has
+    to have a meaning, where a file may have one that is as if it were not there
     """
     try:
         return Recipe.model_validate(raw, context=given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 
 from crate_dist.config.archs import Arch
 from crate_dist.config.keys import nearest
@@ -58,13 +59,33 @@ def unread(arch: Arch) -> set[str]:
     return set(_readers()).difference(*(part.reads for part in parts_of(arch).values()))
 
 
-def check_read(arch: Arch, name: str, value: object, usual: object) -> None:
-    """Raises ValueError when no part of an architecture reads a setting that a user gave another value than usual."""
+def check_read(arch: Arch, name: str, value: object, usual: object = None) -> None:
+    """Raises ValueError when no part of an architecture reads a setting that a user gave. usual: a value that may be"""
     if name in unread(arch) and value not in (None, usual):
         raise ValueError(
             f"{name} {str(value).lower() if isinstance(value, bool) else value} would change nothing: no part of this "
             f"model reads it, only {', '.join(_readers()[name])} (config/parts.py says what each reads); leave it unset"
         )
+
+
+def differing(there: Arch, here: Arch) -> dict[str, object]:
+    """Returns the settings, by flat key, with which a model `here` would have the size and the parts of one `there`.
+
+    Options too, where both are a ModelConfig. What leaves no weights, norms' eps and first weights, is left out.
+    """
+    unseen = ("norm_eps", "head_norm_eps", "init")
+    names = [field.name for field in fields(Arch) if field.name not in unseen]
+    found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(here, name)}
+    keys = {f"model.{'width' if name == 'dim' else name}": value for name, value in found.items()}
+    defaults = with_defaults(there, {})
+    known, own = (defaults | with_defaults(one, getattr(one, "options", {})) for one in (there, here))
+    return keys | {f"model.options.{name}": value for name, value in known.items() if own[name] != value}
+
+
+def as_set(settings: Mapping[str, object]) -> str:
+    """Returns settings as a command line takes them: --set model.depth=2 --set model.out_bias=false."""
+    plain = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return " ".join(f"--set {key}={value}" for key, value in plain.items())
 
 
 def _readers() -> dict[str, list[str]]:

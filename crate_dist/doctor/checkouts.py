@@ -131,7 +131,7 @@ def _crate(module: ModuleType, c: ModelConfig) -> nn.Module:
 
 
 def _cbt(module: ModuleType, c: ModelConfig) -> nn.Module:
-    return _crate_like(module, c, "VisionTransformer", attn=module.CBSA, ffn=module.ISTA)
+    return _crate_like(module, c, "VisionTransformer", attn=getattr(module, c.mixer.upper()), ffn=module.ISTA)
 
 
 def _timm_like(module: ModuleType, c: ModelConfig, **parts: Any) -> nn.Module:
@@ -154,11 +154,12 @@ def _tost(module: ModuleType, c: ModelConfig) -> nn.Module:
     return _timm_like(module, c, eta=c.layer_scale, tokens_norm=True)
 
 
+_CBT = Source("cbt", "CBSA_image_classification/models.py", _cbt)
 SOURCES = {
     "CRATE": Source("crate", "model/crate.py", _crate),
     "CRATE-α": Source("alpha", "torch_inference/model/crate_alpha.py", _crate_like),
     "ToST": Source("tost", "tost_vision/tost.py", _tost),
-    "CBT": Source("cbt", "CBSA_image_classification/models.py", _cbt),
+    **dict.fromkeys(("CBT", "CRATE baseline of CBT", "ToST baseline of CBT"), _CBT),
     "ViT": Source("crate", "model/vit.py", partial(_timm_like, global_pool=True)),
 }
 """Name of a family -> where its model is published. CRATE's code has the ViT that it compares with."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from crate_dist.arguments import Parser, positive, whole_number
-from crate_dist.config import DATA_VARIABLE
+from crate_dist.config import DATA_VARIABLE, ResizeFilter
 from crate_dist.locations import location
 
 KS = (10, 20, 100, 200)
@@ -43,6 +44,16 @@ def evaluate_parser(description: str | None) -> Parser:
     )
     parser.add_argument(
         "--all-classes", action="store_true", help="where the data have fewer classes, let all of the model's compete"
+    )
+    parser.add_argument(
+        "--crop",
+        type=_share,
+        metavar="X",
+        help="resize the short side to the model's / X and take the middle: 0.875 is the usual 256 and 224, 1.0 what "
+        "ToST's --full_crop does [as its run did, or as its published code does]",
+    )
+    parser.add_argument(
+        "--resize-filter", choices=get_args(ResizeFilter), help="of those resizes [as its run, or published code]"
     )
     parser.add_argument(
         "--max-bad-fraction", type=float, metavar="X", help="of the samples may be unreadable [as in training]"
@@ -111,6 +122,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], help="of the products [as in training]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+
+
+def _share(text: str) -> float:
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the short side, above 0 and up to 1")
+    return number
 
 
 def _above_zero(text: str) -> float:

@@ -2,7 +2,7 @@
 
 Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and the
 state of ZeRO-2. Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the
-context of CUDA. For a model with a part that has no rule in costs.py all functions but `advice` and `checkpoint_bytes` raise its
+context of CUDA. For a model with a part that has no rule in costs.py all but `advice` and `checkpoint_bytes` raise its
 NotKnown.
 """
 

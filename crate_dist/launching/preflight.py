@@ -13,6 +13,7 @@ from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
 from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.checkpoint.mirror.record import DamagedRecord
 from crate_dist.config import Recipe, RecipeError, derive_batch
+from crate_dist.config.rules import as_set, differing
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import Splits, open_splits
@@ -41,10 +42,12 @@ class Preflight:
     """Digest of data that the run is to go on with though they are not its checkpoint's; False: of none."""
     mirror: MirrorFound | None = None
     trackers: tuple[str, ...] = ()
+    origin: str = ""
+    """What the run that it begins from has otherwise in its model."""
 
     def __str__(self) -> str:
         batch = self.micro_batch * self.accumulation * self.world_size
-        begins = [] if self.resumes else [("begins from", str(self.init_from or "random weights"))]
+        begins = [] if self.resumes else [("begins from", f"{self.init_from or 'random weights'}{self.origin}")]
         lines = [
             ("run folder", f"{self.folder.path} ({'goes on' if self.resumes else 'new'})"),
             *([("mirror", str(self.mirror))] if self.mirror else []),
@@ -128,11 +131,12 @@ def preflight(
         problems.append(str(error))
     except OSError as error:
         problems.append(f"cannot look into the run folder {run_dir}: {error.strerror}; --run-dir names another")
+    origin = ""
     try:
         if recipe.train.init_from and (
             start_over or not (folder.has_begun() or restored)
         ):  # else it goes on from its own
-            check_init_from(recipe.train.init_from, recipe)
+            origin = check_init_from(recipe.train.init_from, recipe)
     except RecipeError as error:
         problems.append(str(error))
     if "wandb" in recipe.log.trackers and find_spec("wandb") is None:
@@ -157,12 +161,14 @@ def preflight(
         accepted_data=accepted_data,
         mirror=mirror,
         trackers=recipe.log.trackers,
+        origin=origin,
     )
 
 
-def check_init_from(source: Path, recipe: Recipe) -> None:
-    """Looks at --init-from as far as that goes without reading the weights.
+def check_init_from(source: Path, recipe: Recipe) -> str:
+    """Looks at --init-from as far as that goes without reading the weights; says which parts are others, "" for none.
 
+    Parts of other names may have the same weights, which is seen when the run starts.
     Raises RecipeError: there is nothing, nothing that could be weights, or the run of a model of another size.
     """
     given = f"--init-from {source}"
@@ -173,7 +179,7 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
     if not os.access(source, os.R_OK):
         raise RecipeError(f"{given}: no permission to read it")
     if source.is_file():
-        return
+        return ""
     run = RunFolder(source)
     if run.recipe_file.is_file():
         if not checkpoint_names(run.checkpoints):
@@ -193,6 +199,19 @@ def check_init_from(source: Path, recipe: Recipe) -> None:
             f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "
             f"--set model.arch={there.arch} would fit"
         )
+    other = differing(there.parts(), here.parts())
+    size = {key: value for key, value in other.items() if key in ("model.width", "model.depth", "model.heads")}
+    if size:
+        raise RecipeError(
+            f"{given}: its weights are those of a {there.described()}, and the recipe's model is a {here.described()}; "
+            f"{as_set(size)} would fit"
+        )
+    other |= {
+        f"model.options.{name}": value for name, value in there.options.items() if here.options.get(name) != value
+    }
+    if recipe.train.init_head == "new":
+        other.pop("model.head", None)
+    return f", whose model has other parts: {as_set(other)}" if other else ""
 
 
 def folder_of_weights(source: Path) -> Path:

@@ -43,8 +43,8 @@ def summary(recipe: Recipe, run: Preflight) -> str:
         ("memory", memory),
         (
             "checkpoints",
-            f"{more}{size(saved)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "
-            f"best are kept: {more}{size(kept * saved)} of {size(free)} free{short}",
+            f"{more}{size(saved)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and "
+            f"the best are kept: {more}{size(kept * saved)} of {size(free)} free{short}",
         ),
     ]
     return "\n".join([str(run), *(labelled(name, text) for name, text in lines)])

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Names of the running statistics among a module's weights."""
+STATISTICS = {"running_mean": torch.float32, "running_var": torch.float32, "num_batches_tracked": torch.int64}
+"""Names of the running statistics among a module's weights, and their types, whatever those of the weights are."""
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
@@ -40,13 +40,15 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         self.register_buffer("pending", torch.zeros(2 * channels + 1, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, rows, cols) -> the same; statistics in fp32.
+        """(b, c, rows, cols) -> the same; statistics in fp32, of fp64 in fp64. Channels that lie last stay there.
 
         Raises ValueError in training when the batch does not divide into groups.
         """
-        scale, shift = self.weight.float(), self.bias.float()
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = self.weight.to(exact), self.bias.to(exact)
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, eps=self.eps)
+            mean, var = self.running_mean.to(exact), self.running_var.to(exact)
+            return F.batch_norm(x, mean, var, scale, shift, eps=self.eps)
         images = len(x)
         group = self.group or images
         if images % group:
@@ -56,23 +58,29 @@ class GroupedBatchNorm(nn.BatchNorm2d):
                 f"the group, such as {fitting}"
             )
         groups = images // group
-        # The groups become channels: one call normalises all of them, and nothing is copied where there is one.
-        mean, var = torch.zeros(2, groups * self.num_features, device=x.device)
-        x = x.unflatten(0, (groups, group)).transpose(0, 1).flatten(1, 2)
+        # The groups become channels: one call normalises all of them, and nothing is copied where there is one. Seen
+        # with the channels last, in which order they are copied where there are more.
+        mean, var = torch.zeros(2, groups * self.num_features, dtype=exact, device=x.device)
+        pixels = x.permute(0, 2, 3, 1).unflatten(0, (groups, group)).movedim(0, 3).flatten(3)
+        x = pixels.permute(0, 3, 1, 2)
         x = F.batch_norm(x, mean, var, scale.repeat(groups), shift.repeat(groups), True, 1.0, self.eps)
         with torch.no_grad():  # what a momentum of 1 has left in them: each group's mean and unbiased variance
             sums = [statistic.view(groups, -1).sum(0) for statistic in (mean, var)]
             self.pending += torch.cat((*sums, sums[0].new_full((1,), groups)))
-        return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        pixels = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 0).flatten(0, 1)
+        return pixels.permute(0, 3, 1, 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedBatchNorm:
-        """Casts and moves as torch does, but for the buffers' type."""
+        """Casts and moves as torch does, but that the statistics have their own types afterwards."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, now in self._buffers.items():
             was = before[name]
-            if now is not None and was is not None and now.dtype != was.dtype:
-                self._buffers[name] = was.to(now.device)
+            assert now is not None
+            assert was is not None
+            kept = STATISTICS.get(name, was.dtype)
+            if now.dtype != kept:
+                self._buffers[name] = was.to(now.device, kept)
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -28,6 +28,11 @@ def initialise(config: ModelConfig, seed: int) -> Transformer:
 
 
 def find_arch(config: ModelConfig) -> str | None:
-    """Returns the name of the architecture with the width, depth, heads and parts of `config`, or None."""
+    """Returns the name of the architecture with the width, depth, heads and parts of `config`, or None.
+
+    The ε of the head's norm, which CRATE-α's two codes have differently, makes no other architecture.
+    """
     parts = Arch(**{field.name: getattr(config, field.name) for field in fields(Arch)})
-    return next((name for name, known in ARCHS.items() if known == parts), None)
+    return next(
+        (name for name, known in ARCHS.items() if known == replace(parts, head_norm_eps=known.head_norm_eps)), None
+    )

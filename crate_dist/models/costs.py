@@ -191,14 +191,14 @@ def _mssa(c: ModelConfig, images: int) -> Cost:
 def _attention(c: ModelConfig, images: int) -> Cost:
     tokens, d = _tokens(c, images), c.dim
     attention = Cost(flops=4 * tokens * c.num_tokens * d, products=3 * tokens * d, single=tokens * c.heads)
-    return _product(tokens, d, 3 * d, bias=True) + attention + _product(tokens, d, d, bias=c.out_bias)
+    return _product(tokens, d, 3 * d, bias=c.in_bias) + attention + _product(tokens, d, d, bias=c.out_bias)
 
 
 def _tssa(c: ModelConfig, images: int) -> Cost:
     tokens, d = _tokens(c, images), c.dim
     # w, and what it is multiplied by; w and its squares in fp32; of each head: Π, and four steps to it and to the gate.
     statistics = Cost(c.heads, products=2 * tokens * d, single=tokens * d + 4 * tokens * c.heads, widened=tokens * d)
-    return _product(tokens, d, d, bias=True) + statistics + _product(tokens, d, d, bias=c.out_bias)
+    return _product(tokens, d, d, bias=c.in_bias) + statistics + _product(tokens, d, d, bias=c.out_bias)
 
 
 def _cbsa(c: ModelConfig, images: int) -> Cost:

@@ -188,8 +188,8 @@ class Transformer(nn.Module):
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Returns logits (b, classes) of images (b, 3, image_size, image_size) in the dtype of the weights.
 
-        keep: drop path's factors, (2 * depth, b): of the mixer's branch of each layer and of its token-wise part's,
-        0 or 1 / (1 - rate); None: all ones
+        keep: drop path's factors, fp32 (2 * depth, b): of each layer's mixer and of its token-wise part, 0 or
+        1 / (1 - rate); None: all ones
         Raises ValueError when the images have another shape.
         """
         again = self._recompute if torch.is_grad_enabled() else 0

@@ -1,9 +1,10 @@
 """torch.compile for the parts of a CRATE, where it works; one line in the log where it does not.
 
-The parts are compiled, not the model: its layers are one graph for all of them, so a compile takes seconds, and their
-gradients are ready one layer after the other, so that ZeRO can send the first while the last are computed. Two passes
-are compiled, each for batches of one size, and both before the first step: the training's, and the evaluation's.
-Everything else runs eager, batches of any size without a graph of their own: see `eagerly`.
+The parts are compiled, not the model: its layers are one graph for all of them (under autocast the first one of ToST is
+another, since it reads bf16 and the rest fp32), so a compile takes seconds, and their gradients are ready one layer
+after the other, so that ZeRO can send the first while the last are computed. Two passes are compiled, each for batches
+of one size, and both before the first step: the training's, and the evaluation's. Everything else runs eager, batches
+of any size without a graph of their own: see `eagerly`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -37,6 +39,8 @@ COMPILED = "compiled the model in %.1f s"
 """What the log says of it, at each start."""
 
 _SAY_EVERY_S = 60.0
+_TRITON_FROM = 7, 0
+"""The oldest GPUs that it knows, by compute capability."""
 _METHODS = "embed", "classify"
 
 
@@ -45,13 +49,14 @@ class CannotCompile(Exception):
 
 
 def should_compile(compile: Compile, device: torch.device) -> bool:
-    """Says whether to compile; "auto": on a GPU that Triton knows, since its step is bound by memory between products.
+    """Says whether to compile, the same on all ranks; "auto": on GPUs, whose step is bound by memory between products.
 
-    On a CPU products and attention take nine tenths of the step, and compiling the rest of CRATE-B's gained nothing.
+    Whether a GPU can is found out when it is tried. On a CPU products and attention take nine tenths of the step, and
+    compiling the rest of CRATE-B's gained nothing.
     """
     if compile != "auto":
         return compile
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cuda"
 
 
 def compile_model(model: Transformer, passes: Callable[[], object], device: torch.device) -> bool:
@@ -121,10 +126,9 @@ def _few_layers(model: Transformer) -> Iterator[None]:
 
 
 def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
-    """Does compiling work on every rank. Returns what some rank says that has kept it from it, else nothing."""
-    problem = ""
-    try:
-        _check_tools(device)
+    """Does compiling work on every rank, where all have what it takes. Returns which rank could not and why, or ""."""
+
+    def compile() -> None:
         import torch._inductor.config
 
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
@@ -132,15 +136,26 @@ def _on_all_ranks(work: Callable[[], None], device: torch.device) -> str:
             torch._inductor.config.compile_threads = 1
         with _limited(LIMIT_S), _backward_at_once():
             work()
-    except Exception as error:  # what compilers, drivers and missing headers raise has no common type
-        error = getattr(error, "inner_exception", error)  # torch says what a compiler raised in later lines
-        first = next(iter(str(error).strip().splitlines()), "")
-        problem = first if isinstance(error, CannotCompile) else f"{type(error).__name__}: {first}"
-    return next((said for said in gather_objects(problem) if said), "")
+
+    for part in (partial(_check_tools, device), compile):
+        problem = ""
+        try:
+            part()
+        except Exception as error:  # what compilers, drivers and missing headers raise has no common type
+            error = getattr(error, "inner_exception", error)  # torch says what a compiler raised in later lines
+            first = next(iter(str(error).strip().splitlines()), "")
+            problem = first if isinstance(error, CannotCompile) else f"{type(error).__name__}: {first}"
+        said = [f"rank {rank}: {each}" for rank, each in enumerate(gather_objects(problem)) if each]
+        if said:
+            return said[0]
+    return ""
 
 
 def _check_tools(device: torch.device) -> None:
-    """Raises CannotCompile where a tool is missing that torch's compiler would miss at the end of a long traceback."""
+    """Raises CannotCompile where something is missing that torch would miss at the end of a long traceback."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _TRITON_FROM:
+        has, needs = (".".join(map(str, each)) for each in (capability, _TRITON_FROM))
+        raise CannotCompile(f"Triton needs a GPU of compute capability {needs}, and this one has {has}")
     if device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise CannotCompile("Triton needs a C compiler: there is no gcc and no clang, and CC is not set")
     headers = Path(sysconfig.get_path("include"))

@@ -16,13 +16,13 @@ _SALT = 3
 
 
 def kept(
-    rate: float, branches: int, first: int, images: int, seed: int, step: int, device: torch.device, dtype: torch.dtype
+    rate: float, branches: int, first: int, images: int, seed: int, step: int, device: torch.device
 ) -> torch.Tensor:
-    """Returns the factors (branches, images) of the step after `step`: 0 for a dropped one, else 1 / (1 - rate).
+    """Returns the factors (branches, images) of the step after `step`: 0 for a dropped one, else 1 / (1 - rate), fp32.
 
     first: place of the first of these images in the global batch, as the order lays it out
     """
     places = np.arange(first, first + images, dtype=np.int64)
     drawn = hash64(seed, step, _SALT, np.arange(branches, dtype=np.int64)[:, None], places)
     factors = (drawn >= np.uint64(rate * 2**64)) / np.float32(1 - rate)
-    return to_device(factors, device, dtype)
+    return to_device(factors, device, torch.float32)

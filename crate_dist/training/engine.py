@@ -3,8 +3,9 @@
 What is computed in which precision, when the recipe says "bf16": the weights that the model sees, activations and
 gradients are bf16, and a product sums in fp32 before it rounds. LayerNorm and the softmax of attention compute in fp32
 inside and round once. When it says "autocast": weights, tokens and gradients are fp32, and products and attention read
-them rounded to bf16. That is twice the traffic; in return a small change of a weight near 1 is not rounded away
-between the master weights and the model, which at small learning rates is felt.
+them rounded to bf16; where patches and positions are both products, as in ToST, so are the tokens that the first layer
+reads. That is twice the traffic; in return a small change of a weight near 1 is not rounded away between the master
+weights and the model, which at small learning rates is felt.
 
 In both the loss is computed from fp32 logits. The mean of the gradients over the ranks is taken in their own precision,
 their sum over micro-batches in fp32; their norm, the master weights and the optimizer's state are fp32, the latter two
@@ -26,15 +27,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from crate_dist.checkpoint.format import GroupLayout
 from crate_dist.checkpoint.loading import RankState
-from crate_dist.config import Recipe
+from crate_dist.config import Recipe, RecipeError
 from crate_dist.data.loader import Normalize
 from crate_dist.data.order import hash64
 from crate_dist.errors import UserError
-from crate_dist.models.batch_norm import statistics, take_statistics
+from crate_dist.models.batch_norm import GroupedBatchNorm, statistics, take_statistics
 from crate_dist.models.kernels import attention_kernel, choose_kernels
 from crate_dist.models.sizes import ista_in_one_product
 from crate_dist.models.transformer import Transformer
@@ -78,6 +80,27 @@ class StepResult:
     grad_norm: torch.Tensor
 
 
+def has_batch_norm(model: nn.Module, group: int) -> bool:
+    """Returns whether a model has batch norm, whose statistics are taken over `group` images.
+
+    Raises RecipeError when the group is a single image, or when there is batch norm of torch's own.
+    """
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    for name, norm in norms:
+        if not isinstance(norm, GroupedBatchNorm):
+            raise RecipeError(
+                f"{name} is torch's {type(norm).__name__}, whose statistics are those of the images that a rank has at "
+                "a time: the number of ranks would decide the result. GroupedBatchNorm of models/batch_norm.py takes "
+                "them over train.group images"
+            )
+        if group == 1:
+            raise RecipeError(
+                f"{name} is batch norm, whose statistics are taken over train.group images, which is 1; "
+                "--set train.group=N gives it some, with an N that divides the global batch"
+            )
+    return bool(norms)
+
+
 class Engine:
     """A model in training on this rank."""
 
@@ -99,7 +122,7 @@ class Engine:
         if model.config.tokenwise == "ista":
             one = ista_in_one_product(micro_batch * model.config.num_tokens, model.config.dim)
             logger.info("ISTA: %s", "one product" if one else "two products")
-        if model.config.stem == "convolutions":
+        if has_batch_norm(model, group):
             logger.info("batch norm: statistics of each group of %d images", group)
         groups = parameter_groups(model, recipe.optim)
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
@@ -186,13 +209,13 @@ class Engine:
             torch.manual_seed(int(hash64(self.recipe.train.seed, step, dist.get_rank(), 2)[0] >> 1))
 
     def kept_branches(self, step: int, part: int) -> torch.Tensor | None:
-        """Returns drop path's factors, (2 * depth, n), for micro-batch `part` of the step after `step`; None: none."""
+        """Returns drop path's factors, fp32 (2 * depth, n), for micro-batch `part` of the step after `step`, if any."""
         rate = self.recipe.model.drop_path
         if not rate:
             return None
         first = (dist.get_rank() * self.accumulation + part) * self.micro_batch
         branches, seed = 2 * self.module.config.depth, self.recipe.train.seed
-        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device, self.dtype)
+        return drop_path.kept(rate, branches, first, self.micro_batch, seed, step, self.device)
 
     def loss(self, batch: MicroBatch | MixedBatch, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the mean loss of a micro-batch, 0-d, in the model's mode. kept: drop path's factors"""
@@ -231,7 +254,8 @@ class Engine:
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=self.device)
         self.module.train()
         try:
-            torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), list(self.module.parameters()))
+            learned = [p for p in self.module.parameters() if p.requires_grad]
+            torch.autograd.grad(self.loss((images, labels), self.kept_branches(0, 0)), learned, allow_unused=True)
         finally:  # what the stem took of these images, also where the compiler fails behind it
             take_statistics(self.module, torch.zeros_like(statistics(self.module)))
         self.predict(images)

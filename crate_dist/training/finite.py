@@ -94,9 +94,9 @@ def where_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | N
         return f"the output of {first[0]}"
     if not bool(torch.isfinite(loss)):
         return "the loss, though all layers' outputs are finite"
-    named = list(model.named_parameters())
-    gradients = torch.autograd.grad(loss, [p for _, p in named])
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
-        if not bool(torch.isfinite(gradient).all()):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
             return f"the gradient of {name}"
     return None

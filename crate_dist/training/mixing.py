@@ -118,11 +118,13 @@ class Mixing:
 
 
 def box_of(share: float, side: int, y: int, x: int) -> tuple[int, int, int, int]:
-    """Returns (top, bottom, left, right) of 1 - share of a square's area around (y, x), cut where the square ends."""
-    size = int(side * math.sqrt(1 - share))
-    (top, bottom), (left, right) = (
-        (max(centre - size // 2, 0), min(centre + (size + 1) // 2, side)) for centre in (y, x)
-    )
+    """Returns (top, bottom, left, right) of 1 - share of a square's area around (y, x), cut where the square ends.
+
+    But for the cut its sides are even, as in CRATE-α's code and in timm 0.4.12, with which ToST was trained, to 0.9.16;
+    timm 1.0.31 has odd ones too.
+    """
+    half = int(side * math.sqrt(1 - share)) // 2
+    (top, bottom), (left, right) = ((max(centre - half, 0), min(centre + half, side)) for centre in (y, x))
     return top, bottom, left, right
 
 

@@ -1,7 +1,7 @@
 """Holds what a rank keeps of a training: its partitions of master weights and optimizer state, of their average too.
 
-Each is a slice, the same of all kinds, of the flattened parameters of a group; buffers are whole on every rank. They
-are saved and loaded through the room checkpoint, for any number of ranks.
+Each is a slice, the same of all kinds, of the flattened parameters of a group; buffers, and parameters that are not
+trained, are whole on every rank. They are saved and loaded through the room checkpoint, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Partitions:
     def __init__(self, zero: Zero2, model: nn.Module, layouts: Sequence[GroupLayout], optim: OptimSection) -> None:
         self.layouts = layouts
         self._zero, self._optim = zero, optim
-        learned = {name for name, _ in model.named_parameters()}
-        self._buffers = {name: t for name, t in model.state_dict().items() if name not in learned}
+        parameters = dict(model.named_parameters())
+        self._buffers = {name: t for name, t in model.state_dict().items() if name not in parameters}
+        self._frozen = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
+        self._frozen_exact = {name: t.float() for name, t in self._frozen.items()}
         self._check()
         self.average: Average | None = None
 
@@ -58,10 +60,14 @@ class Partitions:
         return state
 
     def buffers(self) -> Buffers:
-        """Returns what the model keeps beside its weights, and the average of that; views on the live tensors."""
-        if not self._buffers:
+        """Returns what the model keeps beside its weights, and the average of that; views on the live tensors.
+
+        A frozen parameter is one of them, fp32, as it was before it was rounded for the products.
+        """
+        if not (self._buffers or self._frozen):
             return {}
-        return {WEIGHTS: self._buffers, **({AVERAGE: self.average.buffers} if self.average else {})}
+        kept = {WEIGHTS: self._buffers, **({AVERAGE: self.average.buffers} if self.average else {})}
+        return {kind: {**buffers, **self._frozen_exact} for kind, buffers in kept.items()}
 
     def note_step(self) -> None:
         """Has the average take up the weights after a step, unless that was not taken."""
@@ -95,7 +101,8 @@ class Partitions:
         self._zero.update_lp_params()
 
     def begin_with(self, tensors: Mapping[str, Tensor]) -> None:
-        """Sets the master weights to parameters by name, whole and fp32; the average begins there. A collective."""
+        """Sets the weights to parameters by name, whole and fp32; the average begins there. A collective."""
+        self._freeze(tensors)
         self.fill(lambda kind, group, start, out: _from_tensors(tensors, self.layouts[group], start, out))
         self.average = self._new_average()
 
@@ -107,7 +114,9 @@ class Partitions:
         self._check_kinds(checkpoint)
         reader = checkpoint.reader()
         self.fill(reader.copy)
-        _copy(reader.buffers(WEIGHTS), self._buffers)
+        buffers = reader.buffers(WEIGHTS)
+        _copy(buffers, self._buffers)
+        self._freeze(buffers)
         self.average = self._new_average()
         averaged = AVERAGE in checkpoint.manifest.kinds
         if self.average and averaged:
@@ -137,11 +146,17 @@ class Partitions:
             raise CheckpointError(
                 f"{checkpoint.path} holds {checkpoint.manifest.kinds}, but {self._optim.name} keeps {sorted(kinds)}"
             )
-        if {name: [*tensor.shape] for name, tensor in self._buffers.items()} != checkpoint.manifest.buffers:
+        buffers = self._buffers | self._frozen
+        if {name: [*tensor.shape] for name, tensor in buffers.items()} != checkpoint.manifest.buffers:
             raise CheckpointError(
                 f"{checkpoint.path} holds other buffers than the recipe's model has: {[*checkpoint.manifest.buffers]} "
-                f"there, {[*self._buffers]} here"
+                f"there, {[*buffers]} here"
             )
+
+    def _freeze(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the parameters that are not trained, and has the model see them, in its own precision."""
+        _copy(tensors, self._frozen_exact)
+        _copy(tensors, self._frozen)
 
     def _new_average(self) -> Average | None:
         decay = self._optim.ema_decay

@@ -172,7 +172,7 @@ class Trainer:
         model, share = self.engine.module, self.share
         logger.info(
             "%s, %.2f M parameters, %s on %d x %s; global batch %d = %d x %d accumulated x %d ranks; steps %d to %d",
-            self.recipe.model.arch,
+            self.recipe.model.described(),
             sum(p.numel() for p in model.parameters()) / 1e6,
             self.recipe.train.precision,
             self.world.world_size,
@@ -346,7 +346,7 @@ class Trainer:
             self.world.rank,
             self.world.world_size,
             eval_transform(self.recipe.images, self.recipe.model.image_size),
-            self.recipe.train.micro_batch,
+            self.share.micro_batch,  # which is what was compiled
             self.workers,
         )
         began, mistakes = time.perf_counter(), Mistakes(SHOWN)

@@ -233,13 +233,18 @@ def test_a_launcher_says_at_once_what_it_cannot_begin_from(
         (tmp_path / "gone.pt", "model.image_size=48", "there is nothing"),
         (tmp_path / "folder", "model.image_size=48", "neither a run"),
         (pretrained, "model.arch=crate_tiny", "--set model.arch=crate_demo"),
+        (pretrained, "model.depth=2", "crate_demo, and the .* a crate_demo with depth=2; --set model.depth=4 would"),
         (pretrained, "train.init_weights=ema", "has no average of its weights"),
     ):
         recipe = load_recipe(small_recipe, [*overrides, change, f"train.init_from={source}"])
         with pytest.raises(RecipeError, match=expected):
             preflight(recipe, 2, tmp_path / "run")
     for source in (pretrained, pretrained / "checkpoints" / "step-00000003", pretrained / "model-last.pt"):
-        preflight(load_recipe(small_recipe, [*overrides, f"train.init_from={source}"]), 2, tmp_path / "run")
+        plain = preflight(load_recipe(small_recipe, [*overrides, f"train.init_from={source}"]), 2, tmp_path / "run")
+        assert "whose model" not in str(plain)
+    others = [*overrides, f"train.init_from={pretrained}", "model.tokenwise=mlp", "model.head=mean_patches"]
+    said = str(preflight(load_recipe(small_recipe, others), 2, tmp_path / "run"))
+    assert f"{pretrained}, whose model has other parts: --set model.tokenwise=ista --set model.head=linear" in said
 
 
 def test_every_way_to_start_a_run_takes_weights_to_begin_from(

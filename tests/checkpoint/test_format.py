@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_than_its_recipe_s_is_refused(small_recipe
     loaded = load_trained(saved(names, shapes, {"fp32": [flat]})).model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     for changed, said in (
-        ([name.replace("head.", "tail.") for name in names], "is not a CRATE's: head.linear.bias is no vector in it"),
+        ([name.replace("head.", "tail.") for name in names], "is not a CRATE's: head.linear.weight is no matrix in it"),
         (["x", *names[1:]], rf"does not fit the recipe of its run: .*missing '{names[0]}'"),
     ):
         with pytest.raises(CheckpointError, match=f"(?s)manifest.json .*{said}"):

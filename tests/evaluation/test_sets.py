@@ -31,6 +31,7 @@ from tests.conftest import casts, write_split
 WNIDS = [f"n{9 * number + 1_440_764:08d}" for number in range(1000)]
 """As many as ImageNet has, in order."""
 CROP = 0.5
+WHOLE = ImageSection(eval_crop=1.0)
 CPU = torch.device("cpu")
 
 
@@ -55,10 +56,10 @@ def tree(root: Path, classes: list[str], seed: int, suffix: str = "JPEG") -> lis
 
 
 def by_hand(
-    net: Transformer, images: list[tuple[bytes, int]], competing: set[int], crop: float = CROP
+    net: Transformer, images: list[tuple[bytes, int]], competing: set[int], prepared: ImageSection | None = None
 ) -> dict[str, Any]:
     """Top-1 and loss where the outputs `competing` do."""
-    transform = eval_transform(ImageSection(eval_crop=crop), 32)
+    transform = eval_transform(prepared or ImageSection(eval_crop=CROP), 32)
     pixels = torch.from_numpy(np.stack([transform(image) for image, _ in images]))
     section = ImageSection()
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_every_variant_in_its_layout_is_scored_as_by_hand_and_all_stand_in_one_t
     assert [record["matched_by"] for record in found["also"]] == ["wordnet", "name", "name", "name"]
     for (corruption, severity), images in corrupted.items():
         pairs = [(image, output[name]) for image, name in images]
-        wanted = by_hand(net, pairs, {output[name] for name in WNIDS[:2]}, crop=1.0)  # not cropped once more
+        wanted = by_hand(net, pairs, {output[name] for name in WNIDS[:2]}, WHOLE)  # not cropped once more
         assert 100 - of_c["corruptions"][corruption]["by_severity"][str(severity)] == wanted["top1"]
     assert of_c["mce"] is None
     assert "no mCE: that takes all 15 corruptions" in said
@@ -143,6 +144,25 @@ def test_every_variant_in_its_layout_is_scored_as_by_hand_and_all_stand_in_one_t
     assert [line.split()[0] for line in table[2:]] == first
     assert f"{of_a['top1']:.2f} %" in table[5]
     assert table[5].endswith("4 of 1,000")
+
+
+def test_the_crop_and_the_filter_may_be_others_than_in_training_and_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = WNIDS[:3]
+    source, net = model(WNIDS, tmp_path)
+    images = [(image, classes.index(name)) for image, name in tree(tmp_path / "data", classes, seed=3)]
+    line = (source, "--data", tmp_path / "data", "--all-classes")
+    as_trained, _ = run(capsys, tmp_path, *line)
+    assert as_trained["images"] == ImageSection(eval_crop=CROP).model_dump(mode="json")
+    whole, _ = run(capsys, tmp_path, *line, "--crop", 1.0, "--resize-filter", "bilinear")
+    assert whole["images"] == ImageSection(eval_crop=1.0, resize_filter="bilinear").model_dump(mode="json")
+    expected = by_hand(net, images, set(range(1000)), ImageSection(eval_crop=1.0, resize_filter="bilinear"))
+    assert {key: whole[key] for key in expected} == expected
+    assert whole["loss"] != as_trained["loss"]
+    with pytest.raises(SystemExit):
+        main([*map(str, line), "--crop", "1.5"])
+    assert "1.5 is no share of the short side, above 0 and up to 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_evaluated(
@@ -264,7 +284,7 @@ def test_one_corruption_or_severity_is_not_cropped_either_and_classes_may_be_cal
     parts = [tmp_path / "c" / name for name in ("fog", "fog/3", "spatter")]
     found, said = run(capsys, tmp_path, source, "--data", imagenet, "--also", *parts)
     pairs = [(image, WNIDS.index(name)) for image, name in images[3]]
-    error = 100 - by_hand(net, pairs, {0, 1}, crop=1.0)["top1"].expected
+    error = 100 - by_hand(net, pairs, {0, 1}, WHOLE)["top1"].expected
     whole, one, extra = (record["corruptions"] for record in found["also"])
     assert whole["fog"]["by_severity"].keys() == {"1", "3"}
     assert whole["fog"]["by_severity"]["3"] == one["fog"]["by_severity"]["3"] == pytest.approx(error)

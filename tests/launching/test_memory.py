@@ -112,7 +112,9 @@ def test_of_a_part_without_a_rule_it_is_said_that_nothing_is_known(
     assert summary(settings, run).startswith(str(run))
     said = summary(settings, run)
     assert "costs is not known" in said
-    assert re.search(r"checkpoints +more than \d+ MB every 50 steps; .* are kept: more than \d+ MB of .* free$", said)
+    assert re.search(
+        r"checkpoints +more than [\d.]+ MB every 500 steps; .* are kept: more than [\d.]+ MB of .* free$", said
+    )
     less = checkpoint_bytes(settings)
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=less))

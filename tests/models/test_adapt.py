@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from crate_dist.config import ModelSection
-from crate_dist.models.adapt import adapt
+from crate_dist.config import ModelSection, load_recipe
+from crate_dist.config.parts import STEMS, TOKENWISE
+from crate_dist.models.adapt import adapt, map_head
 from crate_dist.models.build import build_model, initialise, model_config
+from crate_dist.models.config import ModelConfig
+from crate_dist.models.stems.patches import PatchEmbedding
+from crate_dist.models.stems.stem import Stem
+from crate_dist.models.tokenwise.ista import ISTA
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import WeightsError
 from crate_dist.models.weights.read import load_model
+from tests.new_parts import add_part
 
 SOURCE = model_config(ModelSection(arch="crate_demo", image_size=32, patch_size=8), num_classes=10)
 
@@ -45,6 +52,27 @@ def test_a_new_head_is_the_new_model_s_own_and_nothing_else_is(weights: dict[str
     }
     assert adapted.notes == ("head new, 10 classes there and 3 here",)
     Transformer(target).load_state_dict(adapted.state_dict, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "keeps_its_norm"),
+    [
+        ("crate_tiny", False),
+        ("cbt_tiny", False),
+        ("crate_alpha_base", True),
+        ("tost_tiny_12", True),
+        ("vit_tiny", True),
+    ],
+)
+def test_a_new_head_has_new_what_the_published_fine_tuning_of_its_family_makes_new(
+    arch: str, keeps_its_norm: bool
+) -> None:
+    named = model_config(ModelSection(arch=arch, image_size=32, patch_size=8), num_classes=10)
+    source = replace(named, dim=48, depth=1, heads=2)
+    weights = initialise(source, seed=5).state_dict()
+    taken = adapt(weights, source, replace(source, num_classes=3), new_head=True).state_dict
+    norm, linear = ({f"head.{part}.weight", f"head.{part}.bias"} for part in ("norm", "linear"))
+    assert weights.keys() - taken.keys() == (linear if keeps_its_norm else norm | linear)
 
 
 def test_positions_of_another_grid_are_interpolated_and_the_class_token_s_is_kept(weights: dict[str, Tensor]) -> None:
@@ -162,3 +190,93 @@ def test_other_parts_are_refused_and_the_same_weights_in_another_function_told()
     convolved = model_config(ModelSection(arch="cbt_tiny", width=24, depth=1, heads=2), num_classes=5)
     with pytest.raises(WeightsError, match=r"cannot be resized to make ones of 8; --set model\.patch_size=16"):
         adapt(initialise(convolved, seed=1).state_dict(), convolved, replace(convolved, patch_size=8), new_head=True)
+
+
+class Overlapping(Stem):
+    """A stem with a `proj` that is no map of patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, 12, stride=config.patch_size, padding=(12 - config.patch_size) // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, 3, height, width) -> (b, patches, d)"""
+        return self.proj(images).flatten(2).mT
+
+
+class ByColumns(PatchEmbedding):
+    """CRATE's stem with the pixels in another order, which no shape tells."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, 3, height, width) -> (b, patches, d)"""
+        return super().forward(images.mT)
+
+
+class Unrolled(ISTA):
+    """A token-wise part of several steps."""
+
+    key = "unrolled"
+
+
+def test_a_stem_of_somebody_s_own_is_resized_by_itself_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_part(monkeypatch, STEMS, "overlapping", Overlapping)
+    add_part(monkeypatch, STEMS, "by_columns", ByColumns)
+    source = replace(SOURCE, stem="overlapping")
+    state = initialise(source, seed=1).state_dict()
+    with pytest.raises(
+        WeightsError, match=r'"overlapping" makes patches of 8 .* ones of 4; --set model\.patch_size=8 wo'
+    ):
+        adapt(state, source, replace(source, patch_size=4), new_head=False)
+    assert adapt(state, source, replace(source, image_size=64), new_head=False).notes == (
+        "positions interpolated from 4 x 4 to 8 x 8 patches",
+    )
+    state, columns = initialise(SOURCE, seed=1).state_dict(), replace(SOURCE, stem="by_columns")
+    assert adapt(state, SOURCE, columns, new_head=True).notes[-1] == "stem patches there and by_columns here"
+    with pytest.raises(
+        WeightsError, match=r'of 4 for stem = "by_columns"; --set model\.stem=patches --set model\.patch_'
+    ):
+        adapt(state, SOURCE, replace(columns, patch_size=4), new_head=False)
+
+
+def test_a_model_of_other_parts_names_the_settings_that_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled, options={"unroll": 2, "eta": 0.5})
+    section = {"arch": "crate_demo", "image_size": 32, "patch_size": 8}
+    asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})
+    source = model_config(asked, num_classes=10)
+    state = initialise(source, seed=1).state_dict()
+    with pytest.raises(WeightsError) as caught:
+        adapt(state, source, SOURCE, new_head=False)
+    message = str(caught.value)
+    settings = re.findall(r"--set model\.(\S+)=(\S+)", message)
+    assert dict(settings) == {"tokenwise": "unrolled", "out_bias": "false", "options.unroll": "3"}
+    recipe = load_recipe("demo", [f"model.{key}={value}" for key, value in settings])
+    adapt(state, source, model_config(recipe.model, num_classes=10), new_head=False)
+    # Where one line of config/archs.py is another's, that is said, and a head that is to be new need not be the same.
+    other = replace(SOURCE, dim=48, head="mean_patches")
+    with pytest.raises(WeightsError, match=r"--set model\.width=96 would fit"):
+        adapt(initialise(SOURCE, seed=1).state_dict(), SOURCE, other, new_head=True)
+
+
+def test_weights_of_patches_that_the_recipe_s_stem_cannot_have_are_refused_in_words() -> None:
+    source = model_config(ModelSection(arch="vit_tiny", depth=1, image_size=28, patch_size=14), num_classes=5)
+    target = model_config(ModelSection(arch="cbt_tiny", depth=1, image_size=32, patch_size=8), num_classes=5)
+    with pytest.raises(WeightsError, match=r"takes no patches of their size: .* not 14; .*--set model\.stem=linear "):
+        adapt(initialise(source, seed=1).state_dict(), source, target, new_head=True)
+
+
+def test_rows_of_a_head_without_bias_are_mapped_too() -> None:
+    own = {"head.linear.weight": torch.zeros(2, 3)}
+    mapped = map_head({"head.linear.weight": torch.ones(4, 3), "cls_token": torch.ones(1)}, own, [None, 2])
+    assert mapped["head.linear.weight"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert mapped.keys() == {"head.linear.weight", "cls_token"}
+
+
+@pytest.mark.parametrize("residual", ["crate", "pre_norm"])
+@pytest.mark.parametrize("key", ["mssa", "mixer", "norms", "mssa_norm", "mssa_scale", "a.b"])
+def test_a_key_that_stands_for_something_else_in_the_layer_is_refused(
+    monkeypatch: pytest.MonkeyPatch, key: str, residual: str
+) -> None:
+    add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled)
+    monkeypatch.setattr(Unrolled, "key", key)
+    with pytest.raises(ValueError, match=rf'Unrolled has key = "{key}", and .*: take another name'):
+        Transformer(replace(SOURCE, tokenwise="unrolled", residual=residual))

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_dist.config import ModelSection
+from crate_dist.checkpoint.trained import load_trained
+from crate_dist.config import ImageSection, ModelSection
 from crate_dist.config.archs import ARCHS
 from crate_dist.models.build import build_model, initialise, model_config
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.residuals.pre_norm import PreNormLayer
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.__main__ import main
+from crate_dist.models.weights.families.vit import TIMM
 from crate_dist.models.weights.names import WeightsError, from_reference, to_reference
 from crate_dist.models.weights.read import load_model, read_weights
 from crate_dist.models.weights.write import export_reference
@@ -219,6 +221,57 @@ def test_vit_s_checkpoints_are_those_of_crate_s_training_code_and_timm_s_own_hav
     torch.save(timm, tmp_path / "timm.pth")
     assert load_model(tmp_path / "timm.pth", heads=4)[0].config == replace(VIT, head="linear")
     assert to_reference(read_weights(tmp_path / "timm.pth").state_dict).keys() == published.keys()
+
+
+def test_what_timm_s_vit_does_not_say_is_said_and_can_be_given(
+    golden: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, path, out = golden["vit"], tmp_path / "timm.pth", tmp_path / "timm.pt"
+    torch.save({name.replace("fc_norm", "norm"): tensor for name, tensor in values["state_dict"].items()}, path)
+    images = load_trained(path, heads=4).images
+    assert (images.resize_filter, images.eval_crop, images.std) == ("bicubic", 0.9, ImageSection().std)
+    assert "does not say how its images are prepared: taken as its DeiT (bicubic, eval_crop 0.9" in caplog.text
+    augreg = ("--set", "images.mean=0.5,0.5,0.5", "--set", "images.std=[0.5, 0.5, 0.5]")
+    main(["convert", str(path), str(out), "--to", "crate-dist", "--heads", "4", *augreg])
+    caplog.clear()
+    images = load_trained(out).images
+    assert (images.mean, images.std, images.eval_crop) == ((0.5,) * 3, (0.5,) * 3, 0.9)
+    assert caplog.text == ""
+    for wrong, message in (
+        ("images.mean=black", r"--set images\.mean: "),
+        ("images.men=0.5,0.5,0.5", "expected one of images.resize_filter"),
+        ("model.head=best", "--set model.head: head is one of linear"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["convert", str(path), str(out), "--to", "crate-dist", "--heads", "4", "--force", "--set", wrong])
+
+
+def test_timm_s_vit_of_the_patches_has_the_names_of_crate_s_and_its_norm_is_applied_once(
+    golden: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, path, out = golden["vit"], tmp_path / "timm.pth", tmp_path / "timm.pt"
+    by_timm = {"epoch": 3, "arch": "vit_tiny_patch16_224", "state_dict": values["state_dict"], "version": 2}
+    torch.save(by_timm, path)
+    model, _ = load_model(path, heads=4)
+    assert model.config == replace(VIT, head="mean_patches")
+    assert off(model.eval()(values["images"]), values["logits_fc_norm_once"]) < 1e-5
+    torch.save(values["state_dict"], path)
+    assert load_model(path, heads=4)[0].config == VIT
+    assert "applies that norm twice, or one of timm's with global_pool='avg'" in caplog.text
+    main(["convert", str(path), str(out), "--to", "crate-dist", "--heads", "4", "--set", "model.head=mean_patches"])
+    assert off(load_model(out)[0].eval()(values["images"]), values["logits_fc_norm_once"]) < 1e-5
+
+
+def test_heads_that_are_taken_are_said_by_the_name_of_their_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(model_config(ModelSection(arch="vit_tiny", image_size=32), 5), head="linear")
+    with torch.device("meta"):
+        shapes = Transformer(config).state_dict()
+    zeros = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
+    torch.save(TIMM.to_theirs(zeros), tmp_path / "timm.pth")
+    load_model(tmp_path / "timm.pth")
+    assert "3 taken, as in the published vit_tiny, which has its width" in caplog.text
 
 
 def test_published_sizes_need_no_heads_and_what_nobody_published_is_refused(tmp_path: Path) -> None:

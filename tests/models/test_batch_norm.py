@@ -43,9 +43,17 @@ def test_each_group_is_normalised_as_torch_normalises_it_alone(
     torch.testing.assert_close(ours.bias.grad, torchs.bias.grad)
 
 
-def test_one_group_keeps_its_memory_format(norms: tuple[GroupedBatchNorm, nn.BatchNorm2d]) -> None:
-    y = norms[0](_images().to(memory_format=torch.channels_last))
+@pytest.mark.parametrize("group", [12, 4])
+def test_channels_that_lie_last_stay_there_in_both_passes(
+    norms: tuple[GroupedBatchNorm, nn.BatchNorm2d], group: int
+) -> None:
+    ours, _ = norms
+    ours.group = group
+    x = _images().to(memory_format=torch.channels_last).requires_grad_()
+    y = ours(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
+    [gradient] = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_running_statistics_change_when_they_are_taken_and_are_the_same_for_any_division_into_ranks(

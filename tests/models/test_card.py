@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from crate_dist.checkpoint.export import facts_of
 from crate_dist.config import load_recipe
+from crate_dist.config.parts import TOKENWISE
 from crate_dist.data.index import ROW, Shard, ShardIndex
 from crate_dist.models.build import initialise
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.tokenwise.ista import ISTA
+from crate_dist.models.tokenwise.tokenwise import TokenWise
 from crate_dist.models.weights import load_model
 from crate_dist.models.weights.card import card_path, model_card, write_card
 from crate_dist.models.weights.files import convert
 from crate_dist.models.weights.write import export_model, export_safetensors
 from crate_dist.run.record import code_version
 from tests.data_prep import picture
+from tests.new_parts import add_part
 
 SMALL = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=2, heads=3)
 
@@ -148,3 +154,50 @@ def test_a_meta_of_anybodys_making_neither_breaks_a_card_nor_adds_lines_to_it(tm
     card = (tmp_path / "b.md").read_text()
     assert card.startswith("# x # Another title\n")
     assert r"a \| b" in card
+
+
+class Slower(ISTA):
+    """A token-wise part that derives from a published one."""
+
+    key = "slower"
+
+
+class OfNobody(TokenWise):
+    """A token-wise part that derives from none."""
+
+    key = "of_nobody"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, d)"""
+        return z
+
+
+def test_the_card_of_a_composed_model_says_and_cites_whose_each_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_part(monkeypatch, TOKENWISE, "slower", Slower)
+    add_part(monkeypatch, TOKENWISE, "of_nobody", OfNobody)
+    cited = {"CRATE": "2306.01129", "CRATE-α": "2405.20299", "ToST": "2412.17810", "CBT": "2509.16875"}
+    cited |= {"ViT": "2010.11929"}
+    small = replace(SMALL, depth=1)
+    cases: tuple[tuple[dict[str, Any], str, set[str]], ...] = (
+        ({"mixer": "attention", "tokenwise": "mlp"}, "mixer attention of [ViT]", {"CRATE", "ViT"}),
+        (
+            {"mixer": "cbsa", "tokenwise": "odl", "stem": "convolutions", "residual": "pre_norm"},
+            "mixer cbsa of [CBT](https://arxiv.org/abs/2509.16875), tokenwise odl of [CRATE-α]",
+            {"CBT", "CRATE-α", "ToST", "ViT"},
+        ),
+        ({"mixer": "cbsa_aligned"}, "mixer cbsa_aligned after [CBT]", {"CRATE", "CBT", "ViT"}),
+        ({"tokenwise": "slower"}, "tokenwise slower after [CRATE]", {"CRATE", "ViT"}),
+        ({"tokenwise": "of_nobody"}, "tokenwise of_nobody, residual crate of [CRATE]", {"CRATE", "ViT"}),
+    )
+    for parts, said, whose in cases:
+        card = model_card("a.pt", replace(small, **parts), {})
+        assert card.startswith("# Image classifier\n\nAn image classifier for 7 classes, ")
+        assert f"nobody's together: stem {parts.get('stem', 'patches')} of [" in card
+        assert said in card
+        citations = card.partition("## Citation")[2]
+        assert {name for name, paper in cited.items() if f"arXiv:{paper}" in citations} == whose
+    cbt = replace(small, mixer="cbsa", stem="convolutions")
+    assert "A [CBT](https://arxiv.org/abs/2509.16875) image classifier" in model_card("a.pt", cbt, {})

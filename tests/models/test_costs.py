@@ -25,7 +25,8 @@ MODELS: list[dict[str, Any]] = [
     *({"head": name} | (OF_TOST if HEADS[name].class_token is False else {}) for name in RULES["head"]),
     {"mixer": "cbsa", "options": {"cells": 3}},
     {"mixer": "mssa", "out_bias": False, "ratio": 3, "tokenwise": "mlp"},
-    {"mixer": "attention", "out_bias": False, "class_token": False, "pool": "mean"},
+    {"mixer": "attention", "in_bias": False, "out_bias": False, "class_token": False, "pool": "mean"},
+    {"mixer": "tssa", "in_bias": False},
     {"heads": 1, "pool": "mean", "image_size": 16},  # so few tokens that ISTA takes two products
     OF_TOST
     | {"stem": "convolutions", "mixer": "tssa", "tokenwise": "mlp", "residual": "pre_norm", "layer_scale": 1.0}

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_dist.data.loader import Normalize
 from crate_dist.evaluation.knn import nearest
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.kernels import choose_kernels
 from crate_dist.models.transformer import Transformer
 from crate_dist.training.lion import Lion
 from crate_dist.whitebox.maps import patch_keys, token_maps
@@ -50,6 +51,15 @@ def test_an_evaluation_is_computed_where_the_model_is(model: Transformer, dtype:
     logits = model(Normalize((0.5,) * 3, (0.2,) * 3, DEVICE, dtype)(pixels))
     assert logits.is_meta
     assert logits.shape == (images, 7)
+
+
+def test_what_is_fp32_is_rounded_to_tf32_neither_by_products_nor_by_convolutions() -> None:
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    choose_kernels()
+    choose_kernels()  # as a process does that makes several engines
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_white_box_and_neighbours_too(model: Transformer) -> None:

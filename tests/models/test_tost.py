@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import crate_dist
 from crate_dist.config import ModelSection, RecipeError, load_recipe
 from crate_dist.config.archs import ARCHS
 from crate_dist.models.batch_norm import statistics, take_statistics
@@ -146,6 +147,27 @@ def test_bf16_is_near_to_fp32_with_statistics_over_tokens_in_fp32(
     assert mixer.membership(w).dtype == mixer.gate(w).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_files_of_any_precision_compute_with_fp32_statistics(
+    golden: dict[str, Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    theirs, ours = tmp_path / "theirs.pth", tmp_path / "ours.pt"
+    weights = {name: tensor.to(dtype) for name, tensor in golden["state_dict"].items()}  # and counts
+    torch.save({"model": weights, "args": argparse.Namespace(input_size=32)}, theirs)
+    main(["convert", str(theirs), str(ours), "--to", "crate-dist"])
+    for path in (theirs, ours):
+        found, _ = load_model(path)
+        norm = found.patch_embed.norms[0]
+        assert {buffer.dtype for name, buffer in norm.named_buffers() if name != "num_batches_tracked"} == {
+            torch.float32
+        }
+        assert norm.num_batches_tracked.dtype == torch.int64
+        assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+        assert off(found.eval()(golden["images"].to(dtype)).float(), golden["logits"]) < 0.1
+        assert off(crate_dist.load(path)(golden["images"]), golden["logits"]) < 0.1
+
+
 def test_every_size_has_the_published_parameters() -> None:
     sizes = {arch.removeprefix("tost_"): arch for arch in ARCHS if arch.startswith("tost_")}
     assert sizes.keys() == PARAMETERS.keys()
@@ -230,6 +252,38 @@ def test_a_published_checkpoint_is_read_with_the_options_of_its_command(
     assert not read_weights(path, weights="raw").notes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert f" {parameters:,}\n" in describe(path)  # running statistics are none
+
+
+@pytest.mark.parametrize(
+    ("content", "stretched", "said"),
+    [
+        (("model", "optimizer", "scaler"), True, 'by a "scaler" and neither "epoch" nor "args" in it'),  # finetune.py's
+        (("net", "acc", "epoch"), True, 'by "acc" beside "net"'),  # which finetune.py --resume reads
+        (("model", "epoch", "args", "scaler"), False, ""),  # main.py's
+        (("model", "epoch", "args"), False, ""),  # main.py's best_model.pth
+        (("model",), False, "nothing in it says whether it was fine-tuned"),
+        (("state_dict", "epoch"), False, "nothing in it says whether it was fine-tuned"),
+        (("net",), False, "nothing in it says whether it was fine-tuned"),
+    ],
+)
+def test_images_are_prepared_as_the_code_does_that_wrote_the_file(
+    golden: dict[str, Any], tmp_path: Path, content: tuple[str, ...], stretched: bool, said: str
+) -> None:
+    weights = {f"module.{name}": tensor for name, tensor in golden["state_dict"].items()}
+    beside = _checkpoint(golden) | {"acc": 97.5}
+    names = ("model", "state_dict", "net")
+    torch.save({key: weights if key in names else beside[key] for key in content}, tmp_path / "tost.t7")
+    found = read_weights(tmp_path / "tost.t7")
+    prepared = {key: found.meta[key] for key in ("eval_fit", "resize_filter") if key in found.meta}
+    assert prepared == ({"eval_fit": "stretch", "resize_filter": "bilinear"} if stretched else {})
+    assert found.kind == ("reference fine-tuning" if stretched else "reference")
+    assert said in " ".join(found.notes)
+    assert bool(found.notes) == bool(said)
+
+
+def test_the_whole_centre_is_evaluated_where_the_options_say_so(golden: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(_checkpoint(golden, args=argparse.Namespace(full_crop=True)), tmp_path / "full.pth")
+    assert read_weights(tmp_path / "full.pth").meta["eval_crop"] == 1.0
 
 
 def test_the_average_is_converted_when_asked_for_and_missed_when_not_there(

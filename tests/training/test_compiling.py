@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -19,16 +20,18 @@ import torch
 from crate_dist.checkpoint import loading as checkpoint
 from crate_dist.checkpoint import saving
 from crate_dist.checkpoint.format import Progress
-from crate_dist.config import AugmentSection, ImageSection, Recipe
+from crate_dist.config import AugmentSection, ImageSection, Recipe, build_recipe
 from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Share, TrainLoader, train_transform
 from crate_dist.data.order import Order
 from crate_dist.data.reader import ShardReader
 from crate_dist.doctor.end_to_end import compiled_seconds
+from crate_dist.models.build import build_model
 from crate_dist.run.folder import RunFolder
 from crate_dist.run.lock import ALONE
 from crate_dist.training import compiling
 from crate_dist.training.compiled_cache import CompiledCache
+from crate_dist.training.engine import Engine
 from crate_dist.training.lion import Lion
 from crate_dist.training.watchdog import Watchdog
 from crate_dist.world import World
@@ -173,8 +176,56 @@ def broken_compiler(world: World, device: torch.device, folder: Path) -> tuple[s
 
 def test_where_one_rank_cannot_compile_none_does_and_one_line_says_so(tmp_path: Path) -> None:
     for log, same in spawn(broken_compiler, 2, tmp_path):
-        assert log.count("torch.compile does not work here, training goes on without it") == 1
+        assert log.count("torch.compile does not work here, training goes on without it (rank 1: ") == 1
         assert all(same)
+
+
+def older_gpu(world: World, device: torch.device, folder: Path) -> tuple[list[bool], str]:
+    """What both ranks are told to do, and say, where rank 1 has a GPU that is too old; nothing is computed on one."""
+    logging.basicConfig(filename=folder / str(world.rank), force=True, level=logging.WARNING)
+    torch.cuda.get_device_capability = lambda device=None: [(9, 0), (6, 1)][world.rank]  # type: ignore[method-assign]
+    gpu = torch.device("cuda")
+    tries = compiling.should_compile("auto", gpu)
+    compiles = compiling.compile_model(make_engine(world, device, with_train()).module, lambda: 1 / 0, gpu)
+    return [tries, compiles], (folder / str(world.rank)).read_text()
+
+
+def test_where_one_rank_has_an_older_gpu_all_agree_before_any_compiles(tmp_path: Path) -> None:
+    for (tries, compiles), log in spawn(older_gpu, 2, tmp_path):
+        assert tries
+        assert not compiles
+        assert "(rank 1: Triton needs a GPU of compute capability 7.0, and this one has 6.1)" in log
+
+
+def the_family(world: World, device: torch.device) -> list[tuple[int, bool, bool, bool]]:
+    """Of ToST under autocast and CBT in fp32: graphs, and whether losses, statistics and logits are those of eager."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]  # all but kernels
+    found = []
+    for arch, precision in (("tost_tiny_12", "autocast"), ("cbt_tiny", "fp32")):
+        model = {"arch": arch, "width": 32, "heads": 2, "depth": 3, "image_size": 32, "patch_size": 8, "drop_path": 0.3}
+        train = {"global_batch": 8, "micro_batch": 4, "group": 2, "epochs": 1, "precision": precision}
+        whole = {"name": arch, "model": model, "optim": {"name": "adamw", "lr": 1e-3}}
+        settings = [build_recipe({**whole, "train": {**train, "compile": each}}, "a test") for each in (True, False)]
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        engines = [Engine(build_model(each.model, 7, seed=0), each, device, 4, 2) for each in settings]
+        images, labels = (part.split(4) for part in (each[:8] for each in batch_of(0, world)))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            losses = [[each.step(zip(images, labels, strict=True), 1e-3, n).loss for n in range(2)] for each in engines]
+            logits = [engine.predict(images[0]) for engine in engines]
+        norms = [[value for name, value in each.module.state_dict().items() if "running" in name] for each in engines]
+        within = 1e-2 if precision == "autocast" else 1e-4
+        same = [
+            all(torch.allclose(a, b, rtol=within, atol=within) for a, b in zip(*pair, strict=True))
+            for pair in (losses, norms, logits)
+        ]
+        found.append((torch._dynamo.utils.counters["stats"]["unique_graphs"], *same))
+    return found
+
+
+def test_what_the_family_has_beside_crate_is_compiled_whole_once_and_computes_the_same() -> None:
+    # Under autocast the first layer of ToST reads bf16 tokens, and the others fp32: two graphs more.
+    assert spawn(the_family, 1) == [[(8, True, True, True), (6, True, True, True)]]
 
 
 def golden_outputs(world: World, device: torch.device, cache: Path) -> float:
@@ -290,6 +341,7 @@ def test_a_restart_elsewhere_finds_what_was_compiled_unless_another_user_signed_
 def test_what_a_machine_lacks_is_said_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(compiling.CannotCompile, match="no gcc and no clang"):
         compiling._check_tools(torch.device("cuda"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nonexistent")
@@ -307,25 +359,41 @@ WHOLE_RUN = """
 import sys, torch
 from crate_dist.train import main
 from crate_dist.training import compiling
+from crate_dist.training.engine import Engine
 
-compile_model = compiling.compile_model
+compile_model, eagerly, predict, eager, batches = compiling.compile_model, compiling.eagerly, Engine.predict, [], []
+
+def predict_and_note(engine, images):
+    before = len(eager)
+    logits = predict(engine, images)
+    batches.append((len(images), len(eager) > before))
+    return logits
 
 def compile_once(*arguments):
     done = compile_model(*arguments)
     torch.compiler.set_stance("fail_on_recompile")
+    batches.clear()
     return done
 
 if __name__ == "__main__":
-    compiling.compile_model = compile_once
+    compiling.compile_model, Engine.predict = compile_once, predict_and_note
+    compiling.eagerly = lambda: (eager.append(1), eagerly())[1]
     status = main(sys.argv[1:])
     print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
+    print("batches of", *sorted(set(batches)))
     sys.exit(status)
 """
 
 
 def test_a_whole_run_compiles_nothing_after_its_start(tmp_path: Path, cast_shards: Path, small_recipe: Path) -> None:
     (tmp_path / "run.py").write_text(WHOLE_RUN)
-    settings = ["train.compile=true", "train.max_steps=4", "log.eval_every_epochs=1", "log.whitebox_every_steps=2"]
+    settings = [
+        "train.compile=true",
+        "train.max_steps=4",
+        "train.micro_batch=48",
+        "log.eval_every_epochs=1",
+        "log.whitebox_every_steps=2",
+    ]
     settings += ["mix.mixup=0.8", "mix.cutmix=1.0", "train.group=3", "model.drop_path=0.2"]
     arguments = ["--config", small_recipe, "--data", cast_shards, "--run-dir", tmp_path / "run"]
     arguments += [word for setting in settings for word in ("--set", setting)]
@@ -335,6 +403,8 @@ def test_a_whole_run_compiles_nothing_after_its_start(tmp_path: Path, cast_shard
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "6 graphs" in ended.stdout
+    # 37 images, by the micro-batch that was derived, of which all but the last batch are whole.
+    assert "batches of (13, True) (24, False)" in ended.stdout, ended.stdout
     log = RunFolder(tmp_path / "run").log_file(0).read_text()
     assert len(compiled_seconds(log)) == 1  # as the doctor reads it
     written = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]

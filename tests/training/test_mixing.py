@@ -21,6 +21,7 @@ from crate_dist.data.index import ShardIndex
 from crate_dist.data.loader import Batch, Share, TrainLoader
 from crate_dist.data.order import Order
 from crate_dist.data.transforms import TrainTransform
+from crate_dist.models.residuals.layer import dropped
 from crate_dist.training.drop_path import kept
 from crate_dist.training.mixing import Mixing, Targets, box_of, partners
 from crate_dist.training.samples import TRAINING, training_picture
@@ -85,9 +86,11 @@ def test_shares_boxes_and_choices_are_as_often_as_the_recipe_has_it() -> None:
 
 
 @given(st.floats(0, 1), st.integers(1, 64), st.data())
-def test_the_box_is_a_square_of_the_drawn_area_cut_at_the_edges(share: float, side: int, data: st.DataObject) -> None:
+def test_the_box_is_an_even_square_of_the_drawn_area_cut_at_the_edges(
+    share: float, side: int, data: st.DataObject
+) -> None:
     y, x = (data.draw(st.integers(0, side - 1)) for _ in range(2))
-    length = int(side * np.sqrt(1 - share))
+    length = 2 * (int(side * np.sqrt(1 - share)) // 2)  # as in the timm that ToST has, and in CRATE-α's code
     inside = np.zeros((3 * side, 3 * side), dtype=bool)
     inside[side + y - length // 2 :, side + x - length // 2 :][:length, :length] = True
     top, bottom, left, right = box_of(share, side, y, x)
@@ -165,14 +168,26 @@ def test_without_the_section_a_batch_goes_through_as_it_is() -> None:
 
 def test_branches_are_dropped_as_often_as_the_rate_says_and_by_the_place_in_the_global_batch() -> None:
     whole, *parts = (
-        kept(0.2, 24, first, count, 3, 5, torch.device("cpu"), torch.float32)
-        for first, count in [(0, 512), (0, 128), (128, 384)]
+        kept(0.2, 24, first, count, 3, 5, torch.device("cpu")) for first, count in [(0, 512), (0, 128), (128, 384)]
     )
     assert torch.equal(torch.cat(parts, dim=1), whole)
     assert torch.equal(whole.unique(), torch.tensor([0, 1 / 0.8]))
     assert float((whole == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
-    other = kept(0.2, 24, 0, 512, 3, 6, torch.device("cpu"), torch.float32)
+    other = kept(0.2, 24, 0, 512, 3, 6, torch.device("cpu"))
     assert float(((whole == 0) & (other == 0)).float().mean()) == pytest.approx(0.04, abs=0.01)
+
+
+def test_a_kept_branch_is_scaled_by_the_factor_itself_in_bf16_too() -> None:
+    branch = torch.randn(512, 3, 8).bfloat16()
+    factors = kept(0.15, 2, 0, 512, 3, 5, torch.device("cpu"))[0]
+    scaled = dropped(branch, factors)
+    assert scaled.dtype == torch.bfloat16
+    of_kept = factors > 0
+    assert not scaled[~of_kept].any()
+    ratio = scaled[of_kept].double().abs().sum() / branch[of_kept].double().abs().sum()
+    assert float(ratio) == pytest.approx(1 / 0.85, rel=5e-4)  # a factor rounded to bf16 would be 2.7e-3 off
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dropped(branch, factors).dtype == torch.float32
 
 
 def test_mixed_training_images_are_shown_with_both_their_classes(cast_shards: Path) -> None:

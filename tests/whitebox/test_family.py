@@ -22,6 +22,7 @@ from crate_dist.evaluation.on_ranks import CannotMeasure
 from crate_dist.figures.__main__ import main
 from crate_dist.models.build import initialise
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.mixers.cbsa import CBSA
 from crate_dist.models.mixers.mssa import MSSA
 from crate_dist.models.mixers.tssa import TSSA
 from crate_dist.models.rates import alignment, coding_rate, coherence, entropy, orthonormality_error, subspace_coherence
@@ -188,6 +189,28 @@ def test_where_w_comes_back_from_the_subspaces_it_is_aligned() -> None:
         aligned = mixer.measures(torch.randn(2, 3, 5, 8))["out_alignment"]
         assert isinstance(aligned, Tensor)
         assert aligned.item() == pytest.approx(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flipped", [[0], [0, 1, 2]])
+def test_the_alignment_of_cbsa_is_of_what_it_computes_and_not_of_how_its_factors_share_it(flipped: list[int]) -> None:
+    torch.manual_seed(0)
+    mixer = CBSA(ModelConfig(image_size=16, patch_size=4, num_classes=2, dim=24, depth=1, heads=3, mixer="cbsa"))
+    z, w = torch.randn(2, 17, 24), torch.randn(2, 3, 17, 8)
+    out, before = mixer(z), mixer.measures(w)["out_alignment"]
+    weight = mixer.get_parameter("out.weight")
+    for head in flipped:
+        mixer.step_x[head] *= -4
+        weight.unflatten(1, (3, 8))[:, head] *= -0.25
+    assert torch.equal(mixer(z), out)
+    after = mixer.measures(w)["out_alignment"]
+    assert isinstance(before, Tensor)
+    assert isinstance(after, Tensor)
+    assert after.item() == pytest.approx(before.item(), rel=1e-6)
+    weight.copy_(0.2 * mixer.get_parameter("subspaces.weight").T / mixer.step_x.flatten().repeat_interleave(8))
+    aligned = mixer.measures(w)["out_alignment"]
+    assert isinstance(aligned, Tensor)
+    assert aligned.item() == pytest.approx(1)
 
 
 def test_maps_are_the_published_ones_where_there_is_attention(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_dist.config.parts import MIXERS, TOKENWISE
+from crate_dist.errors import UserError
 from crate_dist.models.build import initialise
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.rates import coding_rate, coherence, dead_token_share
+from crate_dist.models.mixers.attention import Attention
+from crate_dist.models.rates import Measures, coding_rate, coherence, dead_token_share
 from crate_dist.models.residuals.crate import CrateLayer
+from crate_dist.models.tokenwise.ista import ISTA
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.names import from_reference
 from crate_dist.whitebox.maps import patch_keys, token_maps
 from crate_dist.whitebox.measures import layer_gradient_norms, profile
+from tests.new_parts import add_part
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crate_parity.pt"
 SMALL = ModelConfig(image_size=16, patch_size=4, num_classes=7, dim=24, depth=3, heads=3, dropout=0.5, emb_dropout=0.5)
@@ -140,3 +146,95 @@ def test_pictures_of_any_size_in_whole_patches_are_measured() -> None:
     assert torch.equal(model.forward_intermediates(square).logits, model(square))
     with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 3, 12, 18\)"):
         profile(model, [images(12, 18)])
+
+
+class Sparse(ISTA):
+    """A token-wise part with a code, and one parameter that is not trained and one that nothing reads."""
+
+    key = "sparse"
+    found: ClassVar[Measures] = {}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.fixed = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.idle = torch.nn.Parameter(torch.ones(3))
+
+    def measures(self, z: Tensor) -> Measures:
+        """Returns what the test says."""
+        return dict(self.found)
+
+
+class Coordinates(Attention):
+    """A mixer with coordinates that is no SubspaceMixer."""
+
+    key = "coordinates"
+
+    def coordinates(self, w: Tensor) -> Tensor:
+        """Returns the queries."""
+        return w[:, 0]
+
+
+@pytest.fixture
+def of_new_parts(monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    add_part(monkeypatch, TOKENWISE, "sparse", Sparse)
+    add_part(monkeypatch, MIXERS, "coordinates", Coordinates)
+    return initialise(replace(SMALL, tokenwise="sparse", mixer="coordinates"), seed=0)
+
+
+def test_what_a_part_does_not_measure_is_told(of_new_parts: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sparse, "found", {"lasso": torch.ones(2), "one": 1.5, "each_head": torch.ones(2, 3)})
+    seen = profile(of_new_parts, [images(16, 16)] * 2)
+    assert {"coding_rate", "zeros", "dead_features", "lasso"} <= seen.values.keys()
+    assert {name: list(seen[name].shape) for name in Sparse.found} == {
+        "lasso": [3, 4],
+        "one": [3],
+        "each_head": [3, 4, 3],
+    }
+    assert seen.means()["one"] == [1.5] * 3
+    assert seen.what_is_missing() == [
+        "Coordinates does not measure it: no subspace_coherence, orthonormality_error, out_alignment",
+        "Sparse does not measure it: no coherence",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"zeros": torch.ones(2)}, '"zeros" is measured by Sparse and by the white box'),
+        ({"dead_features": torch.ones(2)}, '"dead_features" is measured by Sparse and by the white box'),
+        ({"gradient_norm": torch.ones(2)}, '"gradient_norm" is measured by Sparse and by the white box'),
+        ({"coherence": None}, '"coherence", which Sparse measures, is a NoneType: a measure is one number of each'),
+        ({"rate": torch.ones(3)}, r'"rate", which Sparse measures, is a tensor \(3,\): .* each image, \(2,\) here'),
+        ({"rate": torch.ones(2, 4, 4)}, r"is a tensor \(2, 4, 4\)"),
+    ],
+)
+def test_a_measure_that_takes_another_s_name_or_is_no_number_is_refused_by_name(
+    of_new_parts: Transformer, monkeypatch: pytest.MonkeyPatch, found: Measures, said: str
+) -> None:
+    monkeypatch.setattr(Sparse, "found", found)
+    with pytest.raises(UserError, match=said):
+        profile(of_new_parts, [images(16, 16)])
+
+
+def test_two_parts_that_call_their_measures_alike_are_both_named(
+    of_new_parts: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sparse, "found", {"rate": torch.ones(2)})
+    monkeypatch.setattr(Coordinates, "measures", lambda self, w: {"rate": torch.ones(2)})
+    with pytest.raises(
+        UserError, match=r'"rate" is measured by Coordinates and by Sparse, .* `measures` of Coordinates'
+    ):
+        profile(of_new_parts, [images(16, 16)])
+    monkeypatch.setattr(Coordinates, "measures", lambda self, w: {})
+    monkeypatch.setattr(of_new_parts.layers[1].get_submodule("sparse"), "found", {"rate": "this layer has none"})
+    with pytest.raises(UserError, match=r'"rate" is measured of some layers .* of others not: this layer has none'):
+        profile(of_new_parts, [images(16, 16)])
+
+
+def test_gradients_of_what_is_not_trained_or_not_read_add_nothing(of_new_parts: Transformer) -> None:
+    norms = layer_gradient_norms(of_new_parts, images(16, 16), torch.tensor([1, 5]))
+    F.cross_entropy(of_new_parts.eval()(images(16, 16)), torch.tensor([1, 5])).backward()
+    squares = [
+        sum(p.grad.square().sum() for p in layer.parameters() if p.grad is not None) for layer in of_new_parts.layers
+    ]
+    assert norms.square().tolist() == pytest.approx([float(square) for square in squares], rel=1e-5)

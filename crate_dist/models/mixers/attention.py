@@ -12,9 +12,10 @@ from crate_dist.models.mixers.mixer import Mixer
 
 
 class Attention(Mixer):
-    """Multi-head self-attention with projections of their own for query, key and value; W has a bias if `out_bias`.
+    """Multi-head self-attention with projections of their own for query, key and value.
 
-    Head(z) = softmax(q kᵀ / √p) v;  Attention(z) = W [Head_1; …; Head_h].
+    Head(z) = softmax(q kᵀ / √p) v;  Attention(z) = W [Head_1; …; Head_h]. The projections have a bias if `in_bias`, W
+    if `out_bias`.
     """
 
     key = "attention"
@@ -23,7 +24,7 @@ class Attention(Mixer):
         super().__init__()
         self.heads = config.heads
         self.attention_dropout = config.dropout
-        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=config.in_bias)
         self.out = Linear(config.dim, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.dropout)
 

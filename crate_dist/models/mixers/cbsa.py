@@ -76,6 +76,11 @@ class CBSA(SubspaceMixer):
         contracted = self.representatives(w)
         return _attention(contracted, contracted)
 
+    def way_back(self) -> Tensor:
+        """Returns [η_1 W_1 … η_K W_K], (d, d): W and η are weights of their own, and act as their product alone."""
+        weight = super().way_back().unflatten(1, (self.heads, -1))
+        return (weight * self.step_x.view(-1, 1)).flatten(1)
+
     def measures(self, w: Tensor) -> Measures:
         """Returns the coding rate of the representatives, what contraction makes of it, and that of CBT's paper.
 

@@ -78,6 +78,10 @@ class SubspaceMixer(Mixer):
         """Returns the tokens in the subspaces, (b, h, n, p), whose coding rate is R^c."""
         return w
 
+    def way_back(self) -> Tensor:
+        """Returns W, the matrix (d, d) by which the mixer comes back from the subspaces, of a mixer that has one."""
+        return self.out.get_parameter("weight")
+
     def measures(self, w: Tensor) -> Measures:
         """Returns how incoherent the subspaces are, how far each basis is from orthonormal, and how W is aligned.
 
@@ -91,7 +95,7 @@ class SubspaceMixer(Mixer):
             coherence = subspace_coherence(bases)
         aligned: Tensor | str = "there is no W behind a single head"
         if not isinstance(self.out, nn.Identity):
-            aligned = alignment(self.out.get_parameter("weight"), weight.mT)
+            aligned = alignment(self.way_back(), weight.mT)
         return {
             "subspace_coherence": coherence,
             "orthonormality_error": orthonormality_error(bases),

@@ -29,7 +29,7 @@ class TSSA(SubspaceMixer):
     As in the published code: V is learned, with a bias, where the derivation has the U_k; the step size is in V; u is
     normalised over the tokens of one image, and so depends on how many there are; dropout of attention is of 1 / (1 +
     m). `temperature` is a matrix (h, 1), which is why it decays with the weights; the code that would except it asks
-    the whole model alone.
+    the whole model alone. There is no b_k where `in_bias` is off, as in the code of CBT.
     Time and memory are O(n d) beside the two projections.
     """
 
@@ -38,7 +38,7 @@ class TSSA(SubspaceMixer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.subspaces = Linear(config.dim, config.dim)
+        self.subspaces = Linear(config.dim, config.dim, bias=config.in_bias)
         self.temperature = nn.Parameter(torch.ones(config.heads, 1))
         self.out = Linear(config.dim, config.dim, bias=config.out_bias)
         self.gate_dropout = nn.Dropout(config.dropout)

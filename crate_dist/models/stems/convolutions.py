@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.sizes import halving_widths
+from crate_dist.models.stems.stem import Stem
 
 
-class ConvolutionStem(nn.Module):
+class ConvolutionStem(Stem):
     """3 x 3 convolutions of stride 2 without bias, each with batch norm, and GELU between: one for each halving.
 
     Widths double up to d: d/8, d/4, d/2, d for patches of 16 pixels, d/4, d/2, d for 8, d/2, d for 4. A token is
     therefore not of its patch alone: with patches of 16 pixels it sees 31 x 31 of them.
-    The published code synchronises batch norm over all ranks, so that its group is the global batch.
+    Both published codes have SyncBatchNorm. ToST's runs in a process for each GPU, and its group is the global batch;
+    CBT's published command has one process for all GPUs, where nothing is synchronised: its group is a GPU's share.
     """
 
     def __init__(self, config: ModelConfig) -> None:

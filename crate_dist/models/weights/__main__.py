@@ -4,7 +4,7 @@
     python -m crate_dist.models.weights convert model-best.pt crate_b.pth.tar --to reference
 
 A file is an export of crate-dist's, safetensors, a checkpoint of the published code (.pth.tar, with or without
-"module."), or a bare state dict. Nothing in it is executed.
+"module."), a bare state dict, or a .npz of CRATE-α's JAX code. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     change.add_argument(
         "--weights", choices=["raw", "ema"], help="which of IN, where their moving average (ema) stands beside them"
     )
+    change.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="what IN does not say, and OUT will: images.mean=0.5,0.5,0.5 and all else of [images]; "
+        "model.head=mean_patches",
+    )
     change.add_argument("--force", action="store_true", help="replace OUT and its card if they exist")
     for command in (show, change):
         command.add_argument("--heads", type=positive, metavar="N", help="for unpublished sizes: IN may not say it")
@@ -46,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.command == "describe":
             sys.stdout.write(describe(given.file, given.heads, given.classes) + "\n")
             return
-        config = convert(
-            given.source, given.target, given.to, given.heads, given.bare_names, given.force, given.weights
-        )
+        said = given.heads, given.bare_names, given.force, given.weights, given.settings
+        config = convert(given.source, given.target, given.to, *said)
         sys.stdout.write(describe(given.target, config.heads) + "\n")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from crate_dist.config import new_names
+from crate_dist.config.archs import Arch
+from crate_dist.config.parts import PARTS as TABLES
 from crate_dist.files import write_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
+from crate_dist.models.parts import find_part
 from crate_dist.models.transformer import Transformer
-from crate_dist.models.weights.families import PARTS, family_that_computes
-from crate_dist.models.weights.families.crate import FAMILY as CRATE
+from crate_dist.models.weights.families import FAMILIES, PARTS, family_that_computes
+from crate_dist.models.weights.families.family import Family
 
 _LICENCE = "licence"
 _NO_LICENCE = "*to be named by whoever shares these weights*"
@@ -47,24 +50,51 @@ def write_card(weights: Path, config: ModelConfig, meta: Mapping[str, Any]) -> P
 def model_card(name: str, config: ModelConfig, meta: Mapping[str, Any], licence: str = _NO_LICENCE) -> str:
     """Returns the text of a card, in Markdown. name: of the file of weights; meta: whatever came with them."""
     family = family_that_computes(config)
-    own = family or CRATE
-    title = _cell(meta.get("recipe") or find_arch(config) or own.name)
+    origins = {} if family else _origins(config)
+    cited = {one.paper: one.citation for one in (family, *origins.values()) if one}
+    title = _cell(meta.get("recipe") or find_arch(config) or (family.name if family else "Image classifier"))
     parts = [
         f"# {title}",
-        f"A [{own.name}](https://arxiv.org/abs/{own.paper}) image classifier for {config.num_classes:,} classes, "
-        f"trained or converted with crate-dist.{'' if family else _composed(config)}",
+        f"{f'A {_link(family)}' if family else 'An'} image classifier for {config.num_classes:,} classes, "
+        f"trained or converted with crate-dist.{'' if family else _composed(config, origins)}",
         _table([*_origin(config, meta), (_LICENCE, licence)]),
         "## Loading",
         _loading(name, config, meta),
     ]
     if isinstance(values := meta.get("recipe_values"), Mapping):
         parts += ["## Recipe", _table([(f"`{key}`", value) for key, value in sorted(new_names(values).items())])]
-    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{own.citation}\n```"]) + "\n"
+    if cited:
+        parts += ["## Citation", "```bibtex\n" + "\n\n".join(cited.values()) + "\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
-def _composed(config: ModelConfig) -> str:
-    """Says what a model is made of that no published code computes."""
-    return f" Its parts are nobody's together: {', '.join(f'{part} {getattr(config, part)}' for part in PARTS)}."
+def _origins(config: ModelConfig) -> dict[str, Family | None]:
+    """Returns whose each part is that has a class: the first family with it, or with one that it derives from or to."""
+    first = sorted(FAMILIES, key=lambda family: family.paper)  # numbers of arXiv are in the order of time
+    found = dict[str, Family | None]()
+    for name, table in TABLES.items():
+        part = find_part(table, getattr(config, name))
+        theirs = ((family, find_part(table, getattr(_row(family), name))) for family in first)
+        found[name] = next((f for f, other in theirs if issubclass(part, other) or issubclass(other, part)), None)
+    return found
+
+
+def _composed(config: ModelConfig, origins: Mapping[str, Family | None]) -> str:
+    """Says what a model is made of that no published code computes, and whose each part is, as far as it is known."""
+    parts = []
+    for name in PARTS:
+        part, family = getattr(config, name), origins.get(name)
+        how = "of" if family and getattr(_row(family), name) == part else "after"
+        parts.append(f"{name} {part}{f' {how} {_link(family)}' if family else ''}")
+    return f" Its parts are nobody's together: {', '.join(parts)}."
+
+
+def _row(family: Family) -> Arch:
+    return family.row(next(iter(family.sizes)))
+
+
+def _link(family: Family) -> str:
+    return f"[{family.name}](https://arxiv.org/abs/{family.paper})"
 
 
 def _origin(config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

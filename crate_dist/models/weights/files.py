@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crate_dist.config import WeightsKind
+from pydantic import ValidationError
+
+from crate_dist.config import ImageSection, WeightsKind
+from crate_dist.config.keys import parse_value
+from crate_dist.config.parts import HEADS
 from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
@@ -17,6 +21,8 @@ from crate_dist.models.weights.read import load_model, read_weights
 from crate_dist.models.weights.write import export_model, export_reference, export_safetensors
 
 _FEW = 5
+_SETTABLE = (*(f"images.{name}" for name in ImageSection.model_fields), "model.head")
+"""Settings of a recipe that a file of others may not say, and `convert --set` can."""
 
 
 def describe(path: str | Path, heads: int | None = None, all_classes: bool = False) -> str:
@@ -76,6 +82,7 @@ def convert(
     bare_names: bool = False,
     force: bool = False,
     weights: WeightsKind | None = None,
+    settings: Sequence[str] = (),
 ) -> ModelConfig:
     """Writes the weights of a file in another format, and a card beside them where none stands or `force` is set.
 
@@ -83,18 +90,44 @@ def convert(
 
     to: "crate-dist", "reference" or "safetensors"; bare_names: no "module." in the published code's names
     weights: "ema": their moving average, where `source` has it beside them
-    Raises WeightsError when `source` cannot be used, or `target` exists and is not to be replaced; OSError.
+    settings: KEY=VALUE of [images] and of `_SETTABLE`, for what `source` does not say, or says wrong
+    Raises WeightsError when `source` or a setting cannot be used, or `target` exists and is not to be replaced;
+    OSError.
     """
     if target.exists() and not force:
         raise WeightsError(f"{target} exists; --force replaces it")
     if not target.absolute().parent.is_dir():
         raise WeightsError(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
     model, meta = load_model(source, heads, weights)
+    config, images = _said(settings, model.config)
+    meta |= images
     if to == "reference":
-        export_reference(target, model.config, model.state_dict(), meta, "" if bare_names else "module.")
+        export_reference(target, config, model.state_dict(), meta, "" if bare_names else "module.")
     else:
         export = export_safetensors if to == "safetensors" else export_model
-        export(target, model.config, model.state_dict(), meta)
+        export(target, config, model.state_dict(), meta)
     if force or not card_path(target).exists():
-        write_card(target, model.config, meta)
-    return model.config
+        write_card(target, config, meta)
+    return config
+
+
+def _said(settings: Sequence[str], config: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """Returns the architecture that settings make of `config`, and what they say of [images]. Raises WeightsError."""
+    values = dict[str, Any]()
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or key not in _SETTABLE:
+            raise WeightsError(f"--set {text}: expected one of {', '.join(_SETTABLE)}, then = and a value")
+        values[key] = parse_value(f"[{value}]" if "," in value and not value.startswith("[") else value)
+    model = {key.removeprefix("model."): value for key, value in values.items() if key.startswith("model.")}
+    images = {key.removeprefix("images."): value for key, value in values.items() if key.startswith("images.")}
+    try:
+        if model.get("head", config.head) not in HEADS:
+            raise ValueError(f"head is one of {', '.join(HEADS)}, not {model['head']!r}")
+        section = ImageSection(**images).model_dump(mode="json", include=set(images))
+        return dataclasses.replace(config, **model), section
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WeightsError(f"--set images.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"--set model.head: {error}") from error

@@ -131,6 +131,11 @@ def infer_config(state_dict: StateDict, heads: int | None = None, family: Family
             f"no published {family.name} has width {dim} and depth {depth} with patches of {patch_size} pixels, and "
             "the number of heads cannot be read off the weights; give it (heads=, --heads)"
         )
+    if heads < family.fewest_heads:
+        raise WeightsError(
+            f"a {family.name} has a map of the mixer's output with a single head, too, and mssa has none here; such "
+            "weights are not read"
+        )
     sides = _IMAGE_SIZE // max(patch_size, 1) if tokens is None else math.isqrt(max(tokens - row.class_token, 0))
     parts = dataclasses.asdict(family.row(published) if published else row)
     parts |= {"dim": dim, "depth": depth, "heads": heads, "patch_size": patch_size, "num_classes": num_classes} | told

@@ -5,6 +5,7 @@
     its fine-tuning code's             {"model": state_dict, "optimizer", "scaler"}; older ones {"net", "acc", "epoch"}
     ToST's                             {"model": state_dict, "model_ema", "args": Namespace, "optimizer", …}
     a bare state dict as CRATE-α's, a safetensors file of any origin
+    CRATE-α's training code's          .npz of JAX's arrays: the parameters alone, or {"params/…", "opt/…", "chrono/…"}
 
 each under crate-dist's names or those of a family's published code (`families/`), with or without the "module." of
 DataParallel and DistributedDataParallel. Files are opened so that no code in them runs (`opening`).
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import WeightsKind
-from crate_dist.models.build import find_arch
+from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.config import ModelConfig, Pool
 from crate_dist.models.transformer import Transformer
+from crate_dist.models.weights.arrays import is_archive, open_arrays
+from crate_dist.models.weights.families import alpha, alpha_jax
 from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMATS,
@@ -41,12 +44,14 @@ from crate_dist.models.weights.names import (
     recognised,
 )
 from crate_dist.models.weights.opening import open_file, options_of
+from crate_dist.models.weights.provenance import of_checkpoint, of_tensors
 
 logger = logging.getLogger(__name__)
 
 _STATE_DICTS = ("state_dict", "model", "net")
 _AVERAGES = ("model_ema", "state_dict_ema")
 """Where training codes keep the moving average of their weights."""
+_FEW = 4
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 
 
@@ -54,8 +59,8 @@ _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
 class Weights:
     """The content of one file of weights.
 
-    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning" or "state dict"
-    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file
+    kind: "crate-dist", "safetensors", "reference", "reference fine-tuning", "state dict" or "jax"
+    state_dict: tensors on the CPU under crate-dist's names, in the dtype of the file, running statistics in fp32
     config: the architecture, where the file says it; meta: plain values that came along
     told: where it does not, what it says of what the shapes leave open, by the names of ModelConfig
     notes: what was changed in reading, in words
@@ -85,8 +90,10 @@ class Weights:
         in_shapes = self.family.tells(self.state_dict).get("heads") if self.family else None
         if heads or told or in_shapes:
             return config, self.notes
+        assert self.family is not None  # whose size told them
+        published = self.family.published(config.dim, config.depth, config.patch_size)
         taken = (
-            f"it does not tell its heads: {config.heads} taken, as in the published {find_arch(config)}, which has its "
+            f"it does not tell its heads: {config.heads} taken, as in the published {published}, which has its "
             "width, depth and patches; --heads N would say otherwise"
         )
         return config, (*self.notes, taken)
@@ -109,6 +116,8 @@ def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weight
 def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if _is_safetensors(path):
         return _read_safetensors(path)
+    if is_archive(path):
+        return _read_jax(path)
     content = open_file(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, no checkpoint and no state dict")
@@ -132,7 +141,8 @@ def _read(path: Path, kind: WeightsKind | None) -> Weights:
 def load_model(
     path: str | Path, heads: int | None = None, weights: WeightsKind | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file.
+    """Reads a file of any kind: (model, meta). The model is on the CPU, in training mode, in the dtype of the file,
+    but for running statistics, which are fp32.
 
     heads: for weights of a size that was not published, in files that do not say it; weights: as of `read_weights`
     Logs what was taken for granted. Raises WeightsError when the file or its weights cannot be used.
@@ -153,25 +163,28 @@ def load_model(
 def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, Any]) -> Weights:
     """Reads a checkpoint of somebody's training, `content`, whose weights stand under `key`."""
     renamed, family, _ = recognised(state)
-    trained = key == (family.key or "state_dict")
-    meta = dict(family.evaluated if trained else family.fine_tuned)
-    options = options_of(content)
+    origin, options = of_checkpoint(family, key, content), options_of(content)
+    meta = dict(origin.images)
     meta |= {"arch": options["model"]} if isinstance(options.get("model"), str) else {}
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
-    return _joined("reference" if trained else "reference fine-tuning", renamed, family, meta, told)
+    kind = "reference fine-tuning" if origin.fine_tuned else "reference"
+    return _joined(kind, renamed, family, meta, {**origin.told, **told}, origin.notes)
 
 
 def _of_others(kind: str, state: Mapping[str, Tensor]) -> Weights:
     """Reads tensors alone; those of a published code are known by their names."""
     renamed, family, published = recognised(state)
-    return _joined(kind, renamed, family, dict(family.evaluated) if published else {}, {})
+    origin = of_tensors(family, published)
+    return _joined(kind, renamed, family, dict(origin.images), {}, origin.notes)
 
 
-def _joined(kind: str, state: StateDict, family: Family, meta: dict[str, Any], told: Mapping[str, Any]) -> Weights:
+def _joined(
+    kind: str, state: StateDict, family: Family, meta: dict[str, Any], told: Mapping[str, Any], notes: tuple[str, ...]
+) -> Weights:
     state_dict, note = join_classifier_heads(state)
-    return Weights(kind, state_dict, None, meta, told, (note,) if note else (), family)
+    return Weights(kind, state_dict, None, meta, told, (*filter(None, [note]), *notes), family)
 
 
 def _is_possible(name: str, value: Any) -> bool:
@@ -234,12 +247,29 @@ def _read_safetensors(path: Path) -> Weights:
         return Weights("safetensors", tensors, config_from_plain(json.loads(about["model"])), json.loads(about["meta"]))
 
 
+def _read_jax(path: Path) -> Weights:
+    arrays = open_arrays(path, alpha_jax.TREE)
+    if not alpha_jax.is_alpha(arrays):
+        few = ", ".join(f"{name} {tuple(array.shape)}" for name, array in list(arrays.items())[:_FEW])
+        raise WeightsError(
+            f"{path} holds {len(arrays)} arrays, {few}{', …' if len(arrays) > _FEW else ''}; of .npz, those with the "
+            "parameters of CRATE-α's classifiers are read"
+        )
+    try:
+        state_dict, told = alpha_jax.from_jax(arrays)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return Weights("jax", state_dict, None, dict(alpha.FAMILY.evaluated), told, (), alpha.FAMILY)
+
+
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     strange = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
     if strange or not state_dict:
         found = f"holds {', '.join(strange[:4])}" if strange else "is empty"
         raise WeightsError(f"{path}: expected a state dict, names and tensors, but it {found}")
-    return dict(state_dict)
+    return {
+        name: tensor.to(STATISTICS.get(name.rpartition(".")[2], tensor.dtype)) for name, tensor in state_dict.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -96,7 +96,9 @@ def export_reference(
     family = family_that_computes(config)
     if family is None:
         parts = ", ".join(f"{part} {getattr(config, part)}" for part in PARTS)
-        raise WeightsError(f"no published code computes this model ({parts}); the other formats hold it as it is")
+        raise WeightsError(
+            f"no published code computes this model ({parts}, {config.heads} heads); the other formats hold it as it is"
+        )
     meta = meta or {}
     weights = family.to_theirs(_compact(state_dict), prefix if family.key and family.wrapped else "")
     content = weights if family.key is None else _checkpoint(family, weights, config, meta)

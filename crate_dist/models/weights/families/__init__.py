@@ -7,10 +7,10 @@ from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.families import alpha, cbt, crate, tost, vit
 from crate_dist.models.weights.families.family import Family, StateDict
 
-FAMILIES = (alpha.FAMILY, cbt.FAMILY, tost.FAMILY, vit.FAMILY, vit.TIMM, crate.FAMILY)
+FAMILIES = (alpha.FAMILY, cbt.FAMILY, cbt.TOST, cbt.CRATE, tost.FAMILY, vit.FAMILY, vit.TIMM, crate.FAMILY)
 """Where names do not tell two of them apart, the first."""
 
-PARTS = ("stem", "positions", "class_token", "mixer", "tokenwise", "residual", "head", "out_bias")
+PARTS = ("stem", "positions", "class_token", "mixer", "tokenwise", "residual", "head", "in_bias", "out_bias")
 """Fields of ModelConfig that tell the families apart."""
 
 
@@ -28,9 +28,11 @@ def family_of(state_dict: StateDict) -> tuple[Family, bool]:
 
 def family_that_computes(config: ModelConfig) -> Family | None:
     """Returns the family whose published code has the parts of `config`, of whatever size; None: no one's has."""
+    compared = [name for name in PARTS if name not in unread(config)]
     for family in FAMILIES:
         row = family.row(next(iter(family.sizes)))
-        same = all(getattr(config, name) == getattr(row, name) for name in PARTS)
-        if same and ("layer_scale" in unread(config) or (config.layer_scale > 0) == (row.layer_scale > 0)):
+        same = all(getattr(config, name) == getattr(row, name) for name in compared)
+        same &= "layer_scale" in unread(config) or (config.layer_scale > 0) == (row.layer_scale > 0)
+        if same and config.heads >= family.fewest_heads:
             return family
     return None

@@ -1,4 +1,4 @@
-"""CRATE-α: UCSC-VLAA/CRATE-alpha, whose PyTorch files are bare state dicts."""
+"""CRATE-α: UCSC-VLAA/CRATE-alpha, whose PyTorch files are bare state dicts; those of its training, `alpha_jax`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crate_dist.models.weights.families.family import Family, only_head
+from crate_dist.models.weights.families.family import NORM_AND_MAP, Family, only_head
 
 FAMILY = Family(
     name="CRATE",
@@ -44,4 +44,5 @@ FAMILY = Family(
     },
     marks=("layers.0.mssa.subspaces.weight",),
     tells=only_head,
+    new_head=NORM_AND_MAP,
 )

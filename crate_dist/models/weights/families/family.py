@@ -25,6 +25,7 @@ class Family:
     name, paper, citation: for people; paper: its number at arXiv; citation: BibTeX
     sizes: its rows in config/archs.py, each with the patch sizes at which width and depth tell it from all others
     parts: what all of its models have otherwise than these rows
+    fewest_heads: with fewer, that code computes what no part here does
     names: our module paths, and theirs; {} stands for the number of a layer
     options: the numbers of their own that its parts have, as that code has them
     marks: our names of tensors by which its files are known
@@ -34,6 +35,7 @@ class Family:
     wrapped: whether that code saves its models as they are wrapped, "module." before the names
     evaluated, fine_tuned: how its code prepares images to be evaluated, and its fine-tuning code, in keys of [images],
     where that is not our default
+    new_head: how our names begin of what its fine-tuning code does not take from the weights for a new head
     """
 
     name: str
@@ -44,12 +46,14 @@ class Family:
     marks: tuple[str, ...]
     parts: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, float] = field(default_factory=dict)
+    fewest_heads: int = 1
     turned: Mapping[str, tuple[Turn, Turn]] = field(default_factory=dict)
     tells: Callable[[StateDict], dict[str, Any]] = lambda _: {}
     key: str | None = "state_dict"
     wrapped: bool = True
     evaluated: Mapping[str, Any] = field(default_factory=lambda: {"resize_filter": "bilinear"})
     fine_tuned: Mapping[str, Any] = field(default_factory=lambda: {"resize_filter": "bilinear", "eval_fit": "stretch"})
+    new_head: tuple[str, ...] = ("head.linear.",)
 
     def row(self, arch: str) -> Arch:
         """Returns the architecture of one of its sizes."""
@@ -109,6 +113,9 @@ def _as_convolution(weight: Tensor) -> Tensor:
     side = math.isqrt(weight.shape[1] // CHANNELS)
     return rearrange(weight, "d (y x c) -> d c y x", y=side, x=side).contiguous()
 
+
+NORM_AND_MAP = ("head.norm.", "head.linear.")
+"""`new_head` of CRATE's fine-tuning code, which CBT's is a copy of: both stand in one module, `mlp_head`."""
 
 CONVOLVED = {"patch_embed.proj.weight": (_as_matrix, _as_convolution)}
 """`turned` where the published stem is a convolution as wide as its stride."""

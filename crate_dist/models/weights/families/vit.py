@@ -1,4 +1,7 @@
-"""ViT: the baseline of CRATE's main.py, and timm's own with a class token."""
+"""ViT: the baseline of CRATE's main.py, and timm's own with a class token.
+
+Those of timm's that read the patches (global_pool="avg") have the names of CRATE's; the files tell them apart, or not.
+"""
 
 from __future__ import annotations
 
@@ -45,4 +48,7 @@ FAMILY = Family(
     tells=_tells,
 )
 
-TIMM = replace(FAMILY, parts={"head": "linear"}, names=_NAMES | {"head.norm": "norm"}, key=None)
+TIMM = replace(
+    FAMILY, parts={"head": "linear"}, names=_NAMES | {"head.norm": "norm"}, key=None, evaluated={"eval_crop": 0.9}
+)
+"""Evaluated as timm does its DeiT, bicubic; of others it has other means (weights/provenance.py)."""

@@ -1,0 +1,84 @@
+"""Opens files of NumPy arrays (.npz), which training codes in JAX write, and runs nothing in them.
+
+Such a file is a zip of .npy files, each a header (dtype, order, shape) before the values. NumPy would unpickle an array
+of objects, and believe a header that names more than there is: here headers are read first, nothing is unpickled, and
+no more is read than a file of that size can hold.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crate_dist.models.weights.names import WeightsError
+
+_END = ".npy"
+_INFLATION = 16
+"""Times its own size that a file's arrays may have; weights hardly compress, and a bomb does a thousand times."""
+_SMALL = 2**24
+"""Bytes of arrays that any file may have."""
+_KINDS = "fiub"
+
+
+def is_archive(path: Path) -> bool:
+    """Returns whether a file is a zip of .npy files alone. Raises OSError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError):  # ValueError: names that are no text
+        return False
+    return bool(names) and all(name.endswith(_END) for name in names)
+
+
+def open_arrays(path: Path, tree: str) -> Mapping[str, Tensor]:
+    """Returns the arrays of a .npz by name: those below `tree`, without it, where there are such, else all.
+
+    bfloat16, which NumPy writes as two bytes of no type, is bfloat16 again.
+    Raises WeightsError when it cannot be read, is damaged, has Python objects in it, or claims more than it holds.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(_END): member for member in archive.infolist()}
+            below = {name.removeprefix(tree): each for name, each in members.items() if name.startswith(tree)}
+            wanted = below or members
+            claimed, most = sum(each.file_size for each in wanted.values()), path.stat().st_size * _INFLATION
+            if claimed > max(most, _SMALL):
+                raise WeightsError(f"{path} claims {claimed:,} bytes of arrays, which a file of its size does not hold")
+            tensors = {}
+            for name, member in wanted.items():
+                with archive.open(member) as file:
+                    tensors[name] = _read_array(file, member.file_size, f"{path}: {name}")
+            return tensors
+    except WeightsError:
+        raise
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # zipfile, zlib and NumPy have each their own
+        raise WeightsError(f"{path} is truncated or damaged: {error}") from error
+
+
+def _read_array(file: IO[bytes], size: int, what: str) -> Tensor:
+    """Reads a .npy file of `size` bytes; at its end zipfile compares the checksum."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = header(file)
+    if dtype.hasobject:
+        raise WeightsError(f"{what} holds Python objects, which are not opened because they could run code")
+    is_bfloat16 = dtype == np.dtype("V2")
+    if not is_bfloat16 and (dtype.kind not in _KINDS or dtype.itemsize > 8):
+        raise WeightsError(f"{what} holds values of type {dtype}, which are no weights")
+    if (length := math.prod(shape) * dtype.itemsize) != size - file.tell() or min(shape, default=0) < 0:
+        raise WeightsError(
+            f"{what} is damaged: shape {shape} asks for {length:,} bytes, and {size - file.tell():,} follow"
+        )
+    values = np.frombuffer(bytearray(file.read()), np.dtype("<i2") if is_bfloat16 else dtype)
+    values = values.reshape(shape, order="F" if by_columns else "C")
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("=")).reshape(shape))
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
