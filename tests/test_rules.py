@@ -12,6 +12,7 @@ import tomli_w
 
 from crate_dist.config import RecipeError, load_recipe
 from crate_dist.config.parts import HEADS, MIXERS, PARTS, RESIDUALS, STEMS, TOKENWISE, Option, Part
+from crate_dist.launching.grid import save_grid
 from crate_dist.launching.memory import step_bytes
 from crate_dist.models.build import initialise
 from crate_dist.models.config import ModelConfig, model_config
@@ -82,6 +83,16 @@ def test_a_run_from_before_options_were_kept_goes_on_with_those_of_today(tmp_pat
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(table))
     assert read_recipe(tmp_path) == recipe
     assert differing_values(read_recipe(tmp_path), recipe) == []
+
+
+def test_a_sweep_over_parts_goes_on_though_its_first_run_has_options_that_others_do_not_take(tmp_path: Path) -> None:
+    grid = {"model.mixer": ["cbsa", "mssa"]}
+    runs = [load_recipe("cbt_tiny", [f"model.mixer={name}"]) for name in grid["model.mixer"]]
+    save_grid(tmp_path, grid, runs[0])
+    again = [load_recipe(tmp_path / "base.toml", [f"model.mixer={name}"]) for name in grid["model.mixer"]]
+    assert [differing_values(*pair) for pair in zip(runs, again, strict=True)] == [[], []]
+    with pytest.raises(RecipeError, match=r"takes options.cells; they take none; model.options=\{\} leaves out"):
+        load_recipe("cbt_tiny", ["model.options.cells=4", "model.mixer=mssa"])
 
 
 def test_two_parts_of_a_model_cannot_have_an_option_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
