@@ -258,6 +258,10 @@ def test_timm_s_vit_of_the_patches_has_the_names_of_crate_s_and_its_norm_is_appl
     torch.save(values["state_dict"], path)
     assert load_model(path, heads=4)[0].config == VIT
     assert "applies that norm twice, or one of timm's with global_pool='avg'" in caplog.text
+    others = {"model": values["state_dict"], "scaler": {}, "epoch": 3}
+    for content, said in ((others, 1), ({"model": values["state_dict"], "scaler": {}}, 0)):  # CRATE's finetune.py's
+        torch.save(content, tmp_path / "model.pth")
+        assert len(read_weights(tmp_path / "model.pth").notes) == said
     main(["convert", str(path), str(out), "--to", "crate-dist", "--heads", "4", "--set", "model.head=mean_patches"])
     assert off(load_model(out)[0].eval()(values["images"]), values["logits_fc_norm_once"]) < 1e-5
 

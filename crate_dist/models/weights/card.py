@@ -21,7 +21,7 @@ from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.parts import find_part
 from crate_dist.models.transformer import Transformer
-from crate_dist.models.weights.families import FAMILIES, PARTS, family_that_computes
+from crate_dist.models.weights.families import FAMILIES, family_that_computes, parts_of
 from crate_dist.models.weights.families.family import Family
 
 _LICENCE = "licence"
@@ -82,8 +82,8 @@ def _origins(config: ModelConfig) -> dict[str, Family | None]:
 def _composed(config: ModelConfig, origins: Mapping[str, Family | None]) -> str:
     """Says what a model is made of that no published code computes, and whose each part is, as far as it is known."""
     parts = []
-    for name in PARTS:
-        part, family = getattr(config, name), origins.get(name)
+    for name, part in parts_of(config).items():
+        family = origins.get(name)
         how = "of" if family and getattr(_row(family), name) == part else "after"
         parts.append(f"{name} {part}{f' {how} {_link(family)}' if family else ''}")
     return f" Its parts are nobody's together: {', '.join(parts)}."

@@ -32,8 +32,12 @@ _LARGEST = 16_384
 """Pixels: the largest side of images that is believed of a file."""
 UNSEEN = ("heads", "pool", "ista_step", "ista_threshold", "norm_eps", "head_norm_eps")
 """Fields of ModelConfig that leave no trace in the shapes."""
+SCALE = "layer_scale"
+"""The field of which shapes tell whether there is one, and not its first value."""
 UNPLACED = "image_size"
 """The field that leaves none where positions are no weights."""
+_COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of a module, wherever it stands in the model."""
 RECORDED = (*ImageSection.model_fields, "precision", "classes", "class_names", "ema_decay")
 """What decides how a run's model is evaluated, what its predictions are called, and which of its weights they are."""
 
@@ -62,13 +66,13 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
-    """Renames a published code's tensors to ours; "module." is dropped, unknown names are kept as they are."""
+    """Renames a published code's tensors to ours; what wraps names is dropped, unknown ones are kept as they are."""
     return recognised(state_dict)[0]
 
 
 def recognised(state_dict: StateDict) -> tuple[dict[str, Tensor], Family, bool]:
     """Does as `from_reference`: (our tensors, their family, whether their names were the published code's)."""
-    bare = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    bare = {name.replace(_COMPILED, "").removeprefix("module."): tensor for name, tensor in state_dict.items()}
     family, published = family_of(bare)
     return family.to_ours(bare) if published else bare, family, published
 
@@ -108,6 +112,11 @@ def infer_config(state_dict: StateDict, heads: int | None = None, family: Family
     Raises WeightsError when neither is at hand or when the weights are not those of a family.
     """
     family = family or family_of(state_dict)[0]
+    if any(name.startswith("cls_attn_blocks.") for name in state_dict):  # those of a ToST have our names by now
+        raise WeightsError(
+            "these are the weights of XCiT or ViT in ToST's code (xcit_cab_*, vit_cab_*), which are not read; of that "
+            "code ToST alone is"
+        )
 
     def shape(name: str, ndim: int) -> torch.Size:
         if name not in state_dict:
@@ -137,6 +146,11 @@ def infer_config(state_dict: StateDict, heads: int | None = None, family: Family
             "weights are not read"
         )
     sides = _IMAGE_SIZE // max(patch_size, 1) if tokens is None else math.isqrt(max(tokens - row.class_token, 0))
+    if tokens is not None and sides**2 != tokens - row.class_token:
+        raise WeightsError(
+            f"pos_embedding has {tokens} places, {tokens - row.class_token} of them for patches: no square grid; "
+            "models are of square images here"
+        )
     parts = dataclasses.asdict(family.row(published) if published else row)
     parts |= {"dim": dim, "depth": depth, "heads": heads, "patch_size": patch_size, "num_classes": num_classes} | told
     try:
@@ -161,9 +175,21 @@ def check_fit(state_dict: StateDict, config: ModelConfig) -> None:
         for name, tensor in expected.items()
         if name in state_dict and state_dict[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name!r} holds {str(state_dict[name].dtype).removeprefix('torch.')}, no floating-point numbers; weights that "
+        "are quantised are not read"
+        for name, tensor in expected.items()
+        if name in state_dict and tensor.is_floating_point() and not state_dict[name].is_floating_point()
+    ]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise WeightsError("the weights do not fit the model:\n" + "\n".join(f"  {line}" for line in shown))
+
+
+def not_finite(state_dict: StateDict) -> str | None:
+    """Returns the name of the first tensor with a value that is NaN or infinite, or None."""
+    floating = ((name, tensor) for name, tensor in state_dict.items() if tensor.is_floating_point())
+    return next((name for name, tensor in floating if not tensor.float().isfinite().all()), None)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

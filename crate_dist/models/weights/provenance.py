@@ -52,29 +52,34 @@ def of_checkpoint(family: Family, key: str, content: Mapping[str, Any]) -> Prove
     """Returns what a checkpoint `content` of somebody's training tells, whose weights stand under `key`."""
     if family is vit.TIMM:
         return of_tensors(family, True)
-    if family is vit.FAMILY and key == "state_dict":
-        if "version" in content:  # which timm's training writes, and CRATE's does not
-            return Provenance(False, vit.TIMM.evaluated, {"head": "mean_patches"}, (_OF_TIMM,))
-        return Provenance(False, family.evaluated, {}, () if "best_acc1" in content else (_READ_TWICE,))
+    if family is vit.FAMILY and "version" in content:  # which timm's training writes, and CRATE's does not
+        return Provenance(False, vit.TIMM.evaluated, {"head": "mean_patches"}, (_OF_TIMM,))
     if family.key == "model":
         return _of_tost(family, key, content)
-    fine_tuned = family.key is not None and key != family.key
-    return Provenance(fine_tuned, family.fine_tuned if fine_tuned else family.evaluated)
+    fine_tuned = family.key is not None and key in ("model", "net")  # and not under what anybody's training writes
+    sure = family is not vit.FAMILY or (_is_of_finetune(key, content) if fine_tuned else "best_acc1" in content)
+    notes = () if sure else (_READ_TWICE,)
+    return Provenance(fine_tuned, family.fine_tuned if fine_tuned else family.evaluated, {}, notes)
+
+
+def _is_of_finetune(key: str, content: Mapping[str, Any]) -> bool:
+    """Returns whether a checkpoint has what CRATE's and ToST's finetune.py save, or an older one, and no other code.
+
+    {"model", "optimizer", "scaler"}, without epoch and options, or {"net", "acc", "epoch"}, which is read on --resume
+    """
+    trained = content.keys() & {"args", "epoch", "lr_scheduler"}
+    return ("scaler" in content and not trained) or (key == "net" and "acc" in content)
 
 
 def _of_tost(family: Family, key: str, content: Mapping[str, Any]) -> Provenance:
-    """Tells ToST's two codes apart, which both save under "model": its fine-tuning knows neither epoch nor options.
-
-    What its fine-tuning would go on from, though it writes none, is {"net", "acc", "epoch"}.
-    """
+    """Tells ToST's two codes apart, which both save under "model"."""
     if options_of(content).get("full_crop") is True:
         return Provenance(False, {**family.evaluated, "eval_crop": 1.0})
-    trained = sorted(content.keys() & {"args", "epoch", "lr_scheduler"})
-    if ("scaler" in content and not trained) or (key == "net" and "acc" in content):
+    if _is_of_finetune(key, content):
         why = '"acc" beside "net"' if key == "net" else 'a "scaler" and neither "epoch" nor "args" in it'
         note = f"taken as fine-tuned, by {why}: evaluated as ToST's finetune.py does, both sides resized, bilinear"
         return Provenance(True, family.fine_tuned, {}, (note,))
-    if trained and key == family.key:
+    if key == family.key and content.keys() & {"args", "epoch", "lr_scheduler"}:
         return Provenance(False, family.evaluated)
     note = (
         "nothing in it says whether it was fine-tuned: evaluated as ToST's main.py does, short side resized, bicubic, "

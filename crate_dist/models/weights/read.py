@@ -34,6 +34,7 @@ from crate_dist.models.weights.families.family import Family, StateDict
 from crate_dist.models.weights.names import (
     FORMATS,
     RECORDED,
+    SCALE,
     UNPLACED,
     UNSEEN,
     WeightsError,
@@ -41,6 +42,7 @@ from crate_dist.models.weights.names import (
     config_from_plain,
     infer_config,
     join_classifier_heads,
+    not_finite,
     recognised,
 )
 from crate_dist.models.weights.opening import open_file, options_of
@@ -48,8 +50,9 @@ from crate_dist.models.weights.provenance import of_checkpoint, of_tensors
 
 logger = logging.getLogger(__name__)
 
-_STATE_DICTS = ("state_dict", "model", "net")
-_AVERAGES = ("model_ema", "state_dict_ema")
+_STATE_DICTS = ("state_dict", "model", "net", "model_state_dict", "module")
+"""Where codes keep their weights: the published ones, then PyTorch's tutorials, then DeepSpeed."""
+_AVERAGES = ("model_ema", "state_dict_ema", "ema")
 """Where training codes keep the moving average of their weights."""
 _FEW = 4
 _KEPT = ("epoch", "arch", "best_acc1", "acc", *RECORDED)
@@ -87,16 +90,22 @@ class Weights:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
         config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
         check_fit(self.state_dict, config)
+        notes = self.notes
+        if name := not_finite(self.state_dict):
+            notes = (
+                *notes,
+                f"{name!r} has values that are NaN or infinite: its training has diverged, or it is damaged",
+            )
         in_shapes = self.family.tells(self.state_dict).get("heads") if self.family else None
         if heads or told or in_shapes:
-            return config, self.notes
+            return config, notes
         assert self.family is not None  # whose size told them
         published = self.family.published(config.dim, config.depth, config.patch_size)
         taken = (
             f"it does not tell its heads: {config.heads} taken, as in the published {published}, which has its "
             "width, depth and patches; --heads N would say otherwise"
         )
-        return config, (*self.notes, taken)
+        return config, (*notes, taken)
 
 
 def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
@@ -124,18 +133,18 @@ def _read(path: Path, kind: WeightsKind | None) -> Weights:
     if "format" in content:
         return _read_export(path, content)
     average = next((key for key in _AVERAGES if isinstance(content.get(key), Mapping)), None)
-    for key in _STATE_DICTS:
-        if not isinstance(content.get(key), Mapping):
-            continue
-        if kind == "ema" and average:
-            weights = _of_checkpoint(_tensors(path, content[average]), key, content)
-            return replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+    key = next((key for key in _STATE_DICTS if isinstance(content.get(key), Mapping)), average)
+    if key is None:
+        return _of_others("state dict", _tensors(path, content))
+    if average and (kind == "ema" or key == average):
+        weights = _of_checkpoint(_tensors(path, content[average]), key, content)
+        weights = replace(weights, meta=weights.meta | {"ema_decay": options_of(content).get("model_ema_decay")})
+        note = f"it holds the moving average of weights alone, {average}" if key == average and not kind else ""
+    else:
         weights = _of_checkpoint(_tensors(path, content[key]), key, content)
-        if kind or not average:
-            return weights
         note = f"beside its weights stands their moving average, {average}; --weights ema would take that"
-        return replace(weights, notes=(*weights.notes, note))
-    return _of_others("state dict", _tensors(path, content))
+        note = note if average and not kind else ""
+    return replace(weights, notes=(*weights.notes, note)) if note else weights
 
 
 def load_model(
@@ -169,6 +178,8 @@ def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, 
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
+    if isinstance(scale := said.get(SCALE), float) and scale > 0 and any(name.endswith("_scale") for name in renamed):
+        told[SCALE] = scale
     kind = "reference fine-tuning" if origin.fine_tuned else "reference"
     return _joined(kind, renamed, family, meta, {**origin.told, **told}, origin.notes)
 

@@ -17,10 +17,11 @@ from crate_dist.files import written_whole
 from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
-from crate_dist.models.weights.families import PARTS, family_that_computes
+from crate_dist.models.weights.families import family_that_computes, parts_of
 from crate_dist.models.weights.families.family import Family
 from crate_dist.models.weights.names import (
     RECORDED,
+    SCALE,
     UNPLACED,
     UNSEEN,
     StateDict,
@@ -95,13 +96,15 @@ def export_reference(
     check_fit(state_dict, config)
     family = family_that_computes(config)
     if family is None:
-        parts = ", ".join(f"{part} {getattr(config, part)}" for part in PARTS)
+        parts = ", ".join(f"{name} {part}" for name, part in parts_of(config).items())
         raise WeightsError(
             f"no published code computes this model ({parts}, {config.heads} heads); the other formats hold it as it is"
         )
     meta = meta or {}
     weights = family.to_theirs(_compact(state_dict), prefix if family.key and family.wrapped else "")
     content = weights if family.key is None else _checkpoint(family, weights, config, meta)
+    for reason in _unbuilt(family, config):
+        logger.warning("%s: the published code cannot build this model, nor evaluate the file: %s", path, reason)
     for departure in _departures(family, config, meta):
         logger.warning("%s: the published code computes something else from these weights: %s", path, departure)
     if family.key is None and (left_out := [key for key in RECORDED if key in meta]):
@@ -126,12 +129,22 @@ def _checkpoint(family: Family, weights: StateDict, config: ModelConfig, meta: M
         "best_acc1": torch.tensor(float(accuracy)),
         **{name: getattr(config, name) for name in UNSEEN},
         **({} if config.positions == "learned" else {UNPLACED: config.image_size}),
+        **({} if SCALE in unread(config) or not config.layer_scale else {SCALE: config.layer_scale}),
         **{key: meta[key] for key in RECORDED if key in meta},
     }
     if family.wrapped:
         learned = sum(name.rpartition(".")[2] not in STATISTICS for name in weights)
         content |= _fresh_optimizer(learned, epoch, recipe if isinstance(recipe, Mapping) else {})
     return content
+
+
+def _unbuilt(family: Family, config: ModelConfig) -> Iterator[str]:
+    """Says what keeps the published code from building a model of parts that it has."""
+    if config.stem == "convolutions" and config.patch_size not in (published := (8, 16)):
+        sizes = " or ".join(map(str, published))
+        yield f"its stem is for patches of {sizes} pixels, this model's are of {config.patch_size}"
+    if (arch := find_arch(config)) in family.unbuilt:
+        yield f"what makes its {arch} names an operator that is not defined there"
 
 
 def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) -> Iterator[str]:

@@ -26,12 +26,17 @@ def family_of(state_dict: StateDict) -> tuple[Family, bool]:
     return crate.FAMILY, False
 
 
+def parts_of(config: ModelConfig) -> dict[str, object]:
+    """Returns the fields of `PARTS` that say anything of a model's parts, with their values."""
+    return {name: getattr(config, name) for name in PARTS if name not in unread(config)}
+
+
 def family_that_computes(config: ModelConfig) -> Family | None:
     """Returns the family whose published code has the parts of `config`, of whatever size; None: no one's has."""
-    compared = [name for name in PARTS if name not in unread(config)]
+    parts = parts_of(config)
     for family in FAMILIES:
         row = family.row(next(iter(family.sizes)))
-        same = all(getattr(config, name) == getattr(row, name) for name in compared)
+        same = all(getattr(row, name) == part for name, part in parts.items())
         same &= "layer_scale" in unread(config) or (config.layer_scale > 0) == (row.layer_scale > 0)
         if same and config.heads >= family.fewest_heads:
             return family

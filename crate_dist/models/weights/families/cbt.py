@@ -62,6 +62,7 @@ FAMILY = Family(
   note      = {arXiv:2509.16875}
 }""",
     sizes={"cbt_tiny": _PATCHES, "cbt_small": _PATCHES, "cbt_base": _PATCHES, "cbt_large": _PATCHES},
+    unbuilt=("cbt_base", "cbt_large"),
     names=_mixed_by("cbsa", {"subspaces": "proj", "step_x": "step_x", "step_rep": "step_rep"}),
     options={"cells": 8},
     marks=("layers.0.cbsa.step_x",),

@@ -31,6 +31,7 @@ class Family:
     marks: our names of tensors by which its files are known
     turned: by our names, what makes our tensor of theirs, and theirs of ours, where these are not the same
     tells: what the shapes of its weights tell of a ModelConfig, by field, beside what those of all families do
+    unbuilt: sizes that its code names, and fails to build
     key: of the state dict in the checkpoints of its training code; None: they are bare state dicts
     wrapped: whether that code saves its models as they are wrapped, "module." before the names
     evaluated, fine_tuned: how its code prepares images to be evaluated, and its fine-tuning code, in keys of [images],
@@ -49,6 +50,7 @@ class Family:
     fewest_heads: int = 1
     turned: Mapping[str, tuple[Turn, Turn]] = field(default_factory=dict)
     tells: Callable[[StateDict], dict[str, Any]] = lambda _: {}
+    unbuilt: tuple[str, ...] = ()
     key: str | None = "state_dict"
     wrapped: bool = True
     evaluated: Mapping[str, Any] = field(default_factory=lambda: {"resize_filter": "bilinear"})
