@@ -85,15 +85,18 @@ def main(argv: list[str] | None = None) -> int:
             show(labelled("note", note))
         if arguments.dry_run or arguments.test_only:
             _show_verdict(verdict, problems)
+        shown = ""
         if arguments.dry_run:
             _show_values(arguments, grid, site, executor, jobs, run_dirs)
             for job, run in zip(jobs[:1], found, strict=False):
-                show(f"\n{summary(job.recipe, run)}")
+                shown = summary(job.recipe, run)
+                show(f"\n{shown}")
         if arguments.gpu_memory_gb:
             world_size, _ = world_sizes(recipes[0])
             train = recipes[0].train
             micro_batch, _ = derive_batch(train.global_batch, world_size, train.micro_batch, train.group)
-            show(advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb))
+            if (said := advice(recipes[0], micro_batch, world_size, arguments.gpu_memory_gb)) not in shown:
+                show(said)
         if arguments.dry_run:
             _show_script(executor, recipes)
         if len(recipes[0].cluster.node_counts) > 1:

@@ -280,9 +280,12 @@ def test_an_operator_is_added_as_hacking_says(clone: Path) -> None:
     (code,) = re.findall(r"^   ```python\n(.*?)^   ```", part, re.M | re.S)
     (rows,) = re.findall(r"^   ```text\n(.*?)^   ```", part, re.M | re.S)
     (clone / name).write_text(textwrap.dedent(code), encoding="utf-8")
-    row, option = textwrap.dedent(rows).splitlines()
+    (row,) = textwrap.dedent(rows).splitlines()
     _insert(clone / "crate_dist/config/parts.py", "MIXERS = {\n", f"    {row}\n")
-    _insert(clone / "crate_dist/config/parts.py", "OPTIONS: dict[str, dict[str, float]] = {\n", f"    {option}\n")
+    listed = re.search(r"^3\. `python (-m crate_dist.config \S+)`", part, re.M)
+    assert listed
+    _program(*listed[1].split(), cwd=clone, code=clone)
+    assert "token mixer: subspace_denoising, mssa" in (clone / "docs/training.md").read_text(encoding="utf-8")
     local, slurm, evaluated, drawn = (line for line in HACKING if "denoising" in line)
     for line in (local, slurm):
         program, *words = shlex.split(line.removeprefix("python "))

@@ -8,6 +8,7 @@ from crate_dist.config.keys import RecipeError as RecipeError
 from crate_dist.config.keys import new_names as new_names
 from crate_dist.config.model import ModelSection as ModelSection
 from crate_dist.config.recipe import CONFIG_DIR as CONFIG_DIR
+from crate_dist.config.recipe import RECIPE_FILE as RECIPE_FILE
 from crate_dist.config.recipe import Recipe as Recipe
 from crate_dist.config.recipe import build_recipe as build_recipe
 from crate_dist.config.recipe import derive_batch as derive_batch

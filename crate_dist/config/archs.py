@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-
-from crate_dist.config.keys import nearest
-from crate_dist.config.parts import OPTIONS
-
-HALVINGS = {4: 2, 8: 3, 16: 4}
-"""Convolutions of stride 2 that make a patch, by its size in pixels."""
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,83 +115,3 @@ ARCHS: dict[str, Arch] = {
     "vit_tiny": _VIT_TINY,  # 5.72 M
     "vit_small": replace(_VIT_TINY, dim=384, heads=6),  # 22.05 M
 }
-
-
-def unread(arch: Arch) -> set[str]:
-    """Returns the settings of a model that none of its parts reads."""
-    mlp_in_head, names = arch.head == "class_attention", set[str]()
-    if arch.tokenwise in ("ista", "none") and not mlp_in_head:
-        names.add("ratio")
-    if arch.tokenwise in ("mlp", "none"):
-        names |= {"ista_step", "ista_threshold"}
-    if arch.head in ("mean_patches", "mean_patches_twice", "class_attention"):
-        names.add("pool")
-    if arch.residual == "crate" and not mlp_in_head:
-        names.add("layer_scale")
-    if arch.mixer in ("mssa", "cbsa", "cbsa_aligned"):
-        names.add("in_bias")
-    return names
-
-
-def check_mixer(arch: Arch) -> None:
-    """Raises ValueError when the mixer needs a class token, and there is none in the layers."""
-    if arch.mixer == "cbsa" and not arch.class_token:
-        raise ValueError(
-            'mixer = "cbsa", as published, needs the class token, over which its grid lies; class_token = true, or '
-            'mixer = "cbsa_aligned", would do'
-        )
-
-
-def options_of(arch: Arch) -> dict[str, float]:
-    """Returns the numbers that the parts of an architecture have of their own, with their defaults."""
-    parts = (arch.stem, arch.mixer, arch.tokenwise, arch.residual, arch.head)
-    return {name: default for part in parts for name, default in OPTIONS.get(part, {}).items()}
-
-
-def check_options(arch: Arch, given: Mapping[str, float]) -> None:
-    """Raises ValueError when no part of an architecture takes an option, or when its value is no such number."""
-    known = options_of(arch)
-    for name, value in given.items():
-        if name not in known:
-            there = f"they take {', '.join(known)}" if known else "they take none"
-            raise ValueError(f"no part of this model takes options.{name}{nearest(name, known)}; {there}")
-        whole = isinstance(known[name], int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
-            raise ValueError(f"options.{name} is a {'whole ' * whole}number, not {value!r}")
-        if whole and value < 1:
-            raise ValueError(f"options.{name} is a whole number above 0, not {value!r}")
-
-
-def check_patches(arch: Arch, patch_size: int) -> None:
-    """Raises ValueError when the stem has no such patches, or its convolutions' widths are no whole numbers."""
-    if arch.stem != "convolutions":
-        return
-    if patch_size not in HALVINGS:
-        sizes = ", ".join(map(str, HALVINGS))
-        raise ValueError(f"the stem of convolutions halves the image: patch_size is one of {sizes}, not {patch_size}")
-    narrowest = 2 ** (HALVINGS[patch_size] - 1)
-    if arch.dim % narrowest:
-        raise ValueError(
-            f"the stem's first convolution is of width {arch.dim} / {narrowest} for patches of {patch_size} pixels; "
-            f"{arch.dim // narrowest * narrowest or narrowest} would divide"
-        )
-
-
-def differing(there: Arch, here: Arch) -> dict[str, object]:
-    """Returns the settings, by flat key, with which a model `here` would have the size and the parts of one `there`.
-
-    Options too, where both are a ModelConfig. What leaves no weights, norms' eps and first weights, is left out.
-    """
-    unseen = ("norm_eps", "head_norm_eps", "init")
-    names = [field.name for field in fields(Arch) if field.name not in unseen]
-    found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(here, name)}
-    keys = {f"model.{'width' if name == 'dim' else name}": value for name, value in found.items()}
-    defaults = options_of(there)
-    known, own = ({**defaults, **options_of(one), **getattr(one, "options", {})} for one in (there, here))
-    return keys | {f"model.options.{name}": value for name, value in known.items() if own[name] != value}
-
-
-def as_set(settings: Mapping[str, object]) -> str:
-    """Returns settings as a command line takes them: --set model.depth=2 --set model.out_bias=false."""
-    plain = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
-    return " ".join(f"--set {key}={value}" for key, value in plain.items())

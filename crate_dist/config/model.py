@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from crate_dist.config.archs import ARCHS, Arch, check_mixer, check_options, check_patches, differing, unread
+from crate_dist.config.archs import ARCHS, Arch
 from crate_dist.config.keys import nearest
 from crate_dist.config.parts import HEADS, INITS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.rules import check_model, check_read, differing, with_defaults
 from crate_dist.config.sections import AboveZero, Decay, Fraction, Positive, Section
 
 _OF_ARCH = tuple("width" if field.name == "dim" else field.name for field in fields(Arch))
@@ -70,7 +71,8 @@ class ModelSection(Section):
     ista_step: float = Field(0.1, gt=0, description="η, the step size of ISTA and ODL")
     ista_threshold: float = Field(0.1, ge=0, description="λ, the sparsity weight of ISTA and ODL")
     options: dict[str, int | float] = Field(
-        {}, description="numbers of the parts' own, such as options.cells of cbsa; config/parts.py has them"
+        {},
+        description="numbers of the parts' own, such as options.cells of cbsa; unset: those of config/parts.py",
     )
 
     def parts(self) -> Arch:
@@ -81,47 +83,25 @@ class ModelSection(Section):
     def described(self) -> str:
         """Returns the architecture's name, with what is otherwise here: "crate_demo with mixer=tssa"."""
         other = differing(self.parts(), ARCHS[self.arch])
-        other |= {f"model.options.{name}": value for name, value in self.options.items()}
+        usual = with_defaults(self.parts(), {})
+        other |= {f"model.options.{name}": value for name, value in self.options.items() if value != usual[name]}
         words = [f"{key.removeprefix('model.')}={value}" for key, value in other.items()]
         return f"{self.arch} with {', '.join(words)}" if words else self.arch
 
     @model_validator(mode="after")
-    def _whole_heads(self) -> Self:
-        parts = self.parts()
-        if parts.dim % parts.heads:
-            fitting = [str(n) for n in range(1, min(parts.dim, 32) + 1) if parts.dim % n == 0]
-            raise ValueError(
-                f"width {parts.dim} does not divide into {parts.heads} heads; it does into {', '.join(fitting)}"
-            )
+    def _can_be(self) -> Self:
+        arch = self.parts()
+        check_model(arch, self.image_size, self.patch_size, self.pool, self.options)
+        # A recipe that is kept holds the values that its parts had, whatever the defaults become.
+        object.__setattr__(self, "options", with_defaults(arch, self.options))
         return self
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> Self:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
-                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
-            )
-        check_patches(self.parts(), self.patch_size)
-        return self
-
-    @model_validator(mode="after")
-    def _options_of_its_parts(self) -> Self:
-        check_options(self.parts(), self.options)
-        return self
-
-    @model_validator(mode="after")
-    def _parts_that_go_together(self) -> Self:
-        parts = self.parts()
-        check_mixer(parts)
-        if self.in_bias is not None and "in_bias" in unread(parts):
-            raise ValueError(
-                f'in_bias would change nothing: the first map of mixer = "{parts.mixer}" has no bias; leave it unset, '
-                'or take mixer = "tssa" or "attention"'
-            )
-        if self.layer_scale and "layer_scale" in unread(parts):
-            raise ValueError(
-                f'layer_scale {self.layer_scale:g} would change nothing: residual = "crate" has no γ; leave it unset, '
-                'or take residual = "pre_norm"'
-            )
+    def _given_to_be_read(self, info: ValidationInfo) -> Self:
+        """Holds what load_recipe was given against what the parts read; a recipe that is kept has everything."""
+        known = type(self).model_fields
+        usual = {name: field.default for name, field in known.items()} | asdict(ARCHS[self.arch])
+        for key, by_hand in (info.context or {}).items():
+            if key.startswith("model.") and (name := key.removeprefix("model.")) in known:
+                check_read(self.parts(), name, getattr(self, name), None if by_hand else usual[name])
         return self

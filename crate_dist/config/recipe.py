@@ -24,6 +24,7 @@ from crate_dist.config.keys import (
     rename,
 )
 from crate_dist.config.model import ModelSection
+from crate_dist.config.rules import parts_of
 from crate_dist.config.sections import (
     DATA_VARIABLE,
     MIRROR_VARIABLE,
@@ -41,6 +42,9 @@ from crate_dist.config.sections import (
     TrainSection,
 )
 from crate_dist.locations import is_private, location, may_run_a_command, redacted
+
+RECIPE_FILE = "recipe.toml"
+"""Name of the resolved recipe in a run folder; other files have what their authors gave."""
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _DECIDING = ("model", "data", "order", "augment", "mix", "images", "optim", "train")
@@ -93,11 +97,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _neighbours_in_a_group(self) -> Self:
-        needs = ""
+        arch = self.model.parts()
+        normed = [f'{kind} = "{getattr(arch, kind)}"' for kind, part in parts_of(arch).items() if part.batch_norm]
+        needs = f"{normed[0]} has batch norm, whose statistics are taken over train.group images" if normed else ""
         if self.mix.enabled:
             needs = "[mix] takes an image's partner among train.group neighbours"
-        elif self.model.parts().stem == "convolutions":
-            needs = "the stem of convolutions has batch norm, whose statistics are taken over train.group images"
         if needs and self.train.group == 1:
             batch = self.train.global_batch
             would = [str(n) for n in (2, 4, 8, 16, 32, 64) if batch % n == 0] or [str(batch)]
@@ -166,6 +170,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         raise RecipeError(f"{path} is not TOML: {error}; a quote or a bracket may be missing there") from error
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
+    given = dict.fromkeys(() if path.name == RECIPE_FILE else flatten(raw), False)
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
     origins = {}
     for key, value in values.items():
@@ -180,20 +185,27 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         place = location(value.strip().strip("'\""))
         shown = value if isinstance(place, Path) else redacted(place)  # an error is output as well
         origins[RENAMED.get(key.strip(), key.strip())] = f"--set {key}={shown}"
-    recipe = build_recipe(raw, str(path), origins)
+    recipe = build_recipe(raw, str(path), origins, given | dict.fromkeys(origins, True))
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
     return recipe
 
 
-def build_recipe(raw: Mapping[str, Any], origin: str, origins: Mapping[str, str] | None = None) -> Recipe:
+def build_recipe(
+    raw: Mapping[str, Any],
+    origin: str,
+    origins: Mapping[str, str] | None = None,
+    given: Mapping[str, bool] | None = None,
+) -> Recipe:
     """Validates nested plain values. Raises RecipeError: a line for each wrong key, which names where it was given.
 
     origins: by flat key, of values that are not from `origin`
+    given: by flat key, of values that are not from a resolved recipe, whether the command line has them: there each has
+    to have a meaning, where a file may have one that is as if it were not there
     """
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(raw, context=given)
     except ValidationError as error:
         lines = (explain(item, _KNOWN, origins or {}, origin) for item in error.errors())
         raise RecipeError("\n".join(lines)) from error

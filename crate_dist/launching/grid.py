@@ -27,6 +27,7 @@ import tomli_w
 from crate_dist.arguments import whole_number
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_value, renamed
+from crate_dist.config.rules import with_defaults
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
 from crate_dist.launching.site import NO_SITE, Site
@@ -177,8 +178,11 @@ def is_swept(arguments: argparse.Namespace) -> bool:
 
 
 def save_grid(sweep: Path, grid: Grid, base: Recipe) -> None:
-    """Writes the files by which --grid-file goes on with the sweep."""
+    """Writes the files by which --grid-file goes on with the sweep. base: the recipe of any of its runs"""
     sweep.mkdir(parents=True, exist_ok=True)
+    model, usual = base.model, with_defaults(base.model.parts(), {})  # which the parts of other runs may not have
+    options = {name: value for name, value in model.options.items() if value != usual[name]}
+    base = base.model_copy(update={"model": model.model_copy(update={"options": options})})
     write_whole(sweep / _BASE_FILE, base.to_toml())
     lines = [
         "# --grid-file with this file goes on with all of the runs beside it.",

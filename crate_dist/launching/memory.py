@@ -2,7 +2,8 @@
 
 Counted is what autograd keeps of a forward pass (models/costs.py), what a backward pass has in hand at a time, and the
 state of ZeRO-2. Not counted is what an allocator leaves unused between its blocks; `RESERVE` stands for it and for the
-context of CUDA. For a model with a part that has no rule in costs.py all functions but `advice` raise its NotKnown.
+context of CUDA. For a model with a part that has no rule in costs.py all but `advice` and `checkpoint_bytes` raise its
+NotKnown.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from crate_dist.models import costs
 from crate_dist.models.config import ModelConfig, model_config
 
 IN_HAND = 6
-"""Tensors of the tokens' size that a layer's backward pass holds at a time, beside those."""
-
-WIDE_IN_HAND = {"mlp": 2, "odl": 4, "odl_coupled": 4}
-"""Token-wise part -> tensors of the width within it that it holds as well."""
+"""Tensors of the tokens' size that a layer's backward pass holds at a time, beside what its parts' rules say."""
 
 RESERVE = 0.12
 """Share of a card's memory that is left alone."""
@@ -34,8 +32,8 @@ def kept_bytes(recipe: Recipe, images: int) -> int:
 def step_bytes(recipe: Recipe, micro_batch: int, world_size: int) -> int:
     """Counts the most bytes that a rank of `world_size` needs at a time."""
     config, precision = _config(recipe), recipe.train.precision
-    widths = IN_HAND + WIDE_IN_HAND.get(config.tokenwise, 0) * config.ratio
-    in_hand = widths * micro_batch * config.num_tokens * config.dim * _bytes(recipe)
+    tokens = micro_batch * config.num_tokens * config.dim
+    in_hand = (IN_HAND * tokens + costs.in_hand(config, micro_batch)) * _bytes(recipe)
     if recipe.train.recompute:
         in_hand += costs.kept_bytes(config, micro_batch, precision) // config.depth  # of the layer computed again
     passing = kept_bytes(recipe, micro_batch) + in_hand
@@ -54,8 +52,11 @@ def state_bytes(recipe: Recipe, world_size: int) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, classes: int = 1000) -> int:
-    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32."""
-    return parameters(recipe, classes) * 4 * (1 + _states(recipe.optim))
+    """Counts the bytes of a checkpoint's tensors: master weights, what the optimizer keeps, their average; in fp32.
+
+    What parts without a rule add is not counted.
+    """
+    return costs.least_parameters(_config(recipe, classes)) * 4 * (1 + _states(recipe.optim))
 
 
 def largest_micro_batch(recipe: Recipe, world_size: int, card_bytes: float) -> int:

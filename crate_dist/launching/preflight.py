@@ -13,7 +13,7 @@ from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
 from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.checkpoint.mirror.record import DamagedRecord
 from crate_dist.config import Recipe, RecipeError, derive_batch
-from crate_dist.config.archs import as_set, differing
+from crate_dist.config.rules import as_set, differing
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import Splits, open_splits

@@ -27,23 +27,24 @@ def show(text: str, verbatim: bool = False) -> None:
 
 def summary(recipe: Recipe, run: Preflight) -> str:
     """Returns lines on the data, the batch, the memory that a rank needs, and the room that checkpoints take."""
+    of = "of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"
+    of = of if recipe.cluster.gpus_per_node else "of each rank for the step alone, by estimate"
+    saved, more = checkpoint_bytes(recipe, run.classes), ""
     try:
-        need, saved = step_bytes(recipe, run.micro_batch, run.world_size), checkpoint_bytes(recipe, run.classes)
+        memory = f"about {size(step_bytes(recipe, run.micro_batch, run.world_size))} {of}"
     except NotKnown as unknown:
-        return f"{run}\n{labelled('memory', str(unknown))}"
+        memory, more = str(unknown), "more than "
     kept = recipe.checkpoint.keep + 1  # the best one
     there = next(path for path in (run.folder.path, *run.folder.path.parents) if path.exists())
     free = shutil.disk_usage(there).free
     # One more is written before the oldest goes.
     short = "; TOO LITTLE, and saves will fail" if free < (kept + 1) * saved else ""
-    of = "of a rank's GPU, by estimate (--gpu-memory-gb GB says what would fit)"
-    of = of if recipe.cluster.gpus_per_node else "of each rank for the step alone, by estimate"
     lines = [
-        ("memory", f"about {size(need)} {of}"),
+        ("memory", memory),
         (
             "checkpoints",
-            f"{size(saved)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and the "
-            f"best are kept: {size(kept * saved)} of {size(free)} free{short}",
+            f"{more}{size(saved)} every {recipe.checkpoint.every_steps} steps; the newest {recipe.checkpoint.keep} and "
+            f"the best are kept: {more}{size(kept * saved)} of {size(free)} free{short}",
         ),
     ]
     return "\n".join([str(run), *(labelled(name, text) for name, text in lines)])

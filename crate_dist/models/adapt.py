@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from crate_dist.config.archs import as_set, differing
 from crate_dist.config.parts import STEMS
+from crate_dist.config.rules import as_set, differing
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.parts import find_part

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from crate_dist.config import ModelSection
-from crate_dist.config.archs import Arch, check_mixer, check_options, check_patches, options_of
+from crate_dist.config.archs import Arch
+from crate_dist.config.rules import check_model, with_defaults
 
 Pool = Literal["cls", "mean"]
 CHANNELS = 3
@@ -19,10 +20,8 @@ class ModelConfig(Arch):
 
     image_size, patch_size: side in pixels; pool: what the linear head reads, the class token or the mean of all tokens;
     dropout: of the attention and its output; emb_dropout: of the embedded tokens; drop_path: share of the images for
-    which training leaves out a residual branch; ista_step: η; ista_threshold: λ; options: numbers of the parts' own,
-    where they are not the defaults of config/parts.py.
-    Raises ValueError when patches do not tile the image or the stem has none of the size, heads do not divide the
-    width, there is no class token to be read or for the mixer, or one too many, or no part takes an option.
+    which training leaves out a residual branch; ista_step: η; ista_threshold: λ; options: all numbers of the parts'
+    own, those that are not given by the defaults of config/parts.py. Raises ValueError as `rules.check_model` does.
     """
 
     image_size: int
@@ -37,26 +36,12 @@ class ModelConfig(Arch):
     options: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
-        check_patches(self, self.patch_size)
-        check_options(self, self.options)
-        check_mixer(self)
-        if self.dim % self.heads:
-            fitting = [str(n) for n in range(1, min(self.dim, 32) + 1) if self.dim % n == 0]
-            raise ValueError(
-                f"width {self.dim} does not divide into {self.heads} heads; it does into {', '.join(fitting)}"
-            )
-        if self.pool not in ("cls", "mean"):
-            raise ValueError(f'pool is "cls" or "mean", not {self.pool!r}')
-        if self.head == "linear" and self.pool == "cls" and not self.class_token:
-            raise ValueError('there is no class token for the head to read; pool = "mean" reads the patches')
-        if self.head == "class_attention" and self.class_token:
-            raise ValueError("the head of class attention brings the class token: class_token = false in the layers")
+        check_model(self, self.image_size, self.patch_size, self.pool, self.options)
+        object.__setattr__(self, "options", with_defaults(self, self.options))
 
     def option(self, name: str) -> float:
-        """Returns a number that a part has of its own: the recipe's, else the default of config/parts.py."""
-        return self.options.get(name, options_of(self)[name])
+        """Returns a number that a part has of its own."""
+        return self.options[name]
 
     @property
     def num_patches(self) -> int:

@@ -1,17 +1,18 @@
 """What the parts of a model cost: parameters, operations, and what autograd keeps of them. Imports no torch.
 
-One rule per part, which reads like the part; tests hold each against what torch counts. A part that has none, such as
-a new one, costs what is not known, which NotKnown says to all who ask.
+One rule per part, which reads like the part, and is all that is known of its cost; tests hold each against what torch
+counts. A part that has none, such as a new one, costs what is not known, which NotKnown says to all who ask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 
 from crate_dist.models.config import CHANNELS, ModelConfig
-from crate_dist.models.sizes import ista_in_one_product
+from crate_dist.models.sizes import halving_widths, ista_in_one_product
 
 
 class NotKnown(LookupError):
@@ -28,6 +29,11 @@ class Cost:
     stream, products, single, widened, rounded: values that autograd keeps for the backward pass: in the type of the
         weights, as the tokens between parts are; in that of matrix products; in fp32 always; in fp32 where products are
         in bf16, and so a copy; of matrices that autocast rounds to bf16. Autocast is a GPU's, where norms read fp32
+    tokens: values, in the type of the weights, that a token-wise part keeps of its output or a head of its input, where
+        others may keep the same: the rule of the residual pattern counts them, once
+    in_hand: values, in the type of the weights, that its backward pass holds at a time beside some of the tokens' size
+    leaves: of flops, those of maps whose input has no gradient, as pixels have none: the backward pass has one product
+        of their size, not two
     """
 
     parameters: int = 0
@@ -37,12 +43,16 @@ class Cost:
     single: int = 0
     widened: int = 0
     rounded: int = 0
+    tokens: int = 0
+    leaves: int = 0
+    in_hand: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        total = Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return replace(total, in_hand=max(self.in_hand, other.in_hand))  # the one after the other
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(*(times * value for value in astuple(self)))
+        return replace(Cost(*(times * value for value in astuple(self))), in_hand=self.in_hand)
 
     def kept_bytes(self, precision: str) -> int:
         """Counts the bytes that autograd keeps. precision: "fp32", "bf16" or "autocast", as in [train]"""
@@ -61,19 +71,29 @@ def costs(config: ModelConfig, images: int) -> dict[str, Cost]:
     By name: "stem" (with class token and positions), "mixer", "tokenwise", "residual" (the layers' norms and scales,
     and the tokens between their parts) and "head". Raises NotKnown.
     """
-    stem = _rule("stem", config.stem)(config, images) + _rule("positions", config.positions)(config, images)
     return {
-        "stem": stem,
-        "mixer": _rule("mixer", config.mixer)(config, images) * config.depth,
-        "tokenwise": _rule("tokenwise", config.tokenwise)(config, images) * config.depth,
-        "residual": _rule("residual", config.residual)(config, images),
-        "head": _rule("head", config.head)(config, images),
+        "stem": _cost("stem", config, images) + _cost("positions", config, images),
+        "mixer": _cost("mixer", config, images) * config.depth,
+        "tokenwise": _cost("tokenwise", config, images) * config.depth,
+        "residual": _cost("residual", config, images),
+        "head": _cost("head", config, images),
     }
 
 
 def parameters(config: ModelConfig) -> int:
     """Counts the parameters of a model. Raises NotKnown."""
     return sum(cost.parameters for cost in costs(config, 1).values())
+
+
+def least_parameters(config: ModelConfig) -> int:
+    """Counts the parameters of the parts that have a rule: of all, or fewer than the model has."""
+    found = 0
+    for part, of_each in RULES.items():
+        if getattr(config, part) in of_each:
+            with suppress(NotKnown):  # the pattern's rule asks the parts
+                times = config.depth if part in ("mixer", "tokenwise") else 1
+                found += times * _cost(part, config, 1).parameters
+    return found
 
 
 def forward_flops(config: ModelConfig, images: int) -> int:
@@ -85,14 +105,14 @@ def step_flops(config: ModelConfig, images: int) -> int:
     """Counts the operations of a forward and a backward pass of `images` images; what is computed again counts once.
 
     The backward pass of a product has two of its size: three times the forward pass, less one of each map whose input
-    has no gradient, the pixels where no norm with weights comes before, and Fourier features. Raises NotKnown.
+    has no gradient. Raises NotKnown.
     """
-    pixels = {
-        "linear": CHANNELS * config.patch_size**2 * config.num_patches * config.dim,
-        "convolutions": 9 * CHANNELS * (config.image_size // 2) ** 2 * _widths(config)[1],
-    }
-    positions = _rule("positions", config.positions)(config, images).flops
-    return 3 * forward_flops(config, images) - 2 * images * pixels.get(config.stem, 0) - positions
+    return sum(3 * cost.flops - cost.leaves for cost in costs(config, images).values())
+
+
+def in_hand(config: ModelConfig, images: int) -> int:
+    """Counts the values that the backward pass holds at a time within a part, at the most. Raises NotKnown."""
+    return max(cost.in_hand for cost in costs(config, images).values())
 
 
 def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int = 0) -> int:
@@ -107,10 +127,10 @@ def kept_bytes(config: ModelConfig, images: int, precision: str, recompute: int 
     return kept["stem"] + kept["head"] + layers * (config.depth - again) // config.depth + again * between
 
 
-def _rule(part: str, name: str) -> Rule:
-    if name not in RULES[part]:
+def _cost(part: str, config: ModelConfig, images: int) -> Cost:
+    if (name := getattr(config, part)) not in RULES[part]:
         raise NotKnown(f"what {part} = {name!r} costs is not known: it has no rule in models/costs.py")
-    return RULES[part][name]
+    return RULES[part][name](config, images)
 
 
 def _tokens(c: ModelConfig, images: int) -> int:
@@ -135,25 +155,21 @@ def _patches(c: ModelConfig, images: int) -> Cost:
 
 
 def _linear_stem(c: ModelConfig, images: int) -> Cost:
-    return _product(images * c.num_patches, CHANNELS * c.patch_size**2, c.dim, bias=True)
+    product = _product(images * c.num_patches, CHANNELS * c.patch_size**2, c.dim, bias=True)
+    return product + Cost(leaves=product.flops)
 
 
 def _convolutions(c: ModelConfig, images: int) -> Cost:
     total, side = Cost(products=images * CHANNELS * c.image_size**2), c.image_size
-    for before, after in pairwise(_widths(c)):
+    for before, after in pairwise((CHANNELS, *halving_widths(c.dim, c.patch_size))):
         side //= 2
         out, weights = images * side**2 * after, 9 * before * after
+        flops = 18 * out * before
         # Kept: what batch norm reads; but for the last, also what GELU reads and the next convolution.
-        total += Cost(
-            weights + 2 * after, 18 * out * before, products=out * (1 if after == c.dim else 3), rounded=weights
-        )
+        kept = out * (1 if after == c.dim else 3)
+        leaves = flops if side == c.image_size // 2 else 0
+        total += Cost(weights + 2 * after, flops, products=kept, rounded=weights, leaves=leaves)
     return total
-
-
-def _widths(c: ModelConfig) -> list[int]:
-    """Returns the channels before and after each convolution of the stem."""
-    halvings = c.patch_size.bit_length() - 1
-    return [CHANNELS, *(c.dim >> (halvings - number) for number in range(1, halvings + 1))]
 
 
 def _learned(c: ModelConfig, images: int) -> Cost:
@@ -161,7 +177,8 @@ def _learned(c: ModelConfig, images: int) -> Cost:
 
 
 def _fourier(c: ModelConfig, images: int) -> Cost:
-    return _product(c.num_patches, 64, c.dim, bias=True) + Cost(c.class_token * c.dim)  # of one grid, for all images
+    product = _product(c.num_patches, 64, c.dim, bias=True)  # of one grid, for all images
+    return product + Cost(c.class_token * c.dim, leaves=product.flops)
 
 
 def _mssa(c: ModelConfig, images: int) -> Cost:
@@ -199,15 +216,16 @@ def _cbsa(c: ModelConfig, images: int) -> Cost:
 
 def _ista(c: ModelConfig, images: int) -> Cost:
     tokens, d = _tokens(c, images), c.dim
+    out = Cost(tokens=tokens * d)  # ReLU keeps what it returns
     if ista_in_one_product(tokens, d):
-        return _product(tokens, d, d) + Cost(flops=2 * d**3, products=d * d, rounded=d * d)
-    return _product(tokens, d, d) * 2 + Cost(-d * d)
+        return _product(tokens, d, d) + Cost(flops=2 * d**3, products=d * d, rounded=d * d) + out
+    return _product(tokens, d, d) * 2 + Cost(-d * d) + out
 
 
 def _odl(c: ModelConfig, images: int, dictionaries: int = 2) -> Cost:
     tokens, d, atoms = _tokens(c, images), c.dim, round(c.ratio * c.dim)
     there, back = _product(tokens, d, atoms), _product(tokens, atoms, d)
-    return (there + back) * 2 + Cost((dictionaries - 4) * d * atoms)
+    return (there + back) * 2 + Cost((dictionaries - 4) * d * atoms, in_hand=4 * tokens * atoms)
 
 
 def _coupled_odl(c: ModelConfig, images: int) -> Cost:
@@ -216,7 +234,7 @@ def _coupled_odl(c: ModelConfig, images: int) -> Cost:
 
 def _mlp(c: ModelConfig, images: int) -> Cost:
     tokens, d, hidden = _tokens(c, images), c.dim, round(c.ratio * c.dim)
-    gelu = Cost(products=tokens * hidden)
+    gelu = Cost(products=tokens * hidden, in_hand=2 * tokens * hidden)
     return _product(tokens, d, hidden, bias=True) + gelu + _product(tokens, hidden, d, bias=True)
 
 
@@ -225,21 +243,16 @@ def _nothing(c: ModelConfig, images: int) -> Cost:
 
 
 def _crate(c: ModelConfig, images: int) -> Cost:
-    # The norms read a layer's input and the sum. ISTA's output is kept as such, and but for the last is the next input.
-    last = c.tokenwise == "ista" or _read_in_place(c)
-    return _norms(c, images) + Cost(stream=(_branches(c) * c.depth + last) * _values(c, images))
+    # The norms read a layer's input and the sum. An output that its part keeps is, but for the last, the next input.
+    last = max(_cost(part, c, images).tokens for part in ("tokenwise", "head"))
+    return _norms(c, images) + Cost(stream=_branches(c) * c.depth * _values(c, images) + last)
 
 
 def _pre_norm(c: ModelConfig, images: int) -> Cost:
     scaled = c.layer_scale > 0  # the gradient of γ needs the branch
-    kept = (1 + scaled) * _branches(c) + (c.tokenwise == "ista" and not scaled)
-    values = (kept * c.depth + _read_in_place(c)) * _values(c, images)
-    return _norms(c, images) + Cost(_branches(c) * c.dim * scaled * c.depth, stream=values)
-
-
-def _read_in_place(c: ModelConfig) -> bool:
-    """Returns whether the head keeps a view of the last layer's output, and thereby all of it."""
-    return c.head == "linear" and c.pool == "cls"
+    output = 0 if scaled else _cost("tokenwise", c, images).tokens
+    kept = ((1 + scaled) * _branches(c) * _values(c, images) + output) * c.depth + _cost("head", c, images).tokens
+    return _norms(c, images) + Cost(_branches(c) * c.dim * scaled * c.depth, stream=kept)
 
 
 def _norms(c: ModelConfig, images: int) -> Cost:
@@ -249,6 +262,11 @@ def _norms(c: ModelConfig, images: int) -> Cost:
 def _branches(c: ModelConfig) -> int:
     """Counts the parts of a layer, each with a norm before it."""
     return 1 if c.tokenwise == "none" else 2
+
+
+def _pooled_head(c: ModelConfig, images: int) -> Cost:
+    # A view of the class tokens is one of all tokens.
+    return _linear_head(c, images) + Cost(tokens=_values(c, images) if c.pool == "cls" else 0)
 
 
 def _linear_head(c: ModelConfig, images: int) -> Cost:
@@ -274,7 +292,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "tokenwise": {"ista": _ista, "odl": _odl, "odl_coupled": _coupled_odl, "mlp": _mlp, "none": _nothing},
     "residual": {"crate": _crate, "pre_norm": _pre_norm},
     "head": {
-        "linear": _linear_head,
+        "linear": _pooled_head,
         "mean_patches": _linear_head,
         "mean_patches_twice": _linear_head,
         "class_attention": _class_attention,

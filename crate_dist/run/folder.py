@@ -31,7 +31,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.config import RECIPE_FILE, Recipe, RecipeError, load_recipe
+from crate_dist.config.rules import unread
 from crate_dist.files import write_whole
 from crate_dist.run.checkpoints import checkpoint_names, published_file
 from crate_dist.run.lock import ALONE
@@ -56,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe_file = path / "recipe.toml"
+        self.recipe_file = path / RECIPE_FILE
         self.record_file = path / "run.json"
         self.record = Record(self.record_file)
         self.checkpoints = path / "checkpoints"
@@ -218,9 +219,14 @@ class RunFolder:
 
 
 def differing_values(there: Recipe, here: Recipe) -> list[str]:
-    """Returns a line for each value that decides the result and is another one in the other recipe."""
+    """Returns a line for each value that decides the result and is another one in the other recipe.
+
+    What no part of either model reads decides nothing, though it was once possible to give it.
+    """
     before, now = there.deciding_values(), here.deciding_values()
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    nothing = {f"model.{name}" for name in unread(there.model.parts()) & unread(here.model.parts())}
+    keys = [key for key in keys if key not in nothing]
     if not (before[_MAY_BEGIN_OR_END] and now[_MAY_BEGIN_OR_END]):
         keys = [key for key in keys if key != _MAY_BEGIN_OR_END]
     return [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys]

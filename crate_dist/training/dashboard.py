@@ -37,7 +37,9 @@ def charts(
 def measure_titles(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
     """Returns what the measures of a recipe's layers, such as "whitebox/zeros", are called for people."""
     parts = recipe.model.parts()
-    classes = (table[name].rpartition(".")[2] for table, name in ((MIXERS, parts.mixer), (TOKENWISE, parts.tokenwise)))
+    classes = (
+        table[name].path.rpartition(".")[2] for table, name in ((MIXERS, parts.mixer), (TOKENWISE, parts.tokenwise))
+    )
     mixer, tokenwise = classes
     return {name: measure_title(name.removeprefix("whitebox/"), mixer, tokenwise) for name in names}
 

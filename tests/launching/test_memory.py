@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,15 @@ import torch
 from crate_dist.config import Recipe, load_recipe
 from crate_dist.config.archs import ARCHS
 from crate_dist.doctor.fake_cluster import fake_cluster
-from crate_dist.launching.memory import advice, kept_bytes, largest_micro_batch, state_bytes, step_bytes
+from crate_dist.launching.memory import (
+    advice,
+    checkpoint_bytes,
+    kept_bytes,
+    largest_micro_batch,
+    parameters,
+    state_bytes,
+    step_bytes,
+)
 from crate_dist.launching.preflight import Preflight
 from crate_dist.launching.showing import summary
 from crate_dist.models.build import build_model, model_config
@@ -100,6 +110,16 @@ def test_of_a_part_without_a_rule_it_is_said_that_nothing_is_known(
     assert unknown.scalars(10.0) == {}
     run = Preflight(RunFolder(tmp_path / "run"), False, tmp_path, 800, 80, 10, 8, 128, 1, None, False)
     assert summary(settings, run).startswith(str(run))
-    assert "costs is not known" in summary(settings, run)
+    said = summary(settings, run)
+    assert "costs is not known" in said
+    assert re.search(
+        r"checkpoints +more than [\d.]+ MB every 500 steps; .* are kept: more than [\d.]+ MB of .* free$", said
+    )
+    less = checkpoint_bytes(settings)
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=less))
+    assert "TOO LITTLE, and saves will fail" in summary(settings, run)
     monkeypatch.undo()
     assert "costs is not known" not in summary(settings, run)
+    assert "more than" not in summary(settings, run)
+    assert less < checkpoint_bytes(settings) == 4 * 2 * parameters(settings)

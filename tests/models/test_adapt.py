@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from crate_dist.config import ModelSection, load_recipe
-from crate_dist.config.parts import OPTIONS, STEMS, TOKENWISE
+from crate_dist.config.parts import STEMS, TOKENWISE
 from crate_dist.models.adapt import adapt, map_head
 from crate_dist.models.build import build_model, initialise, model_config
 from crate_dist.models.config import ModelConfig
@@ -240,8 +240,7 @@ def test_a_stem_of_somebody_s_own_is_resized_by_itself_or_not_at_all(monkeypatch
 
 
 def test_a_model_of_other_parts_names_the_settings_that_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled)
-    monkeypatch.setitem(OPTIONS, "unrolled", {"unroll": 2, "eta": 0.5})
+    add_part(monkeypatch, TOKENWISE, "unrolled", Unrolled, options={"unroll": 2, "eta": 0.5})
     section = {"arch": "crate_demo", "image_size": 32, "patch_size": 8}
     asked = ModelSection(**section, tokenwise="unrolled", out_bias=False, options={"unroll": 3})
     source = model_config(asked, num_classes=10)

@@ -15,7 +15,7 @@ from crate_dist.api.model import Model
 from crate_dist.api.preprocess import Preprocess
 from crate_dist.config import ImageSection, load_recipe
 from crate_dist.config.archs import ARCHS
-from crate_dist.config.parts import MIXERS
+from crate_dist.config.parts import MIXERS, Part
 from crate_dist.errors import UserError
 from crate_dist.evaluation.features import check_pool, pooled
 from crate_dist.evaluation.on_ranks import CannotMeasure
@@ -306,7 +306,7 @@ def test_a_part_of_ones_own_has_charts_titles_and_no_faked_numbers(monkeypatch: 
             return {"length_of_the_mean": w.mean(dim=2).norm(dim=-1)}
 
     monkeypatch.setattr("crate_dist.models.mixers.mssa.Mean", Mean, raising=False)
-    monkeypatch.setitem(MIXERS, "mean", "mixers.mssa.Mean")
+    monkeypatch.setitem(MIXERS, "mean", Part("mixers.mssa.Mean"))
     config = ModelConfig(image_size=16, patch_size=4, num_classes=2, dim=24, depth=2, heads=3, mixer="mean")
     model, images = initialise(config, seed=0), torch.rand(2, 3, 16, 16)
     seen = profile(model, [images, images])

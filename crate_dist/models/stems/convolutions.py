@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crate_dist.models.batch_norm import GroupedBatchNorm
 from crate_dist.models.config import CHANNELS, ModelConfig
+from crate_dist.models.sizes import halving_widths
 from crate_dist.models.stems.stem import Stem
 
 
@@ -24,8 +25,7 @@ class ConvolutionStem(Stem):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        halvings = config.patch_size.bit_length() - 1
-        widths = [config.dim >> (halvings - 1 - number) for number in range(halvings)]
+        widths = halving_widths(config.dim, config.patch_size)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             for before, after in pairwise((CHANNELS, *widths))

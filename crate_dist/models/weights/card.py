@@ -15,7 +15,7 @@ import torch
 
 from crate_dist.config import new_names
 from crate_dist.config.archs import Arch
-from crate_dist.config.parts import HEADS, MIXERS, RESIDUALS, STEMS, TOKENWISE
+from crate_dist.config.parts import PARTS as TABLES
 from crate_dist.files import write_whole
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
@@ -26,7 +26,6 @@ from crate_dist.models.weights.families.family import Family
 
 _LICENCE = "licence"
 _NO_LICENCE = "*to be named by whoever shares these weights*"
-_TABLES = {"stem": STEMS, "mixer": MIXERS, "tokenwise": TOKENWISE, "residual": RESIDUALS, "head": HEADS}
 _ENDINGS = (".pth.tar", ".safetensors", ".pth", ".pt")
 
 
@@ -73,7 +72,7 @@ def _origins(config: ModelConfig) -> dict[str, Family | None]:
     """Returns whose each part is that has a class: the first family with it, or with one that it derives from or to."""
     first = sorted(FAMILIES, key=lambda family: family.paper)  # numbers of arXiv are in the order of time
     found = dict[str, Family | None]()
-    for name, table in _TABLES.items():
+    for name, table in TABLES.items():
         part = find_part(table, getattr(config, name))
         theirs = ((family, find_part(table, getattr(_row(family), name))) for family in first)
         found[name] = next((f for f, other in theirs if issubclass(part, other) or issubclass(other, part)), None)

@@ -154,7 +154,7 @@ def infer_config(state_dict: StateDict, heads: int | None = None, family: Family
     parts = dataclasses.asdict(family.row(published) if published else row)
     parts |= {"dim": dim, "depth": depth, "heads": heads, "patch_size": patch_size, "num_classes": num_classes} | told
     try:
-        return ModelConfig(image_size=sides * patch_size, **parts)
+        return ModelConfig(image_size=sides * patch_size, options=family.options, **parts)
     except (ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"these weights fit no {family.name}: {error}") from error
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crate_dist.config import ImageSection
-from crate_dist.config.archs import options_of, unread
+from crate_dist.config.rules import unread
 from crate_dist.files import written_whole
 from crate_dist.models.batch_norm import STATISTICS
 from crate_dist.models.build import find_arch
@@ -155,7 +155,7 @@ def _departures(family: Family, config: ModelConfig, meta: Mapping[str, Any]) ->
         published, here = getattr(row, name, getattr(ModelConfig, name)), getattr(config, name)
         if here != published and name not in unread(config):
             yield f"its {name} is {published}, this model's {here}{lost}"
-    for name, published in options_of(config).items():
+    for name, published in family.options.items():
         if config.option(name) != published:
             yield f"its {name} is {published}, this model's {config.option(name)}; the file has no place for it"
     for name, published in (("mean", ImageSection().mean), ("std", ImageSection().std)):

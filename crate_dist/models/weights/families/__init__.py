@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crate_dist.config.archs import unread
+from crate_dist.config.rules import unread
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.weights.families import alpha, cbt, crate, tost, vit
 from crate_dist.models.weights.families.family import Family, StateDict

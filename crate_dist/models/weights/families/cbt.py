@@ -64,6 +64,7 @@ FAMILY = Family(
     sizes={"cbt_tiny": _PATCHES, "cbt_small": _PATCHES, "cbt_base": _PATCHES, "cbt_large": _PATCHES},
     unbuilt=("cbt_base", "cbt_large"),
     names=_mixed_by("cbsa", {"subspaces": "proj", "step_x": "step_x", "step_rep": "step_rep"}),
+    options={"cells": 8},
     marks=("layers.0.cbsa.step_x",),
     tells=_tells,
     new_head=NORM_AND_MAP,
@@ -74,6 +75,7 @@ _STEM = "patch_embed.convolutions.0.weight"
 CRATE = replace(
     FAMILY,
     name="CRATE baseline of CBT",
+    options={},
     citation=f"{FAMILY.citation}\n\n{crate.FAMILY.citation}",
     sizes={"cbsa_crate_tiny": (16,), "cbsa_crate_small": (16,)},  # which tell the heads, as CRATE's do
     fewest_heads=2,  # there MSSA has its output map with a single head, too
@@ -85,6 +87,7 @@ CRATE = replace(
 TOST = replace(
     FAMILY,
     name="ToST baseline of CBT",
+    options={},
     citation=f"{FAMILY.citation}\n\n{tost.FAMILY.citation}",
     sizes={"cbsa_tost_tiny": _PATCHES, "cbsa_tost_small": _PATCHES},
     names=_mixed_by("tssa", {"subspaces": "qkv", "temperature": "temp"}),

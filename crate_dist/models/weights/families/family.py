@@ -27,6 +27,7 @@ class Family:
     parts: what all of its models have otherwise than these rows
     fewest_heads: with fewer, that code computes what no part here does
     names: our module paths, and theirs; {} stands for the number of a layer
+    options: the numbers of their own that its parts have, as that code has them
     marks: our names of tensors by which its files are known
     turned: by our names, what makes our tensor of theirs, and theirs of ours, where these are not the same
     tells: what the shapes of its weights tell of a ModelConfig, by field, beside what those of all families do
@@ -45,6 +46,7 @@ class Family:
     names: Mapping[str, str]
     marks: tuple[str, ...]
     parts: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, float] = field(default_factory=dict)
     fewest_heads: int = 1
     turned: Mapping[str, tuple[Turn, Turn]] = field(default_factory=dict)
     tells: Callable[[StateDict], dict[str, Any]] = lambda _: {}
