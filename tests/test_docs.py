@@ -122,6 +122,7 @@ FITTING = {
     "launch/prep.py": ["--dry-run"],
     "launch/slurm.py": ["--dry-run", "--run-dir", "runs/new", "--set", "train.global_batch=64"],
     "--init-from": ["--set", "model.arch=crate_demo"],
+    "checkpoint.pth.tar": ["--heads", "4"],
 }
 """What a command with this in it gets besides: nothing is trained, the data are few, the run to begin from is small."""
 
@@ -136,8 +137,9 @@ class Command(NamedTuple):
 def commands() -> Iterator[Command]:
     """In fenced blocks, and in code spans that begin a program with options."""
     for page, text in TEXT.items():
-        fences = re.findall(r"^( *)```\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
-        for _, block in fences:
+        for _, language, block in re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+            if language:
+                continue
             for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
                 line = re.sub(r"\s+#.*|\s+->.*", "", line.strip())
                 if re.match(r"(python|make|torchrun|srun|tensorboard|source|cp|pip|git)\s", line):

@@ -66,7 +66,7 @@ def modern(setting: Setting) -> Recipe:
     As it ships, but for two groups in a micro-batch; in small of other sizes.
     """
     small = ("image_size=32", "patch_size=8", "depth=2", "width=48", "heads=2") if setting.small else ()
-    micro_batch = 8 if setting.small else 128
+    micro_batch = 4 if setting.small else 128
     overrides = [f"train.group={micro_batch // 2}", *(f"model.{size}" for size in small)]
     return recipe_for("tost_small_12", micro_batch, compile=setting.device == "cuda", overrides=overrides)
 

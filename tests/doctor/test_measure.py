@@ -51,7 +51,7 @@ def failed(findings: list[Finding]) -> list[str]:
     ("stage", "checks", "says"),
     [
         ("ceilings", 0, "product 1024³, bf16"),
-        ("waits", 1, "CRATE on one rank: waits for the device per step of 2 micro-batches"),
+        ("waits", 2, "ToST on one rank, mixed, averaged: waits for the device per step of 2 micro-batches"),
         ("ranks", 1, "crate_demo at 8, rank 0 of 32: sent per step"),
         ("speed", 0, "crate_demo at 4, published formulation, plain PyTorch"),
         ("kernels", 0, "crate_demo at 2, ISTA, one product, forward and backward"),

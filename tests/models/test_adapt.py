@@ -58,6 +58,7 @@ def test_a_new_head_is_the_new_model_s_own_and_nothing_else_is(weights: dict[str
     ("arch", "keeps_its_norm"),
     [
         ("crate_tiny", False),
+        ("cbsa_tost_tiny", False),
         ("cbt_tiny", False),
         ("crate_alpha_base", True),
         ("tost_tiny_12", True),
