@@ -178,6 +178,7 @@ def load_recipe(
     given = dict.fromkeys(() if _is_resolved(path) else flatten(raw), False)
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
     origins = {}
+    before = dict(raw["model"]) if _is_resolved(path) and isinstance(raw.get("model"), dict) else {}
     for key, value in values.items():
         if value is not None:
             origins[key.replace("__", ".")] = "the command line"
@@ -190,6 +191,8 @@ def load_recipe(
         place = location(value.strip().strip("'\""))
         shown = value if isinstance(place, Path) else redacted(place)  # an error is output as well
         origins[RENAMED.get(key.strip(), key.strip())] = f"--set {key}={shown}"
+    if before and not any(key.startswith("model.options") for key in origins):
+        _leave_out_options(raw["model"], before)
     given |= dict.fromkeys(origins, True)
     to_be_read = {key: by_hand for key, by_hand in given.items() if key not in may_be_unread}
     recipe = build_recipe(raw, str(path), origins, to_be_read)
@@ -285,6 +288,17 @@ def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int, g
         )
     micro = next(n for n in range(min(share, largest_micro_batch // group), 0, -1) if share % n == 0)
     return micro * group, share // micro
+
+
+def _leave_out_options(model: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Takes out the options that only the parts `before` took, and that nobody gave: a resolved recipe has them all."""
+    try:
+        then, now = (ModelSection.model_validate({**table, "options": {}}).options for table in (before, model))
+    except ValidationError:
+        return  # build_recipe says what is wrong
+    if isinstance(options := model.get("options"), dict):
+        usual = {name for name, value in then.items() if name not in now and options.get(name) == value}
+        model["options"] = {name: value for name, value in options.items() if name not in usual}
 
 
 def _is_resolved(path: Path) -> bool:
