@@ -85,6 +85,18 @@ def test_a_run_from_before_options_were_kept_goes_on_with_those_of_today(tmp_pat
     assert differing_values(read_recipe(tmp_path), recipe) == []
 
 
+def test_a_runs_recipe_may_have_another_part_without_the_options_that_nobody_gave(tmp_path: Path) -> None:
+    stored, other = tmp_path / "recipe.toml", ["model.mixer=tssa"]
+    stored.write_text(load_recipe("cbt_tiny").to_toml())
+    assert load_recipe(stored, other).model == load_recipe("cbt_tiny", other).model
+    with pytest.raises(RecipeError, match=r"takes options\.cells"):
+        load_recipe(stored, [*other, "model.options.cells=8"])
+    stored.write_text(load_recipe("cbt_tiny", ["model.options.cells=4"]).to_toml())
+    with pytest.raises(RecipeError, match=r"takes options\.cells"):
+        load_recipe(stored, other)
+    assert load_recipe(stored, ["model.mixer=cbsa_aligned"]).model.options == {"cells": 4}
+
+
 def test_a_sweep_over_parts_goes_on_though_its_first_run_has_options_that_others_do_not_take(tmp_path: Path) -> None:
     grid = {"model.mixer": ["cbsa", "mssa"]}
     runs = [load_recipe("cbt_tiny", [f"model.mixer={name}"]) for name in grid["model.mixer"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,7 +44,9 @@ from crate_dist.config.sections import (
 from crate_dist.locations import is_private, location, may_run_a_command, redacted
 
 RECIPE_FILE = "recipe.toml"
-"""Name of the resolved recipe in a run folder; other files have what their authors gave."""
+"""Name of the resolved recipe in a run folder; other files have what their authors gave, but a sweep's base."""
+GRID_FILE, BASE_FILE = "grid.toml", "base.toml"
+"""Names, in a sweep's folder, of its grid and of the resolved recipe around it."""
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _DECIDING = ("model", "data", "order", "augment", "mix", "images", "optim", "train")
@@ -149,13 +151,16 @@ class Recipe(Section):
 _KNOWN = keys_of(Recipe)
 
 
-def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any) -> Recipe:
+def load_recipe(
+    source: str | Path, overrides: Iterable[str] = (), *, may_be_unread: Collection[str] = (), **values: Any
+) -> Recipe:
     """Reads a recipe and applies, in this order, keyword `values` and `section.key=value` overrides.
 
     Parameters
     ----------
     source: a path to a TOML file, or the name of one in configs/ (`crate_large`)
     overrides: `section.key=value` texts; the value is read as TOML, and as plain text where it is none
+    may_be_unread: flat keys that may be given though no part of this model reads them, as another run's of a grid does
     values: the same with `__` for the dot: `train__seed=1`; None means "not given"
 
     What could run a command is taken from `overrides`, `values` and the files in configs/, which are as much the
@@ -170,9 +175,10 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         raise RecipeError(f"{path} is not TOML: {error}; a quote or a bracket may be missing there") from error
     raw.setdefault("name", path.stem)
     rename(raw, str(path))
-    given = dict.fromkeys(() if path.name == RECIPE_FILE else flatten(raw), False)
+    given = dict.fromkeys(() if _is_resolved(path) else flatten(raw), False)
     withheld = {} if path.parent.resolve() == CONFIG_DIR else _withhold(raw, path)
     origins = {}
+    before = dict(raw["model"]) if _is_resolved(path) and isinstance(raw.get("model"), dict) else {}
     for key, value in values.items():
         if value is not None:
             origins[key.replace("__", ".")] = "the command line"
@@ -185,7 +191,11 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), **values: Any
         place = location(value.strip().strip("'\""))
         shown = value if isinstance(place, Path) else redacted(place)  # an error is output as well
         origins[RENAMED.get(key.strip(), key.strip())] = f"--set {key}={shown}"
-    recipe = build_recipe(raw, str(path), origins, given | dict.fromkeys(origins, True))
+    if before and not any(key.startswith("model.options") for key in origins):
+        _leave_out_options(raw["model"], before)
+    given |= dict.fromkeys(origins, True)
+    to_be_read = {key: by_hand for key, by_hand in given.items() if key not in may_be_unread}
+    recipe = build_recipe(raw, str(path), origins, to_be_read)
     for (section, key), said in withheld.items():
         if key not in raw[section]:
             getattr(recipe, section).withheld[key] = said
@@ -278,6 +288,22 @@ def derive_batch(global_batch: int, world_size: int, largest_micro_batch: int, g
         )
     micro = next(n for n in range(min(share, largest_micro_batch // group), 0, -1) if share % n == 0)
     return micro * group, share // micro
+
+
+def _leave_out_options(model: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Takes out the options that only the parts `before` took, and that nobody gave: a resolved recipe has them all."""
+    try:
+        then, now = (ModelSection.model_validate({**table, "options": {}}).options for table in (before, model))
+    except ValidationError:
+        return  # build_recipe says what is wrong
+    if isinstance(options := model.get("options"), dict):
+        usual = {name for name, value in then.items() if name not in now and options.get(name) == value}
+        model["options"] = {name: value for name, value in options.items() if name not in usual}
+
+
+def _is_resolved(path: Path) -> bool:
+    """Tells whether a file is a program's, with every value, and not what an author gave."""
+    return path.name == RECIPE_FILE or (path.name == BASE_FILE and path.with_name(GRID_FILE).exists())
 
 
 _ONLY_FROM_THE_USER: Mapping[str, Mapping[str, str]] = {

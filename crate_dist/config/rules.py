@@ -71,15 +71,21 @@ def check_read(arch: Arch, name: str, value: object, usual: object = None) -> No
 def differing(there: Arch, here: Arch) -> dict[str, object]:
     """Returns the settings, by flat key, with which a model `here` would have the size and the parts of one `there`.
 
-    Options too, where both are a ModelConfig. What leaves no weights, norms' eps and first weights, is left out.
+    Options too, where both are a ModelConfig. Left out is what leaves no weights, norms' eps and first weights, and
+    what no part of `there` reads, which would be refused.
     """
-    unseen = ("norm_eps", "head_norm_eps", "init")
+    unseen = {"norm_eps", "head_norm_eps", "init"} | unread(there)
     names = [field.name for field in fields(Arch) if field.name not in unseen]
     found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(here, name)}
     keys = {f"model.{'width' if name == 'dim' else name}": value for name, value in found.items()}
     defaults = with_defaults(there, {})
     known, own = (defaults | with_defaults(one, getattr(one, "options", {})) for one in (there, here))
     return keys | {f"model.options.{name}": value for name, value in known.items() if own[name] != value}
+
+
+def for_new_head(settings: Mapping[str, object]) -> dict[str, object]:
+    """Returns settings of `differing` without the head, which is to be new, unless the class token goes with it."""
+    return {key: value for key, value in settings.items() if key != "model.head" or "model.class_token" in settings}
 
 
 def as_set(settings: Mapping[str, object]) -> str:

@@ -27,7 +27,8 @@ import tomli_w
 from crate_dist.arguments import whole_number
 from crate_dist.config import Recipe, RecipeError
 from crate_dist.config.keys import RENAMED, assign, flatten, keys_of, parse_value, renamed
-from crate_dist.config.rules import with_defaults
+from crate_dist.config.recipe import BASE_FILE, GRID_FILE
+from crate_dist.config.rules import unread, with_defaults
 from crate_dist.files import write_whole
 from crate_dist.launching.options import default_run_dir, recipe_from
 from crate_dist.launching.site import NO_SITE, Site
@@ -37,7 +38,6 @@ from crate_dist.run.folder import RunFolder
 Grid = Mapping[str, Sequence[Any]]
 """Key of the recipe -> its values."""
 
-GRID_FILE, _BASE_FILE = "grid.toml", "base.toml"
 _MANY = 100
 _LONGEST_NAME, _LONGEST_WORD = 150, 40
 _KNOWN = keys_of(Recipe)
@@ -117,23 +117,36 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
 def recipes_of(arguments: argparse.Namespace, grid: Grid, site: Site = NO_SITE) -> list[Recipe]:
     """Loads the recipe of each combination of values, the last key's changing fastest.
 
-    Raises RecipeError: as load_recipe does, or two of them are the same.
+    A setting of parts may be given that only some of the runs read: the others are the same for all of its values.
+
+    Raises RecipeError: as load_recipe does, no run reads what is given, or two of them are the same.
     """
-    recipes = []
+    may_be_unread = set[str]()
+    if any(key.startswith("model.") for key in grid):
+        every = {key for key in _KNOWN if key.startswith("model.")}
+        nothing = (unread(recipe.model.parts()) for recipe in _each(arguments, grid, site, every))
+        may_be_unread = every - {f"model.{name}" for name in set.intersection(*nothing)}
+    if arguments.grid_file and arguments.config and arguments.config.name == BASE_FILE:
+        may_be_unread |= grid.keys()  # of a sweep from when nobody was told
+    recipes = list(_each(arguments, grid, site, may_be_unread))
+    name, times = Counter(run_name(recipe, grid) for recipe in recipes).most_common(1)[0]
+    if times > 1:
+        raise RecipeError(f"{name} is in the grid {times} times: a value is given twice, as 1e-4 and 0.0001 would be")
+    return recipes
+
+
+def _each(arguments: argparse.Namespace, grid: Grid, site: Site, may_be_unread: Collection[str]) -> Iterator[Recipe]:
+    """Loads the recipe of each combination of values. Raises RecipeError, which calls those of the grid so."""
     for values in itertools.product(*grid.values()):
         one, settings = copy(arguments), [f"{key}={_toml(value)}" for key, value in zip(grid, values, strict=True)]
         one.overrides = [*arguments.overrides, *settings]
         try:
-            recipes.append(recipe_from(one, site))
+            yield recipe_from(one, site, may_be_unread)
         except RecipeError as error:
             said = str(error)
             for setting in settings:
                 said = said.replace(f"--set {setting}", f"--grid {setting}")
             raise RecipeError(said) from error
-    name, times = Counter(run_name(recipe, grid) for recipe in recipes).most_common(1)[0]
-    if times > 1:
-        raise RecipeError(f"{name} is in the grid {times} times: a value is given twice, as 1e-4 and 0.0001 would be")
-    return recipes
 
 
 def run_name(recipe: Recipe, keys: Collection[str]) -> str:
@@ -183,10 +196,10 @@ def save_grid(sweep: Path, grid: Grid, base: Recipe) -> None:
     model, usual = base.model, with_defaults(base.model.parts(), {})  # which the parts of other runs may not have
     options = {name: value for name, value in model.options.items() if value != usual[name]}
     base = base.model_copy(update={"model": model.model_copy(update={"options": options})})
-    write_whole(sweep / _BASE_FILE, base.to_toml())
+    write_whole(sweep / BASE_FILE, base.to_toml())
     lines = [
         "# --grid-file with this file goes on with all of the runs beside it.",
-        f'recipe = "{_BASE_FILE}"',
+        f'recipe = "{BASE_FILE}"',
         "",
         "[grid]",
         *(f"{key} = [{', '.join(map(_toml, values))}]" for key, values in grid.items()),
@@ -219,7 +232,7 @@ def _of_file(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
     recipe, grid = _read(path)
     if recipe and not (arguments.arch or arguments.config):
         arguments.config, arguments.arch = (path.parent / recipe, None) if recipe.endswith(".toml") else (None, recipe)
-    if path.name == GRID_FILE and not arguments.run_dir and (path.parent / _BASE_FILE).exists():
+    if path.name == GRID_FILE and not arguments.run_dir and (path.parent / BASE_FILE).exists():
         arguments.run_dir = path.parent
     for key, values in flatten(grid).items():
         yield str(path), key, values

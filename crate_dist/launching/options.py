@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ def site_from(arguments: argparse.Namespace) -> Site:
     return load_site(arguments.site, not arguments.no_site)
 
 
-def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
+def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE, may_be_unread: Collection[str] = ()) -> Recipe:
     """Loads the recipe that the options of recipe_parser name, with the site's data where nothing else names any.
 
-    Raises RecipeError.
+    may_be_unread: as load_recipe has it. Raises RecipeError.
 
     A location that recipe.toml does not keep goes into the environment, which ranks and jobs inherit from this process.
     """
@@ -114,6 +115,7 @@ def recipe_from(arguments: argparse.Namespace, site: Site = NO_SITE) -> Recipe:
     recipe = load_recipe(
         arguments.config or arguments.arch,
         arguments.overrides,
+        may_be_unread=may_be_unread,
         data__root=str(data) if data else None,
         train__seed=arguments.seed,
         train__init_from=str(arguments.init_from) if arguments.init_from else None,

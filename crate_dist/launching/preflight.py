@@ -13,7 +13,7 @@ from crate_dist.checkpoint.mirror.joining import Found as MirrorFound
 from crate_dist.checkpoint.mirror.joining import look as look_into_mirror
 from crate_dist.checkpoint.mirror.record import DamagedRecord
 from crate_dist.config import Recipe, RecipeError, derive_batch
-from crate_dist.config.rules import as_set, differing
+from crate_dist.config.rules import as_set, differing, for_new_head
 from crate_dist.data.identity import DataIdentity, changed_data_refusal
 from crate_dist.data.index import ShardError
 from crate_dist.data.splits import Splits, open_splits
@@ -194,12 +194,12 @@ def check_init_from(source: Path, recipe: Recipe) -> str:
     if recipe.train.init_weights == "ema" and not begun_from.optim.ema_decay:
         raise RecipeError(f"{given}: this run has no average of its weights, for which train.init_weights=ema asks")
     there, here = begun_from.model, recipe.model
-    if there.arch != here.arch:
+    other = differing(there.parts(), here.parts())
+    if other and there.arch != here.arch:
         raise RecipeError(
             f"{given}: its weights are those of a {there.arch}, and the recipe's model is a {here.arch}; "
             f"--set model.arch={there.arch} would fit"
         )
-    other = differing(there.parts(), here.parts())
     size = {key: value for key, value in other.items() if key in ("model.width", "model.depth", "model.heads")}
     if size:
         raise RecipeError(
@@ -210,7 +210,7 @@ def check_init_from(source: Path, recipe: Recipe) -> str:
         f"model.options.{name}": value for name, value in there.options.items() if here.options.get(name) != value
     }
     if recipe.train.init_head == "new":
-        other.pop("model.head", None)
+        other = for_new_head(other)
     return f", whose model has other parts: {as_set(other)}" if other else ""
 
 

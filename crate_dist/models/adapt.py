@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from crate_dist.config.parts import STEMS
-from crate_dist.config.rules import as_set, differing
+from crate_dist.config.rules import as_set, differing, for_new_head, unread
 from crate_dist.models.build import find_arch
 from crate_dist.models.config import ModelConfig
 from crate_dist.models.parts import find_part
@@ -115,7 +115,9 @@ def _resized_stem(state_dict: StateDict, source: ModelConfig, target: ModelConfi
 def _check_size(state_dict: StateDict, source: ModelConfig, target: ModelConfig, left_out: tuple[str, ...]) -> None:
     """Raises WeightsError that names every tensor which has another shape for its width, depth, heads or parts."""
     like_source = {name: getattr(source, name) for name in ("image_size", "patch_size", "num_classes")}
-    other = {key: value for key, value in differing(source, target).items() if not left_out or key != "model.head"}
+    other = for_new_head(differing(source, target)) if left_out else differing(source, target)
+    if "model.class_token" in other and source.pool != target.pool and "pool" not in unread(source):
+        other["model.pool"] = source.pool
     arch = find_arch(source)
     if arch and find_arch(target) not in (None, arch):
         other = {"model.arch": arch} | {key: value for key, value in other.items() if key.startswith("model.options.")}

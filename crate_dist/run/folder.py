@@ -137,8 +137,8 @@ class RunFolder:
             listing = "\n".join(f"  {line}" for line in changed)
             raise RecipeError(
                 f"{self.path} holds a run of another recipe:\n{listing}\n"
-                "to continue that run, give the same values; to start a new one, another --run-dir, or --start-over, "
-                "which sets that one aside"
+                f"to continue that run, give the same values, or --config {self.recipe_file}, which has them; "
+                "to start a new one, another --run-dir, or --start-over, which sets that one aside"
                 + (f"; job {queued} works on it: `scancel {queued}` first" if queued else "")
             )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from crate_dist.config import RecipeError, load_recipe
-from crate_dist.launching.grid import add_grid_options, read_grid, recipes_of, run_name
+from crate_dist.config import Recipe, RecipeError, load_recipe
+from crate_dist.launching.grid import add_grid_options, read_grid, recipes_of, run_name, save_grid
 from crate_dist.launching.options import recipe_parser
 from crate_dist.launching.sweep import results_table
 from crate_dist.run.folder import RunFolder, read_recipe
@@ -130,6 +131,11 @@ def test_a_value_stands_in_a_name_only_as_far_as_a_folder_can_be_called_so() -> 
         (["--grid", "optim.lr=1", "--grid", "optim.lr=2"], "--grid optim.lr and --grid optim.lr: give one of them"),
         (["--grid", "optim.lr=1", "--set", "optim.lr=2"], "--set optim.lr=2 and --grid optim.lr: give one of them"),
         (["--grid", "train.seed=1", "--seeds", "2"], "--grid train.seed and --seeds: give one of them"),
+        (["--grid", "model.ratio=2,4"], "ratio 2 would change nothing: no part of this model reads it"),
+        (
+            ["--grid", "model.tokenwise=ista,odl", "--set", "model.layer_scale=0.5"],
+            "layer_scale 0.5 would change nothing",
+        ),
         (["--grid", "train.seed=1", "--seed", "2"], "--seed and --grid train.seed: give one of them"),
         (
             ["--grid", f"train.seed={','.join(map(str, range(50)))}", "--grid", "optim.lr=1,2,3"],
@@ -141,6 +147,33 @@ def test_a_grid_that_cannot_work_is_said_at_once(
     options: list[str], expected: str, refusal: Callable[..., str]
 ) -> None:
     assert expected in refusal(*options)
+
+
+def swept(*options: str | Path) -> list[Recipe]:
+    """Returns the recipes of these options' runs."""
+    parser = recipe_parser(None, required=False)
+    add_grid_options(parser)
+    arguments = parser.parse_args(["--data", "/data", *map(str, options)])
+    return recipes_of(arguments, read_grid(arguments))
+
+
+def test_a_grid_over_parts_has_settings_that_some_of_its_runs_read() -> None:
+    runs = swept("--arch", "demo", "--grid", "model.tokenwise=ista,odl", "--grid", "model.ratio=2,4")
+    assert [(run.model.ratio, run.model.tokenwise) for run in runs] == [*product((2, 4), ("ista", "odl"))]
+    beside = swept("--arch", "demo", "--grid", "model.tokenwise=ista,odl", "--set", "model.ratio=2")
+    assert beside == runs[:2]
+
+
+@pytest.mark.parametrize("key", ["model.ratio", "optim.lr"])
+def test_a_sweep_from_when_nobody_was_told_what_is_not_read_goes_on(key: str, tmp_path: Path) -> None:
+    grid: dict[str, list[float]] = {key: [2, 4]}
+    base = load_recipe("demo", ["model.ratio=2"], may_be_unread=["model.ratio"])
+    save_grid(tmp_path, grid, base)
+    runs = swept("--grid-file", tmp_path / "grid.toml")
+    assert [run.model.ratio for run in runs] == ([2, 4] if key == "model.ratio" else [2, 2])
+    mine = (tmp_path / "base.toml").rename(tmp_path / "mine.toml")
+    with pytest.raises(RecipeError, match="ratio 2 would change nothing"):
+        swept("--config", mine, "--grid", f"{key}=2,4")
 
 
 @pytest.mark.parametrize(

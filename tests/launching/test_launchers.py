@@ -17,7 +17,7 @@ from crate_dist.config import RecipeError, build_recipe, load_recipe
 from crate_dist.job import TrainJob
 from crate_dist.launching.memory import advice, largest_micro_batch
 from crate_dist.launching.opening import check_that_no_job_waits
-from crate_dist.launching.preflight import preflight
+from crate_dist.launching.preflight import check_init_from, preflight
 from crate_dist.run.folder import RunFolder
 from crate_dist.slurm import queue
 from crate_dist.slurm.nodes import nodes_used
@@ -393,8 +393,18 @@ def test_a_run_folder_of_another_recipe(cast_shards: Path, tmp_path: Path) -> No
     RunFolder(tmp_path / "run").metrics.write_text('{"step": 1}\n')
     changed = recipe.model_dump()
     changed["optim"]["lr"] = 1.0
-    with pytest.raises(RecipeError, match=r"(?s)holds a run of another recipe.*optim.lr.*another --run-dir"):
+    with pytest.raises(RecipeError, match=r"(?s)holds a run of another recipe.*optim.lr.*another --run-dir") as caught:
         preflight(build_recipe(changed, "test"), 1, tmp_path / "run")
+    named = re.findall(r"--config (\S+),", str(caught.value))
+    assert preflight(load_recipe(*named), 1, tmp_path / "run").resumes
+
+
+def test_a_run_of_an_equal_model_begins_another_whatever_it_is_called(tmp_path: Path) -> None:
+    RunFolder(tmp_path).open(load_recipe("cbt_tiny", ["model.mixer=mssa"]))
+    (RunFolder(tmp_path).checkpoints / "step-00000001").mkdir()
+    assert check_init_from(tmp_path, load_recipe("cbt_tiny", ["model.arch=cbsa_crate_tiny"])) == ""
+    with pytest.raises(RecipeError, match=r"--set model\.arch=cbt_tiny would fit"):
+        check_init_from(tmp_path, load_recipe("cbt_tiny", ["model.arch=cbsa_tost_tiny"]))
 
 
 def test_a_run_folder_without_permission(cast_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

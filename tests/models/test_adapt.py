@@ -258,6 +258,27 @@ def test_a_model_of_other_parts_names_the_settings_that_would_fit(monkeypatch: p
         adapt(initialise(SOURCE, seed=1).state_dict(), SOURCE, other, new_head=True)
 
 
+@pytest.mark.parametrize("new_head", [False, True])
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ("class_token=false head=class_attention residual=pre_norm layer_scale=0.5", "ratio=2 tokenwise=odl"),
+        ("tokenwise=mlp", "class_token=false head=class_attention residual=pre_norm layer_scale=0.5"),
+        ("class_token=false pool=mean tokenwise=mlp", "tokenwise=ista"),
+    ],
+)
+def test_the_settings_that_would_fit_are_a_recipe(there: str, here: str, new_head: bool) -> None:
+    one, other = ([f"model.{text}" for text in ("depth=1 " + parts).split()] for parts in (there, here))
+    source, target = (model_config(load_recipe("demo", parts).model, num_classes=10) for parts in (one, other))
+    state = initialise(source, seed=1).state_dict()
+    with pytest.raises(WeightsError) as caught:
+        adapt(state, source, target, new_head)
+    given = [text for text in other if text.partition("=")[0] in ("model.depth", "model.class_token", "model.head")]
+    advised = re.findall(r"--set (\S+)", str(caught.value))
+    fitting = load_recipe("demo", [*given, *advised]).model
+    adapt(state, source, model_config(fitting, num_classes=10), new_head)
+
+
 def test_weights_of_patches_that_the_recipe_s_stem_cannot_have_are_refused_in_words() -> None:
     source = model_config(ModelSection(arch="vit_tiny", depth=1, image_size=28, patch_size=14), num_classes=5)
     target = model_config(ModelSection(arch="cbt_tiny", depth=1, image_size=32, patch_size=8), num_classes=5)
