@@ -1,0 +1,45 @@
+"""A file of weights that somebody made to do harm is refused in a sentence, in little memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.weights.read import read_weights
+from tests.models.test_alpha_jax import npy
+
+MIB = 2**20
+
+
+def write_bomb(path: Path, record: str, method: int) -> None:
+    """Writes a zip with 64 MiB in one record, which its directory says to be 1 MiB."""
+    start = npy((MIB // 4,), bytes(MIB))
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open(record, "w") as file:
+        for part in (start, bytes(63 * MIB)):
+            file.write(part)
+    raw = bytearray(path.read_bytes())
+    at = raw.rindex(b"PK\x01\x02") + 24
+    raw[at : at + 4] = len(start).to_bytes(4, "little")
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("record", "method", "said"),
+    [
+        ("x.npy", zipfile.ZIP_BZIP2, "x is compressed as NumPy compresses nothing"),
+        ("x.npy", zipfile.ZIP_DEFLATED, "truncated or damaged: Bad CRC-32"),
+    ],
+)
+def test_no_more_is_inflated_than_a_file_says(tmp_path: Path, record: str, method: int, said: str) -> None:
+    write_bomb(tmp_path / "bomb", record, method)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match=said):
+            read_weights(tmp_path / "bomb")
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
