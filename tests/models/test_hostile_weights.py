@@ -32,6 +32,9 @@ def write_bomb(path: Path, record: str, method: int) -> None:
     [
         ("x.npy", zipfile.ZIP_BZIP2, "x is compressed as NumPy compresses nothing"),
         ("x.npy", zipfile.ZIP_DEFLATED, "truncated or damaged: Bad CRC-32"),
+        ("archive/data.pkl", zipfile.ZIP_BZIP2, "archive/data.pkl in it is compressed"),
+        ("archive/data.pkl", zipfile.ZIP_DEFLATED, "archive/data.pkl in it is compressed"),
+        ("archive/data.pkl", zipfile.ZIP_STORED, "of another size than it says"),
     ],
 )
 def test_no_more_is_inflated_than_a_file_says(tmp_path: Path, record: str, method: int, said: str) -> None:
