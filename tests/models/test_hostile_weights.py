@@ -7,19 +7,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from crate_dist.models.weights.names import WeightsError
+from crate_dist.models.build import initialise
+from crate_dist.models.weights.names import WeightsError, to_reference
 from crate_dist.models.weights.read import read_weights
 from tests.models.test_alpha_jax import npy
+from tests.models.test_odd_weights import SMALL
 
 MIB = 2**20
 
 
 def write_bomb(path: Path, record: str, method: int) -> None:
-    """Writes a zip with 64 MiB in one record, which its directory says to be 1 MiB."""
+    """Writes a zip with 32 MiB in one record, which its directory says to be 1 MiB."""
     start = npy((MIB // 4,), bytes(MIB))
     with zipfile.ZipFile(path, "w", method) as archive, archive.open(record, "w") as file:
-        for part in (start, bytes(63 * MIB)):
+        for part in (start, bytes(31 * MIB)):
             file.write(part)
     raw = bytearray(path.read_bytes())
     at = raw.rindex(b"PK\x01\x02") + 24
@@ -46,3 +49,16 @@ def test_no_more_is_inflated_than_a_file_says(tmp_path: Path, record: str, metho
         assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     finally:
         tracemalloc.stop()
+
+
+def test_two_copies_of_a_weight_are_named_and_neither_is_taken(tmp_path: Path) -> None:
+    state = dict(initialise(SMALL, seed=0).state_dict())
+    published, path = to_reference(state), tmp_path / "both.pt"
+    named = "pos_embedding' and '{}pos_embedding' are the same weight"
+    for other in (to_reference(state, "_orig_mod."), to_reference(state, "module.")):
+        torch.save({"state_dict": published | other}, path)
+        with pytest.raises(WeightsError, match="both.pt: '" + named.format("(_orig_mod|module).")):
+            read_weights(path)
+    torch.save(published | {"head.linear.weight": state["head.linear.weight"]}, path)
+    with pytest.raises(WeightsError, match=r"'mlp_head\.1\.weight' and 'head\.linear\.weight' are the same weight"):
+        read_weights(path)

@@ -114,7 +114,12 @@ def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weight
     weights: "ema": their moving average, where a training code's checkpoint has one beside them
     Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no such tensors.
     """
-    found = _read(Path(path), weights)
+    try:
+        found = _read(Path(path), weights)
+    except WeightsError:
+        raise
+    except ValueError as error:  # of names and shapes that cannot be ours
+        raise WeightsError(f"{path}: {error}") from error
     there = "ema" if "ema_decay" in found.meta else "raw"
     if weights not in (None, there):
         what = "their moving average" if there == "ema" else "them as they are, or does not say more"
@@ -266,10 +271,7 @@ def _read_jax(path: Path) -> Weights:
             f"{path} holds {len(arrays)} arrays, {few}{', …' if len(arrays) > _FEW else ''}; of .npz, those with the "
             "parameters of CRATE-α's classifiers are read"
         )
-    try:
-        state_dict, told = alpha_jax.from_jax(arrays)
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
+    state_dict, told = alpha_jax.from_jax(arrays)
     return Weights("jax", state_dict, None, dict(alpha.FAMILY.evaluated), told, (), alpha.FAMILY)
 
 
