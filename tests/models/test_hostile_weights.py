@@ -62,3 +62,13 @@ def test_two_copies_of_a_weight_are_named_and_neither_is_taken(tmp_path: Path) -
     torch.save(published | {"head.linear.weight": state["head.linear.weight"]}, path)
     with pytest.raises(WeightsError, match=r"'mlp_head\.1\.weight' and 'head\.linear\.weight' are the same weight"):
         read_weights(path)
+
+
+def test_a_zip_of_a_version_that_nobody_reads_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({}, path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(raw)
+    with pytest.raises(WeightsError, match=r"model\.pt is no PyTorch checkpoint, or a damaged one"):
+        read_weights(path)
