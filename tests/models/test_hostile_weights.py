@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_dist.models.build import initialise
+from crate_dist.config import ModelSection
+from crate_dist.models.build import initialise, model_config
 from crate_dist.models.weights.names import WeightsError, to_reference
-from crate_dist.models.weights.read import read_weights
+from crate_dist.models.weights.read import load_model, read_weights
+from crate_dist.models.weights.write import export_reference
 from tests.models.test_alpha_jax import npy
 from tests.models.test_odd_weights import SMALL
 
@@ -72,3 +75,19 @@ def test_a_zip_of_a_version_that_nobody_reads_is_refused(tmp_path: Path) -> None
     path.write_bytes(raw)
     with pytest.raises(WeightsError, match=r"model\.pt is no PyTorch checkpoint, or a damaged one"):
         read_weights(path)
+
+
+def test_numbers_beside_the_weights_that_no_model_has_are_not_taken(tmp_path: Path) -> None:
+    section = ModelSection(arch="tost_tiny_12", width=16, depth=1, heads=2, image_size=32, patch_size=8)
+    config, path = model_config(section, num_classes=3), tmp_path / "tost.pth"
+    export_reference(path, config, initialise(config, seed=0).state_dict())
+    whole = torch.load(path, weights_only=True)
+    for field, value in (("layer_scale", math.inf), ("norm_eps", math.nan), ("norm_eps", -1.0), ("ista_step", 0)):
+        torch.save(whole | {field: value}, path)
+        model, _ = load_model(path)
+        assert getattr(model.config, field) == getattr(config, field)
+    torch.save(whole | {"ista_threshold": 0.0}, path)  # with which nothing is set to zero
+    assert load_model(path)[0].config.ista_threshold == 0
+    torch.save(whole | {"image_size": 33}, path)
+    with pytest.raises(WeightsError, match=r"tost\.pth: beside its weights stands .*image_size = 33.*, which fits no"):
+        load_model(path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,7 @@ class Weights:
         told = self.config.heads if self.config else self.told.get("heads")
         if None not in (heads, told) and heads != told:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
-        config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
+        config = self.config or self._inferred(heads or told)
         check_fit(self.state_dict, config)
         notes = self.notes
         if name := not_finite(self.state_dict):
@@ -106,6 +107,14 @@ class Weights:
             "width, depth and patches; --heads N would say otherwise"
         )
         return config, (*notes, taken)
+
+    def _inferred(self, heads: int | None) -> ModelConfig:
+        config = infer_config(self.state_dict, heads, self.family)
+        try:
+            return replace(config, **self.told)
+        except ValueError as error:
+            said = ", ".join(f"{name} = {value}" for name, value in self.told.items())
+            raise WeightsError(f"beside its weights stands {said}, which fits no model with these: {error}") from error
 
 
 def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
@@ -183,7 +192,7 @@ def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, 
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
-    if isinstance(scale := said.get(SCALE), float) and scale > 0 and any(name.endswith("_scale") for name in renamed):
+    if _is_possible(SCALE, scale := said.get(SCALE)) and any(name.endswith("_scale") for name in renamed):
         told[SCALE] = scale
     kind = "reference fine-tuning" if origin.fine_tuned else "reference"
     return _joined(kind, renamed, family, meta, {**origin.told, **told}, origin.notes)
@@ -209,7 +218,7 @@ def _is_possible(name: str, value: Any) -> bool:
         return type(value) is int and value > 0
     if name == "pool":
         return isinstance(value, str) and value in get_args(Pool)
-    return type(value) in (int, float)
+    return type(value) in (int, float) and (0 < value < math.inf or (name == "ista_threshold" and value == 0))
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
