@@ -30,24 +30,28 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def is_archive(path: Path) -> bool:
-    """Returns whether a file is a zip of .npy files alone, so far as zipfile can tell."""
+    """Returns whether a file is a zip with .npy files in it, so far as zipfile can tell."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except Exception:  # of a directory that is none, zipfile says so in many ways; open_file has words for it
         return False
-    return bool(names) and all(name.endswith(_END) for name in names)
+    return any(name.endswith(_END) for name in names)
 
 
 def open_arrays(path: Path, tree: str) -> Mapping[str, Tensor]:
     """Returns the arrays of a .npz by name: those below `tree`, without it, where there are such, else all.
 
-    bfloat16, which NumPy writes as two bytes of no type, is bfloat16 again.
-    Raises WeightsError when it cannot be read, is damaged, has Python objects in it, or claims more than it holds.
+    What else the zip holds is left alone. bfloat16, which NumPy writes as two bytes of no type, is bfloat16 again.
+    Raises WeightsError when it cannot be read, is damaged, has Python objects in it, claims more than it
+    holds, or holds two arrays of one name.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {member.filename.removesuffix(_END): member for member in archive.infolist()}
+            archived = [member for member in archive.infolist() if member.filename.endswith(_END)]
+            members = {member.filename.removesuffix(_END): member for member in archived}
+            if len(members) < len(archived):
+                raise WeightsError(f"{path} has two arrays of one name; save it anew")
             below = {name.removeprefix(tree): each for name, each in members.items() if name.startswith(tree)}
             wanted = below or members
             claimed, most = sum(each.file_size for each in wanted.values()), path.stat().st_size * _INFLATION
