@@ -272,6 +272,26 @@ def test_looking_ahead_leaves_half_of_the_cache_to_those_who_need_a_shard_now(
     assert None not in held
 
 
+def test_a_reader_that_stands_still_gives_way_to_one_that_needs_a_shard_now(
+    folder: Path, server: FolderServer, data: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "ROOM_TIMEOUT_S", 20.0)
+    size = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
+    index = open_split(server.url, "train", data.model_copy(update={"cache_gb": 3.5 * size / 1e9}))
+    local = ShardReader(ShardIndex.load(folder / "train"))
+    assert index.remote is not None
+    for number in range(3):
+        close(one_shard(index, ShardCache(index.remote), number))
+    still, other = reader_of(index), ShardReader(index)
+    still.at(0)
+    assert still.read(3) == local.read(3)
+    wait_until(lambda: sum(str(data.cache_dir) in target and ".tar" in target for target in open_files()) == 3)
+    assert other.read(20 * 3) == local.read(20 * 3)
+    assert still.read(4) == local.read(4)
+    still.at(1)
+    assert still.read(20) == local.read(20)
+
+
 def test_a_cache_that_cannot_hold_one_shard_says_so(
     server: FolderServer, data: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

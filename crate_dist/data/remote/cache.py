@@ -61,6 +61,7 @@ class ShardCache:
         claim(remote.cache)
         self._folder = make_subfolder(remote.cache, "shards")
         self._room, self._full = remote.cache / "room.lock", remote.cache / "half-in-use"
+        self._wanted = remote.cache / "room-wanted"
 
     def hold(self, shard: Shard, ahead: bool = False) -> int | None:
         """Opens a shard and keeps it from eviction until the descriptor is closed. Fetches it when it is not there.
@@ -89,6 +90,10 @@ class ShardCache:
                     time.sleep(_POLL_S)
         except OSError as error:
             raise unwritable(self._folder, error) from error
+
+    def room_is_wanted(self) -> bool:
+        """Tells whether a process found no room a moment ago for a shard that it needs at once."""
+        return time.time() - _mtime(self._wanted) < _NO_ROOM_HOLDS_S
 
     def is_sound(self, descriptor: int, shard: Shard) -> bool:
         """Tells whether an open shard still has its digest. One that has not is no longer in the cache then."""
@@ -165,6 +170,8 @@ class ShardCache:
                 held = sum(stat.st_size for path, stat in files.items() if _in_use(path))
                 if held + shard.bytes > allowed:
                     _touch(self._full)
+                    if not ahead:
+                        _touch(self._wanted)
                     raise self._no_room(held, shard)
             oldest = iter(sorted(files, key=lambda path: files[path].st_mtime))
             while (crowded := total + shard.bytes > self._limit) or not _reserve(descriptor, shard.bytes):

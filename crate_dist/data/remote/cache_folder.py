@@ -2,7 +2,7 @@
 
     CACHEDIR.TAG            says that all the rest may be removed: crate-dist's word for it, and that of backup programs
     shards/, indexes/       see cache.py and splits.py
-    room.lock, half-in-use
+    room.lock, half-in-use, room-wanted
 
 What is not in a folder with this tag is never removed, and the tag is put only into a new or an empty folder, or one
 that holds what earlier versions left and no more. No open follows a symbolic link in there.
@@ -29,7 +29,9 @@ SHARD_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 _TAG = "CACHEDIR.TAG"
 _TAG_BEGINS = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of crate-dist"
 _TAG_TEXT = f"{_TAG_BEGINS}, which it may be removed from at any time while nothing trains. See bford.info/cachedir\n"
-_KNOWN = re.compile(r"shards|indexes|room\.lock|half-in-use|lost\+found|\.nfs[0-9a-f]+|\.CACHEDIR\.TAG\.[0-9a-f]+\.tmp")
+_KNOWN = re.compile(
+    r"shards|indexes|room\.lock|half-in-use|room-wanted|lost\+found|\.nfs[0-9a-f]+|\.CACHEDIR\.TAG\.[0-9a-f]+\.tmp"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The errors of a full disk."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

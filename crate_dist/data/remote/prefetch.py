@@ -50,6 +50,7 @@ class CachedShards:
         self._shards, self._plan = index.shards, plan
         self._cache = ShardCache(index.remote, check=not index.has_checksums)
         self._sound: set[int] = set()
+        self._read: int | None = None
         self._ends = np.cumsum(index.shard_sizes)
         self._last_need: dict[int, int] = {}
         self._awaited: list[int] = []
@@ -84,6 +85,7 @@ class CachedShards:
             with self._lock:
                 if shard in self._held:
                     self._held.move_to_end(shard)
+                    self._read = shard  # until the next one is asked for
                     return self._held[shard]
             try:
                 descriptor = self._cache.hold(self._shards[shard])
@@ -111,7 +113,17 @@ class CachedShards:
         return True
 
     def fetch_next(self) -> float:
-        """Takes one step ahead of the reader. Returns how many seconds to pause before the next one."""
+        """Takes one step ahead of the reader. Returns how many seconds to pause before the next one.
+
+        While another process cannot have a shard that it needs now, the future of this one gives way: its reader may
+        stand still until that process goes on, and would let go of nothing.
+        """
+        if self._cache.room_is_wanted():
+            with self._lock:
+                future = [shard for shard in self._held if shard in self._last_need and shard != self._read]
+                self._awaited = [*future, *self._awaited]
+                self._let_go_but({self._read})
+            return _NO_ROOM_POLL_S
         for shard in self._awaited:
             descriptor = None
             try:
@@ -165,8 +177,8 @@ class CachedShards:
             self._held.setdefault(shard, descriptor)
             self._awaited = [other for other in self._awaited if other != shard]
 
-    def _let_go_but(self, needed: Container[int]) -> None:
-        """Closes all other descriptors; for the reader alone, which at that moment reads none of them."""
+    def _let_go_but(self, needed: Container[int | None]) -> None:
+        """Closes all other descriptors, none of which the reader reads at that moment. The caller holds the lock."""
         for shard in [shard for shard in self._held if shard not in needed]:
             close(self._held.pop(shard))
 
