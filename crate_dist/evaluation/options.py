@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +19,8 @@ L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """What the linear probe chooses from."""
 MAX_STEPS = 500
 """Of each of its fits."""
+_SMALLEST_CROP = 0.05
+"""Below it, images would be resized to more than 20 times what the model reads, and fill memory."""
 
 _KNN = """Weighted nearest neighbours on frozen features, as DINO reports them (arXiv 2104.14294): each of the k
 training samples most similar to a query votes for its class with weight exp(similarity / T)."""
@@ -125,12 +128,20 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> float:
-    if not 0 < (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the short side, above 0 and up to 1")
+    if not _SMALLEST_CROP <= (number := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the short side, from {_SMALLEST_CROP} to 1")
     return number
 
 
 def _above_zero(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < (number := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
     return number
+
+
+def _number(text: str) -> float:
+    """Returns NaN, which is within no bounds, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

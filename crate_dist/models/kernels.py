@@ -13,13 +13,16 @@ from crate_dist.models.transformer import Transformer
 
 
 def choose_kernels() -> None:
-    """Sets for this process: products sum in fp32, fp32 is rounded to TF32 nowhere, attention is flash's.
+    """Sets for this process: products sum in fp32, fp32 is not rounded to TF32, attention is flash's.
 
     Without the first, bf16 products of a few tall blocks may be summed in bf16. Of the second, containers may set
     products otherwise by NVIDIA's variables, and convolutions have a flag of their own, which torch sets: the stems of
     ToST and CBT would compute in TF32. Neither concerns what reads bf16, by weights or by autocast. Attention falls
     back to the memory-efficient kernel where flash's does not fit (fp32, cards before Ampere, heads of more than 256
     features), and to plain products where neither does. Does nothing to a CPU.
+
+    Where a program has set torch.backends.fp32_precision to "tf32" before, convolutions keep that: these older names
+    do not undo it, and torch refuses to answer what is set by both. Nothing here sets it.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.set_float32_matmul_precision("highest")

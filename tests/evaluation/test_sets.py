@@ -160,9 +160,10 @@ def test_the_crop_and_the_filter_may_be_others_than_in_training_and_are_recorded
     expected = by_hand(net, images, set(range(1000)), ImageSection(eval_crop=1.0, resize_filter="bilinear"))
     assert {key: whole[key] for key in expected} == expected
     assert whole["loss"] != as_trained["loss"]
-    with pytest.raises(SystemExit):
-        main([*map(str, line), "--crop", "1.5"])
-    assert "1.5 is no share of the short side, above 0 and up to 1" in capsys.readouterr().err
+    for crop in ("1.5", "1e-9", "nan", "x"):
+        with pytest.raises(SystemExit):
+            main([*map(str, line), "--crop", crop])
+        assert f"{crop} is no share of the short side, from 0.05 to 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_evaluated(

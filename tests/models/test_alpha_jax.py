@@ -65,6 +65,8 @@ def test_parameters_alone_compressed_and_in_bfloat16_are_read_too(tmp_path: Path
     np.savez(tmp_path / "halves.npz", **typeless)
     half = read_weights(tmp_path / "halves.npz").state_dict
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.items())
+    with zipfile.ZipFile(tmp_path / "halves.npz", "a") as archive:
+        archive.writestr("README.txt", "of nobody's concern")
     assert "heads" in describe(tmp_path / "halves.npz")
 
 
@@ -107,8 +109,17 @@ def test_a_damaged_or_hostile_npz_is_refused_and_runs_nothing(tmp_path: Path, ar
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("cls.npy", npy((10**9, 4), bytes(16)))
     refused(r"cls is damaged: shape \(1000000000, 4\) asks for 16,000,000,000 bytes, and 16 follow")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cls.npy", npy((1,), bytes(4)))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("cls.npy", npy((1,), bytes([1] * 4)))
+    refused("hostile.npz has two arrays of one name")
     np.savez(path, **arrays | {"cls": np.zeros((1, 1, 12), int)})
     refused("cls has values of type int64, no weights")
+    scale = arrays["Transformer/encoderblock_0/LayerNorm_0/scale"]
+    for ours, array in (("cls_token", arrays["cls"]), ("layers.0.mssa_norm.weight", scale)):
+        np.savez(path, **arrays | {ours: array})
+        refused(f"hostile.npz: {ours} and another array are the same weight, {ours}; leave one")
     np.savez(path, **arrays | {"head/kernel": np.zeros(84, np.float32)})
     refused(r"head/kernel has shape \(84,\), expected the axes d k")
     np.savez(path, **arrays | {"head/scale": np.zeros(7, np.float32)})

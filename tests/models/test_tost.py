@@ -261,6 +261,7 @@ def test_a_published_checkpoint_is_read_with_the_options_of_its_command(
         (("net", "acc", "epoch"), True, 'by "acc" beside "net"'),  # which finetune.py --resume reads
         (("model", "epoch", "args", "scaler"), False, ""),  # main.py's
         (("model", "epoch", "args"), False, ""),  # main.py's best_model.pth
+        (("model_ema", "epoch", "args"), False, "it holds the moving average of weights alone"),  # of main.py's
         (("model",), False, "nothing in it says whether it was fine-tuned"),
         (("state_dict", "epoch"), False, "nothing in it says whether it was fine-tuned"),
         (("net",), False, "nothing in it says whether it was fine-tuned"),
@@ -278,7 +279,7 @@ def test_images_are_prepared_as_the_code_does_that_wrote_the_file(
     assert prepared == ({"eval_fit": "stretch", "resize_filter": "bilinear"} if stretched else {})
     assert found.kind == ("reference fine-tuning" if stretched else "reference")
     assert said in " ".join(found.notes)
-    assert bool(found.notes) == bool(said)
+    assert len(found.notes) == bool(said)
 
 
 def test_the_whole_centre_is_evaluated_where_the_options_say_so(golden: dict[str, Any], tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
 """Opens files of NumPy arrays (.npz), which training codes in JAX write, and runs nothing in them.
 
 Such a file is a zip of .npy files, each a header (dtype, order, shape) before the values. NumPy would unpickle an array
-of objects, and believe a header that names more than there is: here headers are read first, nothing is unpickled, and
-no more is read than a file of that size can hold.
+of objects, and believe a header that names more than there is; zipfile would inflate all that there is before it cuts
+at the size that the directory names. Here no more is inflated than that size, which one file may not make larger than
+weights are, headers are checked before their values are taken, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -25,27 +26,32 @@ _INFLATION = 16
 _SMALL = 2**24
 """Bytes of arrays that any file may have."""
 _KINDS = "fiub"
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def is_archive(path: Path) -> bool:
-    """Returns whether a file is a zip of .npy files alone. Raises OSError."""
+    """Returns whether a file is a zip with .npy files in it, so far as zipfile can tell."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError):  # ValueError: names that are no text
+    except Exception:  # of a directory that is none, zipfile says so in many ways; open_file has words for it
         return False
-    return bool(names) and all(name.endswith(_END) for name in names)
+    return any(name.endswith(_END) for name in names)
 
 
 def open_arrays(path: Path, tree: str) -> Mapping[str, Tensor]:
     """Returns the arrays of a .npz by name: those below `tree`, without it, where there are such, else all.
 
-    bfloat16, which NumPy writes as two bytes of no type, is bfloat16 again.
-    Raises WeightsError when it cannot be read, is damaged, has Python objects in it, or claims more than it holds.
+    What else the zip holds is left alone. bfloat16, which NumPy writes as two bytes of no type, is bfloat16 again.
+    Raises WeightsError when it cannot be read, is damaged, has Python objects in it, claims more than it
+    holds, or holds two arrays of one name.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {member.filename.removesuffix(_END): member for member in archive.infolist()}
+            archived = [member for member in archive.infolist() if member.filename.endswith(_END)]
+            members = {member.filename.removesuffix(_END): member for member in archived}
+            if len(members) < len(archived):
+                raise WeightsError(f"{path} has two arrays of one name; save it anew")
             below = {name.removeprefix(tree): each for name, each in members.items() if name.startswith(tree)}
             wanted = below or members
             claimed, most = sum(each.file_size for each in wanted.values()), path.stat().st_size * _INFLATION
@@ -53,8 +59,10 @@ def open_arrays(path: Path, tree: str) -> Mapping[str, Tensor]:
                 raise WeightsError(f"{path} claims {claimed:,} bytes of arrays, which a file of its size does not hold")
             tensors = {}
             for name, member in wanted.items():
-                with archive.open(member) as file:
-                    tensors[name] = _read_array(file, member.file_size, f"{path}: {name}")
+                if member.compress_type not in _METHODS:  # of the others, zipfile inflates without an end
+                    raise WeightsError(f"{path}: {name} is compressed as NumPy compresses nothing; save it anew")
+                with archive.open(member) as file:  # at whose end zipfile compares the checksum
+                    tensors[name] = _read_array(file.read(member.file_size), f"{path}: {name}")
             return tensors
     except WeightsError:
         raise
@@ -64,8 +72,9 @@ def open_arrays(path: Path, tree: str) -> Mapping[str, Tensor]:
         raise WeightsError(f"{path} is truncated or damaged: {error}") from error
 
 
-def _read_array(file: IO[bytes], size: int, what: str) -> Tensor:
-    """Reads a .npy file of `size` bytes; at its end zipfile compares the checksum."""
+def _read_array(content: bytes, what: str) -> Tensor:
+    """Reads a .npy file."""
+    file, size = io.BytesIO(content), len(content)
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = header(file)
@@ -78,7 +87,7 @@ def _read_array(file: IO[bytes], size: int, what: str) -> Tensor:
         raise WeightsError(
             f"{what} is damaged: shape {shape} asks for {length:,} bytes, and {size - file.tell():,} follow"
         )
-    values = np.frombuffer(bytearray(file.read()), np.dtype("<i2") if is_bfloat16 else dtype)
+    values = np.frombuffer(bytearray(memoryview(content)[file.tell() :]), np.dtype("<i2") if is_bfloat16 else dtype)
     values = values.reshape(shape, order="F" if by_columns else "C")
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("=")).reshape(shape))
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor

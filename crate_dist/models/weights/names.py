@@ -19,7 +19,7 @@ from crate_dist.models.build import find_arch
 from crate_dist.models.config import CHANNELS, ModelConfig
 from crate_dist.models.transformer import Transformer
 from crate_dist.models.weights.families import family_of
-from crate_dist.models.weights.families.family import Family, StateDict
+from crate_dist.models.weights.families.family import Family, StateDict, rename_all
 
 FORMATS = ("crate-dist/1", "crate-dist/2")
 """The first has no more of a ModelConfig than `_OF_THE_FIRST`, and the versions before others' parts read it too."""
@@ -66,13 +66,19 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_reference(state_dict: StateDict) -> dict[str, Tensor]:
-    """Renames a published code's tensors to ours; what wraps names is dropped, unknown ones are kept as they are."""
+    """Renames a published code's tensors to ours; what wraps names is dropped, unknown ones are kept as they are.
+
+    Raises ValueError where two tensors would have the same name.
+    """
     return recognised(state_dict)[0]
 
 
 def recognised(state_dict: StateDict) -> tuple[dict[str, Tensor], Family, bool]:
-    """Does as `from_reference`: (our tensors, their family, whether their names were the published code's)."""
-    bare = {name.replace(_COMPILED, "").removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    """Does as `from_reference`: (our tensors, their family, whether their names were the published code's).
+
+    Raises ValueError where two tensors would have the same name.
+    """
+    bare = rename_all(state_dict, lambda name: name.replace(_COMPILED, "").removeprefix("module."))
     family, published = family_of(bare)
     return family.to_ours(bare) if published else bare, family, published
 

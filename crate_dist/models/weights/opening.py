@@ -46,8 +46,8 @@ def open_file(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles
-            if is_zip and (record := zipfile.ZipFile(file).testzip()):  # torch.load looks at no checksum
-                raise WeightsError(f"{path} is damaged: the checksum of {record} in it is wrong")
+            if is_zip:
+                _check_records(zipfile.ZipFile(file), path)
         with torch.serialization.safe_globals([(Options, "argparse.Namespace")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
@@ -63,6 +63,18 @@ def open_file(path: Path) -> Any:
                 "save its state_dict alone"
             ) from error
         raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one; get it anew") from error
+
+
+def _check_records(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises WeightsError for records that are not as long as they say, or damaged: torch.load looks at no checksum."""
+    for record in archive.infolist():  # before testzip, which inflates them
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise WeightsError(
+                f"{path}: {record.filename} in it is compressed, or of another size than it says; torch.save writes "
+                "none such; save it anew"
+            )
+    if damaged := archive.testzip():
+        raise WeightsError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
 
 
 def options_of(content: Mapping[str, Any]) -> Mapping[str, Any]:

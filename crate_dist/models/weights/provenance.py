@@ -79,7 +79,7 @@ def _of_tost(family: Family, key: str, content: Mapping[str, Any]) -> Provenance
         why = '"acc" beside "net"' if key == "net" else 'a "scaler" and neither "epoch" nor "args" in it'
         note = f"taken as fine-tuned, by {why}: evaluated as ToST's finetune.py does, both sides resized, bilinear"
         return Provenance(True, family.fine_tuned, {}, (note,))
-    if key == family.key and content.keys() & {"args", "epoch", "lr_scheduler"}:
+    if key in (family.key, "model_ema") and content.keys() & {"args", "epoch", "lr_scheduler"}:
         return Provenance(False, family.evaluated)
     note = (
         "nothing in it says whether it was fine-tuned: evaluated as ToST's main.py does, short side resized, bicubic, "

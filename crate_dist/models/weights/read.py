@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,7 @@ class Weights:
         told = self.config.heads if self.config else self.told.get("heads")
         if None not in (heads, told) and heads != told:
             raise WeightsError(f"its model has {told} heads, and {heads} were given")
-        config = self.config or replace(infer_config(self.state_dict, heads or told, self.family), **self.told)
+        config = self.config or self._inferred(heads or told)
         check_fit(self.state_dict, config)
         notes = self.notes
         if name := not_finite(self.state_dict):
@@ -107,6 +108,14 @@ class Weights:
         )
         return config, (*notes, taken)
 
+    def _inferred(self, heads: int | None) -> ModelConfig:
+        config = infer_config(self.state_dict, heads, self.family)
+        try:
+            return replace(config, **self.told)
+        except ValueError as error:
+            said = ", ".join(f"{name} = {value}" for name, value in self.told.items())
+            raise WeightsError(f"beside its weights stands {said}, which fits no model with these: {error}") from error
+
 
 def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weights:
     """Reads a file of any of the kinds above.
@@ -114,7 +123,12 @@ def read_weights(path: str | Path, weights: WeightsKind | None = None) -> Weight
     weights: "ema": their moving average, where a training code's checkpoint has one beside them
     Raises WeightsError when there is no such file, when it is damaged or no checkpoint, or holds no such tensors.
     """
-    found = _read(Path(path), weights)
+    try:
+        found = _read(Path(path), weights)
+    except WeightsError:
+        raise
+    except ValueError as error:  # of names and shapes that cannot be ours
+        raise WeightsError(f"{path}: {error}") from error
     there = "ema" if "ema_decay" in found.meta else "raw"
     if weights not in (None, there):
         what = "their moving average" if there == "ema" else "them as they are, or does not say more"
@@ -178,7 +192,7 @@ def _of_checkpoint(state: Mapping[str, Tensor], key: str, content: Mapping[str, 
     meta |= {name: _plain(content[name]) for name in _KEPT if name in content}
     said = {"image_size": options.get("input_size"), **content}
     told = {name: said[name] for name in (*UNSEEN, UNPLACED) if _is_possible(name, said.get(name))}
-    if isinstance(scale := said.get(SCALE), float) and scale > 0 and any(name.endswith("_scale") for name in renamed):
+    if _is_possible(SCALE, scale := said.get(SCALE)) and any(name.endswith("_scale") for name in renamed):
         told[SCALE] = scale
     kind = "reference fine-tuning" if origin.fine_tuned else "reference"
     return _joined(kind, renamed, family, meta, {**origin.told, **told}, origin.notes)
@@ -204,7 +218,7 @@ def _is_possible(name: str, value: Any) -> bool:
         return type(value) is int and value > 0
     if name == "pool":
         return isinstance(value, str) and value in get_args(Pool)
-    return type(value) in (int, float)
+    return type(value) in (int, float) and (0 < value < math.inf or (name == "ista_threshold" and value == 0))
 
 
 def _read_export(path: Path, content: Mapping[str, Any]) -> Weights:
@@ -266,10 +280,7 @@ def _read_jax(path: Path) -> Weights:
             f"{path} holds {len(arrays)} arrays, {few}{', …' if len(arrays) > _FEW else ''}; of .npz, those with the "
             "parameters of CRATE-α's classifiers are read"
         )
-    try:
-        state_dict, told = alpha_jax.from_jax(arrays)
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
+    state_dict, told = alpha_jax.from_jax(arrays)
     return Weights("jax", state_dict, None, dict(alpha.FAMILY.evaluated), told, (), alpha.FAMILY)
 
 

@@ -47,7 +47,7 @@ def from_jax(arrays: StateDict) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns our tensors of CRATE-α's arrays, and what these tell of a ModelConfig; unknown names are kept.
 
     The head's norm has Flax's ε of 1e-6 there, unlike in the PyTorch code.
-    Raises ValueError when an array has other axes than that code's, or whole numbers.
+    Raises ValueError when an array has other axes than that code's, or whole numbers, or when two are the same weight.
     """
     state_dict = {}
     for name, array in arrays.items():
@@ -62,7 +62,9 @@ def from_jax(arrays: StateDict) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(
                 f"{name} has shape {tuple(array.shape)}, expected the axes {axes.split(' -> ')[0]}"
             ) from error
-        state_dict[ours.format(layer[1]) if layer and ours != name else ours] = turned
+        if (new := ours.format(layer[1]) if layer and ours != name else ours) in state_dict:
+            raise ValueError(f"{name} and another array are the same weight, {new}; leave one of them out")
+        state_dict[new] = turned
     stem = arrays.get("embedding/kernel")
     if stem is not None and stem.shape[0] != stem.shape[1]:
         raise ValueError(f"embedding/kernel has shape {tuple(stem.shape)}: its patches are no squares")

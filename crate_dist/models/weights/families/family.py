@@ -78,9 +78,8 @@ class Family:
         return tuple(map(rename, self.marks))
 
     def to_ours(self, state_dict: StateDict) -> dict[str, Tensor]:
-        """Renames the published code's tensors to ours; unknown names are kept as they are."""
-        rename = _renaming({theirs: ours for ours, theirs in self.names.items()})
-        renamed = {rename(name): tensor for name, tensor in state_dict.items()}
+        """Renames the published code's tensors to ours; unknown names are kept. Raises ValueError as `rename_all`."""
+        renamed = rename_all(state_dict, _renaming({theirs: ours for ours, theirs in self.names.items()}))
         return {name: self.turned[name][0](t) if name in self.turned else t for name, t in renamed.items()}
 
     def to_theirs(self, state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
@@ -90,6 +89,15 @@ class Family:
             prefix + rename(name): self.turned[name][1](tensor) if name in self.turned else tensor
             for name, tensor in state_dict.items()
         }
+
+
+def rename_all(state_dict: StateDict, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Returns the tensors under their new names. Raises ValueError where two would have the same."""
+    before: dict[str, str] = {}
+    for name in state_dict:
+        if (other := before.setdefault(rename(name), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are the same weight, {rename(name)!r}; leave one of them out")
+    return {new: state_dict[name] for new, name in before.items()}
 
 
 def _renaming(table: Mapping[str, str]) -> Callable[[str], str]:
